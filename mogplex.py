@@ -221,6 +221,39 @@ def is_uuid(text: str) -> bool:
     return bool(_UUID.match(text))
 
 
+def is_loopback(host: Optional[str]) -> bool:
+    """Whether a URL's host is this machine, as the base-URL rules count it."""
+    return host in ("localhost", "127.0.0.1", "::1")
+
+
+def parse_base_url(text: str, allow_http: bool = False) -> str:
+    """``text`` as the service's base URL, without a slash at its end; UsageError for one that may not be used.
+
+    https only; http to this machine where ``allow_http``. A path prefix is kept.
+    """
+    import urllib.parse
+    try:
+        url = urllib.parse.urlsplit(text.strip())
+        port = url.port  # a property that raises on nonsense
+    except ValueError:
+        url, port = urllib.parse.urlsplit(""), None
+    problem = ""
+    if url.scheme not in ("https", "http") or not url.hostname or port == 0:
+        problem = "give an https:// URL"
+    elif url.username is not None or url.password is not None or "?" in text or "#" in text:
+        problem = "user info, a query and a fragment are not allowed"
+    elif re.search(r"[^!-~]|[\\^`{|}<>\"]", text.strip()):
+        problem = "it has characters that no URL has"
+    elif url.scheme == "http" and not is_loopback(url.hostname):
+        problem = "http:// is only for localhost, 127.0.0.1 and [::1]"
+    elif url.scheme == "http" and not allow_http:
+        problem = "http:// needs MOGPLEX_DEV=1 and NODE_ENV other than production"
+    if problem:
+        shown = re.sub(r"//[^/@]*@", "//***@", sanitize(text))
+        raise UsageError(f"MOGPLEX_URL '{shown}' cannot be used: {problem}")
+    return urllib.parse.urlunsplit((url.scheme, url.netloc.lower(), url.path, "", "")).rstrip("/")
+
+
 def utf16_units(text: str) -> int:
     """The length of ``text`` as JavaScript counts it: what the service's limits are in."""
     return len(text) + sum(1 for char in text if char > "\uffff")
