@@ -33,6 +33,7 @@ nothing, never exits, and does not read ``os.environ``; every failure is a Mogpl
 """
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
 import os
@@ -367,6 +368,258 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 Warn = Callable[[str], None]
 # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
 PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
+TOKEN_PATH = "/api/auth/mcp/token"
+_TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
+_OUR_KEYS = ("mogplex", "refresh_token", "expires_at", "base_url") + _TOKEN_KEYS
+
+
+def home_directory(environ: Mapping[str, str]) -> str:
+    """The absolute path of ``$MOGPLEX_HOME`` or ``~/.mogplex``; creates nothing."""
+    user = environ.get("HOME") or os.path.expanduser("~")  # still "~" for a user whom nothing names
+    default = os.path.join(user if os.path.isabs(user) else os.sep, ".mogplex")
+    return os.path.abspath(os.path.expanduser(environ.get("MOGPLEX_HOME") or default))
+
+
+def check_token(token: str, place: str) -> str:
+    """``token`` if a header can carry it, else UnauthorizedError: names the ``place``, not the token."""
+    if not re.match(r"[!-~]+\Z", token):
+        raise UnauthorizedError(f"{place}: no token has such characters (controls, spaces, not ASCII)")
+    return token
+
+
+@contextlib.contextmanager
+def _locked(path: str) -> Iterator[str]:
+    """Keep other threads and processes out of ``path``; the value is why that cannot be done, or ""."""
+    problem, descriptor = "", -1
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    try:
+        yield problem
+    finally:
+        if descriptor >= 0:
+            os.close(descriptor)  # which lets go of the lock
+
+
+def _replace_file(path: str, text: str, problem: str) -> None:
+    """Write so that a process killed at any instant leaves the old file or the new; MogplexError.
+
+    For use under ``_locked``, whose value ``problem`` is. So the temporary name can be fixed:
+    what a killed process left there, tokens in it, is taken away by the next one.
+    """
+    if problem or os.path.islink(path) or os.path.isdir(path):
+        problem = problem or "a link or a directory stands in its place, remove that first"
+        raise MogplexError(f"cannot write {path}: {problem}")
+    temporary = path + ".tmp"
+    try:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+        with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise MogplexError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def _read_auth(path: str, warn: Warn) -> Json:
+    """auth.json, {} for none; UnauthorizedError that names it when it cannot be read or understood."""
+    try:
+        with open(path, encoding="utf-8-sig") as stream:
+            mode, document = os.fstat(stream.fileno()).st_mode & 0o777, json.load(stream)
+        if not isinstance(document, dict):
+            raise ValueError
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise UnauthorizedError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError):
+        raise UnauthorizedError(f"{path} holds no JSON object", hint="correct or remove it") from None
+    if mode & 0o077 and os.name != "nt":
+        warn(f"{path} is open to other users (mode {mode:04o}); to close it: chmod 600 {path}")
+    return document
+
+
+def _stored(path: str, base_url: str, warn: Warn) -> Json:
+    """What auth.json has for the service at ``base_url``, as keywords of Credential; {} for nothing.
+
+    Read generously: a token under any of its usual names, in any of three places.
+    """
+    document = _read_auth(path, warn)
+    for entry in (document.get("mogplex"), dict_of(document, "providers").get("mogplex"), document):
+        token = next(filter(None, (text_of(entry, key).strip() for key in _TOKEN_KEYS)), "")
+        issuer, expiry = text_of(entry, "base_url").rstrip("/"), text_of(entry, "expires_at")
+        if token and issuer and issuer != base_url:
+            warn(f"the sign-in in {path} is for {sanitize(issuer)} and does not count for {base_url}")
+        elif token:
+            return {"token": check_token(token, path), "refresh_token": text_of(entry, "refresh_token"),
+                    "expires_at": float(expiry) if expiry.isdigit() else parse_time(expiry)}
+    return {}
+
+
+def _put_entry(path: str, entry: Json, problem: str) -> bool:
+    """Make ``entry`` all that auth.json has of ours ({}: nothing), under ``_locked``; whether it had any."""
+    document = _read_auth(path, lambda text: None)
+    kept = {key: value for key, value in document.items() if key not in _OUR_KEYS}
+    if "mogplex" in dict_of(kept, "providers"):
+        kept["providers"] = {key: value for key, value in kept["providers"].items() if key != "mogplex"}
+    if entry or kept != document:
+        ours = {"mogplex": entry} if entry else {}
+        _replace_file(path, json.dumps({"version": 1, **kept, **ours}, indent=2) + "\n", problem)
+    return kept != document
+
+
+def store_credential(home: str, entry: Json) -> str:
+    """Put ``entry`` into auth.json, whose path is the value; what others keep there stays."""
+    path = os.path.join(home, "auth.json")
+    with _locked(path) as problem:
+        _put_entry(path, entry, problem)
+    return path
+
+
+def forget_credential(home: str) -> bool:
+    """Take our credential, and nothing else, out of auth.json; whether there was one."""
+    path = os.path.join(home, "auth.json")
+    with _locked(path if os.path.lexists(path) else "") as problem:
+        return _put_entry(path, {}, problem)
+
+
+def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
+    """Ask the token endpoint; the entry to store. No secret gets into an error, not even when echoed."""
+    status, answer = post(base_url + TOKEN_PATH, {"client_id": "mogplex-cli", **form})
+    token, lifetime_s = text_of(answer, "access_token"), answer.get("expires_in")
+    if status == 200 and token:
+        entry: Json = {"access_token": check_token(token, "the new token"), "base_url": base_url}
+        entry["refresh_token"] = text_of(answer, "refresh_token") or form.get("refresh_token", "")
+        if isinstance(lifetime_s, (int, float)) and 0 < lifetime_s < 1e9:
+            entry["expires_at"] = int(time.time() + lifetime_s)
+        return entry
+    if status >= 500:
+        raise UnavailableError("the sign-in service is out of order", status=status, transient=True)
+    if status == 429:
+        raise RateLimitedError("too many sign-ins", status=status, transient=True)
+    if status not in (400, 401, 403):
+        raise InvalidResponseError(f"no token came from {base_url}{TOKEN_PATH}", status=status)
+    words = sanitize(": ".join(text_of(answer, key) for key in ("error", "error_description")))
+    words = redact(words, *(form.get(key, "") for key in ("code", "code_verifier", "refresh_token")))
+    raise UnauthorizedError(f"sign in again, {words}", status=status, hint="run `mogplex login`")
+
+
+class Credential:
+    """A token, refreshed when it must be; safe from several threads and processes.
+
+    ``source``: "environment", "file" or "given". With a ``path`` (auth.json) it takes over what
+    another process has stored there, and stores what it gets.
+    """
+
+    def __init__(
+        self, token: str, *, source: str = "given", base_url: str = "", refresh_token: str = "",
+        expires_at: Optional[float] = None, path: str = "", warn: Warn = lambda text: None,
+    ) -> None:
+        import threading
+        self.token, self.source, self.expires_at = token and check_token(token, "token"), source, expires_at
+        self._base_url, self._refresh_token, self._path, self._warn = base_url, refresh_token, path, warn
+        self._mutex, self._spent = threading.Lock(), {token}
+
+    @property
+    def refreshable(self) -> bool:
+        """Whether it can outlive its ``expires_at``."""
+        return bool(self._refresh_token)
+
+    def _is_due(self) -> bool:
+        return self.refreshable and self.expires_at is not None and time.time() > self.expires_at - 60
+
+    def current(self, post: PostForm) -> str:
+        """The token to send, refreshed first when it ends within 60 s; errors as those of ``renew``."""
+        token = self.token
+        if self._is_due():
+            self.renew(token, post)
+        return self.token
+
+    def renew(self, refused: str, post: PostForm) -> bool:
+        """Whether another token than ``refused`` is in force now: a refreshed one, or the file's.
+
+        UnauthorizedError when only a new sign-in helps, UnavailableError in an outage; the file stays.
+        """
+        with self._mutex, _locked(self._path) as problem:
+            if self._path:
+                stored = _stored(self._path, self._base_url, lambda text: None)
+                if not stored:
+                    return False  # signed out meanwhile, which a refresh must not undo
+                if stored["token"] not in self._spent:  # a file that cannot be written keeps its first
+                    self._adopt(**stored)
+            if self.token != refused and not self._is_due() or not self.refreshable:
+                return self.token != refused
+            entry = _exchange(
+                post, self._base_url, grant_type="refresh_token", refresh_token=self._refresh_token)
+            self._adopt(entry["access_token"], entry["refresh_token"], entry.get("expires_at"))
+            try:
+                if self._path:
+                    _put_entry(self._path, entry, problem)
+            except MogplexError as error:
+                self._warn(f"{error}; the refreshed sign-in serves this process only")
+                self._warn = lambda text: None  # once
+            return True
+
+    def _adopt(self, token: str, refresh_token: str, expires_at: Optional[float]) -> None:
+        self._spent.add(token)
+        self.token, self._refresh_token, self.expires_at = token, refresh_token, expires_at
+
+
+def resolve_credential(environ: Mapping[str, str], base_url: str, warn: Warn) -> Credential:
+    """MOGPLEX_API_KEY, else what auth.json has for ``base_url``; UnauthorizedError for none or nonsense."""
+    token = environ.get("MOGPLEX_API_KEY", "").strip()
+    if token:
+        return Credential(check_token(token, "MOGPLEX_API_KEY"), source="environment", base_url=base_url)
+    path = os.path.join(home_directory(environ), "auth.json")
+    stored = _stored(path, base_url, warn)
+    if not stored:
+        raise UnauthorizedError(f"not signed in: {path} has no token for {base_url}", hint=(
+            f"run `mogplex login`, or set MOGPLEX_API_KEY to a token from {base_url}/settings/api-keys"))
+    return Credential(source="file", base_url=base_url, path=path, warn=warn, **stored)
+
+
+def remember_run(home: str, record: Json, warn: Warn) -> None:
+    """Append ``record`` to runs.jsonl, which keeps 500; where that cannot be done, a warning is all."""
+    path = os.path.join(home, "runs.jsonl")
+    line = json.dumps({**record, "task": text_of(record, "task")[:80]})
+    with _locked(path) as problem:
+        try:
+            _replace_file(path, "\n".join([*_run_lines(path)[-499:], line, ""]), problem)
+        except (MogplexError, OSError) as error:
+            warn(f"this run will not be remembered: {error}")
+
+
+def _run_lines(path: str) -> List[str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return [line.strip() for line in stream if line.strip()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def remembered_runs(home: str, base_url: str) -> List[Json]:
+    """The runs started here on the service at ``base_url``, newest first; a torn line is passed over."""
+    found, lines = [], []  # type: Tuple[List[Json], List[str]]
+    with contextlib.suppress(OSError):
+        lines = _run_lines(os.path.join(home, "runs.jsonl"))
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if text_of(record, "id") and text_of(record, "service") == base_url:
+                found.append(record)
+    return found
 
 # ---------------------------------------------------------------- 4. Client
 
