@@ -41,7 +41,7 @@ import re
 import sys
 import time
 from typing import (
-    TYPE_CHECKING, Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
+    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
     Optional, Sequence, Tuple, Union,
 )
 
@@ -315,6 +315,12 @@ def format_duration(seconds: float) -> str:
 def format_age(seconds: float) -> str:
     """``8s``, ``2m``, ``3h`` or ``4d``: the largest unit alone."""
     return format_duration(seconds).split(" ")[0]
+
+
+def random_unit() -> float:
+    """A number in [0, 1); the module behind it is slow to load and seldom needed."""
+    import random
+    return random.random()
 
 
 def backoff_s(failures: int, random: float, base_s: float = 0.5, cap_s: float = 15.0) -> float:
@@ -623,11 +629,1128 @@ def remembered_runs(home: str, base_url: str) -> List[Json]:
 
 # ---------------------------------------------------------------- 4. Client
 
+MAX_BODY = 32 << 20  # bytes, after decompression
+_PIECE = 65536
+_SLICE_S = 0.25  # the longest wait in one go: on Windows Ctrl+C does not wake a waiting lock
+# An idle connection is closed by the service after 5 to 6 s, and a reused one then fails on its first byte.
+_KEEP_ALIVE_S = 4.0
+_HOSTS = ("www.mogplex.com", "mogplex.com")
+
+
+def no_tick() -> None:
+    """What a wait calls when nobody wants to hear of it."""
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON in ``data``; ValueError for anything else, however deep or long.
+
+    Invalid UTF-8 is replaced. A number of thousands of digits, which Python refuses or
+    takes quadratic time for, and NaN, which is no JSON, become strings.
+    """
+    try:
+        return json.loads(
+            data.decode("utf-8-sig", "replace"), parse_constant=str,
+            parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
+            parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits,
+        )
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def redirect_target(url: str, status: int, location: str) -> str:
+    """Where the token may follow a redirect: a 307 or 308 between the two hosts of the service; else ""."""
+    import urllib.parse
+    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(urllib.parse.urljoin(url, location))
+    allowed = status in (307, 308) and here.scheme == there.scheme == "https" \
+        and {here.netloc, there.netloc} == set(_HOSTS)
+    return there.geturl() if allowed else ""
+
+
+def read_answer(url: str, status: int, headers: Mapping[str, str], body: bytes) -> Json:
+    """The ``data`` of the service's envelope; the MogplexError for every other answer."""
+    import urllib.parse
+    if 300 <= status < 400:
+        target = urllib.parse.urljoin(url, headers.get("Location") or "")
+        if urllib.parse.urlsplit(target).path.endswith("/login"):
+            raise UnauthorizedError(
+                "the service asks for a sign-in", code="UNAUTHORIZED", status=status,
+                hint="the token was not understood, or MOGPLEX_URL is not the service's base URL",
+            )
+        raise InvalidResponseError(
+            f"refused to follow a redirect to {sanitize(target)}", code="REDIRECT", status=status,
+            hint="check MOGPLEX_URL: the token is sent to no other address",
+        )
+    try:
+        answer = parse_json(body)
+    except ValueError:
+        answer = None
+    if 200 <= status < 300:
+        data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
+        if isinstance(data, dict):
+            return data
+    raise _answer_error(status, headers, answer, len(body))
+
+
+def _answer_error(status: int, headers: Mapping[str, str], answer: Any, size: int) -> MogplexError:
+    kind = error_class(status) if status >= 300 else InvalidResponseError
+    error = dict_of(answer, "error")
+    message = sanitize(text_of(error, "message") or text_of(answer, "error"))
+    code = sanitize(text_of(error, "code"))
+    if not message and not code:
+        content = sanitize(headers.get("Content-Type") or "").split(";")[0] or "no content type"
+        message = f"the answer is not the service's ({size} bytes, {content})"
+    retry_after_s = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
+    return kind(
+        message or "no message", code=code, status=status, retry_after_s=retry_after_s,
+        delivered=status >= 500 or status < 300, transient=status in (429, 500, 502, 503, 504) or status < 300,
+    )
+
+
+def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float) -> Optional[float]:
+    """How long a one-shot command waits before it tries again; None when it does not."""
+    asked_s = error.retry_after_s or 0.0
+    hopeless = isinstance(error, (RateLimitedError, InvalidResponseError)) or asked_s > 5
+    if attempt >= tries or hopeless or not error.transient:
+        return None
+    return max(asked_s, backoff_s(attempt, random))
+
+
+def _transport_error(error: Exception, limit_s: float) -> MogplexError:
+    """What an exception of the HTTP library, or from under it, means; the bug itself when it means nothing."""
+    import http.client
+    import zlib
+
+    import requests
+    import urllib3
+    text, chain = "", error  # type: Tuple[str, Any]
+    while chain is not None and len(text) < 2000:  # the libraries wrap each other's errors
+        text, chain = f"{text} {type(chain).__name__}: {chain}", chain.__cause__ or chain.__context__
+    if "CERTIFICATE" in text.upper() and "SSL" in text:
+        reason = re.search(r"certificate verify failed:? ?([^(\n]*)", text)
+        return MogplexError(
+            "the TLS certificate is not valid: " + sanitize(reason.group(1) if reason else text[:200]).strip(),
+            code="TLS", hint="behind a company proxy, name its CA in REQUESTS_CA_BUNDLE",
+        )
+    if isinstance(error, requests.exceptions.ProxyError) or "407 Proxy" in text:
+        reason = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
+        return UnavailableError(
+            f"the proxy does not answer ({reason.group(1) if reason else 'no connection'})",
+            code="PROXY", transient=True, hint="check HTTPS_PROXY and NO_PROXY",
+        )
+    words = (
+        ("NameResolution|gaierror|getaddrinfo", "the host name was not found", False),
+        ("ConnectionRefused|refused", "the connection was refused", False),
+        ("ConnectTimeout|NewConnectionError", "no connection", False),
+        ("timed out|timeout", f"no answer for {limit_s:g} s", True),
+    )
+    for pattern, message, delivered in words:
+        if re.search(pattern, text):
+            return UnavailableError(message, code="UNAVAILABLE", delivered=delivered, transient=True)
+    if isinstance(error, zlib.error):
+        return InvalidResponseError("the answer's compression is broken", transient=True, delivered=True)
+    if isinstance(error, (requests.exceptions.InvalidURL, UnicodeError, urllib3.exceptions.LocationValueError)):
+        return UsageError("MOGPLEX_URL cannot be used: it names no host that can exist")
+    ours = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+    if isinstance(error, ours):
+        return UnavailableError("the connection was lost", code="UNAVAILABLE", delivered=True, transient=True)
+    raise error
+
+
+def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Gzip or deflate undone, at most 1 MiB at a time: half a MiB can hold half a GiB."""
+    import zlib
+    inflater, seen = zlib.decompressobj(47), False
+    for piece in pieces:
+        while piece:
+            yield inflater.decompress(piece, 1 << 20)
+            piece, seen = inflater.unconsumed_tail, True
+            if inflater.eof:
+                piece, inflater, seen = inflater.unused_data, zlib.decompressobj(47), False
+    if seen:
+        raise zlib.error("the end is missing")
+
+
+def _pieces(response: Any) -> Iterator[bytes]:
+    """The body as it arrives; ConnectionError when it is cut short.
+
+    Not ``iter_content``: on a body that is not chunked it holds small pieces back until it has
+    enough of them, and it loses at a reset what had come. urllib3 has ``read1`` from 2.2 on;
+    before that http.client's own is as prompt, and has to be told where the body ends.
+    """
+    raw, length = response.raw, response.headers.get("Content-Length", "")
+    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+    left = int(length) if length.isdigit() and not chunked else -1
+    while left:
+        size = min(_PIECE, left) if left > 0 else _PIECE
+        piece = raw.read1(size, decode_content=False) if hasattr(raw, "read1") else raw._fp.read1(size)
+        if not piece:
+            break
+        left -= len(piece) if left > 0 else 0
+        yield piece
+    if left > 0:
+        raise ConnectionResetError("the answer was cut short")
+    raw._fp.close()  # tells http.client that this answer was read whole, so that the connection can be kept
+    raw.release_conn()
+
+
+class Exchange:
+    """One request and its answer, on a daemon thread of its own.
+
+    The thread posts what arrives, and whoever waits can leave at any moment: the HTTP library
+    has no limit for a whole exchange, and a silent DNS look-up under it can't be interrupted.
+    ``tick`` is called at least every quarter of a second of waiting, and may raise.
+    """
+
+    status = 0
+    headers: Mapping[str, str] = {}
+
+    def __init__(self, url: str, send: Callable[[], Any], limit_s: float, tick: Callable[[], None]) -> None:
+        import queue
+        import threading
+        self._posted: queue.Queue[Any] = queue.Queue(8)  # a fast sender waits: memory has its bounds
+        self.url, self._send, self._limit_s, self._tick, self._left = url, send, limit_s, tick, False
+        self._started = time.monotonic()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def __enter__(self) -> Exchange:
+        try:
+            response = self._next(self._started + self._limit_s, self._limit_s)
+        except BaseException:
+            self._left = True
+            raise
+        self.status, self.headers = response.status_code, response.headers
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._left = True
+
+    @property
+    def streams(self) -> bool:
+        """Whether the answer is a stream of server-sent events."""
+        content_type = self.headers.get("Content-Type") or ""
+        return self.status == 200 and content_type.split(";")[0].strip().lower() == "text/event-stream"
+
+    def body(self) -> bytes:
+        """The whole body, within the limit of the exchange."""
+        body = bytearray()
+        while True:
+            piece = self._next(self._started + self._limit_s, self._limit_s)
+            if piece is None:
+                return bytes(body)
+            body += piece
+            if len(body) > MAX_BODY:
+                raise InvalidResponseError(f"refused an answer of over {MAX_BODY >> 20} MiB", code="TOO_LARGE")
+
+    def data(self) -> Json:
+        """The ``data`` of an answer in the service's envelope; the MogplexError that any other one means."""
+        return read_answer(self.url, self.status, self.headers, self.body())
+
+    def piece(self, idle_s: float) -> Optional[bytes]:
+        """The next piece of the body, None at its end; UnavailableError after ``idle_s`` without one."""
+        piece: Optional[bytes] = self._next(time.monotonic() + idle_s, idle_s)
+        return piece
+
+    def _next(self, until: float, limit_s: float) -> Any:
+        import queue
+        while True:
+            try:
+                item = self._posted.get(timeout=max(0.0, min(_SLICE_S, until - time.monotonic())))
+            except queue.Empty:
+                self._tick()
+                if time.monotonic() < until:
+                    continue
+                item = UnavailableError(
+                    f"no complete answer within {limit_s:g} s", code="UNAVAILABLE", delivered=True, transient=True)
+            if isinstance(item, Exception):
+                raise item
+            return item
+
+    def _run(self) -> None:
+        response = None
+        try:
+            response = self._send()
+            self._post(response)
+            encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+            if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
+                raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)}")
+            pieces = _pieces(response)
+            for piece in pieces if encoding in ("", "identity") else _inflate(pieces):
+                if not self._post(piece):
+                    break
+            self._post(None)
+        except MogplexError as error:
+            self._post(error)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            if response is not None:
+                response.raw.close()
+
+    def _fail(self, error: Exception) -> None:
+        try:
+            self._post(_transport_error(error, self._limit_s))
+        except Exception as bug:
+            self._post(bug)
+
+    def _post(self, item: Any) -> bool:
+        import queue
+        while not self._left:
+            try:
+                self._posted.put(item, timeout=1.0)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+
+class Client:
+    """The hosted API: one method per route, each returning plain dicts as the service sent them.
+
+    ``token`` is a string, or a Credential that renews itself. Every request sends it to ``base_url``
+    alone. Failures are MogplexErrors: UnauthorizedError, ForbiddenError, RateLimitedError,
+    UnavailableError (no answer, 502 to 504), InvalidResponseError, and the base class for the rest.
+    A request takes at most ``timeout_s`` in all, and up to ``tries`` tries. ``trust_env`` lets
+    proxies come from the environment; ``verify`` is a CA file, as for requests. ``log`` gets a line per request.
+    It can be used from several threads, and in a ``with`` statement.
+    """
+
+    def __init__(
+        self, token: Union[str, Credential], base_url: str = DEFAULT_URL, *, session: Any = None,
+        timeout_s: float = 30.0, connect_timeout_s: float = 10.0, tries: int = 3, trust_env: bool = False,
+        verify: Union[bool, str] = True, log: Optional[Callable[[str], None]] = None,
+        sleep: Callable[[float], None] = time.sleep, random: Callable[[], float] = random_unit,
+    ) -> None:
+        import threading
+        self.base_url = base_url.rstrip("/")
+        self.credential = Credential(token) if isinstance(token, str) else token
+        self._given, self._session, self._lock = session is not None, session, threading.Lock()
+        self._timeout_s, self._connect_timeout_s, self._tries = timeout_s, connect_timeout_s, tries
+        self._trust_env, self._verify, self._log = trust_env, verify, log
+        self._sleep, self._random, self._used_at = sleep, random, 0.0
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections that were kept; one of a session given to us is the giver's."""
+        with self._lock:
+            if self._session is not None and not self._given:
+                self._session.close()
+                self._session = None
+
+    def repos(self, query: str = "", repo_id: str = "", limit: Optional[int] = None) -> List[Json]:
+        """GET /repos, by name; ``query`` is part of a name, in which ``_`` and ``%`` are wildcards."""
+        return dicts_of(self._get("/repos", q=query, id=repo_id, limit=limit), "repos")
+
+    def sandboxes(self, repo_id: str = "", status: str = "", limit: Optional[int] = None) -> List[Json]:
+        """GET /sandboxes, newest activity first."""
+        return dicts_of(self._get("/sandboxes", repo_id=repo_id, status=status, limit=limit), "sandboxes")
+
+    def sandbox_logs(self, sandbox_id: str) -> Json:
+        """GET /sandboxes/{id}/logs: ``{sandbox: {..., install_log, dev_log}, lifecycle_events: [...]}``."""
+        return self._get(f"/sandboxes/{_segment(sandbox_id)}/logs")
+
+    def create_sandbox(self, body: Json) -> Json:
+        """POST /sandboxes with repoId, baseBranch, workingBranch, createBranch, rootDirectory: the sandbox."""
+        return dict_of(self._send("POST", "/sandboxes", body=body, tries=1), "sandbox")
+
+    def stop_sandbox(self, sandbox_id: str) -> Json:
+        """POST /sandboxes/{id}/stop, a route that does not exist yet: InvalidResponse or 404 until it does."""
+        return self._send("POST", f"/sandboxes/{_segment(sandbox_id)}/stop")
+
+    def start_run(self, body: Json, idempotency_key: str) -> Json:
+        """POST /runs: the Run, and ``replayed``.
+
+        ``body`` holds repoId and prompt, and harness, baseBranch, workingBranch, createBranch,
+        rootDirectory where wanted. Whatever fails may be repeated under the same key.
+        """
+        if not 1 <= len(idempotency_key.strip()) <= 200 or re.search(r"[^ -~]", idempotency_key):
+            raise UsageError("an idempotency key has 1 to 200 printable ASCII characters")
+        asked: List[str] = []
+
+        def examine(error: MogplexError) -> None:
+            # An unknown repo is answered 503 with Retry-After, as if waiting would help.
+            if error.status == 503 and not asked:
+                asked.append(text_of(body, "repoId"))
+                self._refuse_unknown_repo(asked[0])
+
+        headers = {"Idempotency-Key": idempotency_key.strip()}
+        return self._send("POST", "/runs", body=body, headers=headers, examine=examine)
+
+    def run(self, run_id: str) -> Json:
+        """GET /runs/{id}: the Run."""
+        return dict_of(self._get(f"/runs/{_segment(run_id)}"), "run")
+
+    def events(self, run_id: str, limit: Optional[int] = None) -> Json:
+        """GET /runs/{id}/events: ``{run, events}``, always the run's first ``limit`` (at most 200) events."""
+        return self._get(f"/runs/{_segment(run_id)}/events", limit=limit)
+
+    def cancel(self, run_id: str) -> Json:
+        """POST /runs/{id}/cancel, safe to repeat: ``{run, status, alreadyTerminal}``."""
+        return self._send("POST", f"/runs/{_segment(run_id)}/cancel")
+
+    def agents(self) -> List[Json]:
+        """GET /agents."""
+        return dicts_of(self._get("/agents"), "agents")
+
+    def models(self) -> List[Json]:
+        """GET /models."""
+        return dicts_of(self._get("/models"), "models")
+
+    def mcp_servers(self) -> List[Json]:
+        """GET /mcp/servers: name and enabled of each; its ``config`` holds live secrets and is left here."""
+        servers = dicts_of(self._get("/mcp/servers"), "servers")
+        return [{key: server.get(key) for key in ("name", "enabled")} for server in servers]
+
+    def post_form(
+        self, url: str, form: Dict[str, str], tick: Callable[[], None] = no_tick,
+    ) -> Tuple[int, Json]:
+        """POST a form without our token: (HTTP status, JSON object or {}); UnavailableError without an answer."""
+        with self._open("POST", url, data=form, token="", tick=tick) as exchange:
+            try:
+                answer = parse_json(exchange.body())
+            except ValueError:
+                answer = {}
+        return exchange.status, answer if isinstance(answer, dict) else {}
+
+    def open_run(self, run_id: str, tick: Callable[[], None]) -> Exchange:
+        """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
+        return self._open_once(f"/runs/{_segment(run_id)}", None, {}, tick)
+
+    def open_events(self, run_id: str, limit: int, last_event_id: str, tick: Callable[[], None]) -> Exchange:
+        """The same for a run's events, in whichever form the service gives them."""
+        headers: Dict[str, Any] = {"Accept": "text/event-stream, application/json"}
+        if last_event_id:  # as bytes: a str would be sent as Latin-1, and raise where that cannot be
+            headers["Last-Event-ID"] = last_event_id.encode("utf-8", "replace")
+        return self._open_once(f"/runs/{_segment(run_id)}/events", {"limit": limit}, headers, tick)
+
+    def _open_once(self, path: str, params: Optional[Json], headers: Json, tick: Callable[[], None]) -> Exchange:
+        token = self.credential.current(lambda url, form: self.post_form(url, form, tick))
+        return self._open("GET", self._url(path), params, headers=headers, token=token, tick=tick)
+
+    def _get(self, path: str, **params: Any) -> Json:
+        return self._send("GET", path, params={key: value for key, value in params.items() if value not in ("", None)})
+
+    def _send(
+        self, method: str, path: str, *, params: Optional[Json] = None, body: Optional[Json] = None,
+        headers: Optional[Dict[str, str]] = None, tries: int = 0,
+        examine: Callable[[MogplexError], None] = lambda error: None,
+    ) -> Json:
+        attempt, renewed = 1, False
+        while True:
+            token = self.credential.current(self.post_form)
+            try:
+                url = self._url(path)
+                with self._open(method, url, params, body=body, headers=headers, token=token, attempt=attempt) as exchange:
+                    return exchange.data()
+            except MogplexError as error:
+                if error.status == 401 and not renewed and self.credential.renew(token, self.post_form):
+                    renewed = True
+                    continue
+                _explain_id(error, path)
+                examine(error)
+                wait_s = retry_wait_s(error, attempt, tries or self._tries, self._random())
+                if wait_s is None:
+                    raise
+            self._sleep(wait_s)
+            attempt += 1
+
+    def _open(
+        self, method: str, url: str, params: Optional[Json] = None, *, token: str, body: Any = None, data: Any = None,
+        headers: Optional[Dict[str, str]] = None, attempt: int = 1, tick: Callable[[], None] = no_tick,
+    ) -> Exchange:
+        session, started = self._take_session(), time.monotonic()
+
+        def authorize(request: Any) -> Any:  # given even without a token: else ~/.netrc would be asked for one
+            if token:
+                request.headers["Authorization"] = f"Bearer {token}"
+            return request
+
+        def request(url: str, params: Optional[Json]) -> Any:
+            return session.request(
+                method, url, params=params, json=body, data=data, auth=authorize, stream=True, verify=self._verify,
+                allow_redirects=False, timeout=(self._connect_timeout_s, self._timeout_s), proxies=self._proxies(url),
+                headers={"Accept": "application/json", "Accept-Encoding": "identity",
+                         "User-Agent": f"mogplex/{__version__}", **(headers or {})})
+
+        def send() -> Any:
+            status: object = "no answer"
+            try:
+                response = request(url, params)
+                target = redirect_target(url, response.status_code, response.headers.get("Location") or "")
+                if target:
+                    response.close()
+                    response = request(target, None)
+                status = response.status_code
+                return response
+            finally:
+                if self._log:
+                    took_ms = (time.monotonic() - started) * 1000
+                    self._log(redact(f"{method} {url} {status} {took_ms:.0f} ms try {attempt}", token))
+
+        return Exchange(url, send, self._timeout_s, tick)
+
+    def _proxies(self, url: str) -> Dict[str, str]:
+        import urllib.parse
+
+        import requests
+        if not self._trust_env or is_loopback(urllib.parse.urlsplit(url).hostname):
+            return {}
+        return dict(requests.utils.get_environ_proxies(url))
+
+    def _take_session(self) -> Any:
+        with self._lock:
+            if self._session is None:
+                try:
+                    import requests
+                except ImportError:
+                    raise MogplexError(
+                        "the package 'requests' is missing", hint="install it: python3 -m pip install requests") from None
+                self._session = requests.Session()
+                self._session.trust_env = False  # no ~/.netrc, and proxies only as _proxies says
+            elif not self._given and time.monotonic() - self._used_at > _KEEP_ALIVE_S:
+                self._session.close()  # its idle connections; it goes on working
+            self._used_at = time.monotonic()
+            return self._session
+
+    def _url(self, path: str) -> str:
+        return self.base_url + API_PATH + path
+
+    def _refuse_unknown_repo(self, repo_id: str) -> None:
+        try:
+            known = self.repos(repo_id=repo_id)
+        except MogplexError as error:
+            known = [] if error.status == 500 and not is_uuid(repo_id) else [{}]
+        if not known:
+            raise MogplexError(
+                f"there is no repo '{sanitize(repo_id)}'", code="NOT_FOUND", status=503,
+                hint="find IDs via `mogplex repos list`")
+
+
+def _segment(identifier: str) -> str:
+    """An id as one segment of a URL's path; UsageError for one that would name another path."""
+    import urllib.parse
+    if identifier.strip() in ("", ".", ".."):
+        raise UsageError(f"'{sanitize(identifier)}' is no id")
+    return urllib.parse.quote(identifier.strip(), safe="", errors="replace")
+
+
+def _explain_id(error: MogplexError, path: str) -> None:
+    """A malformed id is answered 500, not 404: say that it looks wrong."""
+    identifier = path.split("/")[2] if path.count("/") > 1 else ""
+    if error.status == 500 and identifier and not is_uuid(identifier):
+        error.hint = f"'{sanitize(identifier)}' does not look like an id of the service"
+
 # ---------------------------------------------------------------- 5. Tail
+
+
+class ServerSentEvent(NamedTuple):
+    """One dispatched event: its type, the last event id at that moment, its data, its block's own retry."""
+
+    event: str
+    id: str
+    data: str
+    retry: Optional[int]
+
+
+class SSEDecoder:
+    """Bytes of a ``text/event-stream`` to events, by the WHATWG HTML standard, section 9.2.6. No I/O.
+
+    ``last_event_id`` is what to resume with, ``retry_ms`` the reconnection time in force as
+    the server gave it. What a last, unfinished block holds is never given out.
+    """
+
+    def __init__(self, last_event_id: str = "") -> None:
+        self.last_event_id, self._id = last_event_id, last_event_id
+        self.retry_ms: Optional[int] = None
+        self._pending: List[bytes] = []  # the pieces of a line that has not ended yet
+        self._data: List[bytes] = []
+        self._event, self._retry = "", None  # type: Tuple[str, Optional[int]]
+        self._after_cr, self._first = False, True
+
+    def feed(self, chunk: bytes) -> List[ServerSentEvent]:
+        """The events that ``chunk`` completes."""
+        if self._after_cr and chunk:
+            self._after_cr, chunk = False, chunk[1:] if chunk[:1] == b"\n" else chunk
+        if b"\n" not in chunk and b"\r" not in chunk:
+            if chunk:
+                self._pending.append(chunk)
+            return []
+        self._after_cr = chunk.endswith(b"\r")
+        # On bytes, splitlines knows CR, LF and CRLF alone; on str it would split at VT, NEL, U+2028 too.
+        lines = b"".join((*self._pending, chunk)).splitlines()
+        self._pending = [] if self._after_cr or chunk.endswith(b"\n") else [lines.pop()]
+        if self._first:
+            self._first, lines[0] = False, lines[0][3:] if lines[0].startswith(b"\xef\xbb\xbf") else lines[0]
+        events: List[ServerSentEvent] = []
+        for line in lines:
+            if line[:6] == b"data: ":
+                self._data.append(line[6:])
+            elif line:
+                self._field(line)
+            else:
+                self.last_event_id = self._id
+                if self._data:
+                    data = b"\n".join(self._data).decode("utf-8", "replace")
+                    events.append(ServerSentEvent(self._event or "message", self._id, data, self._retry))
+                    self._data = []
+                self._event, self._retry = "", None
+        return events
+
+    def _field(self, line: bytes) -> None:
+        name, _, value = line.partition(b":")
+        value = value[1:] if value[:1] == b" " else value
+        if name == b"data":
+            self._data.append(value)
+        elif name == b"event":
+            self._event = value.decode("utf-8", "replace")
+        elif name == b"id" and b"\0" not in value:
+            self._id = value.decode("utf-8", "replace")
+        elif name == b"retry" and value.isdigit() and len(value) < 4000:
+            self._retry = self.retry_ms = int(value)
+
+
+class Progress(NamedTuple):
+    """How a tail stands: given about once a second while it waits, and at each change.
+
+    ``connection`` is connecting, connected, lost or limited (429). Times are of the tail's
+    clock. ``message`` is a line worth saying, "" when there is nothing new.
+    """
+
+    connection: str
+    status: str
+    started_at: float
+    last_event_at: float
+    retry_at: Optional[float]
+    failures: int
+    message: str
+    latency_ms: float
+    run: Json
+
+
+class Verdict(NamedTuple):
+    """How a run ended; ``truncated``: the service listed only its first events; times in seconds."""
+
+    run_id: str
+    status: str
+    error: str
+    working_branch: str
+    pull_request_url: str
+    truncated: bool
+    duration_s: Optional[float]
+    run: Json
+
+
+GIVE_UP_S = 300.0
+_PACE_CAP_S = 30.0
+_ENDING_TYPES = ("finished", "failed", "cancelled")
+
+
+def tail(
+    client: Client, run_id: str, *, timeout_s: Optional[float] = None, limit: int = MAX_LIMIT,
+    on_progress: Callable[[Progress], None] = lambda progress: None, interval_s: float = 1.5, idle_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+    random: Callable[[], float] = random_unit,
+) -> Iterator[Union[Json, Verdict]]:
+    """Each event of a run once, as it comes, and last of all the Verdict.
+
+    It polls, or reads a stream where the service answers one, and rides out 300 s of faults
+    once it has had an answer. TailTimeout after ``timeout_s``; other MogplexErrors when the
+    service refuses, or stays away. ``on_progress`` may raise to end it.
+    """
+    yield from _Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random).items()
+
+
+class Pace:
+    """How long to wait between the starts of two polls: a pure reckoning, of a tail's own clock.
+
+    1.5 s; after 30 s without news a quarter more each time, up to 4 s, so that four tails of
+    silent runs fit one token. After a 429 at least twice as long, and at least this tail's share of
+    the token's 60 requests a minute, as far as its own requests in the last minute show it; then
+    2 % less with each success. With jitter, so that tails that share a token do not move in step.
+    """
+
+    def __init__(self, interval_s: float, now: float) -> None:
+        self._base_s = self._quiet_s = interval_s
+        self._limited_s, self._news_at = 0.0, now
+        self._polls: List[float] = []
+
+    def polled(self, now: float) -> None:
+        """A request was sent."""
+        self._polls = [at for at in self._polls if now - at < 60.0] + [now]
+
+    def refused(self) -> None:
+        """It was answered 429."""
+        share_s = 60.0 / max(1, len(self._polls) - 1)
+        self._limited_s = min(_PACE_CAP_S, max(2 * self._limited_s, 2 * self._quiet_s, share_s))
+
+    def succeeded(self, news: bool, now: float) -> None:
+        """It was answered."""
+        self._limited_s = self._limited_s * 0.98 if self._limited_s > self._base_s else 0.0
+        if news:
+            self._quiet_s, self._news_at = self._base_s, now
+        elif now - self._news_at >= 30.0:
+            self._quiet_s = min(max(4.0, self._base_s), self._quiet_s * 1.25)
+
+    def interval_s(self, random: float) -> float:
+        """The time from the start of the last poll to the next."""
+        return max(self._quiet_s, min(_PACE_CAP_S, self._limited_s * (1 + random / 4)))
+
+
+def event_key(event: Json, occurrence: int) -> object:
+    """What tells an event from others: its id, else its content and which of its like it is."""
+    identifier = event.get("id")
+    if isinstance(identifier, (str, int)) and identifier != "":
+        return identifier
+    import hashlib
+    return hashlib.sha256(json.dumps(event, sort_keys=True).encode()).digest(), occurrence
+
+
+class _Tail:
+    """The state of one tail."""
+
+    def __init__(
+        self, client: Client, run_id: str, timeout_s: Optional[float], limit: int,
+        on_progress: Callable[[Progress], None], interval_s: float, idle_s: float,
+        clock: Callable[[], float], sleep: Callable[[float], None], random: Callable[[], float],
+    ) -> None:
+        self.client, self.run_id, self.limit, self.idle_s = client, run_id, limit, idle_s
+        self.on_progress, self.clock, self.sleep, self.random = on_progress, clock, sleep, random
+        self.interval_s, self.timeout_s = interval_s, timeout_s
+        self.started_at = self.last_event_at = self.polled_at = clock()
+        self.pace = Pace(interval_s, self.started_at)
+        self.run: Json = {}
+        self.verdict: Optional[Verdict] = None
+        self.seen: Dict[object, None] = {}
+        self.occurrences: Dict[object, int] = {}
+        self.recent: List[str] = []  # of the last few events, the texts that may carry the run's error
+        self.branch, self.pull_request_url, self.truncated, self.ending = "", "", False, False
+        self.last_event_id, self.retry_s = "", interval_s
+        self.connection, self.failures, self.latency_ms = "connecting", 0, 0.0
+        self.good_at: Optional[float] = None
+        self.retry_at: Optional[float] = None
+        self.only_limited, self.refusals, self.renewed = True, 0, False
+        self.terminal_reads, self.ended_at = 0, 0.0
+
+    def items(self) -> Iterator[Union[Json, Verdict]]:
+        while self.verdict is None:
+            self.polled_at = self.clock()
+            self.pace.polled(self.polled_at)
+            try:
+                wait_s = yield from self.read()
+            except MogplexError as error:
+                if isinstance(error, TailTimeout):
+                    raise
+                wait_s = self.failed(error)
+            if self.verdict is None:
+                self.wait(wait_s)
+        yield self.verdict
+
+    def read(self) -> Generator[Json, None, float]:
+        """One request and what it brings; answers how long to wait for the next."""
+        sent_at = time.monotonic()
+        with self.client.open_events(self.run_id, self.limit, self.last_event_id, self.tick) as exchange:
+            self.latency_ms = (time.monotonic() - sent_at) * 1000
+            if exchange.streams:
+                news = yield from self.stream(exchange)
+                wait_s = self.retry_s
+            else:
+                news = yield from self.snapshot(exchange.data())
+                wait_s = 0.0
+        self.pace.succeeded(news, self.clock())
+        return max(wait_s, self.polled_at + self.pace.interval_s(self.random()) - self.clock())
+
+    def snapshot(self, data: Json) -> Generator[Json, None, bool]:
+        """The events of an answer ``{run, events}`` that are new, then what its run says."""
+        self.good()
+        events, news = dicts_of(data, "events"), False
+        self.occurrences = {}
+        for event in events:
+            if self.accept(event):
+                news = True
+                yield event
+        if len(events) >= self.limit and not self.truncated:
+            self.truncated = True
+            self.say(f"the service lists only the first {self.limit} events of a run; later ones are not shown")
+        return self.judge(dict_of(data, "run")) or news
+
+    def stream(self, exchange: Exchange) -> Generator[Json, None, bool]:
+        """A stream until it ends; near the run's end, until it is quiet. Then the run's own status decides."""
+        decoder, news, judged, size = SSEDecoder(self.last_event_id), False, False, 0
+        self.occurrences = {}
+        while self.verdict is None:
+            try:
+                piece = exchange.piece(self.interval_s if self.ending else self.idle_s)
+            except UnavailableError:
+                if not self.ending:
+                    raise
+                piece = None
+            if piece is None:
+                break
+            messages, size = decoder.feed(piece), size + len(piece)
+            if size > MAX_BODY and not messages:
+                raise InvalidResponseError(f"an event of over {MAX_BODY >> 20} MiB", code="TOO_LARGE")
+            for message in messages:
+                self.last_event_id, size = message.id, 0
+                data = self.parse(message.data)
+                if "events" in data or "run" in data:
+                    judged, news = "run" in data, True
+                    yield from self.snapshot(data)
+                elif data and self.accept(data):
+                    news = True
+                    self.good()
+                    yield data
+            if decoder.retry_ms is not None:
+                self.retry_s = min(30.0, max(0.5, decoder.retry_ms / 1000))
+        if not judged:
+            with self.client.open_run(self.run_id, self.tick) as answer:
+                run = dict_of(answer.data(), "run")
+            self.good()
+            news = self.judge(run) or news
+        return news
+
+    def parse(self, text: str) -> Json:
+        try:
+            data = parse_json(text.encode("utf-8", "surrogatepass"))
+        except ValueError:
+            data = None
+        if not isinstance(data, dict):
+            self.say("the stream sent something that is no event; it was left out")
+            return {}
+        return data
+
+    def accept(self, event: Json) -> bool:
+        """Whether ``event`` is new; what it tells about the run is kept."""
+        key = event_key(event, 0)
+        if isinstance(key, tuple):
+            self.occurrences[key[0]] = self.occurrences.get(key[0], 0) + 1
+            key = (key[0], self.occurrences[key[0]])
+        if key in self.seen:
+            return False
+        self.seen[key] = None
+        if len(self.seen) > 10000:  # far more than the service ever lists
+            del self.seen[next(iter(self.seen))]
+        payload = dict_of(event, "payload")
+        self.branch = text_of(payload, "working_branch") or self.branch
+        self.pull_request_url = text_of(payload, "pull_request_url") or self.pull_request_url
+        self.recent = [*self.recent[-7:], text_of(event, "message")[:4000] + "\n" + text_of(payload, "error")[:4000]]
+        self.ending = self.ending or event.get("type") in _ENDING_TYPES
+        self.last_event_at = self.clock()
+        return True
+
+    def judge(self, run: Json) -> bool:
+        """Take in what the run says of itself; whether its status is news.
+
+        A terminal status is not yet the end: the event that says why comes after it, and a run
+        cancelled while it was launching can come alive again. Two such answers in a row are the end.
+        """
+        changed = text_of(run, "status") != text_of(self.run, "status")
+        self.run = run or self.run
+        if text_of(run, "status") not in TERMINAL_STATUSES:
+            self.terminal_reads, self.ending = 0, False
+            return changed
+        self.terminal_reads, self.ending = self.terminal_reads + 1, True
+        if self.terminal_reads == 2:
+            self.ended_at = self.clock()
+        error = text_of(run, "error")[:4000]
+        told = not error or any(error in text for text in self.recent)
+        if self.terminal_reads > 1 and (told or self.clock() - self.ended_at >= 5.0):
+            self.verdict = self.conclude()
+        return changed
+
+    def conclude(self) -> Verdict:
+        started, ended = parse_time(self.run.get("createdAt")), parse_time(self.run.get("updatedAt"))
+        return Verdict(
+            self.run_id, text_of(self.run, "status"), text_of(self.run, "error"), self.branch, self.pull_request_url,
+            self.truncated, ended - started if started is not None and ended is not None else None, self.run)
+
+    def good(self) -> None:
+        """An answer has come."""
+        back = self.connection in ("lost", "limited") and self.failures > 0
+        self.connection, self.failures, self.refusals, self.retry_at = "connected", 0, 0, None
+        self.good_at, self.only_limited, self.renewed = self.clock(), True, False
+        if back:
+            self.say("connection is back")
+
+    def failed(self, error: MogplexError) -> float:
+        """How long to wait after ``error``; raises it, or what it amounts to, when there is no more hope."""
+        self.failures += 1
+        limited, now = isinstance(error, RateLimitedError), self.clock()
+        self.only_limited = self.only_limited and limited
+        if isinstance(error, UnauthorizedError):  # an outage of the service's database looks like this
+            if self.renew(error):
+                return 0.0
+            self.refusals += 1
+            if self.good_at is None or self.refusals >= 3:
+                raise error
+        elif not error.transient or (self.good_at is None and self.failures >= 3):
+            raise error
+        elif self.good_at is not None and now - self.good_at >= GIVE_UP_S:
+            kind = RateLimitedError if self.only_limited else UnavailableError
+            raise kind(f"gave up after {now - self.good_at:.0f} s without a good answer; the last was: {error}",
+                       code="GAVE_UP", retry_after_s=error.retry_after_s) from error
+        asked_s = error.retry_after_s if error.retry_after_s is not None and error.retry_after_s <= 3600 else None
+        wait_s = backoff_s(self.failures, self.random())
+        if isinstance(error, UnauthorizedError):
+            wait_s = 5.0 + wait_s
+        elif asked_s is not None:
+            wait_s = asked_s
+        if limited:
+            self.pace.refused()
+            wait_s += self.pace.interval_s(self.random()) * self.random()  # not all at once when it is over
+        self.lost("limited" if limited else "lost", now + wait_s, error)
+        return wait_s
+
+    def renew(self, error: MogplexError) -> bool:
+        """Whether a sign-in was refreshed because of a 401, which is tried once between good answers."""
+        if error.status != 401 or self.renewed:
+            return False
+        self.renewed, refused = True, self.client.credential.token
+        return self.client.credential.renew(refused, lambda url, form: self.client.post_form(url, form, self.tick))
+
+    def lost(self, connection: str, retry_at: float, error: MogplexError) -> None:
+        """Say so once, not at each failure."""
+        known, self.connection, self.retry_at = self.connection == connection, connection, retry_at
+        wait = format_duration(max(1.0, retry_at - self.clock()))
+        what = "connection lost" if self.good_at is not None else "no answer"
+        what = "rate limited" if connection == "limited" else what
+        self.say("" if known else f"{what}: {error}; trying again in {wait}")
+
+    def wait(self, wait_s: float) -> None:
+        until = self.clock() + wait_s
+        while True:
+            self.tick()
+            before = self.clock()
+            if before >= until:
+                return
+            pause_s = min(1.0, until - before, max(0.0, self.remaining_s()))
+            self.sleep(pause_s)
+            overslept_s = self.clock() - before - pause_s
+            if overslept_s > 30 and self.good_at is not None:  # the machine was suspended: that was no outage
+                self.good_at += overslept_s
+
+    def remaining_s(self) -> float:
+        return float("inf") if self.timeout_s is None else self.started_at + self.timeout_s - self.clock()
+
+    def tick(self) -> None:
+        """Called in every wait, at least once a second."""
+        self.say("")
+        if self.remaining_s() <= 0:
+            raise TailTimeout(f"timed out after {self.timeout_s:g}s waiting for terminal status", code="TIMEOUT")
+
+    def say(self, message: str) -> None:
+        self.on_progress(Progress(
+            self.connection, text_of(self.run, "status"), self.started_at, self.last_event_at, self.retry_at,
+            self.failures, message, self.latency_ms, self.run))
 
 # ==== Everything above this line can be copied out and used as a library. ====
 
 # ---------------------------------------------------------------- 6. Output
+
+STATUS_COLOURS = {
+    "success": 32, "running": 32, "streaming": 36, "pending": 33, "creating": 33, "installing": 33, "pausing": 33,
+    "failed": 31, "error": 31, "cancelled": 35, "paused": 35, "stopped": 35,
+}
+_NARROWEST = 8  # columns that a shortened cell keeps
+
+
+def paint(status: str, colour: bool) -> str:
+    """A status word, coloured where wanted and known."""
+    code = STATUS_COLOURS.get(status) if colour else None
+    return f"\x1b[{code}m{status}\x1b[0m" if code else status
+
+
+def newline_mark(encoding: Optional[str]) -> str:
+    """What stands for a newline inside a line, in an encoding that may not have the sign for it."""
+    try:
+        " \u23ce ".encode(encoding or "ascii")
+    except (UnicodeError, LookupError):
+        return " | "
+    return " \u23ce "
+
+
+def ndjson(record: object) -> str:
+    """One line of ASCII JSON, the record as it came."""
+    try:
+        return json.dumps(record, separators=(",", ":"))
+    except RecursionError:
+        raise InvalidResponseError("an object nested too deeply to be printed") from None
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional[int], free: Sequence[str]) -> str:
+    """An aligned table; ImportError without tabulate.
+
+    In ``width`` columns where one is given: the widest of the columns named in ``free`` is
+    shortened, then the next, until the rows fit or there is nothing left to shorten.
+    """
+    import tabulate
+    cells, widths = [list(row) for row in rows], [text_width(header) for header in headers]
+    widths = [max(narrow, *(text_width(row[at]) for row in cells)) for at, narrow in enumerate(widths)]
+    while width is not None and sum(widths) + 2 * len(widths) - 2 > width:
+        over = sum(widths) + 2 * len(widths) - 2 - width
+        room, at = max((widths[at], at) for at, name in enumerate(headers) if name in free)
+        if room <= _NARROWEST:
+            break
+        widths[at] = max(_NARROWEST, room - over)
+        for row in cells:
+            row[at] = fit(row[at], widths[at])
+    return tabulate.tabulate(cells, headers=list(headers), tablefmt="plain", disable_numparse=True)
+
+
+def tab_separated(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same for a host without tabulate."""
+    return "\n".join("\t".join(row) for row in [headers, *rows])
+
+
+def repo_row(repo: Json) -> List[str]:
+    """ID, REPO, BRANCH, ROOT."""
+    return [sanitize(text_of(repo, key)) for key in ("id", "full_name", "default_branch", "root_directory")]
+
+
+def sandbox_row(sandbox: Json, repo_names: Mapping[str, str], now: Optional[float], colour: bool) -> List[str]:
+    """ID, REPO, BRANCH, STATUS, PREVIEW, LAST ACTIVE (an age where ``now`` is given), ERROR."""
+    repo_id, active = text_of(sandbox, "repo_id"), text_of(sandbox, "last_active_at")
+    moment = parse_time(active)
+    ago = f"{format_age(now - moment)} ago" if now is not None and moment is not None else format_time(active)
+    return [
+        sanitize(text_of(sandbox, "id")), sanitize(repo_names.get(repo_id, repo_id)),
+        sanitize(text_of(sandbox, "working_branch") or text_of(sandbox, "base_branch")),
+        paint(sanitize(text_of(sandbox, "status")), colour), sanitize(text_of(sandbox, "preview_url")), ago,
+        sanitize(text_of(sandbox, "error")),
+    ]
+
+
+def remembered_row(record: Json, now: Optional[float]) -> List[str]:
+    """ID, REPO, BRANCH, STARTED, TASK of a remembered run."""
+    started, moment = text_of(record, "time"), parse_time(record.get("time"))
+    ago = f"{format_age(now - moment)} ago" if now is not None and moment is not None else format_time(started)
+    run_id, repo, branch, task = (sanitize(text_of(record, key)) for key in ("id", "repo", "branch", "task"))
+    return [run_id, repo, branch, ago, task]
+
+
+def branch_text(run: Json) -> str:
+    """``feat/x (base main, created)``."""
+    branch = dict_of(run, "branch")
+    base, created = sanitize(text_of(branch, "base")), branch.get("createBranch") is True
+    notes = ", ".join(([f"base {base}"] if base else []) + (["created"] if created else []))
+    working = sanitize(text_of(branch, "working"))
+    return f"{working} ({notes})" if working and notes else working
+
+
+def block(rows: Iterable[Tuple[str, str]]) -> str:
+    """Labels and values, one to a line; a row without a value is left out."""
+    return "\n".join(f"{label:<7} {value}" for label, value in rows if value)
+
+
+def started_text(run: Json, colour: bool) -> str:
+    """What ``run`` prints."""
+    run_id, status = sanitize(text_of(run, "runId")), paint(sanitize(text_of(run, "status")), colour)
+    rows = [(key, sanitize(text_of(run, field))) for key, field in (("repo", "repoId"), ("harness", "harness"))]
+    first = "matched existing run" if run.get("replayed") is True else "started run"
+    return "\n".join([f"{first} {run_id} ({status})", block([*rows, ("branch", branch_text(run))]),
+                      f"tail events: mogplex runs events {run_id} --follow"])
+
+
+def run_text(run: Json, colour: bool) -> str:
+    """What ``runs get`` prints."""
+    def plain(key: str) -> str:
+        return sanitize(text_of(run, key))
+
+    return block([
+        ("run", plain("runId")), ("status", paint(plain("status"), colour)), ("harness", plain("harness")),
+        ("repo", plain("repoId")), ("branch", branch_text(run)), ("root", plain("rootDirectory")),
+        ("sandbox", plain("sandboxId")), ("events", plain("eventsUrl")), ("cancel", plain("cancelUrl")),
+        ("created", format_time(run.get("createdAt"))), ("updated", format_time(run.get("updatedAt"))),
+        ("error", plain("error")),
+    ])
+
+
+def event_text(event: Json, newline: str = " \u23ce ") -> str:
+    """The message, and what the payload adds to it: a pull request's URL, a failure's reason."""
+    message, payload = sanitize(text_of(event, "message"), newline), dict_of(event, "payload")
+    key = {"log": "pull_request_url", "failed": "error"}.get(text_of(event, "type"), "")
+    extra = sanitize(text_of(payload, key), newline) if key else ""
+    if not extra or extra in message:
+        return message
+    return f"{message}{': ' if key == 'error' else ' '}{extra}" if message else extra
+
+
+def event_line(event: Json, newline: str = " \u23ce ") -> str:
+    """Time, type, tool and message, two spaces between."""
+    tool = sanitize(text_of(event, "toolName"), newline)
+    parts = (format_time(event.get("createdAt")), f"{sanitize(text_of(event, 'type'), newline):<14}",
+             f"tool={tool}" if tool else "", event_text(event, newline))
+    return "  ".join(part for part in parts if part).rstrip()
+
+
+def verdict_json(verdict: Verdict) -> Json:
+    """The last line of ``--follow --json``."""
+    line: Json = {"runId": verdict.run_id, "status": verdict.status}
+    known = (("error", verdict.error), ("pullRequestUrl", verdict.pull_request_url),
+             ("workingBranch", verdict.working_branch), ("truncated", verdict.truncated))
+    line.update({key: value for key, value in known if value})
+    return line
+
+
+def verdict_notes(verdict: Verdict) -> List[str]:
+    """What is worth knowing when a run has ended."""
+    duration = "" if verdict.duration_s is None else format_duration(verdict.duration_s)
+    notes = (("run error", verdict.error), ("branch", verdict.working_branch),
+             ("pull request", verdict.pull_request_url), ("duration", duration))
+    return [f"{label}: {value}" for label, value in notes if value]
+
+
+def status_line(progress: Progress, now: float) -> str:
+    """One line for a terminal: status, elapsed, the last event's age, the connection."""
+    connection = progress.connection
+    if progress.retry_at is not None and progress.retry_at > now:
+        connection += f", again in {format_age(progress.retry_at - now)}"
+    return (f"{sanitize(progress.status) or 'waiting'} {format_duration(now - progress.started_at)}"
+            f" | last event {format_age(now - progress.last_event_at)} ago | {connection}")
+
+
+def silence_line(progress: Progress, now: float) -> str:
+    """The same for a log."""
+    state = sanitize(progress.status) or progress.connection
+    return f"still {state}, last event {format_age(now - progress.last_event_at)} ago"
+
+
+def _escape_command(text: str) -> str:
+    return sanitize(text, " ").replace("%", "%25").replace(":", "%3A").replace(",", "%2C")
+
+
+def github_annotation(verdict: Verdict) -> str:
+    """The workflow command that marks the step: the only one that is ever written."""
+    what = verdict.error or f"run {verdict.run_id} ended {verdict.status}"
+    return f"::error title=Mogplex run {_escape_command(verdict.status)}::{_escape_command(what)}"
+
+
+def _markdown(text: str) -> str:
+    """``text`` as a cell of a Markdown table that is nothing but text: all punctuation as entities."""
+    return re.sub(r"[!-+:-@\[-`{-~]", lambda match: f"&#{ord(match.group())};", sanitize(text, " "))
+
+
+def github_summary(verdict: Verdict, task: str, last_lines: Sequence[str]) -> str:
+    """A short Markdown table on the run, and its last events."""
+    rows = (
+        ("task", task[:200]), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
+        ("branch", verdict.working_branch), ("status", verdict.status), ("error", verdict.error),
+        ("duration", "" if verdict.duration_s is None else format_duration(verdict.duration_s)),
+        ("pull request", verdict.pull_request_url),
+    )
+    table_rows = "".join(f"| {label} | {_markdown(value)} |\n" for label, value in rows if value)
+    events = "".join(f"| {_markdown(line)} |\n" for line in last_lines)
+    return f"### Mogplex run\n\n| | |\n| --- | --- |\n{table_rows}\n| last events |\n| --- |\n{events}\n"
+
+
+def github_output(verdict: Verdict) -> str:
+    """run_id, status, branch and pull_request_url for later steps, one a line."""
+    rows = (("run_id", verdict.run_id), ("status", verdict.status), ("branch", verdict.working_branch),
+            ("pull_request_url", verdict.pull_request_url))
+    return "".join(f"{name}={sanitize(value, ' ')}\n" for name, value in rows)
 
 # ---------------------------------------------------------------- 7. Cockpit
 
@@ -1180,3 +2303,749 @@ class DemoServer:
         self.close()
 
 # ---------------------------------------------------------------- 9. Commands and main
+
+EXIT_CODES = (
+    "exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,\n"
+    "            69 unavailable, 75 rate limited (try again), 130 interrupted"
+)
+DEFAULT_TIMEOUT_S = 1800.0
+MAX_PROMPT_UNITS = 100_000
+GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")
+GLOBAL_FLAGS = ("--demo", "--debug", "--no-color")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: leaves as Ctrl+C does, with another exit code."""
+
+
+class Context:
+    """What a command may see of the outside, and the only way that it speaks: data to stdout, all else to stderr."""
+
+    def __init__(self, environ: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any) -> None:
+        self.environ, self.stdin, self.stdout, self.stderr = environ, stdin, stdout, stderr
+        self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
+        self.no_color = False
+        self.demo_browser: Optional[Callable[[str], object]] = None
+        for stream in (stdout, stderr):
+            if hasattr(stream, "reconfigure"):  # what an encoding can't spell becomes ?, and is no crash
+                stream.reconfigure(errors="replace")
+
+    @property
+    def base_url(self) -> str:
+        """The service in force."""
+        allow_http = self.environ.get("MOGPLEX_DEV") == "1" and self.environ.get("NODE_ENV") != "production"
+        return parse_base_url(self.environ.get("MOGPLEX_URL", "").strip() or DEFAULT_URL, allow_http)
+
+    @property
+    def home(self) -> str:
+        """The directory of our files."""
+        return home_directory(self.environ)
+
+    @property
+    def colour(self) -> bool:
+        """Whether status words on stdout are coloured."""
+        if self.no_color or self.environ.get("NO_COLOR") or self.environ.get("TERM") == "dumb":
+            return False
+        return self.environ.get("FORCE_COLOR", "0") not in ("", "0") or is_terminal(self.stdout)
+
+    def client(self, **settings: Any) -> Client:
+        """A Client with the credential in force; UnauthorizedError when there is none."""
+        base_url = self.base_url
+        return Client(resolve_credential(self.environ, base_url, self.note), base_url, **self.transport(), **settings)
+
+    def transport(self) -> Json:
+        """What the environment says of proxies, certificates and debugging."""
+        names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
+        bundles = [self.environ[name] for name in names if self.environ.get(name)]
+        return {"trust_env": True, "verify": bundles[0] if bundles else True,
+                "log": (lambda line: self.note(f"debug: {line}")) if self.debug else None}
+
+    def emit(self, line: str) -> None:
+        """One line, or block, of data; at once."""
+        if self.stdout is None:
+            raise MogplexError("stdout is closed")
+        try:
+            self.stdout.write(line + "\n")
+            self.stdout.flush()
+        except OSError as error:
+            if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22):
+                raise BrokenPipeError from None
+            discard(self.stdout)
+            raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
+
+    def note(self, line: str) -> None:
+        """One harmless line to stderr."""
+        self.say(sanitize(line) + "\n")
+
+    def say(self, text: str) -> None:
+        """``text`` to stderr as it is; a stderr that is gone is no error."""
+        try:
+            self.stderr.write(text)
+            self.stderr.flush()
+        except (OSError, ValueError, AttributeError):
+            pass
+
+    def emit_table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], free: Sequence[str]) -> None:
+        """A table; as tab-separated values where tabulate is missing."""
+        import shutil
+        width = shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
+        try:
+            self.emit(table(headers, rows, width, free))
+        except ImportError:
+            self.note("the package 'tabulate' is missing: tab-separated values instead of a table")
+            self.emit(tab_separated(headers, rows))
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream, which can be None or closed, is a terminal."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+def reader_left(stream: Any) -> bool:
+    """Whether the reader of a pipe has gone, which writing would only tell at the next line."""
+    import select
+    if not hasattr(select, "poll"):
+        return False
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return any(happened & (select.POLLERR | select.POLLHUP) for _, happened in poll.poll(0))
+    except (OSError, ValueError, AttributeError):  # a stream without a file descriptor
+        return False
+
+
+def discard(stream: Any) -> None:
+    """Point a stream that can't be written to nowhere: the interpreter flushes it once more at its end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def now_on(stream: Any) -> Optional[float]:
+    """The time where ages read better than times: on a terminal."""
+    return time.time() if is_terminal(stream) else None
+
+
+def resolve_run_id(ctx: Context, given: str, implicit: bool = True) -> str:
+    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run."""
+    if given and given != "@last":
+        return given
+    if implicit and not given and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
+        ctx.note(f"run {ctx.environ['MOGPLEX_RUN_ID'].strip()} (MOGPLEX_RUN_ID)")
+        return ctx.environ["MOGPLEX_RUN_ID"].strip()
+    remembered = remembered_runs(ctx.home, ctx.base_url)
+    if not remembered:
+        raise UsageError("no run is remembered for this service: give a run's id")
+    run_id = text_of(remembered[0], "id")
+    ctx.note(f"run {run_id} (the newest started here)")
+    return run_id
+
+
+def resolve_repo(client: Client, given: str) -> Json:
+    """The repo meant by an id or by owner/name; only the latter needs a request."""
+    if "/" not in given:
+        return {"id": given}
+    for repo in client.repos(query=given, limit=MAX_LIMIT):
+        if text_of(repo, "full_name").lower() == given.lower():
+            return repo
+    raise MogplexError(f"there is no repo '{sanitize(given)}'", code="NOT_FOUND",
+                       hint="find IDs via `mogplex repos list`")
+
+
+def emit_list(ctx: Context, records: List[Json], as_json: bool, empty: str, show: Callable[[], None]) -> int:
+    """A list: NDJSON, a table, or a sentence when there is nothing in it."""
+    if as_json:
+        for record in records:
+            ctx.emit(ndjson(record))
+    elif records:
+        show()
+    else:
+        ctx.note(empty)
+    return Exit.OK
+
+
+def cmd_repos_list(ctx: Context, *, query: str, limit: Optional[int], as_json: bool) -> int:
+    with ctx.client() as client:
+        repos = client.repos(query=query, limit=limit)
+    return emit_list(ctx, repos, as_json, "no repos; link one in the web app", lambda: ctx.emit_table(
+        ("ID", "REPO", "BRANCH", "ROOT"), [repo_row(repo) for repo in repos], ("REPO", "BRANCH", "ROOT")))
+
+
+def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
+    """The task, from exactly one of the three places it can stand in; UsageError for none, two, or a bad one."""
+    if bool(words) == bool(prompt_file):
+        raise UsageError("run: give the task once: as words, as - for stdin, or with --prompt-file")
+    most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
+    try:
+        if prompt_file:
+            with open(prompt_file, "rb") as file:
+                data = file.read(most)
+        elif list(words) == ["-"]:
+            data = getattr(ctx.stdin, "buffer", ctx.stdin).read(most)
+        else:
+            data = " ".join(words).encode("utf-8", "surrogateescape")
+        prompt = data.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        if len(data) < most or error.start < most - 4:
+            raise UsageError("run: the task is not valid UTF-8") from None
+        prompt = "x" * (MAX_PROMPT_UNITS + 1)  # cut in the middle of a character, and too long anyway
+    except (OSError, AttributeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it cannot be read"
+        raise UsageError(f"run: {prompt_file or 'stdin'}: {reason}") from None
+    if not prompt.strip():
+        raise UsageError("run: the task is empty")
+    if utf16_units(prompt) > MAX_PROMPT_UNITS:
+        raise UsageError(f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units")
+    return prompt
+
+
+def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
+    """The same key for the same request of the same CI job, however often that is re-run."""
+    import hashlib
+    names = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_JOB") if environ.get("GITHUB_RUN_ID") \
+        else ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
+    if not environ.get(names[1]):
+        raise UsageError("run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
+    parts = [environ.get(name, "") for name in names] + [body]
+    return "ci-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def cmd_run(
+    ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
+    create_branch: bool, root: Optional[str], idempotency_key: str, follow: bool, timeout_s: Optional[float],
+    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
+) -> int:
+    repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
+    if not repo:
+        raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
+    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
+    prompt = read_prompt(ctx, words, prompt_file)
+    with ctx.client() as client:
+        found = resolve_repo(client, repo)
+        body: Json = {"repoId": text_of(found, "id"), "prompt": prompt}
+        asked = (("harness", harness), ("baseBranch", base_branch), ("workingBranch", branch),
+                 ("createBranch", create_branch))
+        body.update({key: value for key, value in asked if value})
+        if root is not None:
+            body["rootDirectory"] = root
+        run = start(ctx, client, body, idempotency_key)
+        remember(ctx, run, text_of(found, "full_name"), prompt)
+        ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
+        if not follow:
+            return Exit.OK
+        return Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt).run(timeout_s)
+
+
+def start(ctx: Context, client: Client, body: Json, key: str) -> Json:
+    """Start a run; when it may have started all the same, say how to find out."""
+    import uuid
+    key = ci_idempotency_key(ctx.environ, body) if key == "ci" else key or str(uuid.uuid4())
+    try:
+        run = client.start_run(body, key)
+    except (MogplexError, KeyboardInterrupt) as error:
+        if getattr(error, "delivered", True):
+            ctx.note(f"the run may have started; to find out without paying twice, add --idempotency-key {key}")
+        raise
+    return run
+
+
+def remember(ctx: Context, run: Json, repo: str, task: str) -> None:
+    """Add a run to the list that the service does not keep."""
+    if text_of(run, "runId") and ctx.environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0"):
+        remember_run(ctx.home, {
+            "id": text_of(run, "runId"), "service": ctx.base_url, "repo": repo or text_of(run, "repoId"),
+            "branch": text_of(run, "branch", "working"), "task": sanitize(task, " ")[:80],
+            "time": text_of(run, "createdAt") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }, ctx.note)
+
+
+def only_following(follow: bool, *others: object) -> None:
+    """Options that mean something with --follow alone."""
+    if not follow and any(others):
+        raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
+
+
+def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
+    records = remembered_runs(ctx.home, ctx.base_url)[:limit or MAX_LIMIT]
+    return emit_list(ctx, records, as_json, "no runs started from here yet", lambda: ctx.emit_table(
+        ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
+        [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
+
+
+def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
+    run_id = resolve_run_id(ctx, run_id)
+    with ctx.client() as client:
+        run = client.run(run_id)
+    ctx.emit(ndjson(run) if as_json else run_text(run, ctx.colour))
+    return Exit.OK
+
+
+def cmd_runs_events(
+    ctx: Context, *, run_id: str, limit: Optional[int], follow: bool, timeout_s: Optional[float], quiet: bool,
+    cancel_on_interrupt: bool, as_json: bool,
+) -> int:
+    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
+    run_id = resolve_run_id(ctx, run_id)
+    with ctx.client() as client:
+        if follow:
+            follower = Follower(ctx, client, run_id, as_json, quiet, cancel_on_interrupt)
+            return follower.run(timeout_s, limit or MAX_LIMIT)
+        events = dicts_of(client.events(run_id, limit=limit or MAX_LIMIT), "events")
+    newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
+    for event in events:
+        ctx.emit(ndjson(event) if as_json else event_line(event, newline))
+    if not events:
+        ctx.note("no events yet")
+    elif len(events) >= (limit or MAX_LIMIT):
+        ctx.note(f"only the first {len(events)} events are listed; there may be more")
+    return Exit.OK
+
+
+class Follower:
+    """``--follow``: events on stdout, signs of life on stderr, and the exit code that the run deserves."""
+
+    def __init__(
+        self, ctx: Context, client: Client, run_id: str, as_json: bool, quiet: bool = False,
+        cancel_on_interrupt: bool = False, task: str = "", clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ctx, self.client, self.run_id, self.as_json, self.quiet = ctx, client, run_id, as_json, quiet
+        self.cancel_on_interrupt, self.task, self.clock = cancel_on_interrupt, task, clock
+        self.live = is_terminal(ctx.stderr) and ctx.environ.get("TERM", "") not in ("", "dumb") and not quiet
+        self.newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
+        self.drawn, self.drawn_at, self.spoke_at = "", -1.0, clock()
+        self.last_lines: List[str] = []
+
+    def run(self, timeout_s: Optional[float], limit: int = MAX_LIMIT) -> int:
+        """Follow to the end; the exit code."""
+        try:
+            for item in tail(self.client, self.run_id, timeout_s=timeout_s or DEFAULT_TIMEOUT_S, limit=limit,
+                             on_progress=self.progress, clock=self.clock):
+                self.erase()
+                if isinstance(item, Verdict):
+                    return self.finish(item)
+                self.ctx.emit(ndjson(item) if self.as_json else event_line(item, self.newline))
+                self.last_lines = [*self.last_lines[-9:], event_line(item)]
+            raise AssertionError("a tail ends with its verdict")
+        except TailTimeout as error:
+            raise TailTimeout(f"--follow {error.message}", hint=f"resume: {self.again}") from None
+        except KeyboardInterrupt:
+            self.interrupted()
+            raise
+        finally:
+            self.erase()
+
+    @property
+    def again(self) -> str:
+        return f"mogplex runs events {self.run_id} --follow"
+
+    def progress(self, progress: Progress) -> None:
+        """Called by the tail about once a second and at each change."""
+        if reader_left(self.ctx.stdout):
+            raise BrokenPipeError
+        now = self.clock()
+        if progress.message:
+            self.erase()
+            self.ctx.note(progress.message)
+        if self.live and now - self.drawn_at >= 1.0:
+            import shutil
+            line = fit(status_line(progress, now), shutil.get_terminal_size().columns - 1)
+            self.ctx.say("\r" + line + " " * (len(self.drawn) - len(line)))
+            self.drawn, self.drawn_at = line, now
+        elif not self.live and not self.quiet and now - max(self.spoke_at, progress.last_event_at) >= 60.0:
+            self.ctx.note(silence_line(progress, now))
+            self.spoke_at = now
+
+    def erase(self) -> None:
+        """Take the status line away before something else is written."""
+        if self.drawn:
+            self.ctx.say("\r" + " " * text_width(self.drawn) + "\r")
+            self.drawn = ""
+
+    def finish(self, verdict: Verdict) -> int:
+        """The trailer, and what is worth knowing."""
+        run_id, status = sanitize(verdict.run_id), sanitize(verdict.status)
+        self.ctx.emit(ndjson(verdict_json(verdict)) if self.as_json
+                      else f"--- run {run_id} {paint(status, self.ctx.colour)} ---")
+        for line in verdict_notes(verdict):
+            self.ctx.note(line)
+        report_to_ci(self.ctx, verdict, self.task, self.last_lines)
+        return Exit.OK if verdict.status == "success" else Exit.FAILURE
+
+    def interrupted(self) -> None:
+        """Ctrl+C or SIGTERM: the run goes on, unless it is to be cancelled."""
+        self.erase()
+        if self.cancel_on_interrupt:
+            try:
+                with self.ctx.client(timeout_s=5.0, connect_timeout_s=5.0, tries=1) as client:
+                    client.cancel(self.run_id)
+                return self.ctx.note(f"cancellation requested for run {self.run_id}")
+            except MogplexError as error:
+                self.ctx.note(f"the run could not be cancelled: {error}")
+        self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: mogplex runs cancel {self.run_id}")
+
+
+def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
+    """What GitHub Actions shows of a run: an annotation, a job summary, outputs for later steps."""
+    if ctx.environ.get("GITHUB_ACTIONS") != "true":
+        return
+    if verdict.status != "success":
+        ctx.say(github_annotation(verdict) + "\n")
+    for name, text in (("GITHUB_STEP_SUMMARY", github_summary(verdict, task, last_lines)),
+                       ("GITHUB_OUTPUT", github_output(verdict))):
+        try:
+            if ctx.environ.get(name):
+                with open(ctx.environ[name], "a", encoding="utf-8", errors="replace") as file:
+                    file.write(text)
+        except OSError as error:
+            ctx.note(f"{name} could not be written: {error.strerror}")
+
+
+def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
+    run_id = resolve_run_id(ctx, run_id, implicit=False)
+    with ctx.client() as client:
+        answer = client.cancel(run_id)
+    if as_json:
+        ctx.emit(ndjson(answer))
+        return Exit.OK
+    status = sanitize(text_of(answer, "run", "status") or text_of(answer, "status"))
+    if answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal":
+        ctx.emit(f"run {sanitize(run_id)} is already {paint(status, ctx.colour)}")
+    else:
+        ctx.emit(f"cancellation requested for run {sanitize(run_id)}\nstatus: {paint(status, ctx.colour)}")
+    return Exit.OK
+
+
+def cmd_sandboxes_list(ctx: Context, *, repo: str, status: str, limit: Optional[int], as_json: bool) -> int:
+    with ctx.client() as client:
+        wanted = resolve_repo(client, repo) if repo else {}
+        sandboxes = client.sandboxes(repo_id=text_of(wanted, "id"), status=status, limit=limit)
+    names = {text_of(wanted, "id"): text_of(wanted, "full_name")} if text_of(wanted, "full_name") else {}
+    rows = [sandbox_row(sandbox, names, now_on(ctx.stdout), ctx.colour) for sandbox in sandboxes]
+    return emit_list(ctx, sandboxes, as_json, "no sandboxes", lambda: ctx.emit_table(
+        ("ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST ACTIVE", "ERROR"), rows,
+        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else []))))
+
+
+def cmd_sandboxes_logs(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
+    with ctx.client() as client:
+        logs = client.sandbox_logs(sandbox_id)
+    if as_json:
+        ctx.emit(ndjson(logs))
+        return Exit.OK
+    for name in ("install_log", "dev_log"):
+        text = text_of(logs, "sandbox", name)
+        for line in ([f"--- {name} ---"] + re.split(r"\r\n|[\r\n]", text)) if text else []:
+            ctx.emit(sanitize(line))
+    for event in dicts_of(logs, "lifecycle_events"):
+        ctx.emit("  ".join((format_time(event.get("created_at")), sanitize(text_of(event, "event_type")),
+                            sanitize(text_of(event, "decision_code")))).rstrip())
+    return Exit.OK
+
+
+def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
+    with ctx.client() as client:
+        try:
+            answer = client.stop_sandbox(sandbox_id)
+        except MogplexError as error:
+            if error.status not in (404, 405) or error.code:
+                raise
+            raise UnavailableError(
+                f"the API does not offer stopping a sandbox yet; stop it under Sandboxes at {client.base_url}") from None
+    status = sanitize(text_of(answer, "sandbox", "status") or text_of(answer, "status"))
+    ctx.emit(ndjson(answer) if as_json else f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
+    return Exit.OK
+
+
+def limit_argument(text: str) -> int:
+    if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
+        raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
+    return int(text)
+
+
+def one_of(flag: str, words: Sequence[str]) -> Callable[[str], str]:
+    """An argument type: one of ``words``, with the nearest named for any other."""
+    def check(text: str) -> str:
+        if text and text not in words:
+            raise UsageError(f"{flag} takes one of {', '.join(words)}, not '{text}'{did_you_mean(text, words)}")
+        return text
+    return check
+
+
+def did_you_mean(text: str, words: Iterable[str]) -> str:
+    import difflib
+    near = difflib.get_close_matches(text, list(words), 1)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
+Argument = Tuple[str, Json]  # a flag or a position's name, and the keywords of add_argument
+
+
+class Command(NamedTuple):
+    """One command: its words, its function, one line of purpose, its arguments, two examples."""
+
+    name: str
+    function: Callable[..., int]
+    purpose: str
+    arguments: Sequence[Argument]
+    examples: Sequence[str]
+
+
+def commands() -> List[Command]:
+    """All of them; the parser, the help and the shell completions are made from this."""
+    as_json: Argument = ("--json", {"dest": "as_json", "action": "store_true", "help": "machine-readable output, one object a line"})
+    limit: Argument = ("--limit", {"type": limit_argument, "metavar": "N", "help": "list at most N, 1 to 200 (default: %s)"})
+
+    def most(default: str) -> Argument:
+        return limit[0], {**limit[1], "help": limit[1]["help"] % default}
+
+    def text(flag: str, metavar: str, help: str, **more: Any) -> Argument:
+        return flag, {"metavar": metavar, "default": "", "help": help, **more}
+
+    run_id: Argument = ("run_id", {"metavar": "id", "nargs": "?", "default": "",
+                         "help": "the run; @last is the newest started here, as is none without MOGPLEX_RUN_ID"})
+    tailing: List[Argument] = [
+        ("--follow", {"action": "store_true", "help": "print events as they come, until the run has ended"}),
+        ("--timeout", {"dest": "timeout_s", "type": parse_duration, "metavar": "S",
+                       "help": "with --follow, give up after S seconds, or 90s, 30m, 2h (default: 1800)"}),
+        ("--quiet", {"action": "store_true", "help": "with --follow, no signs of life on stderr"}),
+        ("--cancel-on-interrupt", {"action": "store_true", "help": "with --follow, cancel the run on Ctrl+C or SIGTERM"}),
+    ]
+    harness = text("--harness", "H", "codex or claude-code (default: the service's)", type=one_of("--harness", HARNESSES))
+    status = text("--status", "S", "only with this status (default: all)", type=one_of("--status", SANDBOX_STATUSES))
+    return [
+        Command("repos list", cmd_repos_list, "List your cloud-linked repos.", [
+            text("--query", "TEXT", "only names with TEXT in them (default: all)"), most("100"), as_json,
+        ], ["mogplex repos list --query acme", "mogplex repos list --json | jq -r .id"]),
+        Command("run", cmd_run, "Start an agent run.", [
+            ("words", {"metavar": "PROMPT", "nargs": "*", "help": "the task; - reads it from stdin"}),
+            text("--repo", "R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"), harness,
+            text("--base-branch", "B", "start from branch B (default: the repo's)"),
+            text("--branch", "B", "work on branch B (default: the service's choice)"),
+            ("--create-branch", {"action": "store_true", "help": "create the working branch"}),
+            text("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
+            text("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
+                 "(default: random)"),
+            text("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
+        ], ['mogplex run --repo acme/web "Fix the flaky cookie test"', "mogplex run --repo acme/web --follow - < task.md"]),
+        Command("runs list", cmd_runs_list, "List the runs started from here, newest first.", [most("200"), as_json],
+                ["mogplex runs list", "mogplex runs list --limit 1 --json | jq -r .id"]),
+        Command("runs get", cmd_runs_get, "Get a run's current state.", [run_id, as_json],
+                ["mogplex runs get @last", "mogplex runs get --json | jq -r .status"]),
+        Command("runs events", cmd_runs_events, "List or tail a run's events.", [run_id, most("200"), *tailing, as_json],
+                ["mogplex runs events @last --follow", "mogplex runs events --follow --timeout 30m --json"]),
+        Command("runs cancel", cmd_runs_cancel, "Request a run's cancellation.", [
+            ("run_id", {"metavar": "id", "help": "the run; @last is the newest started here"}), as_json,
+        ], ["mogplex runs cancel @last", 'mogplex runs cancel "$RUN_ID" --json']),
+        Command("sandboxes list", cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", [
+            text("--repo", "R", "only of this repo: an id or owner/name (default: all)"), status, most("100"), as_json,
+        ], ["mogplex sandboxes list --status running", "mogplex sandboxes list --repo acme/web --json"]),
+        Command("sandboxes logs", cmd_sandboxes_logs, "Print a sandbox's logs.", [("sandbox_id", {"metavar": "id"}), as_json],
+                ['mogplex sandboxes logs "$ID"', 'mogplex sandboxes logs "$ID" --json | jq .lifecycle_events']),
+        Command("sandboxes stop", cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", [
+            ("sandbox_id", {"metavar": "id"}), as_json,
+        ], ['mogplex sandboxes stop "$ID"', 'mogplex sandboxes stop "$ID" --json']),
+    ]
+
+
+def command_parser(command: Command) -> Any:
+    """The argparse parser of one command."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            unknown = re.search(r"unrecognized arguments: (-\S+)", message)
+            near = did_you_mean(unknown.group(1), self._option_string_actions) if unknown else ""
+            raise UsageError(f"{command.name}: {message}{near}", hint=f"see: mogplex {command.name} --help")
+
+    examples = "\n".join(f"  {example}" for example in command.examples)
+    parser = Parser(
+        prog=f"mogplex {command.name}", description=command.purpose, allow_abbrev=False,
+        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80))
+    parser.color = False  # type: ignore[attr-defined]  # Python 3.14 would colour its help
+    for flags, keywords in command.arguments:
+        parser.add_argument(flags, **keywords)
+    for flag, help in zip(GLOBAL_FLAGS, ("use the embedded demo service", "one line per request on stderr", "no colour")):
+        parser.add_argument(flag, action="store_true", help=help)
+    return parser
+
+
+def make_parser() -> Any:
+    """Every command in one parser: what shell completions are generated from."""
+    import argparse
+    parser = argparse.ArgumentParser(prog="mogplex", description="Start, follow, inspect and stop cloud coding-agent runs.")
+    words = parser.add_subparsers()
+    groups: Dict[str, Any] = {}
+    for command in commands():
+        group, _, verb = command.name.partition(" ")
+        options: Json = {"parents": [command_parser(command)], "add_help": False, "help": command.purpose}
+        if verb and group not in groups:
+            groups[group] = words.add_parser(group).add_subparsers()
+        (groups[group] if verb else words).add_parser(verb or group, **options)
+    return parser
+
+
+def overview(prefix: str = "") -> str:
+    """The help of the program, or of one group of commands."""
+    shown = [command for command in commands() if command.name.startswith(prefix)]
+    lines = [f"  {command.name:<16} {command.purpose}" for command in shown]
+    if prefix:
+        purpose, usage = f"Commands of mogplex {prefix}.", f"mogplex {prefix} <command> [options]"
+        rest = []
+    else:
+        purpose, usage = "Start, follow, inspect and stop cloud coding-agent runs.", "mogplex [<command>] [options]"
+        rest = ["", "options:", *(f"  {flag:<22} {help}" for flag, help in (
+            ("--demo", "use an embedded demo service: no account, no network"),
+            ("--demo-server [PORT]", "keep the demo service running for your own scripts"),
+            ("--attach RUN", "open the cockpit on a run started elsewhere"),
+            ("--logout", "forget the stored sign-in before anything else"),
+            ("--debug", "one line per request on stderr"), ("--no-color", "no colour"),
+            ("--version", "print the version"), ("-h, --help", "this, and the help of every command")))]
+    examples = [f"  {example}" for command in shown for example in command.examples][:2]
+    head = [f"usage: {usage}", "", purpose, "" if prefix else "Without a command, on a terminal: the cockpit.", *[""][prefix != "":]]
+    return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
+
+
+def dispatch(ctx: Context, argv: List[str]) -> int:
+    """Find the command that ``argv`` names and run it."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
+    argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
+    ctx.debug, ctx.no_color = ctx.debug or "--debug" in flags, "--no-color" in flags
+    if argv[:1] == ["--version"]:
+        ctx.emit(f"mogplex {__version__}")
+        return Exit.OK
+    if argv[:1] in (["-h"], ["--help"]):
+        ctx.emit(overview())
+        return Exit.OK
+    if argv[:1] == ["--demo-server"]:
+        return serve_demo(ctx, argv[1:])
+    if "--demo" in flags:
+        return with_demo(ctx, argv)
+    if argv and argv[0] in GROUPS:
+        return run_command(ctx, argv)
+    return open_cockpit(ctx, argv)
+
+
+def run_command(ctx: Context, argv: List[str]) -> int:
+    """Parse a command's arguments into keywords, and call it."""
+    known = {command.name: command for command in commands()}
+    name = argv[0] if argv[0] in known and (len(argv) < 2 or f"{argv[0]} {argv[1]}" not in known) else " ".join(argv[:2])
+    end = argv.index("--") if "--" in argv else len(argv)
+    wants_help = any(word in ("-h", "--help") for word in argv[:end])
+    if name not in known:
+        verbs = [other.split(" ")[1] for other in known if other.startswith(argv[0] + " ")]
+        if wants_help:
+            ctx.emit(overview(argv[0]))
+            return Exit.OK
+        if len(argv) < 2:
+            raise UsageError(f"{argv[0]} needs one of: {', '.join(verbs)}")
+        raise UsageError(f"unknown subcommand '{argv[0]} {argv[1]}'{did_you_mean(argv[1], verbs)}",
+                         hint=f"see: mogplex {argv[0]} --help")
+    parser = command_parser(known[name])
+    if wants_help:
+        ctx.emit(parser.format_help().rstrip("\n"))
+        return Exit.OK
+    keywords = vars(parser.parse_intermixed_args(argv[len(name.split(" ")):end]))
+    keywords = {key: value for key, value in keywords.items() if f"--{key.replace('_', '-')}" not in GLOBAL_FLAGS}
+    if argv[end + 1:]:
+        if "words" not in keywords:
+            raise UsageError(f"{name}: nothing can follow --")
+        keywords["words"] = [*keywords["words"], *argv[end + 1:]]
+    return known[name].function(ctx, **keywords)
+
+
+def open_cockpit(ctx: Context, argv: List[str]) -> int:
+    """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
+    word = argv[0] if argv and not argv[0].startswith("-") else ""
+    near = did_you_mean(word, GROUPS) if word else ""
+    if word and not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+        raise UsageError(f"unknown subcommand '{word}'{near}", hint="see: mogplex --help")
+    raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+
+
+def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
+    """The caller's environment with the demo service in the place of theirs."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
+    return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
+
+
+def with_demo(ctx: Context, argv: List[str]) -> int:
+    """Run a command line against an embedded service, with a home of its own."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, ctx.note)
+        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
+        return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
+
+
+def visit(url: str) -> None:
+    """Be the browser that a sign-in with the demo service needs."""
+    import urllib.request
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
+
+
+def serve_demo(ctx: Context, argv: List[str]) -> int:
+    """Keep a demo service running until it is interrupted."""
+    import tempfile
+    if len(argv) > 1 or (argv and not re.match(r"[0-9]{1,5}\Z", argv[0])) or (argv and int(argv[0]) > 65535):
+        raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(int(argv[0]) if argv else 0) as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, ctx.note)
+        for name, value in demo_environment({}, demo, home).items():
+            ctx.emit(f"export {name}={value}")
+        ctx.emit("unset NODE_ENV")
+        ctx.note("demo service running; paste the lines above into another shell; Ctrl+C ends it")
+        while True:
+            time.sleep(3600)
+
+
+def rescue(ctx: Context, work: Callable[[], int]) -> int:
+    """Run ``work`` and turn what a user, a network or a server can do into one line and an exit code."""
+    try:
+        return int(work())
+    except MogplexError as error:
+        ctx.note(f"error: {error}")
+        if error.retry_after_s:
+            ctx.note(f"the service asks to wait {error.retry_after_s:.0f} s")
+        if error.hint:
+            ctx.note(error.hint)
+        return int(error.exit)
+    except BrokenPipeError:
+        discard(ctx.stdout)
+        return Exit.BROKEN_PIPE
+    except KeyboardInterrupt as interrupt:
+        return Exit.TERMINATED if isinstance(interrupt, Terminated) else Exit.INTERRUPTED
+    except OSError as error:
+        ctx.note(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+        return Exit.FAILURE
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line; the exit code."""
+    import signal
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread
+        return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
+    try:
+        return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
