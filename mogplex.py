@@ -60,6 +60,7 @@ SANDBOX_STATUSES = ("creating", "installing", "running", "pausing", "paused", "s
 TERMINAL_STATUSES = ("success", "failed", "cancelled")
 MAX_LIMIT = 200  # the server lists no more of anything, and clamps silently
 
+
 # ---------------------------------------------------------------- 1. Errors
 
 
@@ -627,6 +628,7 @@ def remembered_runs(home: str, base_url: str) -> List[Json]:
                 found.append(record)
     return found
 
+
 # ---------------------------------------------------------------- 4. Client
 
 MAX_BODY = 32 << 20  # bytes, after decompression
@@ -1032,7 +1034,8 @@ class Client:
         return self._open("GET", self._url(path), params, headers=headers, token=token, tick=tick)
 
     def _get(self, path: str, **params: Any) -> Json:
-        return self._send("GET", path, params={key: value for key, value in params.items() if value not in ("", None)})
+        wanted = {key: value for key, value in params.items() if value not in ("", None)}
+        return self._send("GET", path, params=wanted)
 
     def _send(
         self, method: str, path: str, *, params: Optional[Json] = None, body: Optional[Json] = None,
@@ -1044,8 +1047,8 @@ class Client:
             token = self.credential.current(self.post_form)
             try:
                 url = self._url(path)
-                with self._open(method, url, params, body=body, headers=headers, token=token, attempt=attempt) as exchange:
-                    return exchange.data()
+                with self._open(method, url, params, body=body, headers=headers, token=token, attempt=attempt) as answer:
+                    return answer.data()
             except MogplexError as error:
                 if error.status == 401 and not renewed and self.credential.renew(token, self.post_form):
                     renewed = True
@@ -1107,8 +1110,8 @@ class Client:
                 try:
                     import requests
                 except ImportError:
-                    raise MogplexError(
-                        "the package 'requests' is missing", hint="install it: python3 -m pip install requests") from None
+                    hint = "install it: python3 -m pip install requests"
+                    raise MogplexError("the package 'requests' is missing", hint=hint) from None
                 self._session = requests.Session()
                 self._session.trust_env = False  # no ~/.netrc, and proxies only as _proxies says
             elif not self._given and time.monotonic() - self._used_at > _KEEP_ALIVE_S:
@@ -1143,6 +1146,7 @@ def _explain_id(error: MogplexError, path: str) -> None:
     identifier = path.split("/")[2] if path.count("/") > 1 else ""
     if error.status == 500 and identifier and not is_uuid(identifier):
         error.hint = f"'{sanitize(identifier)}' does not look like an id of the service"
+
 
 # ---------------------------------------------------------------- 5. Tail
 
@@ -1546,7 +1550,9 @@ class _Tail:
             self.connection, text_of(self.run, "status"), self.started_at, self.last_event_at, self.retry_at,
             self.failures, message, self.latency_ms, self.run))
 
+
 # ==== Everything above this line can be copied out and used as a library. ====
+
 
 # ---------------------------------------------------------------- 6. Output
 
@@ -1752,7 +1758,9 @@ def github_output(verdict: Verdict) -> str:
             ("pull_request_url", verdict.pull_request_url))
     return "".join(f"{name}={sanitize(value, ' ')}\n" for name, value in rows)
 
+
 # ---------------------------------------------------------------- 7. Cockpit
+
 
 # ---------------------------------------------------------------- 8. Demo
 
@@ -2302,12 +2310,14 @@ class DemoServer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+
 # ---------------------------------------------------------------- 9. Commands and main
 
 EXIT_CODES = (
     "exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,\n"
     "            69 unavailable, 75 rate limited (try again), 130 interrupted"
 )
+PURPOSE = "Start, follow, inspect and stop cloud coding-agent runs."
 DEFAULT_TIMEOUT_S = 1800.0
 MAX_PROMPT_UNITS = 100_000
 GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")
@@ -2687,7 +2697,8 @@ class Follower:
                 return self.ctx.note(f"cancellation requested for run {self.run_id}")
             except MogplexError as error:
                 self.ctx.note(f"the run could not be cancelled: {error}")
-        self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: mogplex runs cancel {self.run_id}")
+        cancel = f"mogplex runs cancel {self.run_id}"
+        self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: {cancel}")
 
 
 def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
@@ -2755,14 +2766,15 @@ def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
         except MogplexError as error:
             if error.status not in (404, 405) or error.code:
                 raise
-            raise UnavailableError(
-                f"the API does not offer stopping a sandbox yet; stop it under Sandboxes at {client.base_url}") from None
+            where = f"stop it under Sandboxes at {client.base_url}"
+            raise UnavailableError(f"the API does not offer stopping a sandbox yet; {where}") from None
     status = sanitize(text_of(answer, "sandbox", "status") or text_of(answer, "status"))
     ctx.emit(ndjson(answer) if as_json else f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
     return Exit.OK
 
 
 def limit_argument(text: str) -> int:
+    """1 to 200; UsageError."""
     if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
         raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
     return int(text)
@@ -2778,8 +2790,9 @@ def one_of(flag: str, words: Sequence[str]) -> Callable[[str], str]:
 
 
 def did_you_mean(text: str, words: Iterable[str]) -> str:
+    """``, did you mean 'runs'?``, or "": letters swapped come first, then what is alike."""
     import difflib
-    near = difflib.get_close_matches(text, list(words), 1)
+    near = [word for word in words if sorted(word) == sorted(text)] or difflib.get_close_matches(text, list(words), 1)
     return f", did you mean '{near[0]}'?" if near else ""
 
 
@@ -2798,57 +2811,63 @@ class Command(NamedTuple):
 
 def commands() -> List[Command]:
     """All of them; the parser, the help and the shell completions are made from this."""
-    as_json: Argument = ("--json", {"dest": "as_json", "action": "store_true", "help": "machine-readable output, one object a line"})
-    limit: Argument = ("--limit", {"type": limit_argument, "metavar": "N", "help": "list at most N, 1 to 200 (default: %s)"})
-
-    def most(default: str) -> Argument:
-        return limit[0], {**limit[1], "help": limit[1]["help"] % default}
-
-    def text(flag: str, metavar: str, help: str, **more: Any) -> Argument:
+    def option(flag: str, metavar: str, help: str, **more: Any) -> Argument:
         return flag, {"metavar": metavar, "default": "", "help": help, **more}
 
-    run_id: Argument = ("run_id", {"metavar": "id", "nargs": "?", "default": "",
-                         "help": "the run; @last is the newest started here, as is none without MOGPLEX_RUN_ID"})
-    tailing: List[Argument] = [
-        ("--follow", {"action": "store_true", "help": "print events as they come, until the run has ended"}),
-        ("--timeout", {"dest": "timeout_s", "type": parse_duration, "metavar": "S",
-                       "help": "with --follow, give up after S seconds, or 90s, 30m, 2h (default: 1800)"}),
-        ("--quiet", {"action": "store_true", "help": "with --follow, no signs of life on stderr"}),
-        ("--cancel-on-interrupt", {"action": "store_true", "help": "with --follow, cancel the run on Ctrl+C or SIGTERM"}),
+    def switch(flag: str, help: str, **more: Any) -> Argument:
+        return flag, {"action": "store_true", "help": help, **more}
+
+    def limit(default: int) -> Argument:
+        return option("--limit", "N", f"list at most N, 1 to 200 (default: {default})", type=limit_argument, default=None)
+
+    as_json = switch("--json", "machine-readable output, one object a line", dest="as_json")
+    newest = "the run; @last is the newest started here"
+    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?")
+    sandbox_id = option("sandbox_id", "id", "the sandbox, as listed")
+    tailing = [
+        switch("--follow", "print events as they come, until the run has ended"),
+        option("--timeout", "S", "with --follow, give up after S seconds, or 90s, 30m, 2h (default: 1800)",
+               dest="timeout_s", type=parse_duration, default=None),
+        switch("--quiet", "with --follow, no signs of life on stderr"),
+        switch("--cancel-on-interrupt", "with --follow, cancel the run on Ctrl+C or SIGTERM"),
     ]
-    harness = text("--harness", "H", "codex or claude-code (default: the service's)", type=one_of("--harness", HARNESSES))
-    status = text("--status", "S", "only with this status (default: all)", type=one_of("--status", SANDBOX_STATUSES))
     return [
         Command("repos list", cmd_repos_list, "List your cloud-linked repos.", [
-            text("--query", "TEXT", "only names with TEXT in them (default: all)"), most("100"), as_json,
+            option("--query", "TEXT", "only names with TEXT in them (default: all)"), limit(100), as_json,
         ], ["mogplex repos list --query acme", "mogplex repos list --json | jq -r .id"]),
         Command("run", cmd_run, "Start an agent run.", [
-            ("words", {"metavar": "PROMPT", "nargs": "*", "help": "the task; - reads it from stdin"}),
-            text("--repo", "R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"), harness,
-            text("--base-branch", "B", "start from branch B (default: the repo's)"),
-            text("--branch", "B", "work on branch B (default: the service's choice)"),
-            ("--create-branch", {"action": "store_true", "help": "create the working branch"}),
-            text("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
-            text("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
-                 "(default: random)"),
-            text("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
-        ], ['mogplex run --repo acme/web "Fix the flaky cookie test"', "mogplex run --repo acme/web --follow - < task.md"]),
-        Command("runs list", cmd_runs_list, "List the runs started from here, newest first.", [most("200"), as_json],
+            option("words", "PROMPT", "the task; - reads it from stdin", nargs="*"),
+            option("--repo", "R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"),
+            option("--harness", "H", f"{' or '.join(HARNESSES)} (default: the service's)",
+                   type=one_of("--harness", HARNESSES)),
+            option("--base-branch", "B", "start from branch B (default: the repo's)"),
+            option("--branch", "B", "work on branch B (default: the service's choice)"),
+            switch("--create-branch", "create the working branch"),
+            option("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
+            option("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
+                   "(default: random)"),
+            option("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
+        ], ['mogplex run --repo acme/web "Fix the flaky cookie test"',
+            "mogplex run --repo acme/web --follow - < task.md"]),
+        Command("runs list", cmd_runs_list, "List the runs started from here, newest first.", [limit(200), as_json],
                 ["mogplex runs list", "mogplex runs list --limit 1 --json | jq -r .id"]),
         Command("runs get", cmd_runs_get, "Get a run's current state.", [run_id, as_json],
                 ["mogplex runs get @last", "mogplex runs get --json | jq -r .status"]),
-        Command("runs events", cmd_runs_events, "List or tail a run's events.", [run_id, most("200"), *tailing, as_json],
-                ["mogplex runs events @last --follow", "mogplex runs events --follow --timeout 30m --json"]),
+        Command("runs events", cmd_runs_events, "List or tail a run's events.", [
+            run_id, limit(200), *tailing, as_json,
+        ], ["mogplex runs events @last --follow", "mogplex runs events --follow --timeout 30m --json"]),
         Command("runs cancel", cmd_runs_cancel, "Request a run's cancellation.", [
-            ("run_id", {"metavar": "id", "help": "the run; @last is the newest started here"}), as_json,
+            option("run_id", "id", newest), as_json,
         ], ["mogplex runs cancel @last", 'mogplex runs cancel "$RUN_ID" --json']),
         Command("sandboxes list", cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", [
-            text("--repo", "R", "only of this repo: an id or owner/name (default: all)"), status, most("100"), as_json,
+            option("--repo", "R", "only of this repo: an id or owner/name (default: all)"),
+            option("--status", "S", f"{', '.join(SANDBOX_STATUSES[:-1])} or {SANDBOX_STATUSES[-1]} (default: all)",
+                   type=one_of("--status", SANDBOX_STATUSES)), limit(100), as_json,
         ], ["mogplex sandboxes list --status running", "mogplex sandboxes list --repo acme/web --json"]),
-        Command("sandboxes logs", cmd_sandboxes_logs, "Print a sandbox's logs.", [("sandbox_id", {"metavar": "id"}), as_json],
+        Command("sandboxes logs", cmd_sandboxes_logs, "Print a sandbox's logs.", [sandbox_id, as_json],
                 ['mogplex sandboxes logs "$ID"', 'mogplex sandboxes logs "$ID" --json | jq .lifecycle_events']),
         Command("sandboxes stop", cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", [
-            ("sandbox_id", {"metavar": "id"}), as_json,
+            sandbox_id, as_json,
         ], ['mogplex sandboxes stop "$ID"', 'mogplex sandboxes stop "$ID" --json']),
     ]
 
@@ -2871,7 +2890,7 @@ def command_parser(command: Command) -> Any:
     parser.color = False  # type: ignore[attr-defined]  # Python 3.14 would colour its help
     for flags, keywords in command.arguments:
         parser.add_argument(flags, **keywords)
-    for flag, help in zip(GLOBAL_FLAGS, ("use the embedded demo service", "one line per request on stderr", "no colour")):
+    for flag, help in zip(GLOBAL_FLAGS, ("use the embedded demo service", "a line per request on stderr", "no colour")):
         parser.add_argument(flag, action="store_true", help=help)
     return parser
 
@@ -2879,7 +2898,7 @@ def command_parser(command: Command) -> Any:
 def make_parser() -> Any:
     """Every command in one parser: what shell completions are generated from."""
     import argparse
-    parser = argparse.ArgumentParser(prog="mogplex", description="Start, follow, inspect and stop cloud coding-agent runs.")
+    parser = argparse.ArgumentParser(prog="mogplex", description=PURPOSE)
     words = parser.add_subparsers()
     groups: Dict[str, Any] = {}
     for command in commands():
@@ -2899,7 +2918,7 @@ def overview(prefix: str = "") -> str:
         purpose, usage = f"Commands of mogplex {prefix}.", f"mogplex {prefix} <command> [options]"
         rest = []
     else:
-        purpose, usage = "Start, follow, inspect and stop cloud coding-agent runs.", "mogplex [<command>] [options]"
+        purpose, usage = PURPOSE, "mogplex [<command>] [options]"
         rest = ["", "options:", *(f"  {flag:<22} {help}" for flag, help in (
             ("--demo", "use an embedded demo service: no account, no network"),
             ("--demo-server [PORT]", "keep the demo service running for your own scripts"),
@@ -2908,7 +2927,8 @@ def overview(prefix: str = "") -> str:
             ("--debug", "one line per request on stderr"), ("--no-color", "no colour"),
             ("--version", "print the version"), ("-h, --help", "this, and the help of every command")))]
     examples = [f"  {example}" for command in shown for example in command.examples][:2]
-    head = [f"usage: {usage}", "", purpose, "" if prefix else "Without a command, on a terminal: the cockpit.", *[""][prefix != "":]]
+    cockpit = [] if prefix else ["Without a command, on a terminal: the cockpit."]
+    head = [f"usage: {usage}", "", purpose, *cockpit, ""]
     return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
 
 
@@ -2936,7 +2956,7 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
 def run_command(ctx: Context, argv: List[str]) -> int:
     """Parse a command's arguments into keywords, and call it."""
     known = {command.name: command for command in commands()}
-    name = argv[0] if argv[0] in known and (len(argv) < 2 or f"{argv[0]} {argv[1]}" not in known) else " ".join(argv[:2])
+    name = argv[0] if argv[0] in known and " ".join(argv[:2]) not in known else " ".join(argv[:2])
     end = argv.index("--") if "--" in argv else len(argv)
     wants_help = any(word in ("-h", "--help") for word in argv[:end])
     if name not in known:
