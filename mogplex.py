@@ -806,11 +806,15 @@ class Exchange:
     status = 0
     headers: Mapping[str, str] = {}
 
-    def __init__(self, url: str, send: Callable[[], Any], limit_s: float, tick: Callable[[], None]) -> None:
+    def __init__(
+        self, url: str, send: Callable[[], Any], ended: Callable[[Any, int], None], limit_s: float,
+        tick: Callable[[], None],
+    ) -> None:
         import queue
         import threading
         self._posted: queue.Queue[Any] = queue.Queue(8)  # a fast sender waits: memory has its bounds
-        self.url, self._send, self._limit_s, self._tick, self._left = url, send, limit_s, tick, False
+        self.url, self._send, self._ended, self._limit_s, self._tick = url, send, ended, limit_s, tick
+        self._left = False
         self._started = time.monotonic()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -868,7 +872,7 @@ class Exchange:
             return item
 
     def _run(self) -> None:
-        response = None
+        response, size = None, 0
         try:
             response = self._send()
             self._post(response)
@@ -877,12 +881,15 @@ class Exchange:
                 raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)}")
             pieces = _pieces(response)
             for piece in pieces if encoding in ("", "identity") else _inflate(pieces):
+                size += len(piece)
                 if not self._post(piece):
                     break
+            self._ended(response, size)  # before the end is posted: the line is there when the caller goes on
             self._post(None)
         except MogplexError as error:
             self._post(error)
         except Exception as error:
+            self._ended(response, size)
             self._fail(error)
         finally:
             if response is not None:
@@ -1080,21 +1087,21 @@ class Client:
                          "User-Agent": f"mogplex/{__version__}", **(headers or {})})
 
         def send() -> Any:
-            status: object = "no answer"
-            try:
-                response = request(url, params)
-                target = redirect_target(url, response.status_code, response.headers.get("Location") or "")
-                if target:
-                    response.close()
-                    response = request(target, None)
-                status = response.status_code
-                return response
-            finally:
-                if self._log:
-                    took_ms = (time.monotonic() - started) * 1000
-                    self._log(redact(f"{method} {url} {status} {took_ms:.0f} ms try {attempt}", token))
+            response = request(url, params)
+            target = redirect_target(url, response.status_code, response.headers.get("Location") or "")
+            if target:
+                response.close()
+                response = request(target, None)
+            return response
 
-        return Exchange(url, send, self._timeout_s, tick)
+        def ended(response: Any, size: int) -> None:
+            if self._log:
+                status = "no answer" if response is None else response.status_code
+                took_ms = (time.monotonic() - started) * 1000
+                asked = url if response is None else response.url
+                self._log(redact(f"{method} {asked} {status} {took_ms:.0f} ms {size} bytes try {attempt}", token))
+
+        return Exchange(url, send, ended, self._timeout_s, tick)
 
     def _proxies(self, url: str) -> Dict[str, str]:
         import urllib.parse
@@ -1124,7 +1131,7 @@ class Client:
 
     def _refuse_unknown_repo(self, repo_id: str) -> None:
         try:
-            known = self.repos(repo_id=repo_id)
+            known = dicts_of(self._send("GET", "/repos", params={"id": repo_id}, tries=1), "repos")
         except MogplexError as error:
             known = [] if error.status == 500 and not is_uuid(repo_id) else [{}]
         if not known:

@@ -10,12 +10,14 @@ import contextlib
 import io
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import pytest
 
@@ -441,5 +443,515 @@ def test_signs_of_life_as_text() -> None:
 # ---------------------------------------------------------------- 8. Demo
 
 # ---------------------------------------------------------------- 9. Commands and main
+
+WEB, API_REPO = mogplex.DEMO_REPOS[0]["id"], mogplex.DEMO_REPOS[1]["id"]
+FINISHED, LONG, CANCELLED, FAILED, UNCHANGED, RUNNING = (seed[0] for seed in mogplex.DEMO_RUNS)
+
+
+@pytest.fixture
+def run_demo(cli: Callable[..., Result], demo: mogplex.DemoServer) -> Callable[..., Result]:
+    """``cli`` with the demo service in the environment."""
+    def run(*argv: str, stdin: str = "", **env: str) -> Result:
+        return cli(*argv, env={**service(demo.url, demo.token), **env}, stdin=stdin)
+    return run
+
+
+def posted(server: RawServer) -> List[Dict[str, Any]]:
+    """The JSON bodies that a server was sent."""
+    return [json.loads(request.split("\r\n\r\n", 1)[1]) for request in server.requests if request.startswith("POST")]
+
+
+@contextlib.contextmanager
+def one_answer(data: bytes) -> Iterator[RawServer]:
+    """A service that answers everything alike."""
+    with RawServer(lambda *_: data) as server:
+        yield server
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["rusn"], "error: unknown subcommand 'rusn', did you mean 'runs'?"),
+    (["xyzzy"], "error: unknown subcommand 'xyzzy'"),
+    (["runs", "gte"], "error: unknown subcommand 'runs gte', did you mean 'get'?"),
+    (["runs"], "error: runs needs one of: list, get, events, cancel"),
+    ([], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
+    (["--nonsense"], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
+    (["run", "x"], "error: run: --repo <id> is required (find IDs via `mogplex repos list`)"),
+    (["run", "--repo", "r"], "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
+    (["run", "--repo", "r", "x", "--prompt-file", "f"],
+     "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
+    (["run", "--repo", "r", " ", "\t"], "error: run: the task is empty"),
+    (["run", "--repo", "r", "-"], "error: run: the task is empty"),
+    (["run", "--repo", "r", "--prompt-file", "/nonexistent"], "error: run: /nonexistent: No such file or directory"),
+    (["run", "--repo", "r", "--prompt-file", os.sep], f"error: run: {os.sep}: Is a directory"),
+    (["run", "--repo", "r", "x" * 100_001], "error: run: the task is longer than 100,000 UTF-16 units"),
+    (["run", "--repo", "r", "\U0001f600" * 50_001], "error: run: the task is longer than 100,000 UTF-16 units"),
+    (["run", "--repo", "r", "\udcff"], "error: run: the task is not valid UTF-8"),
+    (["run", "--repo", "r", "x", "--harness", "codx"],
+     "error: --harness takes one of codex, claude-code, not 'codx', did you mean 'codex'?"),
+    (["run", "--repo", "r", "x", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
+    (["run", "--repo", "r", "x", "--folow"], "error: run: unrecognized arguments: --folow, did you mean '--follow'?"),
+    (["run", "--repo", "r", "x", "--idempotency-key", "k\u00e9y"],
+     "error: an idempotency key has 1 to 200 printable ASCII characters"),
+    (["run", "--repo", "r", "x", "--idempotency-key", "k" * 201],
+     "error: an idempotency key has 1 to 200 printable ASCII characters"),
+    (["run", "--repo", "r", "x", "--idempotency-key", "ci"],
+     "error: run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key"),
+    (["runs", "events", "r", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
+    (["runs", "events", "r", "--follow", "--timeout", "never"],
+     "error: 'never' is no duration: seconds, or a number with s, m or h, such as 90s or 30m"),
+    (["runs", "get"], "error: no run is remembered for this service: give a run's id"),
+    (["runs", "get", "@last"], "error: no run is remembered for this service: give a run's id"),
+    (["runs", "cancel"], "error: runs cancel: the following arguments are required: id"),
+    (["runs", "get", ".."], "error: '..' is no id"), (["runs", "get", " "], "error: ' ' is no id"),
+    (["runs", "get", "a", "b"], "error: runs get: unrecognized arguments: b"),
+    (["runs", "get", "a", "--", "b"], "error: runs get: nothing can follow --"),
+    (["repos", "list", "--limit", "0"], "error: --limit takes a whole number from 1 to 200, not '0'"),
+    (["repos", "list", "--limit", "201"], "error: --limit takes a whole number from 1 to 200, not '201'"),
+    (["repos", "list", "--limit", "\u0663"], "error: --limit takes a whole number from 1 to 200, not '\u0663'"),
+    (["sandboxes", "list", "--status", "runing"],
+     "error: --status takes one of creating, installing, running, pausing, paused, stopped, error, not 'runing', "
+     "did you mean 'running'?"),
+    (["--demo-server", "70000"], "error: --demo-server takes one port, 1 to 65535, or none for a free one"),
+    (["--demo-server", "x"], "error: --demo-server takes one port, 1 to 65535, or none for a free one"),
+])
+def test_usage_errors_are_one_line_and_no_request(cli: Callable[..., Result], argv: List[str], message: str) -> None:
+    with one_answer(ok({})) as server:
+        result = cli(*argv, env=service(server.url))
+    assert (result.code, result.out, result.err.splitlines()[0]) == (2, "", message)
+    assert server.requests == []
+    assert cli(*argv, "--json", env=service(server.url)).code == 2 or not argv or argv[0].startswith("-")
+
+
+@pytest.mark.parametrize("url, extra", [
+    ("http://example.com", {}), ("http://127.0.0.1:1", {"MOGPLEX_DEV": "0"}), ("ftp://x", {}),
+    ("http://127.0.0.1:1", {"NODE_ENV": "production"}), ("https://u:p@h", {}),
+])
+def test_a_base_url_that_may_not_be_used(cli: Callable[..., Result], url: str, extra: Dict[str, str]) -> None:
+    result = cli("repos", "list", env={**service(url), **extra})
+    assert result.code == 2 and result.out == "" and "MOGPLEX_URL" in result.err
+
+
+HELP = ["", "repos", "repos list", "run", "runs", "runs list", "runs get", "runs events", "runs cancel", "sandboxes",
+        "sandboxes list", "sandboxes logs", "sandboxes stop"]
+
+
+@pytest.mark.parametrize("words", HELP)
+def test_help_at_every_level(cli: Callable[..., Result], words: str) -> None:
+    result = cli(*words.split(), "--help")
+    assert result == cli(*words.split(), "-h") and result.code == 0 and result.err == ""
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert "exit codes: 0 success" in result.out and "examples:\n  mogplex" in result.out
+    assert len(re.split("examples:\n", result.out)[1].split("\n\n")[0].splitlines()) == 2
+
+
+def test_version(cli: Callable[..., Result]) -> None:
+    assert cli("--version") == Result(0, f"mogplex {mogplex.__version__}\n", "")
+
+
+def test_repos_list(run_demo: Callable[..., Result]) -> None:
+    table = run_demo("repos", "list")
+    assert table.code == 0 and table.err == ""
+    assert table.out.splitlines()[0].split() == ["ID", "REPO", "BRANCH", "ROOT"] and f"{WEB}  acme/web " in table.out
+    lines = run_demo("repos", "list", "--query", "WEB", "--limit", "1", "--json")
+    assert [json.loads(line)["full_name"] for line in lines.out.splitlines()] == ["acme/web"]
+    assert run_demo("repos", "list", "--query", "zzz") == Result(0, "", "no repos; link one in the web app\n")
+    assert run_demo("repos", "list", "--query", "zzz", "--json") == Result(0, "", "")
+
+
+def test_run_prints_exactly_these_lines_and_sends_only_what_was_asked(cli: Callable[..., Result]) -> None:
+    run = {**RUN, "runId": "R-1", "status": "pending", "replayed": False, "new_field": {"x": [1]}}
+    with one_answer(ok(run)) as server:
+        shown = cli("run", "--repo", WEB, "Fix", "the", "--harness", "codex", "bug", env=service(server.url))
+        flat = cli("run", "--repo", WEB, "--branch", "b", "--base-branch", "m", "--create-branch", "--root", "web",
+                   "--idempotency-key", " key 1 ", "--json", "Fix", env=service(server.url))
+    assert shown == Result(0, mogplex.started_text(run, False) + "\n", "")
+    assert json.loads(flat.out) == run and flat.out.count("\n") == 1 and list(json.loads(flat.out)) == list(run)
+    assert posted(server) == [
+        {"repoId": WEB, "prompt": "Fix the bug", "harness": "codex"},
+        {"repoId": WEB, "prompt": "Fix", "baseBranch": "m", "workingBranch": "b", "createBranch": True, "rootDirectory": "web"}]
+    keys = [re.search(r"(?i)\nidempotency-key: (.*)\r", request).group(1) for request in server.requests]  # type: ignore
+    assert mogplex.is_uuid(keys[0]) and keys[1] == "key 1"
+
+
+@pytest.mark.parametrize("argv, stdin, prompt", [
+    (["-"], "from stdin\nline 2\n", "from stdin\nline 2"), (["--prompt-file", "task.md"], "", "from a file"),
+    (["--", "-x", "--follow"], "", "-x --follow"), (["a", "--branch", "b", "c"], "not read", "a c"),
+    (["\U0001f600" * 50_000], "", "\U0001f600" * 50_000), (["-"], "\ufeffbom", "bom"),
+])
+def test_where_a_task_comes_from(
+    cli: Callable[..., Result], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, argv: List[str], stdin: str, prompt: str,
+) -> None:
+    (tmp_path / "task.md").write_text("from a file\n")
+    monkeypatch.chdir(tmp_path)
+    with one_answer(ok(RUN)) as server:
+        assert cli("run", "--repo", "r", *argv, env=service(server.url), stdin=stdin).code == 0
+    assert posted(server)[0]["prompt"] == prompt
+
+
+def test_stdin_that_never_ends_is_too_long(tmp_path: Any) -> None:
+    with open("/dev/zero", "rb") as endless, one_answer(ok(RUN)) as server:
+        done = subprocess.run([sys.executable, MODULE, "run", "--repo", "r", "-"], stdin=endless, capture_output=True,
+                              env={**os.environ, **service(server.url)}, timeout=60)
+    assert done.returncode == 2 and done.stdout == b"" and b"longer than" in done.stderr and server.requests == []
+
+
+def test_a_repo_by_its_name(run_demo: Callable[..., Result], cli: Callable[..., Result]) -> None:
+    assert f"repo    {WEB}\n" in run_demo("run", "--repo", "ACME/Web", "x").out
+    missing = run_demo("run", "--repo", "acme/w_b", "x")
+    assert missing.code == 1 and "error: NOT_FOUND: there is no repo 'acme/w_b'" in missing.err
+    with one_answer(ok({"repos": [{"id": "1", "full_name": "acme/web-2"}, {"id": "2", "full_name": None}]})) as server:
+        assert cli("run", "--repo", "acme/web", "x", env=service(server.url)).code == 1
+    assert "q=acme%2Fweb&limit=200" in server.requests[0].splitlines()[0] and len(server.requests) == 1
+    assert f"repo    {WEB}\n" in run_demo("run", "x", MOGPLEX_REPO="acme/web").out
+
+
+def test_an_unknown_repo_is_told_apart_from_an_outage(run_demo: Callable[..., Result], demo: mogplex.DemoServer) -> None:
+    result = run_demo("run", "--repo", "nope", "x")
+    assert result.code == 1 and "there is no repo 'nope'" in result.err and "--idempotency-key" not in result.err
+    assert demo.service.requests == 2
+
+
+def test_a_replayed_start(run_demo: Callable[..., Result]) -> None:
+    first = run_demo("run", "--repo", WEB, "--idempotency-key", "k", "x")
+    again = run_demo("run", "--repo", WEB, "--idempotency-key", "k", "x")
+    assert first.out.startswith("started run ") and again.out.startswith("matched existing run ")
+    assert first.out.splitlines()[1:] == again.out.splitlines()[1:]
+    other = run_demo("run", "--repo", WEB, "--idempotency-key", "k", "y")
+    assert other.code == 1 and "IDEMPOTENCY_CONFLICT" in other.err and "(HTTP 409)" in other.err
+
+
+@pytest.mark.parametrize("answers, code, told", [
+    (refusal(500, "INTERNAL_ERROR", "Oops"), 1, True), (answer(200, "<html>"), 1, True), (refusal(429, "RATE_LIMITED", "Slow", Retry_After="3000"), 75, False),
+    (refusal(401, "UNAUTHORIZED", "Unauthorized"), 64, False), (refusal(403, "FORBIDDEN", "Scope"), 65, False),
+    (refusal(400, "BAD_REQUEST", "Invalid"), 1, False),
+])
+def test_a_start_that_may_have_reached_the_service_gives_its_key(
+    cli: Callable[..., Result], answers: bytes, code: int, told: bool,
+) -> None:
+    with one_answer(answers) as server:
+        result = cli("run", "--repo", WEB, "x", env=service(server.url))
+    assert (result.code, result.out) == (code, "") and ("add --idempotency-key" in result.err) is told
+    keys = {re.search(r"(?i)\nidempotency-key: (.*)\r", request).group(1) for request in server.requests  # type: ignore
+            if request.startswith("POST")}
+    assert len(keys) == 1 and (not told or keys.pop() in result.err)
+
+
+def test_run_and_follow_end_with_the_run_s_verdict(run_demo: Callable[..., Result]) -> None:
+    good = run_demo("run", "--repo", "acme/web", "--follow", "Refactor auth")
+    run_id = good.out.split()[2]
+    assert good.code == 0 and good.out.splitlines()[-1] == f"--- run {run_id} success ---"
+    assert "\n" + "Pull request ready https://github.com/acme/web/pull/" not in good.out  # a message is on its event's line
+    assert good.err.splitlines()[0] == f"branch: mogplex/agent-{run_id[:8]}"
+    bad = run_demo("run", "--repo", "acme/web", "--follow", "--json", "please fail")
+    lines = [json.loads(line) for line in bad.out.splitlines()]
+    assert bad.code == 1 and lines[0]["status"] == "pending" and lines[-2]["message"] == "External Mogplex run failed"
+    assert lines[-1] == {"runId": lines[0]["runId"], "status": "failed", "error": mogplex.DEMO_ERROR,
+                         "workingBranch": f"mogplex/agent-{lines[0]['runId'][:8]}"}
+
+
+def test_events_of_ended_runs(run_demo: Callable[..., Result]) -> None:
+    for run_id, code, status in ((FINISHED, 0, "success"), (FAILED, 1, "failed"), (CANCELLED, 1, "cancelled")):
+        listed, followed = run_demo("runs", "events", run_id), run_demo("runs", "events", run_id, "--follow")
+        assert listed.code == 0 and followed.code == code
+        assert followed.out == listed.out + f"--- run {run_id} {status} ---\n"
+    with_json = run_demo("runs", "events", FINISHED, "--json")
+    assert [mogplex.event_line(json.loads(line)) for line in with_json.out.splitlines()] == (
+        run_demo("runs", "events", FINISHED).out.splitlines())
+
+
+def test_more_events_than_the_service_lists(run_demo: Callable[..., Result]) -> None:
+    listed = run_demo("runs", "events", LONG)
+    assert len(listed.out.splitlines()) == 200 and "only the first 200 events" in listed.err
+    followed = run_demo("runs", "events", LONG, "--follow", "--json")
+    assert json.loads(followed.out.splitlines()[-1])["truncated"] is True and followed.err.count("first 200 events") == 1
+    few = run_demo("runs", "events", LONG, "--limit", "3")
+    assert len(few.out.splitlines()) == 3 and "only the first 3 events" in few.err
+
+
+def test_hostile_text_stays_text(run_demo: Callable[..., Result]) -> None:
+    shown = run_demo("runs", "events", CANCELLED).out
+    assert "\x1b" not in shown and "\u202e" not in shown and "##vso" not in shown and ": :error::" in shown
+    raw = run_demo("runs", "events", CANCELLED, "--json").out
+    assert "\\u001b[2J" in raw and raw.isascii()
+
+
+def test_a_timeout_says_how_to_resume(cli: Callable[..., Result]) -> None:
+    with one_answer(ok({"run": {"status": "streaming"}, "events": []})) as server:
+        result = cli("runs", "events", "R", "--follow", "--timeout", "0.4", env=service(server.url))
+    assert (result.code, result.out) == (1, "")
+    assert result.err == ("error: --follow timed out after 0.4s waiting for terminal status\n"
+                          "resume: mogplex runs events R --follow\n")
+
+
+def test_remembered_runs(run_demo: Callable[..., Result], tmp_path: Any, demo: mogplex.DemoServer) -> None:
+    assert run_demo("runs", "list") == Result(0, "", "no runs started from here yet\n")
+    ids = [json.loads(run_demo("run", "--repo", repo, "--json", f"task {repo}\n" + "y" * 100).out)["runId"]
+           for repo in ("acme/web", API_REPO)]
+    listed = [json.loads(line) for line in run_demo("runs", "list", "--json").out.splitlines()]
+    assert [record["id"] for record in listed] == ids[::-1]
+    assert listed[1]["task"] == ("task acme/web " + "y" * 100)[:80] and listed[1]["repo"] == "acme/web"
+    assert listed[1]["service"] == demo.url and listed[1]["branch"] == "main"
+    assert run_demo("runs", "list", "--limit", "1").out.splitlines()[0].split() == ["ID", "REPO", "BRANCH", "STARTED", "TASK"]
+    assert len(run_demo("runs", "list", "--limit", "1").out.splitlines()) == 2
+    newest = run_demo("runs", "get")
+    assert newest.out.startswith(f"run     {ids[1]}\n") and newest.err == f"run {ids[1]} (the newest started here)\n"
+    assert run_demo("runs", "get", "@last", MOGPLEX_RUN_ID=ids[0]).out.splitlines()[0] == f"run     {ids[1]}"
+    chosen = run_demo("runs", "events", MOGPLEX_RUN_ID=f" {ids[0]} ")
+    assert chosen.err == f"run {ids[0]} (MOGPLEX_RUN_ID)\n" and chosen.code == 0
+    assert ids[1] in run_demo("runs", "cancel", "@last").out
+    assert run_demo("runs", "cancel", MOGPLEX_RUN_ID=ids[0]).code == 2
+    run_demo("run", "--repo", WEB, "x", MOGPLEX_NO_HISTORY="1")
+    assert len(run_demo("runs", "list", "--json").out.splitlines()) == 2
+    assert oct((tmp_path / "home" / "runs.jsonl").stat().st_mode & 0o777) == "0o600"
+
+
+def test_another_service_has_other_runs(run_demo: Callable[..., Result], cli: Callable[..., Result]) -> None:
+    run_demo("run", "--repo", WEB, "x")
+    assert cli("runs", "list", "--json", env={"MOGPLEX_API_KEY": TOKEN}).out == ""
+
+
+def test_runs_get(run_demo: Callable[..., Result]) -> None:
+    shown, flat = run_demo("runs", "get", FAILED), run_demo("runs", "get", FAILED, "--json")
+    assert shown.out == mogplex.run_text(json.loads(flat.out), False) + "\n" and "\nerror   " in shown.out
+    unknown = run_demo("runs", "get", "00000000-0000-4000-8000-000000000000")
+    assert unknown.code == 1 and "(HTTP 404)" in unknown.err
+    malformed = run_demo("runs", "get", "nope/../x")
+    assert malformed.code == 1 and "(HTTP 500)" in malformed.err and "does not look like an id" in malformed.err
+
+
+@pytest.mark.parametrize("data, lines", [
+    ({"run": {"status": "cancelled"}, "status": "cancelled", "alreadyTerminal": False},
+     ["cancellation requested for run R", "status: cancelled"]),
+    ({"run": {"status": "success"}, "status": "success", "alreadyTerminal": True}, ["run R is already success"]),
+    ({"run": {"status": "streaming"}, "status": "cancellation_requested"},
+     ["cancellation requested for run R", "status: streaming"]),
+    ({"run": {"status": "failed"}, "status": "already_terminal"}, ["run R is already failed"]),
+    ({"status": "cancellation_requested"}, ["cancellation requested for run R", "status: cancellation_requested"]),
+])
+def test_cancel_copes_with_both_spellings(cli: Callable[..., Result], data: Dict[str, Any], lines: List[str]) -> None:
+    with one_answer(ok(data)) as server:
+        assert cli("runs", "cancel", "R", env=service(server.url)) == Result(0, "\n".join(lines) + "\n", "")
+        assert json.loads(cli("runs", "cancel", "R", "--json", env=service(server.url)).out) == data
+    assert all(request.startswith("POST /api/v1/mogplex/runs/R/cancel ") for request in server.requests)
+
+
+def test_sandboxes_list(run_demo: Callable[..., Result]) -> None:
+    named = run_demo("sandboxes", "list", "--repo", "acme/web", "--status", "error")
+    header, row = named.out.splitlines()
+    assert header.split() == ["ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST", "ACTIVE", "ERROR"]
+    assert "  acme/web  fix/tax   error  " in row and row.endswith("npm ci exited with code 1")
+    assert re.search(r"\d\d:\d\d\.\d{3}Z", row)
+    assert f"  {WEB}  " in run_demo("sandboxes", "list", "--repo", WEB, "--status", "error").out
+    assert run_demo("sandboxes", "list", "--status", "pausing") == Result(0, "", "no sandboxes\n")
+    assert json.loads(run_demo("sandboxes", "list", "--status", "paused", "--json").out)["status"] == "paused"
+
+
+def test_stopping_a_sandbox_is_not_offered_until_it_is(run_demo: Callable[..., Result], cli: Callable[..., Result]) -> None:
+    now = run_demo("sandboxes", "stop", "s-1")
+    assert (now.code, now.out) == (69, "") and "does not offer stopping" in now.err and "under Sandboxes at http" in now.err
+    with one_answer(ok({"sandbox": {"id": "s-1", "status": "stopped"}})) as server:
+        later = cli("sandboxes", "stop", "s-1", env=service(server.url))
+    assert later == Result(0, "stop requested for sandbox s-1\nstatus: stopped\n", "")
+    with one_answer(refusal(404, "NOT_FOUND", "Sandbox not found")) as server:
+        assert cli("sandboxes", "stop", "s-1", env=service(server.url)).code == 1
+
+
+def test_sandbox_logs(run_demo: Callable[..., Result]) -> None:
+    sandbox_id = mogplex.DEMO_SANDBOXES[0][0]
+    shown = run_demo("sandboxes", "logs", sandbox_id)
+    assert shown.code == 0 and shown.out.startswith("--- install_log ---\n") and "sandbox_created" in shown.out
+    assert "lifecycle_events" in json.loads(run_demo("sandboxes", "logs", sandbox_id, "--json").out)
+
+
+def test_a_token_without_the_scope(run_demo: Callable[..., Result], demo: mogplex.DemoServer) -> None:
+    for flags in ([], ["--json"]):
+        result = run_demo("run", "--repo", WEB, "x", *flags, MOGPLEX_API_KEY=demo.read_token)
+        assert (result.code, result.out) == (65, "")
+        assert result.err.startswith("error: FORBIDDEN: Missing required scope: write.") and "(HTTP 403)" in result.err
+
+
+def test_no_credential_names_both_ways_to_give_one(cli: Callable[..., Result]) -> None:
+    result = cli("repos", "list", env={"MOGPLEX_API_KEY": "  "})
+    assert result.code == 64 and "mogplex login" in result.err and "MOGPLEX_API_KEY" in result.err
+
+
+@pytest.mark.parametrize("token", ["mog_\nx", "mog_\x00", "mog x", "mog_\u00e9"])
+def test_a_token_no_header_can_carry_is_not_printed(cli: Callable[..., Result], token: str) -> None:
+    result = cli("repos", "list", env={"MOGPLEX_API_KEY": token.replace("\x00", "\x01")})
+    assert result.code == 64 and "mog" not in result.err.replace("mogplex", "")
+
+
+def test_debug_shows_requests_and_never_the_token(run_demo: Callable[..., Result], demo: mogplex.DemoServer) -> None:
+    for argv in (["--debug", "repos", "list"], ["repos", "list", "--debug"]):
+        result = run_demo(*argv)
+        assert re.search(r"debug: GET http://127\.0\.0\.1:\d+/api/v1/mogplex/repos\S* 200 \d+ ms \d+ bytes try 1", result.err)
+        assert demo.token not in result.err + result.out
+    assert "debug: GET" in run_demo("repos", "list", MOGPLEX_DEBUG="1").err
+
+
+@pytest.mark.parametrize("flags", [["--demo"], []])
+def test_demo_before_and_after_the_subcommand(
+    cli: Callable[..., Result], tmp_path: Any, flags: List[str],
+) -> None:
+    argv = [*flags, "runs", "list", "--json", *([] if flags else ["--demo"])]
+    result = cli(*argv, env={"MOGPLEX_API_KEY": TOKEN, "MOGPLEX_URL": "https://nowhere.invalid", "NODE_ENV": "production"})
+    assert result.code == 0 and [json.loads(line)["id"] for line in result.out.splitlines()][0] == RUNNING
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("status, code", [(401, 64), (403, 65), (404, 1), (429, 75), (501, 69), (503, 69), (418, 1)])
+def test_json_never_changes_an_exit_code(cli: Callable[..., Result], status: int, code: int) -> None:
+    with one_answer(refusal(status, "CODE", "text \x1b[2J", Retry_After="60")) as server:
+        for flags in ([], ["--json"]):
+            result = cli("repos", "list", *flags, env=service(server.url))
+            assert (result.code, result.out) == (code, "")
+            assert result.err.splitlines()[0] == f"error: CODE: text  (HTTP {status})"
+            assert "asks to wait 60 s" in result.err
+
+
+def test_a_login_redirect_is_unauthorized_and_names_the_base_url(cli: Callable[..., Result]) -> None:
+    with one_answer(answer(307, "", Location="/login?next=%2Fx")) as server:
+        result = cli("runs", "cancel", "R", env=service(server.url))
+    assert result.code == 64 and "MOGPLEX_URL" in result.err and len(server.requests) == 1
+
+
+def run_file(*argv: str, url: str = "", **settings: Any) -> "subprocess.Popen[bytes]":
+    """The program as its user starts it."""
+    env = {**os.environ, "PYTHONIOENCODING": "", **(service(url) if url else {}), **settings.pop("env", {})}
+    return subprocess.Popen([sys.executable, MODULE, *argv], stdout=settings.pop("stdout", subprocess.PIPE),
+                            stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env, **settings)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("flags, cancelled", [([], False), (["--cancel-on-interrupt"], True)])
+def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled: bool) -> None:
+    def serve(count: int, request: str, connection: socket.socket) -> bytes:
+        return ok({"run": {"status": "streaming"}, "events": [{"id": "e", "type": "log", "message": "here"}]})
+
+    with RawServer(serve) as server:
+        process = run_file("runs", "events", "R", "--follow", *flags, url=server.url)
+        assert process.stdout is not None and b"here" in process.stdout.readline()
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (code, b"") and b"Traceback" not in err
+    assert any("/runs/R/cancel" in request for request in server.requests) is cancelled
+    assert (b"cancellation requested for run R" if cancelled else b"mogplex runs cancel R") in err
+
+
+def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
+    served = threading.Event()
+
+    def serve(count: int, request: str, connection: socket.socket) -> bytes:
+        if count > 1:
+            served.wait(30)  # the silence in which the reader leaves
+        return ok({"run": {"status": "streaming"}, "events": [{"id": "e", "type": "log", "message": "here"}]})
+
+    with RawServer(serve) as server:
+        process = run_file("runs", "events", "R", "--follow", url=server.url)
+        assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(30) == 141 and process.stderr.read() == b""
+        served.set()
+
+
+@pytest.mark.parametrize("shell, code, told", [
+    ("{} repos list >/dev/full", 1, "error: cannot write to stdout: No space left on device"),
+    ("{} repos list >&-", 1, "error: stdout is closed"), ("{} repos list 2>&-", 0, ""), ("{} repos list 2>/dev/full", 0, ""),
+    ("{} repos list --json | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}", None, ""),
+])
+def test_a_stdout_that_takes_nothing(demo: mogplex.DemoServer, shell: str, code: Optional[int], told: str) -> None:
+    command = shell.format(f"{sys.executable} {MODULE}")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60,
+                          env={**os.environ, **service(demo.url, demo.token)})
+    assert done.returncode in ((code,) if code is not None else (0, 141)) and done.stderr.decode().strip() == told
+
+
+def test_an_encoding_that_lacks_a_character_gets_a_replacement(demo: mogplex.DemoServer) -> None:
+    done = subprocess.run([sys.executable, MODULE, "runs", "events", FINISHED], capture_output=True, timeout=60, env={
+        **os.environ, **service(demo.url, demo.token), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert done.returncode == 0 and b"tests pass ?" in done.stdout and done.stderr == b""
+
+
+@pytest.mark.parametrize("missing, argv, code, out, told", [
+    ("requests", ["repos", "list"], 1, "", "the package 'requests' is missing"),
+    ("tabulate", ["repos", "list", "--query", "docs"], 0,
+     "ID\tREPO\tBRANCH\tROOT\nc41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19\tacme/docs\ttrunk\twebsite\n", "'tabulate' is missing"),
+    ("tabulate", ["repos", "list", "--query", "zzz", "--json"], 0, "", ""),
+])
+def test_missing_packages(
+    run_demo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, missing: str, argv: List[str], code: int, out: str,
+    told: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)  # what Python itself does for "not there"
+    result = run_demo(*argv)
+    assert (result.code, result.out) == (code, out) and told in result.err and "Traceback" not in result.err
+    assert missing != "requests" or "python3 -m pip install requests" in result.err
+
+
+def test_a_real_bug_keeps_its_traceback(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mogplex, "DEFAULT_URL", None)
+    with pytest.raises(AttributeError):
+        cli("runs", "list")
+
+
+def test_signs_of_life_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [1000.0]
+    ctx = mogplex.Context({}, sys.stdin, sys.stdout, sys.stderr)
+    silent, spoken = [mogplex.Follower(ctx, mogplex.Client(TOKEN), "R", False, quiet, clock=lambda: now[0])
+                      for quiet in (True, False)]
+    for now[0] in (1000.0, 1030.0, 1060.0, 1061.0, 1119.0, 1120.0, 1121.0):
+        for follower in (silent, spoken):
+            follower.progress(mogplex.Progress("connected", "streaming", 1000.0, 1000.0, None, 0, "", 1.0, {}))
+    assert capsys.readouterr().err == (
+        "still streaming, last event 1m ago\nstill streaming, last event 2m ago\n")
+
+
+def test_the_status_line_of_a_terminal_is_redrawn_at_most_once_a_second() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    now, screen, data = [1000.0], Terminal(), io.StringIO()
+    ctx = mogplex.Context({"TERM": "xterm"}, sys.stdin, data, screen)
+    follower = mogplex.Follower(ctx, mogplex.Client(TOKEN), "R", False, clock=lambda: now[0])
+    for now[0] in (1000.0, 1000.25, 1000.5, 1001.0, 1001.25):
+        follower.progress(mogplex.Progress("connected", "streaming", 990.0, 995.0, None, 0, "", 1.0, {}))
+    follower.erase()
+    lines = ["streaming 10s | last event 5s ago | connected", "streaming 11s | last event 6s ago | connected"]
+    assert screen.getvalue() == "\r" + lines[0] + "\r" + lines[1] + "\r" + " " * len(lines[1]) + "\r"
+    assert data.getvalue() == ""
+
+
+def test_the_specification_s_own_script(demo: mogplex.DemoServer, tmp_path: Any) -> None:
+    script = r'''
+set -u
+mogplex() { "$PYTHON" "$MODULE" "$@"; }
+RUN_ID=$(mogplex run --repo acme/web --harness codex "Refactor auth to use bearer tokens" --json | jq -r .runId)
+mogplex runs events "$RUN_ID" --follow
+case $? in
+  0)  echo "run completed cleanly" ;;
+  64) echo "auth failed - refresh MOGPLEX_API_KEY"; exit 1 ;;
+  65) echo "PAT lacks write scope" ; exit 1 ;;
+  75) echo "rate limited - backing off" ; sleep 60 ; exec "$0" "$@" ;;
+  *)  echo "unexpected failure (exit $?)" ; exit 1 ;;
+esac
+'''.replace("jq -r .runId", '"$PYTHON" -c "import json,sys; print(json.load(sys.stdin)[\'runId\'])"')
+    done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, env={
+        **os.environ, **service(demo.url, demo.token), "PYTHON": sys.executable, "MODULE": MODULE})
+    assert done.returncode == 0 and done.stdout.decode().endswith(" success ---\nrun completed cleanly\n")
+
+
+def test_demo_server_prints_what_a_shell_needs(tmp_path: Any) -> None:
+    process = run_file("--demo-server")
+    assert process.stdout is not None
+    lines = [process.stdout.readline().decode() for _ in range(5)]
+    exports = "".join(lines)
+    done = subprocess.run(["bash", "-c", f'{exports}"$PYTHON" "$MODULE" repos list --json --limit 1'], capture_output=True,
+                          timeout=60, env={**os.environ, "PYTHON": sys.executable, "MODULE": MODULE, "NODE_ENV": "production"})
+    assert done.returncode == 0 and json.loads(done.stdout)["full_name"] == "acme/api"
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (143, b"") and b"Traceback" not in err
+
 
 # ---------------------------------------------------------------- The contract
