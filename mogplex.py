@@ -1938,7 +1938,8 @@ class DemoService:
             body = {"repoId": repo, "workingBranch": branch}
             self._add_sandbox(body, age_s, id=record_id, sandbox_id=name, status=status, error=error)
         for run_id, repo, harness, ending, age_s, _ in DEMO_RUNS:
-            self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
+            sandbox = self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
+            sandbox["status"] = "" if ending == "running" else "stopped"
 
     def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> DemoAnswer:
         """The answer to a request; ``headers`` in lower case."""
@@ -2040,10 +2041,10 @@ class DemoService:
     def _sandbox(self, sandbox: Json) -> Json:
         """The object as it is now: one without a status of its own is set up within six seconds."""
         age_s, name = (self.clock() - (parse_time(sandbox["created_at"]) or 0.0)) * self.speed, sandbox["id"][:8]
-        if not sandbox["status"] and age_s >= 2:
-            sandbox = dict(sandbox, status="installing" if age_s < 6 else "running", sandbox_id="sbx_" + name)
-        preview = f"https://{name}-3000.preview.example" if sandbox["status"] == "running" else None
-        return dict(sandbox, status=sandbox["status"] or "creating", preview_url=preview)
+        status = sandbox["status"] or ("creating" if age_s < 2 else "installing" if age_s < 6 else "running")
+        made = f"sbx_{name}" if sandbox["sandbox_id"] == "pending" and age_s >= 2 else sandbox["sandbox_id"]
+        preview = f"https://{name}-3000.preview.example" if status == "running" else None
+        return dict(sandbox, status=status, sandbox_id=made, preview_url=preview)
 
     def start_run(self, request: DemoRequest) -> Json:
         body, repo_id = request.json, text_of(request.json, "repoId").lower()
@@ -2064,7 +2065,8 @@ class DemoService:
             self._add_run(run_id, dict(body, repoId=repo_id), ending, 0.0)
         return dict(self._run(run_id)[0], replayed=replayed)
 
-    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> None:
+    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> Json:
+        """Its sandbox."""
         sandbox, created = self._add_sandbox(body, age_s), self.clock() - age_s / self.speed
         base, working = sandbox["base_branch"], sandbox["working_branch"]
         facts = {
@@ -2075,6 +2077,7 @@ class DemoService:
             "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel", "createdAt": sandbox["created_at"]}
         pushed = f"mogplex/agent-{run_id[:8]}" if working == base else working
         self.runs[run_id] = (facts, created, demo_steps(ending, facts, pushed))
+        return sandbox
 
     def _run(self, run_id: str) -> Tuple[Json, float, List[DemoStep]]:
         """The run object as it is now, its age in seconds at speed 1, and the steps that it has shown."""
