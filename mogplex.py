@@ -1054,8 +1054,8 @@ class Client:
             token = self.credential.current(self.post_form)
             try:
                 url = self._url(path)
-                with self._open(method, url, params, body=body, headers=headers, token=token, attempt=attempt) as answer:
-                    return answer.data()
+                with self._open(method, url, params, token=token, body=body, headers=headers, attempt=attempt) as got:
+                    return got.data()
             except MogplexError as error:
                 if error.status == 401 and not renewed and self.credential.renew(token, self.post_form):
                     renewed = True
@@ -1772,62 +1772,81 @@ def github_output(verdict: Verdict) -> str:
 # ---------------------------------------------------------------- 8. Demo
 
 DEMO_TOKEN, DEMO_READ_TOKEN = "mog_" + "Demo" * 8, "mog_" + "Read" * 8
+DEMO_WEB, DEMO_API = "8f3a2b1c-1234-4abc-9def-1234567890ab", "2d6f0c7e-5b1a-4c3d-8e9f-0a1b2c3d4e5f"  # repos
+DEMO_DOCS, DEMO_BARE = "c41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19", "5a7b9c1d-3e2f-4a80-91b4-d7c6b5a49382"
 DEMO_FOREIGN_REPO = "f0e1d2c3-b4a5-4968-8776-655443322110"  # another user's: 404, where an unknown id is 503
 DEMO_SECRET = "not-a-real-secret-0123456789"  # in the MCP servers' config, which a client must drop
 DEMO_ERROR = "Harness exited with code 1: 3 of 148 tests failed"
-DEMO_REDIRECTS = ("http://127.0.0.1:24816/auth/callback", "http://127.0.0.1:24818/auth/callback")
-DEMO_REPOS: List[Json] = [
-    dict(zip(("id", "full_name", "installation_id", "default_branch", "root_directory"), row)) for row in (
-        ("8f3a2b1c-1234-4abc-9def-1234567890ab", "acme/web", "51423907", "main", None),
-        ("2d6f0c7e-5b1a-4c3d-8e9f-0a1b2c3d4e5f", "acme/api", "51423907", "main", None),
-        ("c41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19", "acme/docs", "51423907", "trunk", "website"),
-        ("5a7b9c1d-3e2f-4a80-91b4-d7c6b5a49382", "acme/web-legacy", None, None, None))]
-DEMO_RUNS = (  # id, repo, harness, ending, age in s, cancelled at s, task
-    ("79f0d3c7-6a2e-4b91-8c5d-1f3e5a7b9c0d", 0, "codex", "success", 259200, None, "Refactor auth to bearer tokens"),
-    ("7a44c0be-1d9f-4e37-a2b8-c6d4e2f0a1b3", 1, "codex", "long", 172800, None, "Give every handler typed errors"),
-    ("7b8e1a35-f0c2-4d64-9e7a-3b5c7d9e1f20", 1, "claude-code", "running", 86400, 97.0, "Move the queue to Redis"),
-    ("7c02f9d4-2e8b-4a15-b6c3-9d7f5e3c1a0b", 0, "codex", "failed", 18000, None, "Repair the flaky e2e suite"),
-    ("7d10b6e2-9c4a-4f83-8d1e-5a3b1c9f7e6d", 2, "claude-code", "unchanged", 10800, None, "Look for dead links"),
-    ("7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04", 0, "codex", "running", 761, None, "Fix the login redirect loop"))
+DEMO_REPOS: Dict[str, Json] = {row[0]: dict(zip(
+    ("id", "full_name", "installation_id", "default_branch", "root_directory"), row)) for row in (
+    (DEMO_API, "acme/api", "51423907", "main", None), (DEMO_DOCS, "acme/docs", "51423907", "trunk", "website"),
+    (DEMO_WEB, "acme/web", "51423907", "main", None), (DEMO_BARE, "acme/web-legacy", None, None, None))}
+DEMO_RUNS = (  # id, repo, harness, ending, age in s, task
+    ("79f0d3c7-6a2e-4b91-8c5d-1f3e5a7b9c0d", DEMO_WEB, "codex", "delivered", 259200, "Use bearer tokens"),
+    ("7a44c0be-1d9f-4e37-a2b8-c6d4e2f0a1b3", DEMO_API, "codex", "long", 172800, "Give every handler types"),
+    ("7b8e1a35-f0c2-4d64-9e7a-3b5c7d9e1f20", DEMO_API, "claude-code", "cancelled", 86400, "Move to Redis"),
+    ("7c02f9d4-2e8b-4a15-b6c3-9d7f5e3c1a0b", DEMO_WEB, "codex", "failed", 18000, "Repair the e2e suite"),
+    ("7d10b6e2-9c4a-4f83-8d1e-5a3b1c9f7e6d", DEMO_DOCS, "claude-code", "idle", 10800, "Look for dead links"),
+    ("7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04", DEMO_WEB, "codex", "running", 761, "Fix the login redirect loop"))
 DEMO_SANDBOXES = (  # id, sandbox_id, repo, status, working_branch, age in s, error
-    ("b1c2d3e4-5f60-4718-829a-3b4c5d6e7f80", "sbx_w3bR7nq0", 0, "running", "main", 40, None),
-    ("b2d3e4f5-6071-4829-93ab-4c5d6e7f8091", "sbx_d0c5Kx2p", 2, "paused", "trunk", 5400, None),
-    ("b3e4f506-7182-493a-a4bc-5d6e7f8091a2", None, 0, "error", "fix/tax", 7200, "npm ci exited with code 1"),
-    ("b4f50617-8293-4a4b-b5cd-6e7f8091a2b3", "sbx_4p1Zt8vL", 1, "stopped", "feat/queue", 90000, None))
-DEMO_AGENTS = {"agents": [{
+    ("b1c2d3e4-5f60-4718-829a-3b4c5d6e7f80", "sbx_w3bR7nq0", DEMO_WEB, "running", "main", 40, None),
+    ("b2d3e4f5-6071-4829-93ab-4c5d6e7f8091", "sbx_d0c5Kx2p", DEMO_DOCS, "paused", "trunk", 5400, None),
+    ("b3e4f506-7182-493a-a4bc-5d6e7f8091a2", None, DEMO_WEB, "error", "fix/tax", 7200, "npm ci exited with 1"),
+    ("b4f50617-8293-4a4b-b5cd-6e7f8091a2b3", "sbx_4p1Zt8vL", DEMO_API, "stopped", "feat/queue", 90000, None))
+DEMO_AGENTS: Json = {"agents": [{
     "id": "a1f0e2d3-c4b5-4a69-8778-695a4b3c2d1e", "name": "Reviewer", "slug": "reviewer", "model": None,
     "description": "Says what a change would break", "category": "quality", "preset": True}]}
-DEMO_MODELS = {"models": [{
-    "id": f"{provider}/{name}", "provider": provider, "name": name, "contextLength": 200000,
-    "capabilities": ["tools"], "pricing": {"input": cost, "output": cost * 5}}
-    for provider, name, cost in (("openai", "gpt-5-codex", 1.25), ("anthropic", "claude-sonnet-4.5", 3.0))]}
-DEMO_SERVERS = {"servers": [
+DEMO_MODELS: Json = {"models": [{
+    "id": "openai/gpt-5-codex", "provider": "openai", "name": "GPT-5 Codex", "contextLength": 400000,
+    "capabilities": ["tools"], "pricing": {"input": 1.25, "output": 10}}]}
+DEMO_SERVERS: Json = {"servers": [
     {"name": "github", "enabled": True, "config": {"headers": {"Authorization": f"Bearer {DEMO_SECRET}"}}},
     {"name": "sentry", "enabled": False, "config": {"env": {"SENTRY_TOKEN": DEMO_SECRET}}}]}
+DEMO_BRANCHES = {"base_branch": "$base", "working_branch": "$pushed"}
+DEMO_DELIVERY: Json = {
+    **DEMO_BRANCHES, "stage": "git_delivery", "pull_request_url": "https://github.com/$repo/pull/$number",
+    "auto_committed_files": []}
+DEMO_ANY = "delivered idle long failed running cancelled"
+DEMO_STATUS = {  # what a type of event makes of the status, and how many seconds later
+    "status_changed": ("streaming", 0.0), "cancel_requested": ("cancelled", 0.0),
+    "finished": ("success", 0.6), "failed": ("failed", 0.6)}
 DemoStep = Tuple[float, str, Optional[str], str, Json]  # seconds into the run, type, toolName, message, payload
-DEMO_WORK: Dict[str, List[DemoStep]] = {  # what an agent does after its set-up, by how the run ends
-    "success": [
-        (6.5, "tool_call", "apply_patch", "src/session.ts", {"files": ["src/session.ts", "src/session.test.ts"]}),
-        (7.0, "tool_result", "apply_patch", "2 files changed, all 148 tests pass \u2713", {"exit_code": 0})],
-    "failed": [  # the lines that say why come after the status
-        (7.5, "failed", None, "Harness run failed", {"exit_code": 1, "failure_code": "command_failed"}),
-        (8.5, "failed", None, "Harness execution failed", {"error": DEMO_ERROR}),
-        (9.1, "failed", None, "External Mogplex run failed", {"error": DEMO_ERROR})],
-    "unchanged": [],
-    "long": [(9.0 + 3 * i, "tool_call", "shell", f"npm test -- {i:03d}", {}) for i in range(230)],  # more than is listed
-    "running": [(at, "assistant_message", None, text, {}) for at, text in (  # without an end; agents write what they like
-        (95.0, "Found it:\n::error::\x1b[2J\x1b[31mthe cookie\x1b[0m \u202eis\u202c lost ##vso[task.complete]\rhere"),
-        (640.0, "A test now shows it."), (790.0, "The fix is in."), (840.0, "Two tests are red, I look at them."))],
-}
+DEMO_SCRIPT: List[Tuple[str, float, str, Optional[str], str, Json]] = [  # the endings that show it, and a step
+    (DEMO_ANY, 0.0, "started", None, "External Mogplex run accepted",
+     {"external_run_id": "$id", "harness_id": "$harness", "working_branch": "$working"}),
+    (DEMO_ANY, 0.3, "started", None, "Harness run started: $harness", {"harness_id": "$harness"}),
+    (DEMO_ANY, 1.4, "log", None, "Synchronized $pushed", dict(DEMO_BRANCHES, stage="git_sync", created_branch=True)),
+    (DEMO_ANY, 1.9, "log", None, "Loaded 2 MCP server(s) for $name",
+     {"stage": "mcp_config", "outcome": "loaded", "server_count": 2, "server_names": ["github", "sentry"]}),
+    (DEMO_ANY, 2.6, "status_changed", None, "Harness run streaming",
+     {"from": "pending", "to": "streaming", "runtime_command_id": "cmd_$id"}),
+    (DEMO_ANY, 3.3, "log", None, "Installed @$package", {"stage": "install", "logs": "added 1 package in 2s"}),
+    (DEMO_ANY, 4.0, "assistant_message", None, "I read the code around it first.", {}),
+    ("delivered", 6.5, "tool_call", "apply_patch", "src/session.ts", {"files": ["src/session.ts"]}),
+    ("delivered", 7.0, "tool_result", "apply_patch", "1 file changed, 148 tests pass \u2713", {"exit_code": 0}),
+    ("delivered", 8.2, "log", None, "Pull request ready", dict(DEMO_DELIVERY, changed=True)),
+    ("idle", 8.2, "log", None, "No code changes to deliver", dict(DEMO_DELIVERY, changed=False, pull_request_url=None)),
+    ("delivered idle", 9.0, "finished", None, "Harness run finished", {"exit_code": 0}),
+    ("failed", 7.5, "failed", None, "Harness run failed", {"exit_code": 1, "failure_code": "command_failed"}),
+    ("failed", 8.5, "failed", None, "Harness execution failed", {"error": DEMO_ERROR}),  # after the status
+    ("failed", 9.1, "failed", None, "External Mogplex run failed", {"error": DEMO_ERROR}),
+    ("running cancelled", 95.0, "assistant_message", None,  # agents write anything
+     "Found:\n::error::\x1b[2J\x1b[31mthe cookie\x1b[0m \u202eis\u202c lost ##vso[task.complete]\rhere", {}),
+    ("running", 640.0, "assistant_message", None, "A test now shows it.", {}),
+    ("running", 790.0, "assistant_message", None, "The fix is in, two tests are red.", {}),
+    ("cancelled", 97.0, "cancel_requested", None, "Cancellation requested", {"external_run_id": "$id"}),
+    ("cancelled", 98.0, "cancelled", None, "External Mogplex run cancelled", {"external_run_id": "$id"}),
+    *(("long", 9.0 + 3 * i, "tool_call", "shell", f"npm test -- {i:03d}", {}) for i in range(230)),
+    ("long", 900.0, "finished", None, "Harness run finished", {"exit_code": 0}),
+]
 
 
 class DemoAnswer(Exception):
-    """One HTTP answer, returned or raised: an object is sent as JSON in chunks, text as it is."""
+    """One HTTP answer, returned or raised: text, or an object that is sent as JSON."""
 
     def __init__(self, status: int, body: Union[Json, str] = "", **headers: str) -> None:
         super().__init__(status)
-        self.status, self.body = status, body
-        self.headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        self.status, self.body, self.headers = status, body, headers
 
 
 def demo_refusal(status: int, code: str, message: str, **headers: str) -> DemoAnswer:
@@ -1836,39 +1855,18 @@ def demo_refusal(status: int, code: str, message: str, **headers: str) -> DemoAn
 
 
 class DemoRequest(NamedTuple):
-    """One HTTP request: header names in lower case, ``id`` the one in the path."""
+    """What a route is told of a request."""
 
-    method: str
-    path: str
+    id: str  # the one in the path, or ""
     query: Dict[str, str]
-    headers: Mapping[str, str]
-    body: bytes
-    id: str = ""
+    form: Dict[str, str]  # the body, read as a form
+    json: Json  # the body, read as JSON; {} for anything but an object
+    key: str  # idempotency key
 
-    def limited(self, items: List[Json]) -> List[Json]:
-        """As many of ``items`` as ``limit`` says, which is clamped and never refused."""
-        text = self.query.get("limit", "")
-        return items[:max(1, min(MAX_LIMIT, int(text) if re.match(r"-?\d{1,9}\Z", text) else 100))]
-
-    def json(self) -> Json:
-        try:
-            body = json.loads(self.body)
-        except (ValueError, RecursionError):
-            body = None
-        if not isinstance(body, dict):
-            raise demo_refusal(400, "BAD_REQUEST", "Invalid JSON body")
-        return body
-
-
-class DemoRun(NamedTuple):
-    """What stays of a run; what it shows at a time follows from it alone (demo_shown)."""
-
-    facts: Json  # the part of the run object that never changes
-    repo: str  # full name
-    pushed: str  # the branch of the payloads: the true one
-    created: float
-    ending: str
-    cancelled_s: Optional[float] = None  # into the run
+    def limited(self, records: List[Json]) -> List[Json]:
+        """As many as ``limit`` says, which is clamped and never refused."""
+        limit = self.query.get("limit", "")
+        return records[:max(1, min(MAX_LIMIT, int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100))]
 
 
 def demo_id(name: str) -> str:
@@ -1884,75 +1882,44 @@ def demo_time(seconds: float, digits: int = 3) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + fraction + ("Z" if digits == 3 else "+00:00")
 
 
-def demo_steps(run: DemoRun) -> List[DemoStep]:
-    """All that a run will ever show, oldest first, if nobody cancels it."""
-    run_id, harness, branch = run.facts["runId"], run.facts["harness"], run.facts["branch"]
-    name, package = ("Codex", "openai/codex") if harness == "codex" else ("Claude Code", "anthropic-ai/claude-code")
-    branches = {"base_branch": branch["base"], "working_branch": run.pushed}
-    steps: List[DemoStep] = [
-        (0.0, "started", None, "External Mogplex run accepted",
-         {"external_run_id": run_id, "harness_id": harness, "working_branch": branch["working"]}),
-        (0.3, "started", None, f"Harness run started: {harness}", {"harness_id": harness}),
-        (1.4, "log", None, f"Synchronized {run.pushed}",
-         dict(branches, stage="git_sync", created_branch=run.pushed != branch["working"])),
-        (1.9, "log", None, f"Loaded 2 MCP server(s) for {name}",
-         {"stage": "mcp_config", "outcome": "loaded", "server_count": 2, "server_names": ["github", "sentry"]}),
-        (2.6, "status_changed", None, "Harness run streaming",
-         {"from": "pending", "to": "streaming", "runtime_command_id": f"cmd_{run_id[:8]}"}),
-        (3.3, "log", None, f"Installed @{package}", {"stage": "install", "logs": "added 1 package in 2s"}),
-        (4.0, "assistant_message", None, "I read the code around it first.", {}),
-        (4.8, "tool_call", "shell", "rg -n session src", {"command": "rg -n session src"}),
-        (5.2, "tool_result", "shell", "src/session.ts:14, and 6 more", {"exit_code": 0}),
-    ] + DEMO_WORK[run.ending]
-    if run.ending in ("failed", "running"):
-        return steps
-    changed, at = run.ending != "unchanged", steps[-1][0]
-    url = f"https://github.com/{run.repo}/pull/{100 + int(run_id[:4], 16) % 900}" if changed else None
-    return steps + [
-        (at + 1.2, "log", None, "Pull request ready" if changed else "No code changes to deliver",
-         dict(branches, stage="git_delivery", changed=changed, pull_request_url=url, auto_committed_files=[])),
-        (at + 2.0, "finished", None, "Harness run finished", {"exit_code": 0})]
+def demo_steps(ending: str, facts: Json, pushed: str) -> List[DemoStep]:
+    """All that a run will ever show, oldest first; ``pushed`` is its true branch."""
+    import string
+    codex, branch, run_id = facts["harness"] == "codex", facts["branch"], facts["runId"]
+    words = {
+        "id": run_id, "harness": facts["harness"], "name": "Codex" if codex else "Claude Code", "pushed": pushed,
+        "package": "openai/codex" if codex else "anthropic-ai/claude-code", "base": branch["base"],
+        "working": branch["working"], "repo": DEMO_REPOS[facts["repoId"]]["full_name"],
+        "number": 100 + int(run_id[:4], 16) % 900}
+    script = json.dumps([step for endings, *step in DEMO_SCRIPT if ending in endings.split()])
+    return [(at, *step) for at, *step in json.loads(string.Template(script).substitute(words))]
 
 
-def demo_shown(run: DemoRun, elapsed_s: float) -> Tuple[str, List[DemoStep]]:
+def demo_shown(steps: List[DemoStep], elapsed_s: float) -> Tuple[str, List[DemoStep]]:
     """Status and events of a run so many seconds (at speed 1) after its start."""
-    steps, status, stop_s = demo_steps(run), "pending", run.cancelled_s
-    if stop_s is not None:
-        payload = {"external_run_id": run.facts["runId"]}
-        steps = [step for step in steps if step[0] <= stop_s] + [
-            (stop_s, "cancel_requested", None, "Cancellation requested", payload),
-            (stop_s + 1.0, "cancelled", None, "External Mogplex run cancelled", payload)]
+    status = "pending"
     for at, kind, *_ in steps:
-        if kind == "status_changed" and at <= elapsed_s:
-            status = "streaming"
-        elif kind in ("finished", "failed") and at + 0.6 <= elapsed_s:  # the status follows the event
-            status = "success" if kind == "finished" else "failed"
-    return "cancelled" if stop_s is not None else status, [step for step in steps if step[0] <= elapsed_s]
+        after, later_s = DEMO_STATUS.get(kind, ("", 0.0))
+        status = after if after and at + later_s <= elapsed_s else status
+    return status, [step for step in steps if step[0] <= elapsed_s]
 
 
 def demo_problem(key: str, body: Json, default_branch: str) -> str:
-    """What the service has against a StartRun, or "" for nothing; in its own words and order."""
-    prompt, root = body.get("prompt"), body.get("rootDirectory")
-    base, working = body.get("baseBranch"), body.get("workingBranch")
-    branch = re.compile(r"[A-Za-z0-9_./-]+\Z")
+    """What the service has against a StartRun, in its own words; "" for nothing."""
+    base, working, root = body.get("baseBranch"), body.get("workingBranch"), body.get("rootDirectory")
+    prompt, name = text_of(body, "prompt"), re.compile(r"[A-Za-z0-9_./-]+\Z")
     problems = (
         (not key, "Idempotency-Key is required"),
         (len(key) > 200, "Idempotency-Key exceeds maximum length of 200 characters"),
         (not text_of(body, "repoId"), "repoId is required"),
-        (not text_of(body, "prompt").strip(), "Prompt is required"),
-        (utf16_units(str(prompt)) > 100_000, "Prompt is too long"),
+        (not prompt.strip(), "Prompt is required"), (utf16_units(prompt) > 100_000, "Prompt is too long"),
         (body.get("harness", "codex") not in HARNESSES, "Invalid harness"),
-        (base is not None and not branch.match(str(base)), "Invalid base branch"),
-        (working is not None and not branch.match(str(working)), "Invalid working branch"),
+        (base is not None and not name.match(str(base)), "Invalid base branch"),
+        (working is not None and not name.match(str(working)), "Invalid working branch"),
         (root is not None and (str(root).startswith("/") or ".." in str(root)), "Invalid root directory"),
-        (body.get("createBranch") and working == (base or default_branch),
+        (body.get("createBranch") and (working or default_branch) == (base or default_branch),
          "Working branch must differ from base branch when createBranch is true"))
     return next((text for wrong, text in problems if wrong), "")
-
-
-def demo_oauth_error(status: int, code: str) -> DemoAnswer:
-    """An error as OAuth spells it."""
-    return DemoAnswer(status, {"error": code, "error_description": code.replace("_", " ")})
 
 
 class DemoService:
@@ -1966,49 +1933,53 @@ class DemoService:
         import threading
         self.clock, self.speed, self.rate_limit, self.lock = clock, speed, rate_limit, threading.Lock()
         self.requests = self.refusals = self.refreshes = 0
-        self.token_lifetime_s = 3600.0
-        self.issued: List[str] = []
+        self.token_lifetime_s, self.issued = 3600.0, []  # type: Tuple[float, List[str]]
         self.tokens = {DEMO_TOKEN: (float("inf"), "read write"), DEMO_READ_TOKEN: (float("inf"), "read")}
         self.refresh_tokens: Dict[str, Tuple[float, str]] = {}  # as tokens: until when, and scopes
         self.codes: Dict[str, Tuple[float, Dict[str, str]]] = {}  # until when, and what authorize was asked
         self.recent: Dict[str, List[float]] = {}  # token -> when its requests of the last minute came
         self.keys: Dict[str, Tuple[Json, str]] = {}  # idempotency key -> body, run id
-        self.runs: Dict[str, DemoRun] = {}
+        self.runs: Dict[str, Tuple[Json, float, List[DemoStep]]] = {}  # lasting fields, start, script
         self.sandboxes: Dict[str, Json] = {}
-        for record_id, sandbox_id, repo, status, branch, age_s, error in DEMO_SANDBOXES:
-            self._add_sandbox(DEMO_REPOS[repo], {"workingBranch": branch}, age_s, id=record_id,
-                              sandbox_id=sandbox_id, status=status, error=error)
-        for run_id, repo, harness, ending, age_s, cancelled_s, _ in DEMO_RUNS:
-            run = self._add_run(run_id, DEMO_REPOS[repo], {"harness": harness}, ending, age_s)
-            self.runs[run_id] = run._replace(cancelled_s=cancelled_s)
+        for record_id, name, repo, status, branch, age_s, error in DEMO_SANDBOXES:
+            body = {"repoId": repo, "workingBranch": branch}
+            self._add_sandbox(body, age_s, id=record_id, sandbox_id=name, status=status, error=error)
+        for run_id, repo, harness, ending, age_s, _ in DEMO_RUNS:
+            sandbox = self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
+            sandbox["status"] = "" if ending == "running" else "stopped"
 
     def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> DemoAnswer:
-        """The answer to a request."""
+        """The answer to a request; ``headers`` in lower case."""
         import urllib.parse
         path, mark, query = target.partition("?")
+        bearer = headers.get("authorization", "")
         with self.lock:
             self.requests += 1
             if path != "/" and (path.endswith("/") or "//" in path):
                 return DemoAnswer(308, Location=re.sub("//+", "/", path).rstrip("/") + mark + query)
-            fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+            if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", bearer):
+                return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(path, safe=""))
+            fields, form = [dict(urllib.parse.parse_qsl(text)) for text in (query, body.decode("latin-1"))]
             try:
-                return self._route(DemoRequest(method, path, fields, headers, body))
+                data = dict_of({"body": json.loads(body)}, "body")
+            except ValueError:
+                data = {}
+            request = DemoRequest("", fields, form, data, headers.get("idempotency-key", "").strip())
+            try:
+                return self._route(method, path, bearer[7:], request)
             except DemoAnswer as answer:
                 return answer
 
-    def _route(self, request: DemoRequest) -> DemoAnswer:
+    def _route(self, method: str, path: str, token: str, request: DemoRequest) -> DemoAnswer:
         import urllib.parse
-        bearer = request.headers.get("authorization", "")
-        if request.path.startswith(API_PATH + "/") and not re.match(r"Bearer \S+\Z", bearer):
-            return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(request.path, safe=""))
         answer = DemoAnswer(404, "<!DOCTYPE html><title>404: This page could not be found.</title>")
-        for method, pattern, scope, status, handler in self.ROUTES:
-            match = re.match(pattern + r"\Z", request.path)
-            if match and method in ("", request.method):
+        for verb, pattern, scope, status, handler in self.ROUTES:
+            match = re.match(pattern + r"\Z", path)
+            if match and verb in ("", method):
                 if scope:
-                    self._admit(bearer[7:], scope)
-                ids = [urllib.parse.unquote(text) for text in match.groups()]
-                data = handler(self, request._replace(id="".join(ids)))
+                    self._admit(token, scope)
+                record_id = urllib.parse.unquote("".join(match.groups())).lower()
+                data = handler(self, request._replace(id=record_id))
                 return data if isinstance(data, DemoAnswer) else DemoAnswer(status, {"ok": True, "data": data})
             answer = DemoAnswer(405) if match else answer
         return answer
@@ -2018,12 +1989,11 @@ class DemoService:
         until, scopes = self.tokens.get(token, (0.0, ""))
         if until <= now:
             raise demo_refusal(401, "UNAUTHORIZED", "Unauthorized")
-        if self.rate_limit and token.startswith("mog_"):
-            recent = self.recent[token] = [at for at in self.recent.get(token, []) if at > now - 60]
-            if len(recent) >= 60:
-                self.refusals += 1
-                raise demo_refusal(429, "RATE_LIMITED", "Rate limit exceeded", Retry_After="60")
-            recent.append(now)
+        recent = self.recent[token] = [at for at in self.recent.get(token, []) if at > now - 60]
+        if self.rate_limit and token.startswith("mog_") and len(recent) >= 60:
+            self.refusals += 1
+            raise demo_refusal(429, "RATE_LIMITED", "Rate limit exceeded", Retry_After="60")
+        recent.append(now)
         if scope not in scopes.split():
             raise demo_refusal(403, "FORBIDDEN", f"Missing required scope: {scope}. Issue a new token with "
                                f"the '{scope}' scope at /settings/api-keys.")
@@ -2031,245 +2001,180 @@ class DemoService:
     def _find(self, records: Mapping[str, Any], record_id: str, name: str) -> Any:
         if not is_uuid(record_id):  # the database refuses it, and nobody catches that
             raise demo_refusal(500, "INTERNAL_ERROR", "Internal server error")
-        if record_id.lower() not in records:
+        if record_id not in records:
             raise demo_refusal(404, "NOT_FOUND", f"{name} not found")
-        return records[record_id.lower()]
+        return records[record_id]
 
-    def _of(self, items: List[Json], name: str, wanted: str) -> List[Json]:
-        if wanted and not is_uuid(wanted):
-            self._find({}, wanted, "")
-        return [item for item in items if wanted.lower() in ("", item[name])]
+    def _having(self, records: Iterable[Json], key: str, wanted: str) -> List[Json]:
+        if wanted:
+            self._find({wanted: None}, wanted, "")
+        return [one for one in records if wanted.lower() in ("", one[key])]
 
     def list_repos(self, request: DemoRequest) -> Json:
         like = "".join({"%": ".*", "_": "."}.get(char, re.escape(char)) for char in request.query.get("q", ""))
-        repos = [repo for repo in DEMO_REPOS if re.search(like, repo["full_name"], re.I)]
-        repos.sort(key=lambda repo: str(repo["full_name"]))
-        return {"repos": request.limited(self._of(repos, "id", request.query.get("id", "")))}
+        found = [repo for repo in DEMO_REPOS.values() if re.search(like, repo["full_name"], re.I)]
+        return {"repos": request.limited(self._having(found, "id", request.query.get("id", "")))}
 
     def list_sandboxes(self, request: DemoRequest) -> Json:
         newest = sorted(self.sandboxes.values(), key=lambda one: str(one["last_active_at"]), reverse=True)
         wanted = request.query.get("status", "")
         found = [one for one in map(self._sandbox, newest) if wanted in ("", one["status"])]
-        return {"sandboxes": request.limited(self._of(found, "repo_id", request.query.get("repo_id", "")))}
+        return {"sandboxes": request.limited(self._having(found, "repo_id", request.query.get("repo_id", "")))}
 
     def sandbox_logs(self, request: DemoRequest) -> Json:
         sandbox = self._sandbox(self._find(self.sandboxes, request.id, "Sandbox"))
-        logs = {"install_log": "added 1208 packages in 31s\n", "dev_log": sandbox["error"]}
-        return {"sandbox": dict(sandbox, **logs), "lifecycle_events": [{
-            "id": demo_id("created " + request.id), "event_type": "sandbox_created", "decision_code": None,
+        logs = dict(sandbox, install_log="added 1208 packages in 31s\n", dev_log=sandbox["error"])
+        return {"sandbox": logs, "lifecycle_events": [{
+            "id": demo_id("event " + request.id), "event_type": "sandbox_created", "decision_code": None,
             "worker_run_id": None, "payload": {}, "created_at": sandbox["created_at"]}]}
 
     def create_sandbox(self, request: DemoRequest) -> Json:
-        body = request.json()
-        if not body.get("repoId"):
+        if not text_of(request.json, "repoId"):
             raise demo_refusal(400, "BAD_REQUEST", "repoId is required")
-        repo = self._find({repo["id"]: repo for repo in DEMO_REPOS}, str(body["repoId"]), "Repo")
-        return {"sandbox": self._sandbox(self._add_sandbox(repo, body, 0.0))}
+        self._find(DEMO_REPOS, text_of(request.json, "repoId"), "Repo")
+        return {"sandbox": self._sandbox(self._add_sandbox(request.json, 0.0))}
 
-    def _add_sandbox(self, repo: Json, body: Json, age_s: float, **facts: Any) -> Json:
-        base, at = body.get("baseBranch") or repo["default_branch"] or "main", self.clock() - age_s / self.speed
+    def _add_sandbox(self, body: Json, age_s: float, **facts: Any) -> Json:
+        repo, created = DEMO_REPOS[body["repoId"]], demo_time(self.clock() - age_s / self.speed)
+        base = body.get("baseBranch") or repo["default_branch"] or "main"
         sandbox: Json = {
-            "id": demo_id(f"sandbox {len(self.sandboxes)}"), "sandbox_id": None, "repo_id": repo["id"], "status": None,
-            "base_branch": base, "working_branch": body.get("workingBranch") or base,
+            "id": demo_id(f"sandbox {len(self.sandboxes)}"), "sandbox_id": "pending", "repo_id": repo["id"],
+            "status": "", "base_branch": base, "working_branch": body.get("workingBranch") or base,
             "root_directory": body.get("rootDirectory", repo["root_directory"]), "preview_url": None,
-            "created_at": demo_time(at), "last_active_at": demo_time(at), "error": None, **facts}
+            "created_at": created, "last_active_at": created, "error": None, **facts}
         self.sandboxes[sandbox["id"]] = sandbox
         return sandbox
 
     def _sandbox(self, sandbox: Json) -> Json:
-        """The object as it is now: those made by requests are set up within six seconds."""
-        age_s = (self.clock() - (parse_time(sandbox["created_at"]) or 0.0)) * self.speed
+        """The object as it is now: one without a status of its own is set up within six seconds."""
+        age_s, name = (self.clock() - (parse_time(sandbox["created_at"]) or 0.0)) * self.speed, sandbox["id"][:8]
         status = sandbox["status"] or ("creating" if age_s < 2 else "installing" if age_s < 6 else "running")
-        name = sandbox["sandbox_id"] or (None if sandbox["error"] else "pending" if age_s < 2 else "sbx_" + sandbox["id"][:8])
-        preview = f"https://{str(name)[4:].lower()}-3000.preview.example" if status == "running" else None
-        return dict(sandbox, status=status, sandbox_id=name, preview_url=preview)
+        made = f"sbx_{name}" if sandbox["sandbox_id"] == "pending" and age_s >= 2 else sandbox["sandbox_id"]
+        preview = f"https://{name}-3000.preview.example" if status == "running" else None
+        return dict(sandbox, status=status, sandbox_id=made, preview_url=preview)
 
     def start_run(self, request: DemoRequest) -> Json:
-        key, body = request.headers.get("idempotency-key", "").strip(), request.json()
-        repos = {repo["id"]: repo for repo in DEMO_REPOS}
-        repo = repos.get(str(body.get("repoId")).lower(), {})
-        problem = demo_problem(key, body, repo.get("default_branch") or "main")
+        body, repo_id = request.json, text_of(request.json, "repoId").lower()
+        problem = demo_problem(request.key, body, DEMO_REPOS.get(repo_id, {}).get("default_branch") or "main")
         if problem:
             raise demo_refusal(400, "BAD_REQUEST", problem)
-        if body["repoId"] == DEMO_FOREIGN_REPO:
+        if repo_id == DEMO_FOREIGN_REPO:
             raise demo_refusal(404, "BAD_REQUEST", "Repo not found")
-        if not repo:
-            raise demo_refusal(503, "SERVICE_UNAVAILABLE", "External Mogplex run rate limit unavailable", Retry_After="60")
-        replayed = key in self.keys
+        if repo_id not in DEMO_REPOS:
+            text = "External Mogplex run rate limit unavailable"
+            raise demo_refusal(503, "SERVICE_UNAVAILABLE", text, Retry_After="60")
+        first_body, run_id = self.keys.setdefault(request.key, (body, demo_id(f"run {len(self.runs)}")))
+        if first_body != body:
+            raise demo_refusal(409, "IDEMPOTENCY_CONFLICT", "Idempotency-Key was used with another request body")
+        replayed = run_id in self.runs
         if not replayed:
-            run_id = demo_id(f"run {len(self.runs)}")
-            self._add_run(run_id, repo, body, "failed" if re.search(r"\bfail\b", body["prompt"], re.I) else "success", 0.0)
-            self.keys[key] = (body, run_id)
-        if self.keys[key][0] != body:
-            raise demo_refusal(409, "IDEMPOTENCY_CONFLICT", "Idempotency-Key was used with a different request body")
-        return dict(self._run(self.runs[self.keys[key][1]]), replayed=replayed)
+            ending = "failed" if re.search(r"\bfail\b", text_of(body, "prompt"), re.I) else "delivered"
+            self._add_run(run_id, dict(body, repoId=repo_id), ending, 0.0)
+        return dict(self._run(run_id)[0], replayed=replayed)
 
-    def _add_run(self, run_id: str, repo: Json, body: Json, ending: str, age_s: float) -> DemoRun:
-        sandbox, pushed = self._add_sandbox(repo, body, age_s), f"mogplex/agent-{run_id[:8]}"
+    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> Json:
+        """Its sandbox."""
+        sandbox, created = self._add_sandbox(body, age_s), self.clock() - age_s / self.speed
         base, working = sandbox["base_branch"], sandbox["working_branch"]
-        working = pushed if body.get("createBranch") and working == base else working
-        path, created = f"{API_PATH}/runs/{run_id}", self.clock() - age_s / self.speed
         facts = {
-            "runId": run_id, "aiCallId": demo_id("call " + run_id), "sandboxRecordId": sandbox["id"], "repoId": repo["id"],
-            "harness": body.get("harness") or "codex", "rootDirectory": sandbox["root_directory"],
+            "runId": run_id, "aiCallId": demo_id("call " + run_id), "sandboxRecordId": sandbox["id"],
+            "repoId": sandbox["repo_id"], "harness": body.get("harness", "codex"),
             "branch": {"base": base, "working": working, "createBranch": bool(body.get("createBranch"))},
-            "eventsUrl": path + "/events", "cancelUrl": path + "/cancel", "createdAt": demo_time(created)}
-        run = DemoRun(facts, repo["full_name"], pushed if working == base else working, created, ending)
-        self.runs[run_id] = run
-        return run
+            "rootDirectory": sandbox["root_directory"], "eventsUrl": f"{API_PATH}/runs/{run_id}/events",
+            "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel", "createdAt": sandbox["created_at"]}
+        pushed = f"mogplex/agent-{run_id[:8]}" if working == base else working
+        self.runs[run_id] = (facts, created, demo_steps(ending, facts, pushed))
+        return sandbox
 
-    def _shown(self, run: DemoRun) -> Tuple[str, List[DemoStep]]:
-        return demo_shown(run, (self.clock() - run.created) * self.speed)
-
-    def _run(self, run: DemoRun) -> Json:
-        """The run object as it is now."""
-        status, steps = self._shown(run)
-        ready = status != "pending"
-        name = f"sbx_{run.facts['sandboxRecordId'][:8]}"
+    def _run(self, run_id: str) -> Tuple[Json, float, List[DemoStep]]:
+        """The run object as it is now, its age in seconds at speed 1, and the steps that it has shown."""
+        facts, created, script = self._find(self.runs, run_id, "Run")
+        age_s = (self.clock() - created) * self.speed
+        status, steps = demo_shown(script, age_s)
+        name = None if status == "pending" else f"sbx_{facts['sandboxRecordId'][:8]}"
         return dict(
-            run.facts, status=status, sandboxId=name if ready else "pending",
-            updatedAt=demo_time(run.created + steps[-1][0] / self.speed), error=DEMO_ERROR if status == "failed" else None,
-            runtime={"provider": "vercel" if ready else None, "runId": name if ready else None})
-
-    def get_run(self, request: DemoRequest) -> Json:
-        return {"run": self._run(self._find(self.runs, request.id, "Run"))}
+            facts, status=status, updatedAt=demo_time(created + steps[-1][0] / self.speed),
+            sandboxId=name or "pending", error=DEMO_ERROR if status == "failed" else None,
+            runtime={"provider": name and "vercel", "runId": name}), age_s, steps
 
     def run_events(self, request: DemoRequest) -> Json:
-        run = self._find(self.runs, request.id, "Run")
-        events = [
-            {"id": demo_id(f"event {number} {run.facts['runId']}"), "type": kind, "toolName": tool, "message": message,
-             "payload": payload, "createdAt": demo_time(run.created + at / self.speed, (3, 6, 0, 5, 4, 2, 1)[number % 7])}
-            for number, (at, kind, tool, message, payload) in enumerate(self._shown(run)[1])]
-        return {"run": self._run(run), "events": request.limited(events)}
+        run, _, steps = self._run(request.id)
+        created = self.runs[request.id][1]
+        return {"run": run, "events": request.limited([
+            {"id": demo_id(f"event {i} {request.id}"), "type": kind, "toolName": tool, "message": message,
+             "payload": payload, "createdAt": demo_time(created + at / self.speed, (3, 6, 0, 5, 4, 2, 1)[i % 7])}
+            for i, (at, kind, tool, message, payload) in enumerate(steps)])}
 
     def cancel_run(self, request: DemoRequest) -> Json:
-        run = self._find(self.runs, request.id, "Run")
-        ended = self._shown(run)[0] in TERMINAL_STATUSES
+        run, age_s, steps = self._run(request.id)
+        ended = run["status"] in TERMINAL_STATUSES
         if not ended:
-            run = run._replace(cancelled_s=(self.clock() - run.created) * self.speed)
-            self.runs[run.facts["runId"]] = run
-        answer = self._run(run)
-        return {"run": answer, "status": answer["status"], "alreadyTerminal": ended}
+            facts, created, _ = self.runs[request.id]
+            for _, kind, tool, message, payload in demo_steps("cancelled", facts, "")[-2:]:
+                steps.append((age_s + (kind == "cancelled"), kind, tool, message, payload))
+            self.runs[request.id] = (facts, created, steps)
+        run = self._run(request.id)[0]
+        return {"run": run, "status": run["status"], "alreadyTerminal": ended}
 
     def authorize(self, request: DemoRequest) -> DemoAnswer:
         """The page that a browser opens: whoever asks is signed in, and is sent back at once."""
         import secrets
         import urllib.parse
-        query, code = request.query, secrets.token_urlsafe(24)
-        if query.get("client_id") != "mogplex-cli" or query.get("redirect_uri") not in DEMO_REDIRECTS:
-            return demo_oauth_error(401, "invalid_client")
+        query, code, target = request.query, secrets.token_urlsafe(24), request.query.get("redirect_uri", "")
+        known = re.match(r"http://127\.0\.0\.1:2481[68]/auth/callback\Z", target)
+        if not known or query.get("client_id") != "mogplex-cli":
+            return DemoAnswer(401, {"error": "invalid_client", "error_description": "invalid client or redirect"})
+        kind = query.get("response_type"), query.get("code_challenge_method"), bool(query.get("code_challenge"))
+        if kind != ("code", "S256", True):  # as the service sends it: no state, and spaces as they are
+            return DemoAnswer(302, Location=f"{target}?error=invalid_request&error_description=pkce is required")
+        self.codes[code] = (self.clock() + 600, query)
         fields = urllib.parse.urlencode({"code": code, "state": query.get("state", "")})
-        if query.get("response_type") != "code":
-            fields = "error=unsupported_response_type&error_description=unsupported response type"
-        elif query.get("code_challenge_method") != "S256" or not query.get("code_challenge"):
-            fields = "error=invalid_request&error_description=pkce is required"
-        else:
-            self.codes[code] = (self.clock() + 600, query)
-        return DemoAnswer(302, Location=f"{query['redirect_uri']}?{fields}")
+        return DemoAnswer(302, Location=f"{target}?{fields}")
 
     def token(self, request: DemoRequest) -> DemoAnswer:
         """Tokens for a code, which works once, or for a refresh token, which is replaced."""
         import base64
         import hashlib
-        import urllib.parse
-        form = dict(urllib.parse.parse_qsl(request.body.decode("latin-1")))
-        if form.get("client_id") != "mogplex-cli":
-            return demo_oauth_error(401, "invalid_client")
-        if form.get("grant_type") == "refresh_token":
-            until, scope = self.refresh_tokens.pop(form.get("refresh_token", ""), (0.0, ""))
-            self.refreshes += until > self.clock()
-        elif form.get("grant_type") == "authorization_code":
-            until, asked = self.codes.pop(form.get("code", ""), (0.0, {}))
-            scope, digest = asked.get("scope", ""), hashlib.sha256(form.get("code_verifier", "").encode()).digest()
-            if asked and form.get("redirect_uri") != asked["redirect_uri"]:
-                return demo_oauth_error(401, "invalid_client")
-            if asked and base64.urlsafe_b64encode(digest).decode().rstrip("=") != asked["code_challenge"]:
-                return demo_oauth_error(401, "invalid_request")
-        else:
-            return demo_oauth_error(400, "unsupported_grant_type")
-        return self._issue(scope) if until > self.clock() else demo_oauth_error(401, "invalid_grant")
-
-    def _issue(self, scope: str) -> DemoAnswer:
         import secrets
-        access, refresh, now = "oat_" + secrets.token_urlsafe(24), "ort_" + secrets.token_urlsafe(24), self.clock()
+        form, error, scope = request.form, "invalid_grant", ""
+        if form.get("client_id") != "mogplex-cli":
+            error = "invalid_client"
+        elif form.get("grant_type") == "refresh_token":
+            until, scope = self.refresh_tokens.pop(form.get("refresh_token", ""), (0.0, ""))
+            error = "" if until > self.clock() else error
+            self.refreshes += not error
+        else:
+            until, asked = self.codes.pop(form.get("code", ""), (0.0, {}))
+            digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+            if until > self.clock():
+                scope, challenge = asked.get("scope", ""), base64.urlsafe_b64encode(digest).decode().rstrip("=")
+                error = "" if challenge == asked["code_challenge"] else "invalid_request"
+                error = error if form.get("redirect_uri") == asked["redirect_uri"] else "invalid_client"
+        if error:
+            return DemoAnswer(401, {"error": error, "error_description": error.replace("_", " ")})
+        access, lifetime_s, pair = secrets.token_hex(24), self.token_lifetime_s, {}
         self.issued.append(access)
-        self.tokens[access] = (now + self.token_lifetime_s, scope)
-        body = {"access_token": access, "token_type": "Bearer", "expires_in": int(self.token_lifetime_s), "scope": scope}
+        self.tokens[access] = (self.clock() + lifetime_s, scope)
         if "offline_access" in scope.split():
-            self.refresh_tokens[refresh] = (now + 30 * 86400, scope)
-            body["refresh_token"] = refresh
-        return DemoAnswer(200, body)
+            pair["refresh_token"] = secrets.token_hex(24)
+            self.refresh_tokens[pair["refresh_token"]] = (self.clock() + 30 * 86400, scope)
+        return DemoAnswer(200, dict(
+            pair, access_token=access, token_type="Bearer", expires_in=int(lifetime_s), scope=scope))
 
-    RUN, SANDBOX = API_PATH + "/runs/([^/]+)", API_PATH + "/sandboxes/([^/]+)"
+    RUN = API_PATH + "/runs/([^/]+)"
     ROUTES: Tuple[Tuple[str, str, str, int, Callable[[Any, DemoRequest], Union[Json, DemoAnswer]]], ...] = (
         ("GET", API_PATH + "/repos", "read", 200, list_repos),
         ("GET", API_PATH + "/sandboxes", "read", 200, list_sandboxes),
         ("POST", API_PATH + "/sandboxes", "write", 202, create_sandbox),
-        ("GET", SANDBOX + "/logs", "read", 200, sandbox_logs),
+        ("GET", API_PATH + "/sandboxes/([^/]+)/logs", "read", 200, sandbox_logs),
         ("POST", API_PATH + "/runs", "write", 202, start_run),
-        ("GET", RUN, "read", 200, get_run),
-        ("GET", RUN + "/events", "read", 200, run_events),
-        ("POST", RUN + "/cancel", "write", 200, cancel_run),
+        ("GET", RUN, "read", 200, lambda self, request: {"run": self._run(request.id)[0]}),
+        ("GET", RUN + "/events", "read", 200, run_events), ("POST", RUN + "/cancel", "write", 200, cancel_run),
         ("GET", API_PATH + "/agents", "read", 200, lambda *_: DEMO_AGENTS),
         ("GET", API_PATH + "/models", "read", 200, lambda *_: DEMO_MODELS),
         ("GET", API_PATH + "/mcp/servers", "read", 200, lambda *_: DEMO_SERVERS),
-        ("GET", "/api/auth/mcp/authorize", "", 200, authorize),
-        ("POST", "/api/auth/mcp/token", "", 200, token),
-        ("", "/login", "", 200, lambda *_: DemoAnswer(200, "<!DOCTYPE html><title>Sign in</title>")),
-    )
-
-
-def demo_listener(service: DemoService, port: int) -> Any:
-    """The HTTP server in front of ``service``: bound, not yet serving."""
-    import http.server
-    import socketserver
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version, timeout = "HTTP/1.1", 5.0  # idle connections are closed, as the service does
-        wbufsize = -1  # an answer leaves in one piece: two would wait for a delayed ACK
-
-        def log_message(self, *_: Any) -> None:
-            """Print nothing."""
-
-        def converse(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            answer = service.answer(self.command, self.requestline.split()[1], headers, body)
-            if server.closing:
-                self.close_connection = True
-                return
-            self.send_response(answer.status)
-            for name, value in answer.headers.items():
-                self.send_header(name, value)
-            if isinstance(answer.body, str):
-                self.send_header("Content-Type", "text/html; charset=utf-8")
-                self.send_header("Content-Length", str(len(answer.body)))
-                self.end_headers()
-                self.wfile.write(answer.body.encode() if self.command != "HEAD" else b"")
-                return
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            data = json.dumps(answer.body, ensure_ascii=False).encode("utf-8", "replace")
-            for part in [data[at:at + 8192] for at in range(0, len(data), 8192)] + [b""]:
-                self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
-
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = do_OPTIONS = converse
-
-    class Server(socketserver.ThreadingTCPServer):  # an HTTPServer looks its own name up in the DNS
-        daemon_threads, request_queue_size, allow_reuse_address = True, 64, os.name != "nt"
-        closing = False
-
-        def handle_error(self, *_: Any) -> None:
-            """Print nothing: clients may leave when they like."""
-
-        def serve(self) -> None:
-            with self:
-                while not self.closing:
-                    self.handle_request()
-
-    server = Server(("127.0.0.1", port), Handler)
-    return server
+        ("GET", "/api/auth/mcp/authorize", "", 200, authorize), ("POST", "/api/auth/mcp/token", "", 200, token),
+        ("", "/login", "", 200, lambda *_: DemoAnswer(200, "<!DOCTYPE html><title>Sign in</title>")))
 
 
 class DemoServer:
@@ -2280,42 +2185,84 @@ class DemoServer:
     when the port (0: any free one) cannot be had.
     """
 
-    def __init__(
-        self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0, rate_limit: bool = False,
-    ) -> None:
+    def __init__(self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0,
+                 rate_limit: bool = False) -> None:
         import threading
         self.token, self.read_token = DEMO_TOKEN, DEMO_READ_TOKEN
-        self.service = DemoService(clock, speed, rate_limit)
+        self.service, self._closing = DemoService(clock, speed, rate_limit), False
         try:
-            self._listener = demo_listener(self.service, port)
+            self._listener = self._listen(port)
         except (OSError, OverflowError) as error:
             raise UsageError(f"the demo cannot listen on 127.0.0.1:{port}: {error}") from None
+        self._thread = threading.Thread(target=self._serve, daemon=True)
         self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
-        self._thread = threading.Thread(target=self._listener.serve, daemon=True)
         self.seeded_runs: List[Json] = [
-            {"id": seed[0], "service": self.url, "repo": run.repo, "branch": run.facts["branch"]["working"],
-             "time": run.facts["createdAt"], "task": seed[-1]}
-            for seed in DEMO_RUNS for run in [self.service.runs[seed[0]]]]
+            {"id": seed[0], "service": self.url, "repo": DEMO_REPOS[seed[1]]["full_name"],
+             "branch": run["branch"]["working"], "time": run["createdAt"], "task": seed[-1]}
+            for seed in DEMO_RUNS for run in [self.service.runs[seed[0]][0]]]
+
+    def _listen(self, port: int) -> Any:
+        import http.server
+        import socketserver
+        demo = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version, timeout = "HTTP/1.1", 5.0  # idle connections are closed, as the service does
+            wbufsize = -1  # an answer leaves in one piece: two would wait for a delayed ACK
+
+            def log_message(self, *_: Any) -> None:
+                """Print nothing."""
+
+            def converse(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                answer = demo.service.answer(self.command, self.requestline.split()[1], headers, body)
+                if demo._closing:
+                    raise ConnectionAbortedError
+                text, kind = answer.body, "text/html; charset=utf-8"
+                if not isinstance(text, str):
+                    text, kind = json.dumps(text, ensure_ascii=False), "application/json"
+                self.send_response(answer.status)
+                answer.headers.update(Content_Type=kind, Transfer_Encoding="chunked")
+                for name, value in answer.headers.items():
+                    self.send_header(name.replace("_", "-"), value)
+                self.end_headers()
+                data = text.encode("utf-8", "replace")
+                for part in [data[at:at + 8192] for at in range(0, len(data), 8192)] + [b""]:
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
+
+            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = converse
+
+        class Listener(socketserver.ThreadingTCPServer):  # an HTTPServer looks its own name up in the DNS
+            daemon_threads, request_queue_size, allow_reuse_address = True, 64, os.name != "nt"
+
+            def handle_error(self, *_: Any) -> None:
+                """Print nothing: clients may leave when they like."""
+
+        return Listener(("127.0.0.1", port), Handler)
+
+    def _serve(self) -> None:
+        with self._listener:
+            while not self._closing:
+                self._listener.handle_request()
 
     def start(self) -> DemoServer:
         self._thread.start()
         return self
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         """Stop answering, at once and for good."""
         import socket
-        if not self._thread.is_alive():
-            self._listener.server_close()
-            return
-        self._listener.closing = True
-        with socket.create_connection(self._listener.server_address, 1.0):  # wakes the accepting thread
+        self._closing = True
+        if self._thread.is_alive():
+            try:
+                socket.create_connection(self._listener.server_address, 1.0).close()  # wakes the accepting thread
+            except OSError:
+                pass  # it has woken by itself
             self._thread.join(1.0)
+        self._listener.server_close()
 
-    def __enter__(self) -> DemoServer:
-        return self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    __enter__, __exit__ = start, close
 
 
 # ---------------------------------------------------------------- 9. Commands and main
@@ -2825,7 +2772,8 @@ def commands() -> List[Command]:
         return flag, {"action": "store_true", "help": help, **more}
 
     def limit(default: int) -> Argument:
-        return option("--limit", "N", f"list at most N, 1 to 200 (default: {default})", type=limit_argument, default=None)
+        help = f"list at most N, 1 to 200 (default: {default})"
+        return option("--limit", "N", help, type=limit_argument, default=None)
 
     as_json = switch("--json", "machine-readable output, one object a line", dest="as_json")
     newest = "the run; @last is the newest started here"
