@@ -375,7 +375,8 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 Warn = Callable[[str], None]
 # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
 PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
-TOKEN_PATH = "/api/auth/mcp/token"
+LOGIN_PORTS = (24816, 24818)  # the only two that the service redirects to
+AUTHORIZE_PATH, TOKEN_PATH = "/api/auth/mcp/authorize", "/api/auth/mcp/token"
 _TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
 _OUR_KEYS = ("mogplex", "refresh_token", "expires_at", "base_url") + _TOKEN_KEYS
 
@@ -518,8 +519,9 @@ def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
         raise RateLimitedError("too many sign-ins", status=status, transient=True)
     if status not in (400, 401, 403):
         raise InvalidResponseError(f"no token came from {base_url}{TOKEN_PATH}", status=status)
-    words = sanitize(": ".join(text_of(answer, key) for key in ("error", "error_description")))
-    words = redact(words, *(form.get(key, "") for key in ("code", "code_verifier", "refresh_token")))
+    said = filter(None, (text_of(answer, key) for key in ("error", "error_description")))
+    secrets = (form.get(key, "") for key in ("code", "code_verifier", "refresh_token"))
+    words = redact(sanitize(": ".join(said)), *secrets) or "no reason is given"
     raise UnauthorizedError(f"sign in again, {words}", status=status, hint="run `mogplex login`")
 
 
@@ -627,6 +629,96 @@ def remembered_runs(home: str, base_url: str) -> List[Json]:
             if text_of(record, "id") and text_of(record, "service") == base_url:
                 found.append(record)
     return found
+
+
+def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
+    """What one request to the loopback port means: HTTP status, words for the person, what ends the wait."""
+    import hmac
+    import urllib.parse
+    line, _, headers = head.partition("\r\n")
+    method, _, target = line.rpartition(" ")[0].partition(" ")  # the service leaves spaces in its target
+    path, _, query = target.partition("?")
+    values = dict(urllib.parse.parse_qsl(query))
+    hosts = re.findall(r"(?im)^host:\s*(\S*)", headers)  # another name is another site's page, come by DNS
+    if method != "GET" or path != "/auth/callback" or hosts != [f"127.0.0.1:{port}"]:
+        return 404, "There is nothing here.", {}
+    known = hmac.compare_digest(values.get("state", "").encode(), state.encode())
+    if "error" in values and (known or "state" not in values):
+        words = sanitize(": ".join(values[key] for key in ("error", "error_description") if key in values))
+        return 200, f"The sign-in failed: {words}. You can return to the terminal.", {"error": words}
+    if not known or "code" not in values:
+        return 400, "This is not the answer that the terminal waits for.", {}
+    return 200, "You can close this page and return to the terminal, which finishes the sign-in.", values
+
+
+def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]) -> None:
+    """Answer one connection; what ends the wait goes to ``outcomes``, once the browser has its page."""
+    import html
+    head, outcome = b"", {}  # type: Tuple[bytes, Json]
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(10.0)
+        while b"\r\n\r\n" not in head:
+            data = connection.recv(65536)
+            if not data or len(head) > 65536:
+                return
+            head += data
+        status, words, outcome = _answer_callback(head.decode("latin-1"), port, state)
+        page = f"<!doctype html><meta charset=utf-8><title>Mogplex</title><p>{html.escape(words)}\n".encode()
+        connection.sendall((
+            f"HTTP/1.1 {status} Answer\r\nContent-Type: text/html\r\nContent-Length: {len(page)}\r\n"
+            "Cache-Control: no-store\r\nReferrer-Policy: no-referrer\r\nConnection: close\r\n\r\n"
+        ).encode() + page)
+    outcomes.extend([outcome] if outcome else [])
+
+
+def _listen(ports: Sequence[int]) -> Any:
+    import socket
+    for port in ports:
+        with contextlib.suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
+    names = " and ".join(str(port) for port in ports)
+    raise MogplexError(f"ports {names} of 127.0.0.1 are taken", hint="is another sign-in waiting?")
+
+
+def sign_in(
+    base_url: str, post: PostForm, *, announce: Callable[[str], None],
+    open_browser: Optional[Callable[[str], object]], timeout_s: float = 300.0,
+    stopped: Callable[[], bool] = lambda: False, ports: Sequence[int] = LOGIN_PORTS,
+) -> Json:
+    """Sign in through a browser (authorization code, PKCE S256); the entry for ``store_credential``.
+
+    ``announce`` gets the URL to open. UnauthorizedError when the service refuses, MogplexError
+    when ``timeout_s`` is over, ``stopped`` says so, or no port is free.
+    """
+    import base64
+    import hashlib
+    import secrets
+    import threading
+    import urllib.parse
+    verifier, state = secrets.token_urlsafe(64), secrets.token_urlsafe(32)
+    digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest())
+    deadline, outcomes = time.monotonic() + timeout_s, []  # type: Tuple[float, List[Json]]
+    with _listen(ports) as listener:
+        port = listener.getsockname()[1]
+        redirect_uri = f"http://127.0.0.1:{port}/auth/callback"
+        url = f"{base_url}{AUTHORIZE_PATH}?" + urllib.parse.urlencode({
+            "response_type": "code", "client_id": "mogplex-cli", "redirect_uri": redirect_uri,
+            "scope": "read write offline_access", "state": state,
+            "code_challenge": digest.decode().rstrip("="), "code_challenge_method": "S256"})
+        announce(url)
+        if open_browser:  # on a thread: a browser inside the terminal returns when the person leaves it
+            threading.Thread(target=open_browser, args=(url,), daemon=True).start()
+        listener.settimeout(0.1)
+        while not outcomes and time.monotonic() < deadline and not stopped():
+            with contextlib.suppress(OSError):  # the time-out among them: nobody came
+                visit = (listener.accept()[0], port, state, outcomes)
+                threading.Thread(target=_serve_callback, args=visit, daemon=True).start()
+    if not outcomes:
+        raise MogplexError(f"no answer came from the browser within {format_duration(timeout_s)}")
+    if "error" in outcomes[0]:
+        raise UnauthorizedError(f"the sign-in failed: {outcomes[0]['error']}")
+    return _exchange(post, base_url, grant_type="authorization_code", code=outcomes[0]["code"],
+                     redirect_uri=redirect_uri, code_verifier=verifier)
 
 
 # ---------------------------------------------------------------- 4. Client
