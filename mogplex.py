@@ -471,8 +471,9 @@ def _stored(path: str, base_url: str, warn: Warn) -> Json:
         if token and issuer and issuer != base_url:
             warn(f"the sign-in in {path} is for {sanitize(issuer)} and does not count for {base_url}")
         elif token:
+            numeric = re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry)
             return {"token": check_token(token, path), "refresh_token": text_of(entry, "refresh_token"),
-                    "expires_at": float(expiry) if expiry.isdigit() else parse_time(expiry)}
+                    "expires_at": float(expiry) if numeric else parse_time(expiry)}
     return {}
 
 
@@ -2862,6 +2863,93 @@ def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
             raise UnavailableError(f"the API does not offer stopping a sandbox yet; {where}") from None
     status = sanitize(text_of(answer, "sandbox", "status") or text_of(answer, "status"))
     ctx.emit(ndjson(answer) if as_json else f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
+    return Exit.OK
+
+
+def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: float, as_json: bool) -> int:
+    """Get a credential, in a browser or from stdin, and store it."""
+    if with_token:
+        token = check_token(read_token(ctx), "login --with-token")
+        entry: Json = {"token": token, "base_url": ctx.base_url}
+        with Client(token, ctx.base_url, **ctx.transport()) as client:
+            client.repos(limit=1)
+    else:
+        with Client("", ctx.base_url, **ctx.transport()) as client:
+            entry = browser_entry(ctx, client, no_browser, timeout_s)
+    path = store_credential(ctx.home, entry)
+    ctx.emit(ndjson({"service": ctx.base_url, "path": path}) if as_json else f"signed in to {ctx.base_url}")
+    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
+        ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
+    return Exit.OK
+
+
+def read_token(ctx: Context) -> str:
+    """A token from stdin, or from a prompt that does not show it; UsageError for none."""
+    try:
+        if is_terminal(ctx.stdin):
+            import getpass
+            token = getpass.getpass("token: ", ctx.stderr).strip()
+        else:
+            token = ctx.stdin.read(65536).strip()
+    except (OSError, EOFError, ValueError, AttributeError):
+        token = ""
+    if not token:
+        hint = f"create one at {ctx.base_url}/settings/api-keys"
+        raise UsageError("login --with-token: no token came from stdin", hint=hint)
+    return token
+
+
+def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
+    """Sign in through the browser of this machine, or whichever one the URL is taken to."""
+    remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
+    browser = None if no_browser else ctx.demo_browser
+    if not (browser or remote or no_browser):
+        import webbrowser
+        browser = webbrowser.open
+
+    def announce(url: str) -> None:
+        ctx.note(f"to sign in to {ctx.base_url}, open this page:")
+        ctx.note(url)
+        if no_browser or remote:
+            port = url.partition("127.0.0.1%3A")[2][:5]
+            ctx.note(f"if your browser is on another machine, run there: ssh -L {port}:127.0.0.1:{port} <this host>")
+            ctx.note(f"or use a token from {ctx.base_url}/settings/api-keys, with `mogplex login --with-token`")
+        ctx.note(f"waiting for up to {format_duration(timeout_s)}; Ctrl+C ends the wait")
+    return sign_in(ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
+
+
+def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
+    """Which credential is in force, and what the service says of it; its error when it is not accepted."""
+    path, hidden, state = os.path.join(ctx.home, "auth.json"), "", "accepted"
+    credential, problem = resolve_credential(ctx.environ, ctx.base_url, ctx.note), None
+    if credential.source == "environment":
+        with contextlib.suppress(UnauthorizedError):
+            resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)
+            hidden = path
+    with Client(credential, ctx.base_url, **ctx.transport()) as client:
+        try:
+            client.repos(limit=1)
+        except MogplexError as error:
+            problem, state = error, {401: "refused", 403: "accepted, without the scope read"}.get(error.status, "unknown")
+    token, ends_at = credential.token, credential.expires_at
+    rows = [
+        ("service", ctx.base_url), ("source", path if credential.source == "file" else "MOGPLEX_API_KEY"),
+        ("hides", hidden), ("kind", "personal access token" if token.startswith("mog_") else "sign-in"),
+        ("token", token[:8] if len(token) > 16 else ""),  # so that it is never the whole
+        ("expires", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at)) if ends_at else ""), ("state", state)]
+    ctx.emit(ndjson({label: value or None for label, value in rows}) if as_json else block(rows))
+    if problem:
+        raise problem
+    return Exit.OK
+
+
+def cmd_logout(ctx: Context, *, as_json: bool) -> int:
+    """Forget the stored credential; the service has no way to revoke it."""
+    forgotten = forget_credential(ctx.home)
+    words = "signed out" if forgotten else "there was no stored sign-in"
+    ctx.emit(ndjson({"forgotten": forgotten}) if as_json else words)
+    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
+        ctx.note("MOGPLEX_API_KEY is set, and still applies")
     return Exit.OK
 
 
