@@ -3049,6 +3049,16 @@ def commands() -> List[Command]:
         Command("sandboxes stop", cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", [
             sandbox_id, as_json,
         ], ['mogplex sandboxes stop "$ID"', 'mogplex sandboxes stop "$ID" --json']),
+        Command("login", cmd_login, "Sign in, for people; in CI set MOGPLEX_API_KEY to a token instead.", [
+            switch("--with-token", "read a token from stdin, or ask for it, instead of opening a browser"),
+            switch("--no-browser", "print the URL and open nothing"),
+            option("--timeout", "S", "wait for the browser for S seconds, or 90s, 5m (default: 300)",
+                   dest="timeout_s", type=parse_duration, default=300.0), as_json,
+        ], ["mogplex login", "mogplex login --with-token < token.txt"]),
+        Command("login status", cmd_login_status, "Show which credential is in force, and whether it is accepted.", [
+            as_json,
+        ], ["mogplex login status", "mogplex login status --json | jq -r .expires"]),
+        Command("logout", cmd_logout, "Forget the stored sign-in.", [as_json], ["mogplex logout", "mogplex logout --json"]),
     ]
 
 
@@ -3128,6 +3138,8 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
         return serve_demo(ctx, argv[1:])
     if "--demo" in flags:
         return with_demo(ctx, argv)
+    if argv[:1] == ["--logout"]:
+        return cmd_logout(ctx, as_json=False)
     if argv and argv[0] in GROUPS:
         return run_command(ctx, argv)
     return open_cockpit(ctx, argv)
