@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -988,5 +989,102 @@ def test_signs_of_life_as_text() -> None:
 # ---------------------------------------------------------------- 8. Demo
 
 # ---------------------------------------------------------------- 9. Commands and main
+
+
+def test_login_in_the_demo_touches_no_file_of_ours(cli: Callable[..., Result], tmp_path: Any) -> None:
+    result = cli("--demo", "login")
+    assert result.code == 0 and re.fullmatch(r"signed in to http://127\.0\.0\.1:\d+\n", result.out)
+    assert "/api/auth/mcp/authorize?response_type=code&" in result.err and not (tmp_path / "home").exists()
+
+
+def test_login_on_a_remote_host(tmp_path: Any) -> None:
+    """The URL is taken to a browser elsewhere; nothing is opened here, Ctrl+C leaves, and the rest is stored."""
+    with RawServer(Issuer()) as server:
+        environ = {**os.environ, **service(server.url, ""), "SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}
+        for interrupted in True, False:
+            process = subprocess.Popen(
+                [sys.executable, MODULE, "login"], env=environ, universal_newlines=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            assert process.stderr
+            said = [process.stderr.readline() for _ in range(5)]
+            assert said[0] == f"to sign in to {server.url}, open this page:\n"
+            assert re.search(r"ssh -L (2481[68]):127\.0\.0\.1:\1 ", said[2]) and "login --with-token" in said[3]
+            assert said[4] == "waiting for up to 5m 00s; Ctrl+C ends the wait\n"
+            if interrupted:
+                process.send_signal(signal.SIGINT)
+            else:
+                Browser(CALLBACK)(said[1].strip())
+            left = (*process.communicate(), process.returncode)
+            assert left == (("", "", 130) if interrupted else (f"signed in to {server.url}\n", "", 0))
+    assert stored(tmp_path / "home")["mogplex"]["access_token"] == "access-1"
+
+
+def test_login_with_a_token(cli: Callable[..., Result], tmp_path: Any) -> None:
+    with RawServer(lambda number, request, _: ok({"repos": []}) if TOKEN in request else refusal(
+            401, "UNAUTHORIZED", "Unauthorized")) as server:
+        for stdin, code in (("mog_wrong\n", 64), ("", 2), (" \n", 2), ("mog_\x1b[2J", 64)):
+            result = cli("login", "--with-token", env=service(server.url, ""), stdin=stdin)
+            assert (result.code, result.out) == (code, "") and not (tmp_path / "home").exists(), result
+        result = cli("login", "--with-token", "--json", env=service(server.url, "mog_other"), stdin=f"{TOKEN}\n")
+    assert json.loads(result.out) == {"service": server.url, "path": str(tmp_path / "home" / "auth.json")}
+    assert (result.code, result.err) == (0, "MOGPLEX_API_KEY is set, and goes before this sign-in\n")
+    assert stored(tmp_path / "home")["mogplex"] == {"token": TOKEN, "base_url": server.url}
+
+
+def test_login_asks_for_the_token_unseen_on_a_terminal(tmp_path: Any) -> None:
+    import pty
+    ours, theirs = pty.openpty()
+    with RawServer(lambda *_: ok({"repos": []})) as server:
+        process = subprocess.Popen(
+            [sys.executable, MODULE, "login", "--with-token"], env={**os.environ, **service(server.url, "")},
+            stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
+        os.close(theirs)
+        screen = b""
+        while b"token: " not in screen:
+            screen += os.read(ours, 1000)
+        os.write(ours, TOKEN.encode() + b"\n")
+        with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+            while process.poll() is None or screen.count(b"\n") < 2:
+                screen += os.read(ours, 1000)
+        os.close(ours)
+    assert process.wait() == 0 and b"signed in to" in screen and TOKEN.encode() not in screen
+    assert stored(tmp_path / "home")["mogplex"]["token"] == TOKEN
+
+
+@pytest.mark.parametrize("key, entry, said, code, expected", [
+    (TOKEN, {}, ok({"repos": []}), 0, {
+        "source": "MOGPLEX_API_KEY", "kind": "personal access token", "token": "mog_T0ke", "hides": None,
+        "expires": None, "state": "accepted"}),
+    (TOKEN, {"token": "t"}, ok({"repos": []}), 0, {"source": "MOGPLEX_API_KEY", "hides": "{path}"}),
+    ("", {"access_token": "0123456789abcdefg", "expires_at": 9e9}, ok({"repos": []}), 0, {
+        "source": "{path}", "kind": "sign-in", "token": "01234567", "hides": None, "expires": "2255-03-14T16:00:00Z"}),
+    ("", {"token": "short"}, refusal(401, "UNAUTHORIZED", "Unauthorized"), 64, {"token": None, "state": "refused"}),
+    (TOKEN, {}, refusal(403, "FORBIDDEN", "Missing"), 65, {"state": "accepted, without the scope read"}),
+    (TOKEN, {}, answer(500, "", Retry_After="60"), 1, {"state": "unknown"}),
+    ("", {}, b"", 64, {}),
+])
+def test_login_status(
+    cli: Callable[..., Result], tmp_path: Any, key: str, entry: Dict[str, Any], said: bytes, code: int,
+    expected: Dict[str, Any],
+) -> None:
+    path = str(put(tmp_path / "home", {"mogplex": entry}))
+    with RawServer(lambda *_: said) as server:
+        result = cli("login", "status", "--json", env=service(server.url, key))
+        human = cli("login", "status", env=service(server.url, key))
+    assert result.code == human.code == code
+    record = json.loads(result.out or "{}")
+    assert {name: record[name] for name in expected} == {
+        name: path if value == "{path}" else value for name, value in expected.items()}
+    rows = "".join(f"{name:<7} {value}\n" for name, value in record.items() if value)
+    assert human.out == rows and TOKEN not in human.out + human.err + result.out
+
+
+def test_logout(cli: Callable[..., Result], tmp_path: Any) -> None:
+    put(tmp_path / "home", {"mogplex": {"token": "t"}, "other": 1})
+    applies = "MOGPLEX_API_KEY is set, and still applies\n"
+    assert cli("logout", env={"MOGPLEX_API_KEY": "x"}) == (0, "signed out\n", applies)
+    assert cli("--logout") == (0, "there was no stored sign-in\n", "")
+    assert cli("logout", "--json") == (0, '{"forgotten":false}\n', "")
+    assert stored(tmp_path / "home") == {"version": 1, "other": 1}
 
 # ---------------------------------------------------------------- The contract
