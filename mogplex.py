@@ -375,7 +375,8 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 Warn = Callable[[str], None]
 # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
 PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
-TOKEN_PATH = "/api/auth/mcp/token"
+LOGIN_PORTS = (24816, 24818)  # the only two that the service redirects to
+AUTHORIZE_PATH, TOKEN_PATH = "/api/auth/mcp/authorize", "/api/auth/mcp/token"
 _TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
 _OUR_KEYS = ("mogplex", "refresh_token", "expires_at", "base_url") + _TOKEN_KEYS
 
@@ -470,8 +471,9 @@ def _stored(path: str, base_url: str, warn: Warn) -> Json:
         if token and issuer and issuer != base_url:
             warn(f"the sign-in in {path} is for {sanitize(issuer)} and does not count for {base_url}")
         elif token:
+            numeric = re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry)
             return {"token": check_token(token, path), "refresh_token": text_of(entry, "refresh_token"),
-                    "expires_at": float(expiry) if expiry.isdigit() else parse_time(expiry)}
+                    "expires_at": float(expiry) if numeric else parse_time(expiry)}
     return {}
 
 
@@ -518,8 +520,9 @@ def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
         raise RateLimitedError("too many sign-ins", status=status, transient=True)
     if status not in (400, 401, 403):
         raise InvalidResponseError(f"no token came from {base_url}{TOKEN_PATH}", status=status)
-    words = sanitize(": ".join(text_of(answer, key) for key in ("error", "error_description")))
-    words = redact(words, *(form.get(key, "") for key in ("code", "code_verifier", "refresh_token")))
+    said = filter(None, (text_of(answer, key) for key in ("error", "error_description")))
+    secrets = (form.get(key, "") for key in ("code", "code_verifier", "refresh_token"))
+    words = redact(sanitize(": ".join(said)), *secrets) or "no reason is given"
     raise UnauthorizedError(f"sign in again, {words}", status=status, hint="run `mogplex login`")
 
 
@@ -627,6 +630,96 @@ def remembered_runs(home: str, base_url: str) -> List[Json]:
             if text_of(record, "id") and text_of(record, "service") == base_url:
                 found.append(record)
     return found
+
+
+def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
+    """What one request to the loopback port means: HTTP status, words for the person, what ends the wait."""
+    import hmac
+    import urllib.parse
+    line, _, headers = head.partition("\r\n")
+    method, _, target = line.rpartition(" ")[0].partition(" ")  # the service leaves spaces in its target
+    path, _, query = target.partition("?")
+    values = dict(urllib.parse.parse_qsl(query))
+    hosts = re.findall(r"(?im)^host:\s*(\S*)", headers)  # another name is another site's page, come by DNS
+    if method != "GET" or path != "/auth/callback" or hosts != [f"127.0.0.1:{port}"]:
+        return 404, "There is nothing here.", {}
+    known = hmac.compare_digest(values.get("state", "").encode(), state.encode())
+    if "error" in values and (known or "state" not in values):
+        words = sanitize(": ".join(values[key] for key in ("error", "error_description") if key in values))
+        return 200, f"The sign-in failed: {words}. You can return to the terminal.", {"error": words}
+    if not known or "code" not in values:
+        return 400, "This is not the answer that the terminal waits for.", {}
+    return 200, "You can close this page and return to the terminal, which finishes the sign-in.", values
+
+
+def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]) -> None:
+    """Answer one connection; what ends the wait goes to ``outcomes``, once the browser has its page."""
+    import html
+    head, outcome = b"", {}  # type: Tuple[bytes, Json]
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(10.0)
+        while b"\r\n\r\n" not in head:
+            data = connection.recv(65536)
+            if not data or len(head) > 65536:
+                return
+            head += data
+        status, words, outcome = _answer_callback(head.decode("latin-1"), port, state)
+        page = f"<!doctype html><meta charset=utf-8><title>Mogplex</title><p>{html.escape(words)}\n".encode()
+        connection.sendall((
+            f"HTTP/1.1 {status} Answer\r\nContent-Type: text/html\r\nContent-Length: {len(page)}\r\n"
+            "Cache-Control: no-store\r\nReferrer-Policy: no-referrer\r\nConnection: close\r\n\r\n"
+        ).encode() + page)
+    outcomes.extend([outcome] if outcome else [])
+
+
+def _listen(ports: Sequence[int]) -> Any:
+    import socket
+    for port in ports:
+        with contextlib.suppress(OSError):
+            return socket.create_server(("127.0.0.1", port))
+    names = " and ".join(str(port) for port in ports)
+    raise MogplexError(f"ports {names} of 127.0.0.1 are taken", hint="is another sign-in waiting?")
+
+
+def sign_in(
+    base_url: str, post: PostForm, *, announce: Callable[[str], None],
+    open_browser: Optional[Callable[[str], object]], timeout_s: float = 300.0,
+    stopped: Callable[[], bool] = lambda: False, ports: Sequence[int] = LOGIN_PORTS,
+) -> Json:
+    """Sign in through a browser (authorization code, PKCE S256); the entry for ``store_credential``.
+
+    ``announce`` gets the URL to open. UnauthorizedError when the service refuses, MogplexError
+    when ``timeout_s`` is over, ``stopped`` says so, or no port is free.
+    """
+    import base64
+    import hashlib
+    import secrets
+    import threading
+    import urllib.parse
+    verifier, state = secrets.token_urlsafe(64), secrets.token_urlsafe(32)
+    digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest())
+    deadline, outcomes = time.monotonic() + timeout_s, []  # type: Tuple[float, List[Json]]
+    with _listen(ports) as listener:
+        port = listener.getsockname()[1]
+        redirect_uri = f"http://127.0.0.1:{port}/auth/callback"
+        url = f"{base_url}{AUTHORIZE_PATH}?" + urllib.parse.urlencode({
+            "response_type": "code", "client_id": "mogplex-cli", "redirect_uri": redirect_uri,
+            "scope": "read write offline_access", "state": state,
+            "code_challenge": digest.decode().rstrip("="), "code_challenge_method": "S256"})
+        announce(url)
+        if open_browser:  # on a thread: a browser inside the terminal returns when the person leaves it
+            threading.Thread(target=open_browser, args=(url,), daemon=True).start()
+        listener.settimeout(0.1)
+        while not outcomes and time.monotonic() < deadline and not stopped():
+            with contextlib.suppress(OSError):  # the time-out among them: nobody came
+                visit = (listener.accept()[0], port, state, outcomes)
+                threading.Thread(target=_serve_callback, args=visit, daemon=True).start()
+    if not outcomes:
+        raise MogplexError(f"no answer came from the browser within {format_duration(timeout_s)}")
+    if "error" in outcomes[0]:
+        raise UnauthorizedError(f"the sign-in failed: {outcomes[0]['error']}")
+    return _exchange(post, base_url, grant_type="authorization_code", code=outcomes[0]["code"],
+                     redirect_uri=redirect_uri, code_verifier=verifier)
 
 
 # ---------------------------------------------------------------- 4. Client
@@ -2727,6 +2820,94 @@ def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
     return Exit.OK
 
 
+def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: float, as_json: bool) -> int:
+    """Get a credential, in a browser or from stdin, and store it."""
+    if with_token:
+        token = check_token(read_token(ctx), "login --with-token")
+        entry: Json = {"token": token, "base_url": ctx.base_url}
+        with Client(token, ctx.base_url, **ctx.transport()) as client:
+            client.repos(limit=1)
+    else:
+        with Client("", ctx.base_url, **ctx.transport()) as client:
+            entry = browser_entry(ctx, client, no_browser, timeout_s)
+    path = store_credential(ctx.home, entry)
+    ctx.emit(ndjson({"service": ctx.base_url, "path": path}) if as_json else f"signed in to {ctx.base_url}")
+    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
+        ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
+    return Exit.OK
+
+
+def read_token(ctx: Context) -> str:
+    """A token from stdin, or from a prompt that does not show it; UsageError for none."""
+    try:
+        if is_terminal(ctx.stdin):
+            import getpass
+            token = getpass.getpass("token: ", ctx.stderr).strip()
+        else:
+            token = ctx.stdin.read(65536).strip()
+    except (OSError, EOFError, ValueError, AttributeError):
+        token = ""
+    if not token:
+        hint = f"create one at {ctx.base_url}/settings/api-keys"
+        raise UsageError("login --with-token: no token came from stdin", hint=hint)
+    return token
+
+
+def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
+    """Sign in through the browser of this machine, or whichever one the URL is taken to."""
+    remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
+    browser = None if no_browser else ctx.demo_browser
+    if not (browser or remote or no_browser):
+        import webbrowser
+        browser = webbrowser.open
+
+    def announce(url: str) -> None:
+        ctx.note(f"to sign in to {ctx.base_url}, open this page:")
+        ctx.note(url)
+        if no_browser or remote:
+            port = url.partition("127.0.0.1%3A")[2][:5]
+            ctx.note(f"if your browser is on another machine, run there: ssh -L {port}:127.0.0.1:{port} <this host>")
+            ctx.note(f"or use a token from {ctx.base_url}/settings/api-keys, with `mogplex login --with-token`")
+        ctx.note(f"waiting for up to {format_duration(timeout_s)}; Ctrl+C ends the wait")
+    return sign_in(ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
+
+
+def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
+    """Which credential is in force, and what the service says of it; its error when it is not accepted."""
+    path, hidden, state = os.path.join(ctx.home, "auth.json"), "", "accepted"
+    credential, problem = resolve_credential(ctx.environ, ctx.base_url, ctx.note), None
+    if credential.source == "environment":
+        with contextlib.suppress(UnauthorizedError):
+            resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)
+            hidden = path
+    with Client(credential, ctx.base_url, **ctx.transport()) as client:
+        try:
+            client.repos(limit=1)
+        except MogplexError as error:
+            problem = error
+            state = {401: "refused", 403: "accepted, without the scope read"}.get(error.status, "unknown")
+    token, ends_at = credential.token, credential.expires_at
+    rows = [
+        ("service", ctx.base_url), ("source", path if credential.source == "file" else "MOGPLEX_API_KEY"),
+        ("hides", hidden), ("kind", "personal access token" if token.startswith("mog_") else "sign-in"),
+        ("token", token[:8] if len(token) > 16 else ""),  # so that it is never the whole
+        ("expires", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at)) if ends_at else ""), ("state", state)]
+    ctx.emit(ndjson({label: value or None for label, value in rows}) if as_json else block(rows))
+    if problem:
+        raise problem
+    return Exit.OK
+
+
+def cmd_logout(ctx: Context, *, as_json: bool) -> int:
+    """Forget the stored credential; the service has no way to revoke it."""
+    forgotten = forget_credential(ctx.home)
+    words = "signed out" if forgotten else "there was no stored sign-in"
+    ctx.emit(ndjson({"forgotten": forgotten}) if as_json else words)
+    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
+        ctx.note("MOGPLEX_API_KEY is set, and still applies")
+    return Exit.OK
+
+
 def limit_argument(text: str) -> int:
     """1 to 200; UsageError."""
     if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
@@ -2824,6 +3005,17 @@ def commands() -> List[Command]:
         Command("sandboxes stop", cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", [
             sandbox_id, as_json,
         ], ['mogplex sandboxes stop "$ID"', 'mogplex sandboxes stop "$ID" --json']),
+        Command("login", cmd_login, "Sign in with a browser; for CI set MOGPLEX_API_KEY instead.", [
+            switch("--with-token", "read a token from stdin, or ask for it, instead of opening a browser"),
+            switch("--no-browser", "print the URL and open nothing"),
+            option("--timeout", "S", "wait for the browser for S seconds, or 90s, 5m (default: 300)",
+                   dest="timeout_s", type=parse_duration, default=300.0), as_json,
+        ], ["mogplex login", "mogplex login --with-token < token.txt"]),
+        Command("login status", cmd_login_status, "Show the credential in force and whether it is accepted.", [
+            as_json,
+        ], ["mogplex login status", "mogplex login status --json | jq -r .expires"]),
+        Command("logout", cmd_logout, "Forget the stored sign-in.", [as_json],
+                ["mogplex logout", "mogplex logout --json"]),
     ]
 
 
@@ -2903,6 +3095,8 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
         return serve_demo(ctx, argv[1:])
     if "--demo" in flags:
         return with_demo(ctx, argv)
+    if argv[:1] == ["--logout"]:
+        return cmd_logout(ctx, as_json=False)
     if argv and argv[0] in GROUPS:
         return run_command(ctx, argv)
     return open_cockpit(ctx, argv)
