@@ -1796,14 +1796,13 @@ EVENT_TYPES = {  # style, and the tag for a narrow screen
 NOT_OFFERED = ("pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
 SUBCOMMANDS = ("repos", "run", "runs", "sandboxes", "login", "logout")
 HELP = (
-    ("Enter", "send the task or command; in a pane or drawer: open what is selected"),
-    ("Shift+Enter Alt+Enter", "a new line in the task"), ("Up Down", "the history of what was sent"),
-    ("Tab Shift+Tab", "complete a command, else go to the next pane"),
-    ("j k arrows PgUp PgDn", "move in a pane; moving up stops following the newest event"),
-    ("g G Home End f", "first, last; End and f follow the newest event again"),
-    ("/ or ^F", "filter the timeline by words of type and text"), (": or ^P", "palette: find anything by a few letters"),
-    ("y", "copy the selected line to the clipboard"), ("o", "open the pull request, else the preview, else the web page"),
-    ("x", "cancel the shown run, after a yes"), ("Esc", "close, clear, dismiss"), ("^L", "repaint"),
+    ("Enter", "send; in a pane or drawer: open what is selected"), ("Shift+Enter Alt+Enter", "a new line in the task"),
+    ("Up Down", "the history of what was sent"), ("Tab Shift+Tab", "complete a command, else the next pane"),
+    ("j k arrows PgUp PgDn", "move in a pane; moving up stops following"), ("g G Home End", "first, last"),
+    ("f End", "follow the newest event again"), ("/ or ^F", "filter the timeline by words of type and text"),
+    (": or ^P", "palette: find anything by a few letters"), ("y", "copy the selected line to the clipboard"),
+    ("o", "open the pull request, else the preview"), ("x", "cancel the shown run, after a yes"),
+    ("Esc", "close, clear, dismiss"), ("^L", "repaint"),
     ("^T", "mouse on or off; off, the terminal selects text itself"), ("^Z", "suspend; fg comes back"),
     ("q", "leave, from a pane"), ("^C ^C", "leave, from anywhere; runs go on in the cloud"),
 )
@@ -1873,7 +1872,7 @@ class State(NamedTuple):
     history: Tuple[str, ...] = ()
     recalled: int = 0           # how far back in the history; 0 is the line being typed, which is
     draft: str = ""             # kept here meanwhile
-    notice: Segment = ("", "")
+    notice: Tuple[str, str, float] = ("", "", 0.0)  # text, style, and until when
     question: Tuple[str, Effect] = ("", ())
     armed_until: float = 0.0    # a second Ctrl+C before this leaves
     mouse: bool = True
@@ -1910,9 +1909,9 @@ class State(NamedTuple):
         """With one effect more."""
         return self._replace(effects=self.effects + (effect,))
 
-    def say(self, text: str, style: str = "") -> State:
-        """With a line under the composer, until the next key."""
-        return self._replace(notice=(harmless(text), style))
+    def say(self, text: str, style: str = "", for_s: float = 8.0) -> State:
+        """With a line under the composer for a while, until the next key; an error stays."""
+        return self._replace(notice=(harmless(text), style, self.now + (9e9 if style == "bad" else for_s)))
 
     def write(self, text: str, cursor: Optional[int] = None) -> State:
         """With this text in the composer."""
@@ -2068,7 +2067,8 @@ def begin(state: State, task: str) -> State:
 def choose_repo(state: State, name: str) -> State:
     """The repository of this name or id, or the only one with this in its name; else a picker."""
     exact = [repo for repo in state.repos if name in (text_of(repo, "full_name"), text_of(repo, "id"))]
-    found = exact or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
+    parts = [repo for repo in state.repos if name == text_of(repo, "full_name").rpartition("/")[2]]
+    found = exact or parts or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
     if not name or len(found) != 1:
         state = state.open("repos")
         return state._replace(drawer=state.drawer and state.drawer._replace(query=name))
@@ -2103,7 +2103,7 @@ COMMANDS: Dict[str, Tuple[str, str, Callable[[State, str], State]]] = {  # what 
     "repo": ("[NAME]", "choose the repository that runs start on", choose_repo),
     "branch": ("[NAME]", "choose the branch that runs start from", lambda state, name: state._replace(
         branch=name, delivered="").say(f"The next run starts from {name}.") if name else state.open("branches")),
-    "harness": ("[codex|claude-code]", "choose the agent program", lambda state, name: state._replace(
+    "harness": ("[NAME]", "choose the agent program: codex or claude-code", lambda state, name: state._replace(
         harness=name).say(f"The next run uses {name}.") if name in HARNESSES else state.open("harnesses")),
     "new": ("", "go back to the base branch for the next task", lambda state, _: state._replace(
         delivered="").say(f"The next task starts from {base_branch(state)} again.")),
@@ -2118,7 +2118,7 @@ COMMANDS: Dict[str, Tuple[str, str, Callable[[State, str], State]]] = {  # what 
     "mcp": ("", "the MCP servers: names, and whether enabled", drawer("mcp")),
     "open": ("", "the pull request, else the preview, else the web page", lambda state, _: state.ask(
         "open", target_url(state))),
-    "export": ("[json|jsonl|markdown] [FILE]", "the shown run and its events, to a new file", export),
+    "export": ("[FORMAT] [FILE]", "the shown run and its events as json, jsonl or markdown", export),
     "login": ("", "sign in", lambda state, _: state._replace(signed_in=False).write("")),
     "logout": ("", "forget the stored sign-in", lambda state, _: state.ask("logout")),
     "help": ("", "every key and every command", drawer("help")),
@@ -2264,7 +2264,7 @@ def interrupt(state: State) -> State:
         return state.ask("leave")
     state = state.write(state.text if state.drawer or state.focus == "filter" else "")._replace(drawer=None, sign_in_url="")
     return state._replace(armed_until=state.now + 1.5).ask("stop").say(
-        "Ctrl+C again within 1.5 s leaves; runs go on in the cloud.", "warn")
+        "Ctrl+C again within 1.5 s leaves; runs go on in the cloud.", "warn", 1.5)
 
 
 def pane(state: State, step: int) -> State:
@@ -2331,7 +2331,7 @@ COMPOSER.update({"^a": COMPOSER["home"], "^e": COMPOSER["end"], "^j": COMPOSER["
 
 def on_key(state: State, name: str) -> State:
     """A key that is no text, or one that a pane takes."""
-    state = state._replace(notice=("", ""), armed_until=state.armed_until if name == "^c" else 0.0)
+    state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
     if state.question[0]:
         question, state = state.question, state._replace(question=("", ()))
         return state.ask(*question[1]) if name in ("y", "Y") else state.say("Not cancelled.")
@@ -2343,7 +2343,7 @@ def on_key(state: State, name: str) -> State:
 def on_text(state: State, text: str) -> State:
     """What was typed: words where words are taken, else keys; a word typed in one go never leaves."""
     if not state.question[0] and (state.drawer or state.focus in ("composer", "filter")):
-        return insert(state._replace(notice=("", ""), armed_until=0.0), text)
+        return insert(state._replace(notice=("", "", 0.0), armed_until=0.0), text)
     for char in text:
         state = on_key(state, char) if char != "q" or text == "q" else state
     return state
@@ -2351,7 +2351,7 @@ def on_text(state: State, text: str) -> State:
 
 def on_paste(state: State, text: str) -> State:
     """A paste is one text and runs nothing; from a pane it goes to the composer."""
-    state = state._replace(notice=("", ""), armed_until=0.0, question=("", ()))
+    state = state._replace(notice=("", "", 0.0), armed_until=0.0, question=("", ()))
     return insert(state if state.drawer or state.focus == "filter" else state._replace(focus="composer"), text)
 
 
@@ -2516,7 +2516,7 @@ TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple
     # title, records, columns and their widths, and the words that Enter puts through the composer
     "help": ("HELP", lambda state, _: [{"id": keys, "does": does} for keys, does in HELP] + [
         {"id": f"/{name} {words}", "does": does} for name, (words, does, _) in COMMANDS.items()],
-        (("id", 29), ("does", 90)), ""),
+        (("id", 22), ("does", 90)), ""),
     "palette": ("PALETTE", lambda state, _: everything(state), (("id", 16), ("does", 90)), "{id}"),
     "runs": ("RUNS", lambda state, _: state.runs, (
         ("id", 8), ("status", 11), ("repo", 18), ("time", 16), ("task", 90)), "/attach {id}"),
@@ -2607,11 +2607,11 @@ def ends(left: Sequence[Segment], right: Sequence[Segment], width: int, style: O
 def header(state: State, width: int) -> Row:
     """Program, repository and branch, harness, status of the run, health of the transport."""
     bar, glyph, words, style = (" │ ", "line"), *health_of(state)
-    row: List[Segment] = [(" mogplex", "brand")]
+    row: List[Segment] = [(" mogplex", "brand")] if width >= 40 else []
     if width >= 60:
         branch = state.pushed or state.delivered or base_branch(state)
-        row += [bar, (fit(harmless(state.repo.get("full_name")), 28), "bold"), (fit(f" ⎇ {branch}", width // 4), "accent"),
-                ] if state.repo else [bar, ("no repository: /repo", "dim")]
+        row += [bar, (fit(harmless(state.repo.get("full_name")), 28), "bold"), 
+                (fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent")] if state.repo else [bar, ("no repository: /repo", "dim")]
     if width >= 80:
         row += [bar, (harmless(state.run.get("harness"), 16) or state.harness, "")]
     if state.run_id:
@@ -2619,8 +2619,8 @@ def header(state: State, width: int) -> Row:
         since = parse_time(state.run.get("createdAt") or state.run.get("time"))
         until = parse_time(state.run.get("updatedAt")) if state.over else state.now
         took = max(0, int((until or 0) - since)) if since and until else -1
-        row += [bar, (f"{mark} {word.upper()}", tone), (f" {took // 60}:{took % 60:02d}" * (took >= 0), "dim")]
-    return ends(row, [bar, (f"{glyph} {words} ", style)], width)
+        row += [bar] * bool(row) + [(f"{mark} {word.upper()}", tone), (f" {took // 60}:{took % 60:02d}" * (took >= 0), "dim")]
+    return ends([(" ", ""), *row] if width < 40 else row, [bar, (f"{glyph} {words} ", style)], width)
 
 
 def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
@@ -2639,7 +2639,7 @@ def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
             age = f" {format_age(state.now - since):>3}" if since and width > 30 else ""
             left = [(" ▸" if shown else "  ", "accent"), (glyph + " ", style), (short_id(record)[:4] + " ", "dim"),
                     (run_label(record), "bold" if shown else "")]
-        row = ends(left, [(f" {word}", style), (age, "dim")], width)
+        row = ends(left, [(f" {word}", style), (age + " ", "dim")], width)
         lines.append((position, fill(row, width, "select") if focused and position == state.rail_at else row))
     at = next((line for line, (position, _) in enumerate(lines) if position == state.rail_at), 0)
     top = scrolled(at, 0, rows)
@@ -2673,7 +2673,8 @@ def entry_row(entry: Entry, width: int) -> List[Segment]:
     loud = style if style in ("ok", "bad", "warn") else ""
     if width < 60:
         return [(f" {fit(tag, 6):6} ", style), (entry.text, loud)]
-    return [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, 15):15} ", style), (entry.text, loud)]
+    wide = 15 if width < 80 else 18
+    return [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, wide - 1):{wide}} ", style), (entry.text, loud)]
 
 
 def timeline(state: State, width: int, rows: int) -> List[Row]:
@@ -2717,7 +2718,8 @@ def drawer_rows(state: State, drawer: Drawer, width: int, rows: int) -> List[Row
     """Title with the search, what is wrong, and the items that are found."""
     found, fetched = search(drawer.items, drawer.query), drawer.kind in FETCHES
     title = TABLES[drawer.kind][0] if drawer.kind in TABLES else TEXTS[drawer.kind][0]
-    lines = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), (f"/{drawer.query}", "accent")],
+    sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
+    lines = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
                   [(f"{min(drawer.at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
     if drawer.error:
         lines.append(fill([(f" {drawer.error} · trying again by itself", "bad")], width))
@@ -2764,8 +2766,10 @@ def composer(state: State, width: int, rows: int) -> List[Row]:
 def hints(state: State, width: int) -> Row:
     """The last row: a question, a notice, what can be completed, else the keys."""
     found = completions(state) if state.focus == "composer" and not state.drawer else []
-    if state.question[0] or state.notice[0]:
-        return fill([(" ", ""), (state.question[0], "alert") if state.question[0] else state.notice], width)
+    if state.question[0]:
+        return fill([(f" {state.question[0]}", "alert")], width)
+    if state.notice[2] > state.now:
+        return fill([(f" {state.notice[0]}", state.notice[1])], width)
     if len(found) == 1 or state.text[1:] in COMMANDS:
         name = state.text[1:] if state.text[1:] in COMMANDS else found[0][1:].split(" ")[0]
         return fill([(f" /{name} {COMMANDS[name][0]}  ", "key"), (COMMANDS[name][1], "dim")], width)
@@ -2829,7 +2833,8 @@ MESSAGES: Dict[str, Callable[..., State]] = {
 
 def update(state: State, message: Message) -> State:
     """The state after one message; what shall be done about it stands in its ``effects``."""
-    state = filled(MESSAGES[message[0]](state._replace(effects=()), *message[1:]))
+    state = MESSAGES[message[0]](state._replace(effects=()), *message[1:])
+    state = state if message[0] == "event" else filled(state)
     return state._replace(top=scrolled(selected(state), state.top, layout(state, state.width, state.height).rows - 2))
 
 
