@@ -1876,6 +1876,7 @@ class State(NamedTuple):
     question: Tuple[str, Effect] = ("", ())
     armed_until: float = 0.0    # a second Ctrl+C before this leaves
     mouse: bool = True
+    wanted: str = ""            # the repository to take once the list is here: its id or name
     repo: Json = {}
     repos: Tuple[Json, ...] = ()
     branch: str = ""            # chosen to start from; "" is the repository's own
@@ -1983,6 +1984,8 @@ def search(items: Iterable[Item], query: str) -> List[Item]:
 
 def health_of(state: State) -> Tuple[str, str, str]:
     """(glyph, words, style) of the transport."""
+    if not state.signed_in:
+        return "○", "signed out", "dim"
     if state.held_until > state.now:
         return "◌", f"reconnect {state.held_until - state.now:.0f}s", "warn"
     if state.failures >= 3 or "resolve" in state.trouble:
@@ -2131,17 +2134,19 @@ COMMANDS: Dict[str, Tuple[str, str, Callable[[State, str], State]]] = {  # what 
 
 def perform(state: State, line: str) -> State:
     """What a line does when it is sent: a slash command, else a task."""
-    name, _, argument = line[1:].partition(" ")
     if not line.startswith("/"):
         return begin(state, line)
-    if name.lower() in COMMANDS:
-        return COMMANDS[name.lower()][2](state._replace(drawer=None), argument.strip())
-    if name in NOT_OFFERED:
-        return state.say(f"The hosted API does not offer /{name}.", "warn")
+    name, argument = (line[1:].split(None, 1) + ["", ""])[:2]
+    words, _, handler = COMMANDS.get(name.lower(), ("", "", None))
+    if handler and (words or not argument):
+        return handler(state._replace(drawer=None), argument.strip())
+    if handler or name in NOT_OFFERED:
+        reason = "takes nothing after it" if handler else "is not offered by the hosted API"
+        return state.write(line).say(f"/{name} {reason}. Nothing was sent.", "bad")
     import difflib
     near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
     hint = f"did you mean /{near[0]}?" if near else "/help lists them."
-    return state.write(line).say(f"/{name} is no command; {hint} Nothing was sent.", "bad")
+    return state.write(line).say(f"/{fit(name, 30)} is no command; {hint} Nothing was sent.", "bad")
 
 
 def completions(state: State) -> List[str]:
@@ -2242,14 +2247,17 @@ def choose(state: State) -> State:
         does = found[state.drawer.at].does if state.drawer.at < len(found) else ""
         return state._replace(drawer=None).write(does) if does.endswith(" ") else perform(state, does) if does else state
     if state.focus == "rail":
-        return perform(state, "{0} {1[id]}".format(*listed(state)[state.rail_at])) if listed(state) else state
+        does, record = (listed(state)[state.rail_at:] + [("", {})])[0]
+        return perform(state, f"{does} {text_of(record, 'id')}") if does else state
     return state.open("event", "", passing(state)[selected(state)].event) if passing(state) else state
 
 
 def copy(state: State) -> State:
     """The selected line, or the id in the rail, to the terminal's clipboard."""
-    text = text_of(listed(state)[state.rail_at][1], "id") if state.focus == "rail" and listed(state) else \
-        passing(state)[selected(state)].text if passing(state) else ""
+    if state.focus == "rail":
+        text = text_of((listed(state)[state.rail_at:] + [("", {})])[0][1], "id")
+    else:
+        text = passing(state)[selected(state)].text if passing(state) else ""
     return state.ask("copy", text).say("Copied to the clipboard.", "ok") if text else state
 
 
@@ -2420,7 +2428,7 @@ def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: 
     elif source == "sandboxes":
         state = state._replace(sandboxes=tuple(data))
     elif source == "repos":
-        wanted = [repo for repo in data if argument and argument in (repo.get("id"), repo.get("full_name"))]
+        wanted = [repo for repo in data if state.wanted and state.wanted in (repo.get("id"), repo.get("full_name"))]
         repo = (wanted or data)[0] if wanted or len(data) == 1 else {}
         state = state._replace(repos=tuple(data), repo=state.repo or repo)
     if state.drawer and (state.drawer.kind, state.drawer.argument) in ((source, argument), (source, "")):
@@ -2610,7 +2618,7 @@ def header(state: State, width: int) -> Row:
     row: List[Segment] = [(" mogplex", "brand")] if width >= 40 else []
     if width >= 60:
         branch = state.pushed or state.delivered or base_branch(state)
-        row += [bar, (fit(harmless(state.repo.get("full_name")), 28), "bold"), 
+        row += [bar, (fit(harmless(state.repo.get("full_name")), 28), "bold"),
                 (fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent")] if state.repo else [bar, ("no repository: /repo", "dim")]
     if width >= 80:
         row += [bar, (harmless(state.run.get("harness"), 16) or state.harness, "")]
@@ -2825,7 +2833,7 @@ MESSAGES: Dict[str, Callable[..., State]] = {
     "verdict": on_verdict, "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
-    "signed out": lambda state, text: state._replace(signed_in=False, drawer=None).say(text, "warn"),
+    "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
     "signed in": lambda state: state._replace(signed_in=True, sign_in_url="", refused="").say("Signed in.", "ok").ask(
         "connect"),
 }
@@ -3262,8 +3270,8 @@ def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str,
     newest = tuple(reversed(list(runs.values())))
     wanted = environ.get("MOGPLEX_REPO") or (text_of(newest[0], "repo") if newest else "")
     tasks = tuple(dict.fromkeys(text_of(run, "task") for run in runs.values() if text_of(run, "task")))
-    state = State(base_url=base_url, now=time.time(), runs=newest, history=tasks).write(text)
-    state = state.ask("fetch", "repos", wanted).ask("poll", "sandboxes", "")
+    state = State(base_url=base_url, now=time.time(), runs=newest, history=tasks, wanted=wanted).write(text)
+    state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
     if run_id:
         state = attach(state, text_of(newest[0], "id") if run_id == "@last" and newest else run_id)
     if text:
