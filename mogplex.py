@@ -1861,6 +1861,1562 @@ def github_output(verdict: Verdict) -> str:
 
 # ---------------------------------------------------------------- 7. Cockpit
 
+# State is a value, update() makes the next one, view() draws it, paint() finds what differs: all pure. Only
+# Screen touches the terminal, and only the two Desks, each a thread, touch the network.
+Segment = Tuple[str, str]  # text, and the name of its style
+Row = Tuple[Segment, ...]
+Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
+Effect = Tuple[Any, ...]   # what shall be done about it: a name in JOBS or a method of Shell, and its arguments
+
+STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
+    "": ("", "", ""), "dim": ("38;5;245", "2", "2"), "bold": ("1", "1", "1"), "line": ("38;5;239", "2", "2"),
+    "brand": ("1;38;5;213", "1;35", "1"), "accent": ("38;5;117", "36", ""), "ok": ("38;5;114", "32", ""),
+    "bad": ("1;38;5;210", "1;31", "1"), "warn": ("38;5;222", "33", "1"), "run": ("38;5;81", "36", "1"),
+    "key": ("1;38;5;153", "1;36", "1"), "select": ("1;38;5;255;48;5;60", "7", "7"),
+    "alert": ("1;38;5;231;48;5;124", "1;37;41", "1;7"),
+}
+GLYPHS = str.maketrans("│─┴▸▶●○◌✓✗■·…›⎇▼⏎•↑↓–—", "|-+>>*o.+x#-~>@v/*^v--")  # for an ASCII locale
+STATUSES = {
+    "pending": ("◌", "warn"), "streaming": ("▶", "run"), "success": ("✓", "ok"), "failed": ("✗", "bad"),
+    "cancelled": ("■", "warn"), "creating": ("◌", "warn"), "installing": ("◌", "warn"), "running": ("●", "ok"),
+    "enabled": ("●", "ok"), "error": ("○", "bad"),
+}
+EVENT_TYPES = {  # style, and the tag for a narrow screen
+    "started": ("run", "start"), "log": ("dim", "log"), "status_changed": ("accent", "state"),
+    "finished": ("ok", "done"), "failed": ("bad", "fail"), "cancel_requested": ("warn", "stop?"),
+    "cancelled": ("warn", "stop"), "tool_call": ("accent", "tool"), "assistant_message": ("bold", "agent"),
+}
+NOT_OFFERED = ("pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
+SUBCOMMANDS = ("repos", "run", "runs", "sandboxes", "login", "logout")
+HELP = (
+    ("Enter", "send; in a pane or drawer: open what is selected"), ("Shift+Enter Alt+Enter", "a new line in the task"),
+    ("Up Down", "the history of what was sent"), ("Tab Shift+Tab", "complete a command, else the next pane"),
+    ("j k arrows PgUp PgDn", "move in a pane; moving up stops following"), ("g G Home End", "first, last"),
+    ("f End", "follow the newest event again"), ("/ or ^F", "filter the timeline by words of type and text"),
+    (": or ^P", "palette: find anything by a few letters"), ("y", "copy the selected line to the clipboard"),
+    ("o", "open the pull request, else the preview"), ("x", "cancel the shown run, after a yes"),
+    ("Esc", "close, clear, dismiss"), ("^L", "repaint"),
+    ("^T", "mouse on or off; off, the terminal selects text itself"), ("^Z", "suspend; fg comes back"),
+    ("q", "leave, from a pane"), ("^C ^C", "leave, from anywhere; runs go on in the cloud"),
+)
+HINTS = {
+    "composer": "Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit",
+    "timeline": "j k move · Enter details · f follow · / filter · y copy · o open · x kill · ? help · q quit",
+    "rail": "j k move · Enter open · Tab composer · : palette · ? help · q quit",
+    "filter": "type to filter · Enter keep · Esc clear", "drawer": "type to search · ↑ ↓ move · Enter choose · Esc close",
+    "signed out": "Enter open the browser · or paste a token, then Enter · ^C ^C quit",
+}
+MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
+FETCHES: Dict[str, Callable[[Client, str], Any]] = {  # what can be read, most of it for the drawer of this name
+    "repos": lambda client, _: client.repos(limit=MAX_LIMIT), "run": lambda client, run_id: client.run(run_id),
+    "sandboxes": lambda client, _: client.sandboxes(), "logs": lambda client, name: client.sandbox_logs(name),
+    "agents": lambda client, _: client.agents(), "models": lambda client, _: client.models(),
+    "mcp": lambda client, _: client.mcp_servers(),
+}
+
+
+def harmless(value: object, most: int = 500) -> str:
+    """One short line of API text; a number too."""
+    return sanitize((value if isinstance(value, str) else text_of({"": value}, ""))[:most * 4])[:most]
+
+
+class Entry(NamedTuple):
+    """One event, made harmless and short when it arrives."""
+
+    time: str
+    kind: str
+    text: str
+    event: Json
+
+
+class Item(NamedTuple):
+    """One line of a drawer, and the words that Enter on it puts through the composer."""
+
+    text: str
+    does: str = ""
+    style: str = ""
+
+
+class Drawer(NamedTuple):
+    """A list in place of the timeline; ``data`` is the last good answer of its source."""
+
+    kind: str
+    argument: str = ""
+    data: Any = None
+    query: str = ""
+    at: int = 0
+    error: str = ""
+    items: Tuple[Item, ...] = ()
+
+
+class State(NamedTuple):
+    """All that the cockpit knows. Times are epoch seconds; ``effects`` is what the last message asks for."""
+
+    base_url: str = DEFAULT_URL
+    now: float = 0.0
+    width: int = 80
+    height: int = 24
+    signed_in: bool = True
+    sign_in_url: str = ""       # while a browser is open for it
+    lapses_at: Optional[float] = None
+    focus: str = "composer"     # or "timeline", "rail", "filter"
+    text: str = ""
+    cursor: int = 0
+    history: Tuple[str, ...] = ()
+    recalled: int = 0           # how far back in the history; 0 is the line being typed, which is
+    draft: str = ""             # kept here meanwhile
+    notice: Tuple[str, str, float] = ("", "", 0.0)  # text, style, and until when
+    question: Tuple[str, Effect] = ("", ())
+    armed_until: float = 0.0    # a second Ctrl+C before this leaves
+    mouse: bool = True
+    wanted: str = ""            # the repository to take once the list is here: its id or name
+    repo: Json = {}
+    repos: Tuple[Json, ...] = ()
+    branch: str = ""            # chosen to start from; "" is the repository's own
+    delivered: str = ""         # pushed by the run before: the next task goes on there
+    harness: str = HARNESSES[0]
+    run_id: str = ""
+    run: Json = {}
+    pushed: str = ""            # the branch that the shown run really works on
+    entries: Tuple[Entry, ...] = ()
+    heard_at: float = 0.0       # when the newest of them happened
+    over: bool = False          # the verdict is in
+    adrift: bool = False        # its tail gave up, and is to be tried again
+    truncated: bool = False
+    at: int = 0                 # the selected entry, counted among those that pass the filter
+    top: int = 0
+    follow: bool = True
+    filter: str = ""
+    runs: Tuple[Json, ...] = ()  # remembered, newest first, with "status" and "error" once known
+    sandboxes: Tuple[Json, ...] = ()
+    rail_at: int = 0
+    drawer: Optional[Drawer] = None
+    alerts: Tuple[Tuple[str, str], ...] = ()  # (run id, text) of runs that ended badly, till looked at
+    failures: int = 0           # requests without an answer, in a row
+    latency_ms: float = 0.0     # 0: nothing was answered yet
+    trouble: str = ""           # why the last request failed
+    refused: str = ""           # what a 401 or 403 said
+    held_until: float = 0.0     # after a 429 nothing is polled before
+    effects: Tuple[Effect, ...] = ()
+
+    def ask(self, *effect: Any) -> State:
+        """With one effect more."""
+        return self._replace(effects=self.effects + (effect,))
+
+    def say(self, text: str, style: str = "", for_s: float = 8.0) -> State:
+        """With a line under the composer for a while, until the next key; an error stays."""
+        return self._replace(notice=(harmless(text), style, self.now + (9e9 if style == "bad" else for_s)))
+
+    def write(self, text: str, cursor: Optional[int] = None) -> State:
+        """With this text in the composer."""
+        return self._replace(text=text, cursor=len(text) if cursor is None else cursor, focus="composer")
+
+    def open(self, kind: str, argument: str = "", data: Any = None) -> State:
+        """With a drawer open, and what it shows asked for."""
+        state = self._replace(drawer=Drawer(kind, argument, data), focus=self.focus.replace("filter", "composer"))
+        return state.ask("fetch", kind, argument) if kind in FETCHES else state
+
+
+# -- What a state means
+
+
+def status_of(record: Json) -> Tuple[str, str, str]:
+    """(glyph, word, style) of a run or a sandbox."""
+    word = harmless(record.get("status"), 20)
+    return (*STATUSES.get(word, ("○", "dim"))[:1], word or "unknown", STATUSES.get(word, ("○", "dim"))[1])
+
+
+def short_id(record: Json) -> str:
+    return harmless(record.get("id"), 8)
+
+
+def run_label(run: Json) -> str:
+    return harmless(run.get("task"), 80) or harmless(run.get("branch"), 80) or "(task not known)"
+
+
+def branch_of(record: Json) -> str:
+    return harmless(record.get("working_branch")) or harmless(record.get("base_branch"))
+
+
+def base_branch(state: State) -> str:
+    """The branch that the next run starts from, as far as it is known."""
+    return state.branch or harmless(state.repo.get("default_branch")) or "main"
+
+
+def is_active(run: Json) -> bool:
+    return run.get("status") not in TERMINAL_STATUSES
+
+
+def passing(state: State) -> Sequence[Entry]:
+    """The entries that have every word of the filter in their type or text."""
+    words = state.filter.lower().split()
+    return [entry for entry in state.entries if all(word in f"{entry.kind} {entry.text}".lower() for word in words)] \
+        if words else state.entries
+
+
+def selected(state: State) -> int:
+    """The position of the selected entry among those that pass; -1 when there is none."""
+    return len(passing(state)) - 1 if state.follow else min(state.at, len(passing(state)) - 1)
+
+
+def listed(state: State) -> List[Tuple[str, Json]]:
+    """What the rail lists: (the command that Enter on it means, record)."""
+    return [("/attach", run) for run in state.runs] + [("/logs", sandbox) for sandbox in state.sandboxes]
+
+
+def search(items: Iterable[Item], query: str) -> List[Item]:
+    """The items with the letters of ``query`` in this order, first those where they lie closest."""
+    letters, found = "".join(query.lower().split()), []
+    pattern = re.compile(".*?".join(map(re.escape, letters)))
+    for position, item in enumerate(items):
+        spans = [match.end() - match.start() for match in pattern.finditer(item.text.lower())]
+        if spans:
+            found.append((min(spans), position, item))
+    return [item for _, _, item in sorted(found)]
+
+
+def health_of(state: State) -> Tuple[str, str, str]:
+    """(glyph, words, style) of the transport."""
+    if not state.signed_in:
+        return "○", "signed out", "dim"
+    if state.held_until > state.now:
+        return "◌", f"reconnect {state.held_until - state.now:.0f}s", "warn"
+    if state.failures >= 3 or "resolve" in state.trouble:
+        return "✗", "offline", "bad"
+    if state.failures:
+        return "◌", "reconnect", "warn"
+    if state.refused or state.truncated or state.latency_ms > 2000:
+        return "○", "degraded" + (" refused" if state.refused else f" {state.latency_ms:.0f}ms"), "warn"
+    return ("●", f"nominal {state.latency_ms:.0f}ms", "ok") if state.latency_ms else ("◌", "connecting", "dim")
+
+
+def alerts_of(state: State) -> List[Tuple[str, str]]:
+    """(run id or "", text) of what needs a person, the worst first. Each goes when its cause does."""
+    lapse_s = 9e9 if state.lapses_at is None else state.lapses_at - state.now
+    wait = format_duration(state.held_until - state.now)
+    causes = (
+        (state.refused and state.signed_in, f"{state.refused} · /login signs in again"),
+        (state.held_until > state.now, f"Rate limited: nothing is polled for {wait}; runs go on in the cloud"),
+        (state.failures >= 3, f"No answer from the service, trying again by itself: {state.trouble}"),
+        (lapse_s < 600, f"The sign-in lapses in {format_duration(lapse_s)} · /login renews it"))
+    return list(state.alerts) + [("", text) for cause, text in causes if cause]
+
+
+def target_url(state: State) -> str:
+    """The pull request of the shown run, else the preview of its sandbox, else the web page."""
+    urls = [text_of(entry.event, "payload", "pull_request_url") for entry in reversed(state.entries)]
+    ids = {text_of(state.run, "sandboxRecordId"), text_of(state.run, "sandboxId")} - {"", "pending"}
+    urls += [text_of(sandbox, "preview_url") for sandbox in state.sandboxes if text_of(sandbox, "id") in ids]
+    return next((url for url in urls if url.startswith("https://")), state.base_url)
+
+
+def export_text(state: State, form: str) -> str:
+    """The shown run and its events as json, jsonl or markdown."""
+    events = [entry.event for entry in state.entries]
+    if form == "json":
+        return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
+    if form == "jsonl":
+        return "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+    marks = str.maketrans({mark: "\\" + mark for mark in "\\|`*_<>[]"})
+    lines = [f"# Mogplex run {harmless(state.run_id)}", "", f"{status_of(state.run)[1]}: {target_url(state)}", "",
+             "| time | type | message |", "| --- | --- | --- |"]
+    return "\n".join(lines + [f"| {entry.time} | {entry.kind.translate(marks)} | {entry.text.translate(marks)} |"
+                              for entry in state.entries]) + "\n"
+
+
+# -- Words: what a line of the composer does
+
+
+def watch(state: State, run_id: str, run: Json) -> State:
+    """With this run shown, from its first event on."""
+    alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
+    return state._replace(
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, truncated=False, pushed="",
+        at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
+
+
+def attach(state: State, wanted: str) -> State:
+    """Watch the run with this id, or the one remembered whose id begins so; without an id, a picker."""
+    found = [run for run in state.runs if text_of(run, "id").startswith(wanted)]
+    if not wanted:
+        return state.open("runs")
+    run = found[0] if len(found) == 1 else {"id": wanted}
+    return watch(state._replace(delivered=""), text_of(run, "id"), run)
+
+
+def begin(state: State, task: str) -> State:
+    """A run of ``task``, on the branch that the run before delivered, when there is one."""
+    if not task:
+        return state.say("A run needs its task: /run fix the flaky cookie test", "bad")
+    if utf16_units(task) > 100000:
+        return state.write(task).say("The service takes tasks of at most 100,000 characters.", "bad")
+    if not state.repo:
+        return state.write(task).open("repos").say("Choose the repository first; the task waits.", "warn")
+    body: Json = {"repoId": text_of(state.repo, "id"), "prompt": task, "harness": state.harness}
+    if state.branch or state.delivered:
+        body["baseBranch"] = base_branch(state)
+    if state.delivered:
+        body.update(workingBranch=state.delivered, createBranch=False)
+    return state.ask("start", task, body, harmless(state.repo.get("full_name"))).say("Starting a run…")
+
+
+def choose_repo(state: State, name: str) -> State:
+    """The repository of this name or id, or the only one with this in its name; else a picker."""
+    exact = [repo for repo in state.repos if name in (text_of(repo, "full_name"), text_of(repo, "id"))]
+    parts = [repo for repo in state.repos if name == text_of(repo, "full_name").rpartition("/")[2]]
+    found = exact or parts or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
+    if not name or len(found) != 1:
+        state = state.open("repos")
+        return state._replace(drawer=state.drawer and state.drawer._replace(query=name))
+    state = state._replace(repo=found[0], branch="", delivered="")
+    return state.say(f"The next run starts on {harmless(found[0].get('full_name'))}, branch {base_branch(state)}.")
+
+
+def kill(state: State, _: str) -> State:
+    if not state.run_id or state.over:
+        return state.say("No run is shown that could be cancelled.", "warn")
+    words = f"Cancel run {harmless(state.run_id, 8)} in the cloud?  y yes · any other key no"
+    return state._replace(question=(words, ("cancel", state.run_id)))
+
+
+def export(state: State, words: str) -> State:
+    form, _, path = words.partition(" ")
+    if not state.run_id:
+        return state.say("No run is shown that could be exported.", "warn")
+    if form not in ("json", "jsonl", "markdown"):
+        return state.open("export")
+    name = re.sub("[^0-9A-Za-z-]", "", state.run_id)[:8]
+    path = path.strip() or f"mogplex-{name}.{'md' if form == 'markdown' else form}"
+    return state.ask("export", path, export_text(state, form))
+
+
+def drawer(kind: str) -> Callable[[State, str], State]:
+    return lambda state, _: state.open(kind)
+
+
+COMMANDS: Dict[str, Tuple[str, str, Callable[[State, str], State]]] = {  # what follows, what it does, how
+    "run": ("TASK", "start a run; typing the task alone does the same", begin),
+    "repo": ("[NAME]", "choose the repository that runs start on", choose_repo),
+    "branch": ("[NAME]", "choose the branch that runs start from", lambda state, name: state._replace(
+        branch=name, delivered="").say(f"The next run starts from {name}.") if name else state.open("branches")),
+    "harness": ("[NAME]", "choose the agent program: codex or claude-code", lambda state, name: state._replace(
+        harness=name).say(f"The next run uses {name}.") if name in HARNESSES else state.open("harnesses")),
+    "new": ("", "go back to the base branch for the next task", lambda state, _: state._replace(
+        delivered="").say(f"The next task starts from {base_branch(state)} again.")),
+    "attach": ("RUN", "watch a run, also one that was started elsewhere", attach),
+    "kill": ("", "cancel the shown run, after a yes", kill),
+    "runs": ("", "the runs that this machine remembers", drawer("runs")),
+    "sandboxes": ("", "the sandboxes in the cloud", drawer("sandboxes")),
+    "logs": ("[SANDBOX]", "the logs of a sandbox", lambda state, name: state.open(*(("logs", name) if name else (
+        "sandboxes",)))),
+    "agents": ("", "the agents of the account", drawer("agents")),
+    "model": ("", "the models that the service knows", drawer("models")),
+    "mcp": ("", "the MCP servers: names, and whether enabled", drawer("mcp")),
+    "open": ("", "the pull request, else the preview, else the web page", lambda state, _: state.ask(
+        "open", target_url(state))),
+    "export": ("[FORMAT] [FILE]", "the shown run and its events as json, jsonl or markdown", export),
+    "login": ("", "sign in", lambda state, _: state._replace(signed_in=False).write("")),
+    "logout": ("", "forget the stored sign-in", lambda state, _: state.ask("logout")),
+    "help": ("", "every key and every command", drawer("help")),
+    "palette": ("", "find anything by a few letters", drawer("palette")),
+    "clear": ("", "clear filter, alerts and messages", lambda state, _: state._replace(filter="", alerts=())),
+    "quit": ("", "leave; runs go on in the cloud", lambda state, _: state.ask("leave")),
+    "exit": ("", "the same as /quit", lambda state, _: state.ask("leave")),
+}
+
+
+def perform(state: State, line: str) -> State:
+    """What a line does when it is sent: a slash command, else a task."""
+    if not line.startswith("/"):
+        return begin(state, line)
+    name, argument = (line[1:].split(None, 1) + ["", ""])[:2]
+    words, _, handler = COMMANDS.get(name.lower(), ("", "", None))
+    if handler and (words or not argument):
+        return handler(state._replace(drawer=None), argument.strip())
+    if handler or name in NOT_OFFERED:
+        reason = "takes nothing after it" if handler else "is not offered by the hosted API"
+        return state.write(line).say(f"/{name} {reason}. Nothing was sent.", "bad")
+    import difflib
+    near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+    hint = f"did you mean /{near[0]}?" if near else "/help lists them."
+    return state.write(line).say(f"/{fit(name, 30)} is no command; {hint} Nothing was sent.", "bad")
+
+
+def completions(state: State) -> List[str]:
+    """What the composer's text could become; the words after a command are lists that are on screen."""
+    name, space, argument = state.text[1:].partition(" ")
+    if not state.text.startswith("/") or "\n" in state.text:
+        return []
+    if not space:
+        return [f"/{command}{' ' * bool(COMMANDS[command][0])}" for command in COMMANDS if command.startswith(name)]
+    choices = {"repo": [harmless(repo.get("full_name")) for repo in state.repos], "harness": HARNESSES,
+               "attach": [harmless(run.get("id")) for run in state.runs], "export": ("json", "jsonl", "markdown"),
+               "logs": [harmless(sandbox.get("id")) for sandbox in state.sandboxes]}
+    return [f"/{name} {choice}" for choice in choices.get(name, ()) if choice.lower().startswith(argument.lower())]
+
+
+# -- Keys: tables of functions from state to state
+
+
+def insert(state: State, text: str) -> State:
+    """With ``text`` typed into whatever takes words now."""
+    if state.drawer:
+        return state._replace(drawer=state.drawer._replace(query=(state.drawer.query + sanitize(text, " "))[:200], at=0))
+    if state.focus == "filter":
+        return state._replace(filter=(state.filter + sanitize(text, " "))[:200])
+    text = "\n".join(map(sanitize, text.split("\n")))
+    return state.write(state.text[:state.cursor] + text + state.text[state.cursor:], state.cursor + len(text))
+
+
+def cut(state: State, start: int, end: int) -> State:
+    """Without the composer's characters from ``start`` to ``end``."""
+    return state.write(state.text[:max(0, start)] + state.text[end:], max(0, start))
+
+
+def word_start(state: State) -> int:
+    before = state.text[max(0, state.cursor - 500):state.cursor]
+    return state.cursor - len(before) + len(re.sub(r"\S+\s*\Z", "", before)) if before.strip() else 0
+
+
+def word_end(state: State) -> int:
+    after = state.text[state.cursor:state.cursor + 500]
+    return state.cursor + len(after) - len(re.sub(r"\A\s*\S+", "", after))
+
+
+def vertical(state: State, step: int) -> State:
+    """Up or down by a line of the text, and past its ends through the history."""
+    before, after = state.text[:state.cursor], state.text[state.cursor:]
+    if "\n" in (before if step < 0 else after):
+        return state._replace(cursor=before.rindex("\n") if step < 0 else state.cursor + after.index("\n") + 1)
+    back = min(max(0, state.recalled - step), len(state.history))
+    draft = state.draft if state.recalled else state.text
+    return state._replace(recalled=back, draft=draft).write(state.history[-back] if back else draft)
+
+
+def complete(state: State) -> State:
+    """Tab: as far as all completions agree; where there is nothing to complete, to the next pane."""
+    options = completions(state)
+    common = os.path.commonprefix(options)
+    if not state.text.startswith("/"):
+        return state._replace(focus="timeline")
+    return state.write(common) if len(common) > len(state.text) else state
+
+
+def send(state: State) -> State:
+    """Enter in the composer: a token while signed out, else a command or a task; alone, it opens the alert."""
+    line = state.text.strip()
+    if not state.signed_in and not line.startswith("/"):
+        return state.write("").ask("token", line) if line else state.ask("login")
+    if not line:
+        return attach(state, state.alerts[0][0]) if state.alerts else state
+    history = (*(old for old in state.history if old != line), line)[-200:]
+    return perform(state._replace(history=history, recalled=0).write(""), line)
+
+
+def dismiss(state: State) -> State:
+    """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
+    if not state.signed_in:
+        return state._replace(sign_in_url="").ask("stop" if state.sign_in_url else "connect")
+    return state._replace(alerts=state.alerts[1:], filter="" if not state.alerts else state.filter)
+
+
+def move(state: State, step: int) -> State:
+    """The selection moved by ``step`` lines, as far as there are any."""
+    def within(at: int, count: int) -> int:
+        return max(0, min(at + step, count - 1))
+    if state.drawer:
+        count = len(search(state.drawer.items, state.drawer.query))
+        return state._replace(drawer=state.drawer._replace(at=within(state.drawer.at, count)))
+    if state.focus == "rail":
+        return state._replace(rail_at=within(state.rail_at, len(listed(state))))
+    at = within(selected(state), len(passing(state)))
+    return state._replace(at=at, follow=step > 0 and at >= len(passing(state)) - 1)
+
+
+def choose(state: State) -> State:
+    """Enter in a drawer or a pane."""
+    if state.drawer:
+        found = search(state.drawer.items, state.drawer.query)
+        does = found[state.drawer.at].does if state.drawer.at < len(found) else ""
+        return state._replace(drawer=None).write(does) if does.endswith(" ") else perform(state, does) if does else state
+    if state.focus == "rail":
+        does, record = (listed(state)[state.rail_at:] + [("", {})])[0]
+        return perform(state, f"{does} {text_of(record, 'id')}") if does else state
+    return state.open("event", "", passing(state)[selected(state)].event) if passing(state) else state
+
+
+def copy(state: State) -> State:
+    """The selected line, or the id in the rail, to the terminal's clipboard."""
+    if state.focus == "rail":
+        text = text_of((listed(state)[state.rail_at:] + [("", {})])[0][1], "id")
+    else:
+        text = passing(state)[selected(state)].text if passing(state) else ""
+    return state.ask("copy", text).say("Copied to the clipboard.", "ok") if text else state
+
+
+def leave(state: State) -> State:
+    return state.say("The composer holds words; Ctrl+C twice leaves all the same.", "warn") if state.text \
+        else state.ask("leave")
+
+
+def interrupt(state: State) -> State:
+    """Ctrl+C: closes a drawer or clears the composer; a second one within 1.5 s leaves."""
+    if state.armed_until > state.now:
+        return state.ask("leave")
+    state = state.write(state.text if state.drawer or state.focus == "filter" else "")._replace(drawer=None, sign_in_url="")
+    return state._replace(armed_until=state.now + 1.5).ask("stop").say(
+        "Ctrl+C again within 1.5 s leaves; runs go on in the cloud.", "warn", 1.5)
+
+
+def pane(state: State, step: int) -> State:
+    """Tab, Shift+Tab: composer, timeline, and the rail where there is one."""
+    order = ("composer", "timeline", "rail")[:3 if state.width >= 100 and listed(state) else 2]
+    at = order.index(state.focus) if state.focus in order else 0
+    return state._replace(focus=order[(at + step) % len(order)], drawer=None)
+
+
+def focus(name: str) -> Callable[[State], State]:
+    return lambda state: state._replace(focus=name, drawer=None)
+
+
+def page(state: State) -> int:
+    return max(1, state.height - 9)
+
+
+Keys = Dict[str, Callable[[State], State]]
+ANYWHERE: Keys = {
+    "^c": interrupt, "^p": lambda state: state.open("palette"), "f1": lambda state: state.open("help"),
+    "^f": focus("filter"), "^l": lambda state: state.ask("repaint"), "^z": lambda state: state.ask("suspend"),
+    "^t": lambda state: state._replace(mouse=not state.mouse).ask("mouse", not state.mouse).say(
+        "Mouse off: the terminal selects text." if state.mouse else "Mouse on: the wheel scrolls, a click selects."),
+}
+MOVES: Keys = {
+    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1), "home": lambda state: move(state, -10**9),
+    "end": lambda state: move(state, 10**9), "pgup": lambda state: move(state, -page(state)),
+    "pgdown": lambda state: move(state, page(state)), "enter": choose,
+}
+PANE: Keys = {
+    **MOVES, "k": MOVES["up"], "j": MOVES["down"], "g": MOVES["home"], "G": MOVES["end"], "/": focus("filter"),
+    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state))), "y": copy, "q": leave,
+    "o": lambda state: perform(state, "/open"), "x": lambda state: perform(state, "/kill"), "?": ANYWHERE["f1"],
+    ":": ANYWHERE["^p"], "tab": lambda state: pane(state, 1), "btab": lambda state: pane(state, -1),
+    "esc": focus("composer"),
+}
+DRAWER: Keys = {
+    **MOVES, "esc": lambda state: state._replace(drawer=None), "backspace": lambda state: state._replace(
+        drawer=state.drawer and state.drawer._replace(query=state.drawer.query[:-1], at=0)),
+}
+FILTER: Keys = {
+    **MOVES, "enter": focus("timeline"), "tab": focus("timeline"),
+    "esc": lambda state: state._replace(focus="composer", filter=""),
+    "backspace": lambda state: state._replace(filter=state.filter[:-1]),
+}
+COMPOSER: Keys = {
+    "enter": send, "newline": lambda state: insert(state, "\n"), "esc": dismiss, "tab": complete,
+    "btab": lambda state: pane(state, -1), "pgup": MOVES["pgup"], "pgdown": MOVES["pgdown"],
+    "backspace": lambda state: cut(state, state.cursor - 1, state.cursor),
+    "delete": lambda state: cut(state, state.cursor, state.cursor + 1),
+    "^u": lambda state: cut(state, 0, state.cursor), "^k": lambda state: cut(state, state.cursor, len(state.text)),
+    "^w": lambda state: cut(state, word_start(state), state.cursor),
+    "left": lambda state: state._replace(cursor=max(0, state.cursor - 1)),
+    "right": lambda state: state._replace(cursor=min(len(state.text), state.cursor + 1)),
+    "^left": lambda state: state._replace(cursor=word_start(state)),
+    "^right": lambda state: state._replace(cursor=word_end(state)),
+    "home": lambda state: state._replace(cursor=state.text.rfind("\n", 0, state.cursor) + 1),
+    "end": lambda state: state._replace(cursor=(state.text + "\n").index("\n", state.cursor)) if state.text
+    else move(state, 10**9),
+    "up": lambda state: vertical(state, -1), "down": lambda state: vertical(state, 1),
+}
+COMPOSER.update({"^a": COMPOSER["home"], "^e": COMPOSER["end"], "^j": COMPOSER["newline"]})
+
+
+def on_key(state: State, name: str) -> State:
+    """A key that is no text, or one that a pane takes."""
+    state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
+    if state.question[0]:
+        question, state = state.question, state._replace(question=("", ()))
+        return state.ask(*question[1]) if name in ("y", "Y") else state.say("Not cancelled.")
+    keys = DRAWER if state.drawer else {"composer": COMPOSER, "filter": FILTER}.get(state.focus, PANE)
+    handler = ANYWHERE.get(name) or keys.get(name)
+    return handler(state) if handler else state
+
+
+def on_text(state: State, text: str) -> State:
+    """What was typed: words where words are taken, else keys; a word typed in one go never leaves."""
+    if not state.question[0] and (state.drawer or state.focus in ("composer", "filter")):
+        return insert(state._replace(notice=("", "", 0.0), armed_until=0.0), text)
+    for char in text:
+        state = on_key(state, char) if char != "q" or text == "q" else state
+    return state
+
+
+def on_paste(state: State, text: str) -> State:
+    """A paste is one text and runs nothing; from a pane it goes to the composer."""
+    state = state._replace(notice=("", "", 0.0), armed_until=0.0, question=("", ()))
+    return insert(state if state.drawer or state.focus == "filter" else state._replace(focus="composer"), text)
+
+
+# -- Messages of the workers
+
+
+def noted(state: State, run_id: str, run: Json) -> State:
+    """With what an answer says of a run: in the rail, and in an alert when it has just ended badly."""
+    status, error = harmless(run.get("status"), 20), harmless(run.get("error"), 200)
+    was = next((text_of(one, "status") for one in state.runs if one.get("id") == run_id), None)
+    if not status:
+        return state
+    if run_id == state.run_id:
+        was = was if was is not None else text_of(state.run, "status")
+        state = state._replace(run=run)
+    if status == "failed" and was not in ("", "failed", None):
+        text = f"run {harmless(run_id, 8)} failed" + (f": {error}" if error else "")
+        state = state._replace(alerts=(*(one for one in state.alerts if one[0] != run_id), (run_id, text)))
+    if run_id == state.run_id and not any(one.get("id") == run_id for one in state.runs):
+        repo = next((repo for repo in state.repos if repo.get("id") == run.get("repoId")), {})
+        record = {"id": run_id, "service": state.base_url, "repo": text_of(repo, "full_name"), "task": "",
+                  "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
+        state = state._replace(runs=(record, *state.runs)).ask("remember", record)
+    return state._replace(runs=tuple(
+        {**one, "status": status, "error": error} if one.get("id") == run_id else one for one in state.runs))
+
+
+def on_event(state: State, run_id: str, event: Json) -> State:
+    if run_id != state.run_id:
+        return state
+    seconds, payload = parse_time(event.get("createdAt")), dict_of(event, "payload")
+    clock = time.strftime("%H:%M:%S", time.localtime(seconds)) if seconds and 0 < seconds < 4e9 else ""
+    entry = Entry(clock, harmless(event.get("type"), 40) or "event", event_text(event)[:2000], event)
+    if text_of(payload, "stage") in ("git_sync", "git_delivery"):
+        pushed = harmless(payload.get("working_branch"), 200) or state.pushed
+        done = payload.get("changed") is True or bool(text_of(payload, "pull_request_url"))
+        state = state._replace(pushed=pushed, delivered=pushed if done else state.delivered)
+    return state._replace(entries=state.entries + (entry,), heard_at=seconds or state.now)
+
+
+def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
+    """How the tail of the shown run gets on; ``wait_s`` until it tries again."""
+    if run_id != state.run_id:
+        return state
+    was, held = state.failures, state.now + wait_s if progress.connection == "limited" else state.held_until
+    state = state._replace(failures=progress.failures, trouble=harmless(progress.message) * bool(progress.failures),
+                           latency_ms=progress.latency_ms or state.latency_ms, held_until=held)
+    if was >= 3 and not progress.failures:
+        state = state.say("Connected again.", "ok")
+    return noted(state, run_id, progress.run)
+
+
+def on_verdict(state: State, run_id: str, verdict: Verdict) -> State:
+    if run_id != state.run_id:
+        return state
+    return noted(state._replace(over=True, truncated=verdict.truncated), run_id, verdict.run)
+
+
+def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: float) -> State:
+    """An answer to something that was read: of a poll, or for a drawer."""
+    state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms, signed_in=True)
+    if source == "run":
+        state = noted(state, argument, data)
+        if argument == state.run_id and state.over and is_active(data):
+            state = watch(state, argument, data)  # a cancelled run can come back: API.md
+    elif source == "sandboxes":
+        state = state._replace(sandboxes=tuple(data))
+    elif source == "repos":
+        wanted = [repo for repo in data if state.wanted and state.wanted in (repo.get("id"), repo.get("full_name"))]
+        repo = (wanted or data)[0] if wanted or len(data) == 1 else {}
+        state = state._replace(repos=tuple(data), repo=state.repo or repo)
+    if state.drawer and (state.drawer.kind, state.drawer.argument) in ((source, argument), (source, "")):
+        state = state._replace(drawer=state.drawer._replace(data=data, error=""))
+    return state
+
+
+def on_error(state: State, source: str, argument: str, error: MogplexError) -> State:
+    """A request that failed: ``source`` is a job or what was to be read."""
+    text = harmless(str(error)) + (f" · {harmless(error.hint)}" if error.hint else "")
+    if isinstance(error, RateLimitedError):
+        state = state._replace(held_until=state.now + (error.retry_after_s or 60.0))
+    elif isinstance(error, (UnauthorizedError, ForbiddenError)):
+        state = state._replace(refused=text)
+    elif isinstance(error, UnavailableError):
+        state = state._replace(failures=state.failures + 1, trouble=text)
+    if source == "watch":
+        return state._replace(adrift=True).say(text, "bad")
+    if source == "start" and not state.text:
+        state = state.write(argument)
+    if state.drawer and state.drawer.kind == source:
+        return state._replace(drawer=state.drawer._replace(error=text))
+    return state if source == "poll" else state.say(text, "bad")
+
+
+def on_started(state: State, run: Json, record: Json) -> State:
+    """A run that was just started: it is shown, and the branch it continues stays the one to continue."""
+    runs = (record, *(one for one in state.runs if one.get("id") != record["id"]))
+    state = watch(state._replace(runs=runs), record["id"], run)
+    return state.say("That run had been started before." if run.get("replayed") is True else "Run started.", "ok")
+
+
+def on_tick(state: State) -> State:
+    """Once a second. Beside the tail there is a look at one other thing every 10 s, without a tail every 5 s.
+
+    The budget is 60 requests a minute, of which a tail takes 40.
+    """
+    drawer, beat, busy = state.drawer, int(state.now) // 5, bool(state.run_id) and not state.over
+    if state.held_until > state.now or not state.signed_in or int(state.now) % 5:
+        return state
+    if drawer and drawer.error:
+        state = state.ask("fetch", drawer.kind, drawer.argument)
+    if state.adrift:
+        state = state._replace(adrift=False, entries=()).ask("watch", state.run_id)
+    if beat % 2 == 0:
+        others = [("run", text_of(run, "id")) for run in state.runs[:20] if is_active(run) and run.get("id") != state.run_id]
+        return state.ask("poll", *(others + [("sandboxes", "")])[beat // 2 % (len(others) + 1)])
+    return state if busy or not state.run_id else state.ask("poll", "run", state.run_id)
+
+
+# -- Drawers: tables of records, and texts
+
+
+def folded(text: str, width: int) -> Iterator[Item]:
+    """The lines of a long text, folded to ``width``."""
+    for line in sanitize(text, "\n").split("\n"):
+        while text_width(line) > width:
+            part = fit(line, width, "") or line[:1]
+            yield Item(part)
+            line = line[len(part):]
+        yield Item(line)
+
+
+def logs_text(data: Any) -> str:
+    """Error, install log, dev log and lifecycle of a sandbox."""
+    parts = [f"── {name} ──\n{text_of(data, 'sandbox', name) or '(empty)'}" for name in ("error", "install_log", "dev_log")]
+    events = [f"{format_time(event.get('created_at'))}  {text_of(event, 'event_type')}  {text_of(event, 'decision_code')}"
+              for event in dicts_of(data, "lifecycle_events")]
+    return "\n".join(parts + ["── lifecycle ──", *events])
+
+
+def event_page(data: Any) -> str:
+    message = text_of(data, "message")
+    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def branches(state: State) -> List[Json]:
+    here = [sandbox for sandbox in state.sandboxes if sandbox.get("repo_id") == state.repo.get("id")]
+    names = [state.delivered, base_branch(state), harmless(state.repo.get("default_branch")), *map(branch_of, here)]
+    return [{"id": name} for name in dict.fromkeys(names) if name]
+
+
+def everything(state: State) -> List[Json]:
+    """What the palette finds: each command, and each run."""
+    found = [{"id": f"/{name}{' ' * (words[:1] not in ('', '['))}", "does": does}
+             for name, (words, does, _) in COMMANDS.items()]
+    return found + [{"id": f"/attach {text_of(run, 'id')}", "does": f"{status_of(run)[1]}  {run_label(run)}"}
+                    for run in state.runs]
+
+
+TEXTS: Dict[str, Tuple[str, Callable[[Any], str]]] = {"logs": ("LOGS", logs_text), "event": ("EVENT", event_page)}
+TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple[str, int], ...], str]] = {
+    # title, records, columns and their widths, and the words that Enter puts through the composer
+    "help": ("HELP", lambda state, _: [{"id": keys, "does": does} for keys, does in HELP] + [
+        {"id": f"/{name} {words}", "does": does} for name, (words, does, _) in COMMANDS.items()],
+        (("id", 22), ("does", 90)), ""),
+    "palette": ("PALETTE", lambda state, _: everything(state), (("id", 16), ("does", 90)), "{id}"),
+    "runs": ("RUNS", lambda state, _: state.runs, (
+        ("id", 8), ("status", 11), ("repo", 18), ("time", 16), ("task", 90)), "/attach {id}"),
+    "sandboxes": ("SANDBOXES", lambda state, _: state.sandboxes, (
+        ("id", 8), ("status", 12), ("working_branch", 26), ("preview_url", 40), ("error", 60)), "/logs {id}"),
+    "repos": ("REPOSITORY", lambda state, data: data or state.repos, (
+        ("full_name", 40), ("default_branch", 30)), "/repo {full_name}"),
+    "branches": ("BRANCH", lambda state, _: branches(state), (("id", 80),), "/branch {id}"),
+    "harnesses": ("HARNESS", lambda state, _: [{"id": name} for name in HARNESSES], (("id", 80),), "/harness {id}"),
+    "agents": ("AGENTS", lambda _, data: data or (), (("name", 22), ("model", 26), ("description", 90)), ""),
+    "models": ("MODELS", lambda _, data: data or (), (("id", 34), ("provider", 14), ("name", 60)), ""),
+    "mcp": ("MCP SERVERS", lambda _, data: [  # never a config: it holds live secrets
+        {"id": text_of(server, "name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
+        for server in data or ()], (("status", 12), ("id", 80)), ""),
+    "export": ("EXPORT", lambda state, _: [
+        {"id": "json", "does": "one object: the run and its events"}, {"id": "jsonl", "does": "one event a line"},
+        {"id": "markdown", "does": "a page to read"}], (("id", 10), ("does", 60)), "/export {id}"),
+}
+
+
+def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
+    """One line of a table."""
+    line = ""
+    for key, width in columns:
+        text = fit(" ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key)), width)
+        line += text + " " * (width - text_width(text) + 2)
+    return line.rstrip()
+
+
+def filled(state: State) -> State:
+    """With the lines of the open drawer as they are now."""
+    drawer = state.drawer
+    if not drawer:
+        return state
+    if drawer.kind in TEXTS:
+        width = state.width - layout(state, state.width, state.height).rail - 2
+        items = tuple(folded(TEXTS[drawer.kind][1](drawer.data), width)) if drawer.data else ()
+    else:
+        _, records, columns, does = TABLES[drawer.kind]
+        words = [(record, {key: harmless(value) for key, value in record.items()}) for record in records(state, drawer.data)]
+        items = tuple(Item(columned(record, columns), does.format(**{**dict.fromkeys(("id", "full_name"), ""), **clean}),
+                           status_of(record)[2] if "status" in record else "") for record, clean in words)
+    return state._replace(drawer=drawer._replace(items=items, at=max(0, min(drawer.at, len(items) - 1))))
+
+
+# -- View: the state as rows of styled text
+
+
+class Layout(NamedTuple):
+    """Where things are: the body, which is the timeline or a drawer with its title, and the rail beside it."""
+
+    rail: int      # columns of the rail, its edge included; 0: there is none
+    strip: bool    # runs and sandboxes in one row above the body
+    top: int       # the body's first row
+    rows: int      # rows of the body
+    composer: int  # rows of the composer
+
+
+def layout(state: State, width: int, height: int) -> Layout:
+    lines = state.text.count("\n") + 1 + len(state.text) // max(1, width - 4)
+    rail, composer = 0 if width < 100 else 27 if width < 120 else 34, max(1, min(lines, height // 4, 8))
+    strip = not rail and height >= 12
+    top = 1 + strip + bool(alerts_of(state))
+    return Layout(rail, strip, top, height - top - composer - 2, composer)
+
+
+def scrolled(at: int, top: int, rows: int) -> int:
+    """The first line to show, so that line ``at`` is among ``rows``; moved no further than needed."""
+    return max(0, at - max(1, rows) + 1, min(top, at))
+
+
+def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -> Row:
+    """Segments cut and padded to exactly ``width`` columns; ``style`` for all of it."""
+    row, room = [], width
+    for text, own in segments:
+        text = fit(text, room)
+        row.append((text, own if style is None else style))
+        room -= text_width(text)
+    return (*row, (" " * room, style or "")) if room else tuple(row)
+
+
+def ends(left: Sequence[Segment], right: Sequence[Segment], width: int, style: Optional[str] = None) -> Row:
+    """``left`` cut and padded, and ``right`` at the end of the row."""
+    room = width - sum(text_width(text) for text, _ in right)
+    return (*fill(left, room, style), *right) if room > 0 else fill(left, width, style)
+
+
+def header(state: State, width: int) -> Row:
+    """Program, repository and branch, harness, status of the run, health of the transport."""
+    bar, glyph, words, style = (" │ ", "line"), *health_of(state)
+    row: List[Segment] = [(" mogplex", "brand")] if width >= 40 else []
+    if width >= 60:
+        branch = state.pushed or state.delivered or base_branch(state)
+        row += [bar, (fit(harmless(state.repo.get("full_name")), 28), "bold"),
+                (fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent")] if state.repo else [bar, ("no repository: /repo", "dim")]
+    if width >= 80:
+        row += [bar, (harmless(state.run.get("harness"), 16) or state.harness, "")]
+    if state.run_id:
+        mark, word, tone = status_of(state.run)
+        since = parse_time(state.run.get("createdAt") or state.run.get("time"))
+        until = parse_time(state.run.get("updatedAt")) if state.over else state.now
+        took = max(0, int((until or 0) - since)) if since and until else -1
+        row += [bar] * bool(row) + [(f"{mark} {word.upper()}", tone), (f" {took // 60}:{took % 60:02d}" * (took >= 0), "dim")]
+    return ends([(" ", ""), *row] if width < 40 else row, [bar, (f"{glyph} {words} ", style)], width)
+
+
+def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
+    """(position in listed() or -1, row) of each row of the rail."""
+    active, focused = sum(map(is_active, state.runs)), state.focus == "rail" and not state.drawer
+    title = "key" if focused else "bold"
+    lines: List[Tuple[int, Row]] = [
+        (-1, fill([(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")], width))]
+    for position, (does, record) in enumerate(listed(state)):
+        if position == len(state.runs):
+            lines.append((-1, fill([(f" SANDBOXES {len(state.sandboxes)}", title)], width)))
+        glyph, word, style = status_of(record)
+        left, age = [(f"  {glyph} ", style), (branch_of(record), "")], ""
+        if does == "/attach":
+            shown, since = record.get("id") == state.run_id, parse_time(record.get("time"))
+            age = f" {format_age(state.now - since):>3}" if since and width > 30 else ""
+            left = [(" ▸" if shown else "  ", "accent"), (glyph + " ", style), (short_id(record)[:4] + " ", "dim"),
+                    (run_label(record), "bold" if shown else "")]
+        row = ends(left, [(f" {word}", style), (age + " ", "dim")], width)
+        lines.append((position, fill(row, width, "select") if focused and position == state.rail_at else row))
+    at = next((line for line, (position, _) in enumerate(lines) if position == state.rail_at), 0)
+    top = scrolled(at, 0, rows)
+    return lines[top:top + rows] + [(-1, fill([], width))] * (rows - len(lines))
+
+
+def strip(state: State, width: int) -> Row:
+    """The rail in one row."""
+    running = sum(sandbox.get("status") == "running" for sandbox in state.sandboxes)
+    row: List[Segment] = [(f" RUNS {len(state.runs)} ", "bold")]
+    for run in state.runs[:6]:
+        glyph, word, style = status_of(run)
+        row += [("▸" if run.get("id") == state.run_id else " ", "accent"), (f"{glyph} {short_id(run)[:4]} {word} ", style),
+                (fit(run_label(run), 16) + " ", "")]
+    return ends(row, [(f" SANDBOXES {len(state.sandboxes)}", "bold"), (f" · {running} running ", "dim")][:width // 30 - 1], width)
+
+
+def outcome(state: State) -> List[Segment]:
+    """The line after the newest entry: that the agent is at work, or how the run ended."""
+    if not state.over:
+        quiet = f", last event {format_age(state.now - state.heard_at)} ago" if state.heard_at else ""
+        return [("… agent working" + quiet if quiet else "… waiting for the first event", "dim")]
+    glyph, word, style = status_of(state.run)
+    url = target_url(state)
+    more = " · the service lists no later events of this run" if state.truncated else ""
+    return [(f"{glyph} {word}", style), (f" · o opens {url}" if url != state.base_url else "", ""), (more, "warn")]
+
+
+def entry_row(entry: Entry, width: int) -> List[Segment]:
+    style, tag = EVENT_TYPES.get(entry.kind, ("", entry.kind))
+    loud = style if style in ("ok", "bad", "warn") else ""
+    if width < 60:
+        return [(f" {fit(tag, 6):6} ", style), (entry.text, loud)]
+    wide = 15 if width < 80 else 18
+    return [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, wide - 1):{wide}} ", style), (entry.text, loud)]
+
+
+def timeline(state: State, width: int, rows: int) -> List[Row]:
+    """Title, entries, and a last line: of what goes on, or of how many are newer."""
+    entries, at, focused = passing(state), selected(state), state.focus == "timeline"
+    kinds = f"filter: {state.filter}" if state.filter else "all types"
+    lines = [fill([(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
+                   ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"),
+                   (f" · {kinds} · {len(entries)} events", "dim")], width)]
+    shown = rows - 2
+    top = scrolled(at, state.top, shown)
+    lines += [fill(entry_row(entry, width), width, "select" if focused and position == at else None)
+              for position, entry in enumerate(entries[top:top + shown], top)]
+    newer, indent = len(entries) - top - shown, " " * (11 if width >= 60 else 1)
+    text = f"▼ {newer} newer (End) " if newer > 0 else "▼ End follows "
+    lines.append(fill([(indent, ""), *outcome(state)], width) if state.follow else ends([], [(text, "warn")], width))
+    return lines + [fill([], width)] * (rows - len(lines))
+
+
+def welcome(state: State, width: int) -> List[Segment]:
+    """What the body says without a run, or while nobody is signed in."""
+    where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}." if state.repo else "(/repo says where)."
+    blank, link = ("", ""), state.sign_in_url
+    if link:
+        return [("Waiting for the browser. If none opened, open this address yourself:", "bold"), blank,
+                *((link[at:at + width - 6], "accent") for at in range(0, len(link), max(1, width - 6))), blank,
+                ("Esc gives up the wait.", "dim")]
+    if not state.signed_in:
+        return [("Sign in to Mogplex", "bold"), (state.base_url, "accent"), blank,
+                ("Enter            opens your browser, and comes back here by itself", ""),
+                ("paste a token    then Enter; tokens are made at", ""),
+                (f"                 {state.base_url}/settings/api-keys", "accent"), blank,
+                ("Esc tries again with the sign-in that is stored.", "dim")]
+    return [("Nothing is shown yet.", "bold"), blank,
+            ("Type what is to be done and press Enter:", ""), (f"{state.harness} does it in the cloud {where}", ""), blank,
+            ("/repo     another repository", ""), ("/attach   watch a run started elsewhere", ""),
+            ("/help     every key and command", "")]
+
+
+def drawer_rows(state: State, drawer: Drawer, width: int, rows: int) -> List[Row]:
+    """Title with the search, what is wrong, and the items that are found."""
+    found, fetched = search(drawer.items, drawer.query), drawer.kind in FETCHES
+    title = TABLES[drawer.kind][0] if drawer.kind in TABLES else TEXTS[drawer.kind][0]
+    sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
+    lines = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
+                  [(f"{min(drawer.at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
+    if drawer.error:
+        lines.append(fill([(f" {drawer.error} · trying again by itself", "bad")], width))
+    elif not found:
+        word = "loading…" if fetched and drawer.data is None else "nothing has these letters" if drawer.query else "nothing here"
+        lines.append(fill([(f" {word}", "dim")], width))
+    top = scrolled(drawer.at, 0, rows - len(lines))
+    lines += [fill([(f" {item.text}", item.style)], width, "select" if position == drawer.at else None)
+              for position, item in enumerate(found[top:top + rows - len(lines)], top)]
+    return lines + [fill([], width)] * (rows - len(lines))
+
+
+def body(state: State, width: int, rows: int) -> List[Row]:
+    if state.drawer:
+        return drawer_rows(state, state.drawer, width, rows)
+    if state.run_id and state.signed_in:
+        return timeline(state, width, rows)
+    lines = welcome(state, width)[:rows]
+    lines = [("", "")] * ((rows - len(lines)) // 3) + lines
+    return [fill([("   "[:width // 20], ""), line], width) for line in lines] + [fill([], width)] * (rows - len(lines))
+
+
+def composer(state: State, width: int, rows: int) -> List[Row]:
+    """What is being typed, as much as fits around the cursor: that is an empty segment of style "cursor"."""
+    text, cursor, room, here = state.text, state.cursor, max(1, width - 4), (0, 0)
+    if state.focus == "filter":
+        text, cursor = state.filter, len(state.filter)
+    elif not state.signed_in and not text.startswith("/"):
+        text = "•" * len(text)
+    start, lines = max(0, cursor - room * rows), [""]
+    for position, char in enumerate(text[start:cursor + room * rows] + " ", start):
+        if text_width(lines[-1] + char) > room:
+            lines.append("")
+        here = (len(lines) - 1, len(lines[-1])) if position == cursor else here
+        lines[-1:] = [lines[-1], ""] if char == "\n" else [lines[-1] + char]
+    active, top, output = not state.drawer and state.focus in ("composer", "filter"), scrolled(here[0], 0, rows), []
+    for row, line in enumerate(lines[top:top + rows], top):
+        mark = "  " if row else "/ " if state.focus == "filter" else "› "
+        parts = [(line[:here[1]], ""), ("", "cursor"), (line[here[1]:], "")] if row == here[0] and active else [(line, "")]
+        output.append(fill([(f" {mark}", "key" if active else "dim"), *parts], width))
+    return output + [fill([], width)] * (rows - len(output))
+
+
+def hints(state: State, width: int) -> Row:
+    """The last row: a question, a notice, what can be completed, else the keys."""
+    found = completions(state) if state.focus == "composer" and not state.drawer else []
+    if state.question[0]:
+        return fill([(f" {state.question[0]}", "alert")], width)
+    if state.notice[2] > state.now:
+        return fill([(f" {state.notice[0]}", state.notice[1])], width)
+    if len(found) == 1 or state.text[1:] in COMMANDS:
+        name = state.text[1:] if state.text[1:] in COMMANDS else found[0][1:].split(" ")[0]
+        return fill([(f" /{name} {COMMANDS[name][0]}  ", "key"), (COMMANDS[name][1], "dim")], width)
+    if found:
+        return fill([(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)], width)
+    where = "drawer" if state.drawer else state.focus if state.signed_in else "signed out"
+    return fill([(f" {HINTS[where]}", "dim")], width)
+
+
+def view(state: State, width: int, height: int) -> List[Row]:
+    """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
+    if width < 30 or height < 8:
+        return [fill([("enlarge the window" * (row == height // 2), "warn")], width) for row in range(height)]
+    where, rows, alerts = layout(state, width, height), [header(state, width)], alerts_of(state)
+    if alerts:
+        more = f" (+{len(alerts) - 1})" * (len(alerts) > 1)
+        keys = " [Enter] open  [Esc] dismiss " if alerts[0][0] and width >= 60 else " "
+        rows.append(ends([(f" !! {alerts[0][1]}{more}", "")], [(keys, "alert")], width, "alert"))
+    if where.strip:
+        rows.append(strip(state, width))
+    main, line = body(state, width - where.rail, where.rows), "─" * width
+    if where.rail:
+        side = rail(state, where.rail - 1, where.rows)
+        main = [(*left, ("│", "line"), *right) for (_, left), right in zip(side, main)]
+        line = "─" * (where.rail - 1) + "┴" + "─" * (width - where.rail)
+    return [*rows, *main, ((line, "line"),), *composer(state, width, where.composer), hints(state, width)]
+
+
+# -- Update
+
+
+def on_mouse(state: State, button: int, column: int, row: int) -> State:
+    """The wheel scrolls what is under it; a click selects, and opens in a drawer or the rail."""
+    where = layout(state, state.width, state.height)
+    line, rows = row - where.top - 1, where.rows - 1
+    here = state if state.drawer else state._replace(focus="rail" if column < where.rail else "timeline")
+    if not 0 <= line < rows or button not in (0, 64, 65):
+        return state
+    if button:
+        return move(here, 3 if button == 65 else -3)._replace(focus=state.focus)
+    if state.drawer:
+        top = scrolled(state.drawer.at, 0, rows)
+        return choose(state._replace(drawer=state.drawer._replace(at=top + line)))
+    if here.focus == "rail":
+        position = rail(state, where.rail - 1, where.rows)[line + 1][0]
+        return choose(here._replace(rail_at=position)) if position >= 0 else here
+    return here._replace(follow=False, at=max(0, min(state.top + line, len(passing(state)) - 1)))
+
+
+MESSAGES: Dict[str, Callable[..., State]] = {
+    "key": on_key, "text": on_text, "paste": on_paste, "mouse": on_mouse, "tick": on_tick, "event": on_event,
+    "resize": lambda state, width, height: state._replace(width=width, height=height), "progress": on_progress,
+    "verdict": on_verdict, "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
+    "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
+    "lapses": lambda state, at: state._replace(lapses_at=at),
+    "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
+    "signed in": lambda state: state._replace(signed_in=True, sign_in_url="", refused="").say("Signed in.", "ok").ask(
+        "connect"),
+}
+
+
+def update(state: State, message: Message) -> State:
+    """The state after one message; what shall be done about it stands in its ``effects``."""
+    state = MESSAGES[message[0]](state._replace(effects=()), *message[1:])
+    state = state if message[0] == "event" else filled(state)
+    return state._replace(top=scrolled(selected(state), state.top, layout(state, state.width, state.height).rows - 2))
+
+
+# -- The shell: what touches the terminal and the network
+
+
+def cells(row: Row) -> List[Tuple[int, str, str]]:
+    """(column, text, style) of each segment."""
+    column, placed = 0, []
+    for text, style in row:
+        placed.append((column, text, style))
+        column += text_width(text)
+    return placed
+
+
+def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str:
+    """What changes one row: only the segments that differ are written, blanks at the end are erased.
+
+    Terminals disagree on the width of what is not ASCII: what follows such text is placed by its column.
+    """
+    new, old, start = cells(row), cells(before), 0
+    while start < min(len(new), len(old)) and new[start] == old[start]:
+        start += 1
+    end, spare = len(new), len(old)
+    while end > start and spare > start and new[end - 1] == old[spare - 1]:
+        end, spare = end - 1, spare - 1
+    if not all(text.isascii() for _, text, _ in new[start:end] + old[start:spare]):
+        end = len(new)
+    output, lost, worn = "", True, None
+    for index, (x, text, style) in enumerate(new[start:end], start):
+        if index == len(new) - 1 and style in ("", "dim") and text.endswith(" "):
+            text = text.rstrip(" ") + "\x1b[K"
+        if text:
+            output += (f"\x1b[{y + 1};{x + 1}H" if lost else "") + (styles[style] if worn != style else "") + text
+            lost, worn = not text.isascii(), style
+    return output
+
+
+def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -> str:
+    """The bytes that turn the screen ``old`` into ``new``; "" when nothing changed."""
+    output = "".join(repaint_row(y, old[y] if y < len(old) else (), row, styles)
+                     for y, row in enumerate(new) if y >= len(old) or old[y] != row)
+    shown, at = ([(y, x) for y, row in enumerate(rows) for x, _, style in cells(row) if style == "cursor"]
+                 for rows in (old, new))
+    if not output and shown == at:
+        return ""
+    cursor = "".join(f"\x1b[{y + 1};{x + 1}H" + "\x1b[?25h" * (not shown) for y, x in at) or "\x1b[?25l"
+    return f"\x1b[?2026h{output}{cursor}\x1b[?2026l"
+
+
+SENT_KEYS = {
+    "\r": "enter", "\t": "tab", "\x7f": "backspace", "\x08": "backspace", "\x1b": "esc", "\x1b\r": "newline",
+    "\x1b\n": "newline", "\x1b[13;2u": "newline", "\x1b[27;2;13~": "newline", "\x1b[1;5C": "^right", "\x1bf": "^right",
+    "\x1b[1;5D": "^left", "\x1bb": "^left", "\x1b\x7f": "^w", "\x1b[1~": "home", "\x1b[4~": "end", "\x1b[11~": "f1",
+    "\x1b[[A": "f1",
+}
+_SENT = re.compile(  # a mouse report, an old one, a key, an answer of the terminal, text, a control character
+    "\x1b\\[<(\\d+);(\\d+);(\\d+)([Mm])|\x1b\\[M[^\x1b]{3}|\x1b(?:\\[\\[[A-E]|\\[[0-?]*[ -/]*[@-~]|O[ -~]"
+    "|[\\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\\\)|[^\\[O\\]P_^X\x1b]|(?=\x1b))|([^\x00-\x1f\x7f-\x9f]+)|[^\x1b]")
+
+
+def sliced(sent: str, final: bool, resolve: Callable[[str], str]) -> Tuple[List[Message], str]:
+    """(messages, what is not complete yet) of what the terminal sent; ``final``: nothing followed for a while.
+
+    ``resolve`` names the key of an escape sequence. Text with a newline inside, in one go, was pasted.
+    """
+    messages: List[Message] = []
+    if re.search("[^\x00-\x1f]{2}[\r\n]+[^\r\n\x1b]", sent) and "\x1b" not in sent:
+        return [("paste", re.sub("\r\n?", "\n", sent))], ""
+    while sent:
+        if sent.startswith("\x1b[200~"):
+            text, end, rest = sent[6:].partition("\x1b[201~")
+            if not end:
+                break
+            messages.append(("paste", re.sub("\r\n?", "\n", text)))
+            sent = rest
+            continue
+        match = _SENT.match(sent)
+        if not match and not final:
+            break
+        part = match.group() or "\x1b" if match else "\x1b"
+        sent = sent[len(part):]
+        if match and match[5]:
+            messages.append(("text", part))
+        elif match and match[1]:
+            messages += [("mouse", int(match[1]), int(match[2]) - 1, int(match[3]) - 1)] * (match[4] == "M")
+        else:
+            name = SENT_KEYS.get(part) or (resolve(part) if len(part) > 1 else f"^{chr(ord(part) % 32 + 96)}")
+            messages += [("key", name)] * bool(name)
+    return messages, sent
+
+
+class Screen:
+    """The terminal: its modes, what it sends, what it shows. Only one thread may use it."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        import codecs
+        import termios
+        self.term, self.termios, self.saved = self._terminal(environ), termios, termios.tcgetattr(0)
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.active, self.mouse, self.pending, self.rows = False, True, "", []  # type: bool, bool, str, List[Row]
+        colours = self.term.number_of_colors
+        depth = 2 if environ.get("NO_COLOR") or colours < 8 else int(colours < 256)
+        self.styles = {name: f"\x1b[0;{sgr[depth]}m".replace(";m", "m") for name, sgr in STYLES.items()}
+        self.styles["cursor"] = ""
+        locale = environ.get("LC_ALL") or environ.get("LC_CTYPE") or environ.get("LANG") or "UTF-8"
+        self.ascii = "utf" not in locale.lower()
+        self.size = tuple(os.get_terminal_size(1))
+
+    @staticmethod
+    def _terminal(environ: Mapping[str, str]) -> Any:
+        """A Terminal of blessed that asks the terminal nothing and reads nothing from it.
+
+        Given a stream that is not sys.__stdout__ it does neither; for NO_COLOR it would drop every
+        capability, so the variable is hidden from it.
+        """
+        hidden = {name: os.environ.pop(name) for name in ("NO_COLOR", "FORCE_COLOR") if name in os.environ}
+        try:
+            import blessed
+            return blessed.Terminal(environ["TERM"], os.fdopen(os.dup(1), "w"), True)
+        except ImportError:
+            raise MogplexError("the cockpit needs blessed", hint="python -m pip install 'blessed>=1.20'") from None
+        finally:
+            os.environ.update(hidden)
+
+    def resolve(self, sequence: str) -> str:
+        """The name of the key that sends this; "" for what is none."""
+        self.term.ungetch(sequence)
+        key = self.term.inkey(timeout=0, esc_delay=0)
+        while self.term.inkey(timeout=0, esc_delay=0):
+            pass
+        return str(key.name or "").replace("KEY_", "").lower() if key == sequence else ""
+
+    def enter(self) -> None:
+        """Raw mode, the other screen, bracketed paste and mouse. The last two by hand: blessed asks first."""
+        import tty
+        self.active, self.rows = True, []
+        tty.setraw(0, self.termios.TCSANOW)
+        self.write(f"{self.term.enter_fullscreen}{self.term.smkx}\x1b[?2004h\x1b[?25l" + MOUSE[self.mouse])
+
+    def restore(self) -> None:
+        """The terminal as it was. May be called twice, and when the terminal is gone or stuck."""
+        import select
+        if self.active:
+            self.active = False
+            with contextlib.suppress(OSError, self.termios.error):
+                if select.select([], [1], [], 0.1)[1]:
+                    self.write(f"\x1b[?2026l{MOUSE[False]}\x1b[?2004l{self.term.normal}{self.term.rmkx}"
+                               f"{self.term.normal_cursor}{self.term.exit_fullscreen or self.term.clear}")
+                self.termios.tcsetattr(0, self.termios.TCSANOW, self.saved)
+
+    def write(self, text: str) -> None:
+        data = text.encode("utf-8", "replace")
+        while data:
+            data = data[os.write(1, data):]
+
+    def draw(self, rows: List[Row]) -> None:
+        """One frame, in one write: what differs from the last."""
+        if self.ascii:
+            rows = [tuple((to_ascii(text), style) for text, style in row) for row in rows]
+        clear = "" if self.rows else f"{self.styles['']}{self.term.clear}\x1b[?25l"
+        text = clear + repaint(self.rows, rows, self.styles)
+        self.rows = rows
+        if text:
+            self.write(text)
+
+    def read(self) -> List[Message]:
+        """What was typed. Esc is a key of its own when nothing follows it at once."""
+        import select
+        sent = ""
+        while len(sent) < 1 << 20 and select.select([0], [], [], 0)[0]:
+            data = os.read(0, 1 << 16)
+            if not data:
+                raise OSError("the terminal is gone")
+            sent += self.decode(data)
+        if sent == "\x03" and self.pending:  # a paste whose end was lost must not eat Ctrl+C
+            self.pending = ""
+        messages, self.pending = sliced(self.pending + sent, False, self.resolve)
+        if self.pending and not self.pending.startswith("\x1b[200~") and not select.select([0], [], [], 0.05)[0]:
+            rest, self.pending = sliced(self.pending, True, self.resolve)
+            messages += rest
+        return messages
+
+
+def to_ascii(text: str) -> str:
+    """Each glyph as its fallback, anything else as question marks of the same width."""
+    return text if text.isascii() else "".join(
+        char if char.isascii() else "?" * text_width(char) for char in text.translate(GLYPHS))
+
+
+class Switch(Exception):
+    """Raised inside a tail: leave it for the job in ``args``."""
+
+
+class Desk:
+    """A worker thread: its jobs, its own Client, and where to say what came of them."""
+
+    def __init__(self, post: Callable[..., None], **facts: Any) -> None:
+        import queue
+        import threading
+        self.post, self.facts, self.stopped = post, facts, False
+        self.jobs: Any = queue.SimpleQueue()
+        self.connection: Optional[Client] = None
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def client(self) -> Client:
+        if self.connection is None:
+            self.connection = self.facts["connect"]()
+            credential = self.connection.credential
+            self.post("lapses", None if credential.refreshable else credential.expires_at)
+        return self.connection
+
+    def work(self) -> None:
+        """One job after another, for ever; an error that is no MogplexError is a bug, and ends the cockpit."""
+        job = None
+        try:
+            while True:
+                job = self.do(*(job or self.jobs.get()))
+        except BaseException as error:
+            self.post("crash", error)
+
+    def do(self, name: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
+        """Do one job, and post what it answers; the job that it was left for, if any."""
+        try:
+            message = JOBS[name](self, *arguments)
+            if message:
+                self.post(*message)
+        except Switch as switch:
+            return switch.args
+        except MogplexError as error:
+            if isinstance(error, UnauthorizedError) and self.connection is None:
+                self.post("signed out", str(error))
+            else:
+                what = arguments[:2] if name == "fetch" else (name, *arguments, "")[:2]
+                self.post("error", *what, error)
+        return None
+
+
+def follow(desk: Desk, run_id: str) -> None:
+    """Follow a run until its verdict; polls that come meanwhile are done between two looks at it."""
+    import queue
+
+    def between(progress: Progress) -> None:
+        wait_s = 0.0 if progress.retry_at is None else progress.retry_at - time.monotonic()
+        desk.post("progress", run_id, progress, wait_s)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = desk.jobs.get_nowait()
+                if job[0] != "poll":
+                    raise Switch(*job)
+                desk.do(*job)
+
+    for item in tail(desk.client(), run_id, on_progress=between):
+        desk.post("verdict" if isinstance(item, Verdict) else "event", run_id, item)
+
+
+def fetch(desk: Desk, source: str, argument: str) -> Message:
+    client, began = desk.client(), time.monotonic()
+    data = FETCHES[source](client, argument)
+    return "fetched", source, argument, data, (time.monotonic() - began) * 1000
+
+
+def start_run(desk: Desk, task: str, body: Json, repo: str) -> Message:
+    import uuid
+    run = desk.client().start_run(body, str(uuid.uuid4()))
+    record = {"id": text_of(run, "runId"), "service": desk.facts["base_url"], "repo": repo, "task": task[:200],
+              "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
+    remember_here(desk, record)
+    return "started", run, {**record, "status": text_of(run, "status")}
+
+
+def remember_here(desk: Desk, record: Json) -> None:
+    if not desk.facts["environ"].get("MOGPLEX_NO_HISTORY"):
+        remember_run(desk.facts["home"], record, lambda text: desk.post("say", text, "warn"))
+
+
+def cancel(desk: Desk, run_id: str) -> Message:
+    answer = desk.client().cancel(run_id)
+    over = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
+    return "say", "The run was over already." if over else "Cancellation requested.", "warn"
+
+
+def write_export(desk: Desk, path: str, content: str) -> Message:
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(content)
+    except (OSError, ValueError) as error:
+        return "say", f"Nothing was written to {path}: {getattr(error, 'strerror', error)}", "bad"
+    return "say", f"Exported to {os.path.abspath(path)}", "ok"
+
+
+def browse(desk: Desk, url: str) -> Message:
+    opened = desk.facts["run_browser"] and desk.facts["run_browser"](url) is not False
+    return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
+
+
+def sign_in_here(desk: Desk) -> Message:
+    base_url, desk.stopped = desk.facts["base_url"], False
+    with Client("", base_url) as client:
+        entry = sign_in(base_url, client.post_form, announce=lambda url: desk.post("announced", url),
+                        open_browser=desk.facts["run_browser"], stopped=lambda: desk.stopped)
+    store_credential(desk.facts["home"], entry)
+    return ("signed in",)
+
+
+def take_token(desk: Desk, token: str) -> Message:
+    entry = {"token": check_token(token, "the token"), "base_url": desk.facts["base_url"]}
+    store_credential(desk.facts["home"], entry)
+    return ("signed in",)
+
+
+def sign_out(desk: Desk) -> Message:
+    forget_credential(desk.facts["home"])
+    if desk.facts["environ"].get("MOGPLEX_API_KEY"):
+        return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
+    return "signed out", "Signed out: the stored sign-in is forgotten."
+
+
+def reconnect(desk: Desk) -> None:
+    desk.connection = None
+
+
+JOBS: Dict[str, Callable[..., Optional[Message]]] = {
+    "watch": follow, "poll": fetch, "fetch": fetch, "start": start_run, "remember": remember_here, "cancel": cancel,
+    "export": write_export, "open": browse, "login": sign_in_here, "token": take_token, "logout": sign_out,
+    "connect": reconnect,
+}
+
+
+class Leave(BaseException):
+    """Leave the cockpit with this exit code."""
+
+
+class Shell:
+    """Messages in; states, frames and effects out."""
+
+    def __init__(self, screen: Screen, state: State, **facts: Any) -> None:
+        import queue
+        self.screen, self.state, self.inbox = screen, state, queue.SimpleQueue()  # type: Screen, State, Any
+        self.wake_in, self.wake_out = os.pipe()
+        os.set_blocking(self.wake_in, False)
+        os.set_blocking(self.wake_out, False)
+        self.poller, self.actions = Desk(self.post, **facts), Desk(self.post, **facts)
+
+    def post(self, *message: Any) -> None:
+        """A message from any thread, or from a signal handler."""
+        self.inbox.put(message)
+        with contextlib.suppress(OSError):
+            os.write(self.wake_out, b"\0")
+
+    def loop(self) -> None:
+        """Until Leave is raised: draw, wait, take every message that there is."""
+        import select
+        self.effects()
+        while True:
+            self.screen.draw(view(self.state, *self.screen.size))
+            ready = select.select([0, self.wake_in], [], [], 1.0 - time.time() % 1.0)[0]
+            if self.wake_in in ready:
+                os.read(self.wake_in, 1 << 16)
+            messages = self.screen.read() if 0 in ready else []
+            messages += [("tick",)] * (int(time.time()) != int(self.state.now))
+            while not self.inbox.empty():
+                messages.append(self.inbox.get())
+            for message in messages:
+                if message[0] == "crash":
+                    raise message[1]
+                self.state = update(self.state._replace(now=time.time()), message)
+                self.effects()
+
+    def effects(self) -> None:
+        """Do what the state asks for, or give it to the thread that does."""
+        for name, *arguments in self.state.effects:
+            here = getattr(self, f"do_{name}", None)
+            if here:
+                here(*arguments)
+            else:
+                (self.poller if name in ("watch", "poll") else self.actions).jobs.put((name, *arguments))
+
+    def do_leave(self) -> None:
+        raise Leave(Exit.OK)
+
+    def do_repaint(self) -> None:
+        self.screen.rows = []
+
+    def do_mouse(self, on: bool) -> None:
+        self.screen.mouse = on
+        self.screen.write(MOUSE[on])
+
+    def do_copy(self, text: str) -> None:
+        import base64
+        self.screen.write(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07")
+
+    def do_stop(self) -> None:
+        self.actions.stopped = True
+
+    def do_connect(self) -> None:
+        for desk in (self.poller, self.actions):
+            desk.jobs.put(("connect",))
+        self.actions.jobs.put(("fetch", "repos", ""))
+        self.poller.jobs.put(("watch", self.state.run_id) if self.state.run_id else ("poll", "sandboxes", ""))
+
+    def do_suspend(self) -> None:
+        """Ctrl+Z: the terminal goes back to the shell, and the whole job stops, as the shell expects."""
+        import signal
+        self.screen.restore()
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)
+        self.resume()
+
+    def resume(self) -> None:
+        """After fg, also from a stop that nobody announced."""
+        import signal
+        signal.signal(signal.SIGTSTP, lambda *_: self.post("key", "^z"))
+        self.screen.enter()
+        self.resize()
+
+    def resize(self) -> None:
+        self.screen.rows, self.screen.size = [], tuple(os.get_terminal_size(1))
+        self.post("resize", *self.screen.size)
+
+
+def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str, run_id: str) -> State:
+    """What is known before the first answer: the remembered runs, and the words of the command line."""
+    runs = {text_of(run, "id"): run for run in reversed(remembered_runs(home, base_url))}
+    newest = tuple(reversed(list(runs.values())))
+    wanted = environ.get("MOGPLEX_REPO") or (text_of(newest[0], "repo") if newest else "")
+    tasks = tuple(dict.fromkeys(text_of(run, "task") for run in runs.values() if text_of(run, "task")))
+    state = State(base_url=base_url, now=time.time(), runs=newest, history=tasks, wanted=wanted).write(text)
+    state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
+    if run_id:
+        state = attach(state, text_of(newest[0], "id") if run_id == "@last" and newest else run_id)
+    if text:
+        import difflib
+        near = difflib.get_close_matches((text.split() or [""])[0], SUBCOMMANDS, 1, 0.6)
+        state = state.say("Nothing was sent: Enter starts a run of these words." + (
+            f" Or did you mean the command `mogplex {near[0]}`?" if near else ""), "warn")
+    return state
+
+
+def run_cockpit(
+    connect: Callable[[], Client], *, base_url: str, home: str, environ: Mapping[str, str], text: str = "",
+    attach: str = "", run_browser: Optional[Callable[[str], object]] = None,
+) -> int:
+    """The cockpit, until it is left; the exit code. UsageError where there is no terminal for it.
+
+    ``connect`` builds a Client from the credential in force; UnauthorizedError when there is none.
+    """
+    import atexit
+    import signal
+    if environ.get("TERM", "dumb") in ("", "dumb") or not (os.isatty(0) and os.isatty(1)):
+        raise UsageError("the cockpit needs a terminal, and TERM that names its kind",
+                         hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands")
+    screen = Screen(environ)
+    shell = Shell(screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url,
+                  home=home, environ=environ, run_browser=run_browser)
+
+    def end(number: int, _: object) -> None:
+        raise Leave(128 + number)
+
+    handlers: Dict[int, Any] = {number: end for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    handlers.update({signal.SIGWINCH: lambda *_: shell.resize(), signal.SIGCONT: lambda *_: shell.resume(),
+                     signal.SIGTSTP: signal.SIG_DFL})
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    atexit.register(screen.restore)
+    try:
+        shell.resume()
+        shell.loop()
+        return Exit.FAILURE
+    except Leave as leave:
+        return int(leave.args[0])
+    except OSError:  # the terminal is gone
+        return int(Exit.HANGUP)
+    finally:
+        screen.restore()
+        atexit.unregister(screen.restore)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+        if shell.state.run_id:
+            with contextlib.suppress(OSError):
+                print(f"mogplex runs events {harmless(shell.state.run_id)} --follow", flush=True)
+
 
 # ---------------------------------------------------------------- 8. Demo
 
@@ -2369,6 +3925,14 @@ DEFAULT_TIMEOUT_S = 1800.0
 MAX_PROMPT_UNITS = 100_000
 GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")
 GLOBAL_FLAGS = ("--demo", "--debug", "--no-color")
+OPTIONS = {
+    "--demo": "use an embedded demo service: no account, no network",
+    "--demo-server [PORT]": "keep the demo service running for your own scripts",
+    "--attach RUN": "open the cockpit on a run started elsewhere",
+    "--logout": "forget the stored sign-in before anything else",
+    "--debug": "a line per request on stderr", "--no-color": "no colour", "--version": "print the version",
+    "-h, --help": "this, and the help of every command",
+}
 
 
 class Terminated(KeyboardInterrupt):
@@ -3066,13 +4630,7 @@ def overview(prefix: str = "") -> str:
         rest = []
     else:
         purpose, usage = PURPOSE, "mogplex [<command>] [options]"
-        rest = ["", "options:", *(f"  {flag:<22} {help}" for flag, help in (
-            ("--demo", "use an embedded demo service: no account, no network"),
-            ("--demo-server [PORT]", "keep the demo service running for your own scripts"),
-            ("--attach RUN", "open the cockpit on a run started elsewhere"),
-            ("--logout", "forget the stored sign-in before anything else"),
-            ("--debug", "one line per request on stderr"), ("--no-color", "no colour"),
-            ("--version", "print the version"), ("-h, --help", "this, and the help of every command")))]
+        rest = ["", "options:", *(f"  {flag:<22} {help}" for flag, help in OPTIONS.items())]
     examples = [f"  {example}" for command in shown for example in command.examples][:2]
     cockpit = [] if prefix else ["Without a command, on a terminal: the cockpit."]
     head = [f"usage: {usage}", "", purpose, *cockpit, ""]
@@ -3095,11 +4653,17 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
         return serve_demo(ctx, argv[1:])
     if "--demo" in flags:
         return with_demo(ctx, argv)
+    return run(ctx, argv)
+
+
+def run(ctx: Context, argv: List[str]) -> int:
+    """A command, or the cockpit; ``--logout`` comes before either."""
     if argv[:1] == ["--logout"]:
-        return cmd_logout(ctx, as_json=False)
-    if argv and argv[0] in GROUPS:
-        return run_command(ctx, argv)
-    return open_cockpit(ctx, argv)
+        cmd_logout(ctx, as_json=False)
+        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+            return run(ctx, argv[1:])
+        return Exit.OK
+    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 
 def run_command(ctx: Context, argv: List[str]) -> int:
@@ -3132,11 +4696,23 @@ def run_command(ctx: Context, argv: List[str]) -> int:
 
 def open_cockpit(ctx: Context, argv: List[str]) -> int:
     """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
-    word = argv[0] if argv and not argv[0].startswith("-") else ""
-    near = did_you_mean(word, GROUPS) if word else ""
-    if word and not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-        raise UsageError(f"unknown subcommand '{word}'{near}", hint="see: mogplex --help")
-    raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+    words, attach = list(argv), ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
+    if words[:1] == ["--attach"]:
+        attach, words = "".join(words[1:2]), words[2:]
+        if not attach:
+            raise UsageError("--attach takes a run's id, or @last")
+    word = words[0] if words and words[0] != "--" else ""
+    if word.startswith("-"):
+        raise UsageError(f"unknown option '{word}'{did_you_mean(word, [flag.split()[0] for flag in OPTIONS])}", hint="see: mogplex --help")
+    if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+        if word:
+            raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
+        raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+    import webbrowser
+    environ = {**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ
+    return run_cockpit(
+        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=environ, text=" ".join(words[word == "":]),
+        attach=attach, run_browser=ctx.demo_browser or webbrowser.open)
 
 
 def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
@@ -3152,7 +4728,7 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
         for record in demo.seeded_runs:
             remember_run(home, record, ctx.note)
         ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
-        return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
+        return run(ctx, argv)
 
 
 def visit(url: str) -> None:

@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import html
 import http.client
 import io
 import json
 import os
+import pty
+import pyte
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import pytest
 
@@ -990,6 +996,615 @@ def test_signs_of_life_as_text() -> None:
 
 # ---------------------------------------------------------------- 7. Cockpit
 
+NOW = 1795608000.0  # 2026-11-25T12:00:00Z
+SHOWN = {"runId": "7f2c41aa-0000-4000-8000-000000000001", "harness": "codex", "status": "streaming", "repoId": "r1",
+       "createdAt": "2026-11-25T11:47:19Z", "updatedAt": "2026-11-25T11:59:00Z", "branch": {"base": "main"}}
+EVENTS: List[Dict[str, Any]] = [
+    {"type": "started", "message": "External Mogplex run accepted", "createdAt": "2026-11-25T11:47:20.1Z"},
+    {"type": "log", "message": "Synchronized mogplex/agent-7f2c41aa", "createdAt": "2026-11-25T11:47:24Z",
+     "payload": {"stage": "git_sync", "working_branch": "mogplex/agent-7f2c41aa"}},
+    {"type": "status_changed", "message": "Harness run streaming", "createdAt": "2026-11-25T11:58:00+00:00"},
+]
+HOSTILE = {
+    "type": "\x1b]0;owned\x07log", "createdAt": ["never"], "payload": {"stage": "git_sync", "working_branch": {}},
+    "message": "\x1b[2J\x9b31m::error::\rfirst\nse\u0301cond \u202e日本語\u200d👩\u200d👧 \x85\x00 " + "very " * 3000 + "long"}
+SANDBOXES = [{"id": "s1", "status": "running", "working_branch": "main", "repo_id": "r1"},
+             {"id": "s2", "status": "error", "base_branch": "fix/tax", "error": "out of\x1b[0m memory"}]
+
+
+def remembered(number: int, task: str, **facts: Any) -> Dict[str, Any]:
+    return {"id": f"{number:04x}0000-0000-4000-8000-000000000000", "repo": "acme/web", "task": task,
+            "branch": "main", "time": "2026-11-25T11:52:00Z", **facts}
+
+
+def played(*messages: Tuple[Any, ...], **facts: Any) -> mogplex.State:
+    """The state after these messages."""
+    state = mogplex.State(now=NOW, base_url="https://www.mogplex.com")._replace(**facts)
+    for message in messages:
+        state = mogplex.update(state, message)
+    return state
+
+
+def progress(connection: str = "connected", run: Any = None, **facts: Any) -> mogplex.Progress:
+    blank: Dict[str, Any] = dict.fromkeys(mogplex.Progress._fields, 0)
+    return mogplex.Progress(**{**blank, "connection": connection, "message": "", "run": run or SHOWN, "latency_ms": 84.0,
+                               "retry_at": None, **facts})
+
+
+def typed(text: str) -> List[Tuple[Any, ...]]:
+    return [("text", text), ("key", "enter")]
+
+
+BUSY = [
+    ("fetched", "repos", "", [{"id": "r1", "full_name": "acme/web", "default_branch": "main"}], 84.0),
+    ("fetched", "sandboxes", "", SANDBOXES, 84.0), *typed(f"/attach {SHOWN['runId']}"),
+    *(("event", SHOWN["runId"], {**event, "id": str(number)}) for number, event in enumerate(EVENTS)),
+    ("progress", SHOWN["runId"], progress(), 0.0),
+]
+ENDED_BADLY = BUSY + [
+    ("event", SHOWN["runId"], {"type": "failed", "message": "External Mogplex run failed",
+                             "payload": {"error": "Sandbox launch failed"}, "createdAt": "2026-11-25T11:59:00Z"}),
+    ("verdict", SHOWN["runId"], mogplex.Verdict(
+        SHOWN["runId"], "failed", "", "", "", True, 1.0, {**SHOWN, "status": "failed", "error": "Sandbox launch failed"}))]
+NASTY = [
+    ("fetched", "repos", "", [{"id": 7, "full_name": "acme/\x1b[31mweb\x07", "default_branch": None}, {"x": []}], 9e9),
+    ("fetched", "sandboxes", "", [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}], 1.0),
+    *typed("/attach \x1b]52;c;x\x07nope"), ("event", "nope", HOSTILE), ("event", "nope", {}),
+    ("event", "nope", {**HOSTILE, "type": 7, "message": ["no", "text"]}),
+    ("progress", "nope", progress(run={"status": "\x1b[2Jodd", "createdAt": 7, "branch": "x"}, failures=3,
+                                  message="no\x1b answer"), 0.0)]
+RUNS = (remembered(0x7e9a, "bump deps", status="streaming"), remembered(0x7d10, "docs", status="success"),
+        remembered(0x7c02, "e2e tests for the checkout", status="failed"))
+STATES = {
+    "empty": played(), "busy": played(*BUSY, runs=RUNS), "failed": played(*ENDED_BADLY, runs=RUNS),
+    "hostile": played(*NASTY), "signed out": played(("signed out", "not signed in"), ("text", "mog_secret")),
+    "waiting": played(("signed out", ""), ("announced", "https://www.mogplex.com/api/auth?" + "x" * 300)),
+    "drawer": played(*BUSY, ("key", "^p"), ("text", "sbx"), runs=RUNS),
+    "event": played(*NASTY, ("key", "tab"), ("key", "k"), ("key", "k"), ("key", "enter")),
+    "paused": played(*BUSY, ("key", "tab"), ("key", "k"), runs=RUNS),
+    "limited": played(*BUSY, ("error", "poll", "", mogplex.RateLimitedError("slow down", retry_after_s=43.0))),
+    "many lines": played(("paste", "日本語 text\n" * 400)),
+    "question": played(*BUSY, ("key", "tab"), ("text", "x"), runs=RUNS),
+}
+SIZES = [(width, height) for width in (*range(30, 131, 9), 59, 60, 79, 80, 99, 100, 119, 120) for height in range(8, 46, 6)]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def utc() -> Iterator[None]:
+    """Times on the cockpit's screen are local."""
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = "UTC"
+    time.tzset()
+    yield
+    os.environ.pop("TZ") if before is None else os.environ.update(TZ=before)
+    time.tzset()
+
+
+def drawn(state: mogplex.State, width: int, height: int) -> str:
+    rows = mogplex.view(mogplex.update(state, ("resize", width, height)), width, height)
+    return "\n".join("".join(text for text, _ in row).rstrip() for row in rows)
+
+
+GOLDEN = {
+    ("busy", 120, 40): """
+ mogplex │ acme/web ⎇ mogplex/agent-7f2c41aa │ codex │ ▶ STREAMING 12:41                               │ ● nominal 84ms
+ RUNS 4 · 2 active               │ TIMELINE 7f2c41aa  FOLLOW · all types · 3 events
+ ▸▶ 7f2c (task no… streaming 12m │ 11:47:20  started            External Mogplex run accepted
+  ▶ 7e9a bump deps streaming  8m │ 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
+  ✓ 7d10 docs        success  8m │ 11:58:00  status_changed     Harness run streaming
+  ✗ 7c02 e2e tests f… failed  8m │           … agent working, last event 2m ago
+ SANDBOXES 2                     │
+  ● main                 running │
+  ○ fix/tax                error │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+                                 │
+─────────────────────────────────┴──────────────────────────────────────────────────────────────────────────────────────
+ ›
+ Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
+""",
+    ("failed", 80, 24): """
+ mogplex │ acme/web ⎇ mogplex/… │ codex │ ✗ FAILED 11:41      │ ○ degraded 84ms
+ !! run 7f2c41aa failed: Sandbox launch failed      [Enter] open  [Esc] dismiss
+ RUNS 4 ▸✗ 7f2c failed (task not known)  ▶ 7e9a streaming bump deps  SANDBOXES 2
+ TIMELINE 7f2c41aa  FOLLOW · all types · 4 events
+ 11:47:20  started            External Mogplex run accepted
+ 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
+ 11:58:00  status_changed     Harness run streaming
+ 11:59:00  failed             External Mogplex run failed: Sandbox launch failed
+           ✗ failed · the service lists no later events of this run
+
+
+────────────────────────────────────────────────────────────────────────────────
+ ›
+ Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
+""",
+    ("hostile", 59, 20): """
+ mogplex │ ○ ODD                               │ ✗ offline
+ !! No answer from the service, trying again by itself: n…
+ RUNS 1 ▸○ nope odd (task not known)
+ TIMELINE nope  FOLLOW · all types · 3 events
+ log    : :error:: ⏎ first ⏎ sécond 日本語👩👧  ⏎  very ve…
+ event
+ 7
+ … agent working, last event 0s ago
+
+
+───────────────────────────────────────────────────────────
+ ›
+ Enter send · Tab pane · ^P palette · ^F filter · F1 help …
+""",
+    ("busy", 30, 8): """
+ ▶ STREAMING │ ● nominal 84ms
+ TIMELINE 7f2c41aa  FOLLOW · …
+ log    Synchronized mogplex/…
+ state  Harness run streaming
+ … agent working, last event …
+──────────────────────────────
+ ›
+ Enter send · Tab pane · ^P p…
+""",
+    ("signed out", 60, 12): """
+ mogplex │ no repository: /repo              │ ○ signed out
+ RUNS 0                                          SANDBOXES 0
+   Sign in to Mogplex
+   https://www.mogplex.com
+
+   Enter            opens your browser, and comes back here…
+   paste a token    then Enter; tokens are made at
+                    https://www.mogplex.com/settings/api-ke…
+
+────────────────────────────────────────────────────────────
+ › ••••••••••
+ Enter open the browser · or paste a token, then Enter · ^C…
+""",
+    ("drawer", 100, 16): """
+ mogplex │ acme/web ⎇ mogplex/agent-7… │ codex │ ▶ STREAMING 12:41                 │ ● nominal 84ms
+ RUNS 4 · 2 active        │ PALETTE  /sbx                                          1/3 · Esc closes
+ ▸▶ 7f2c (task… streaming │ /sandboxes        the sandboxes in the cloud
+  ▶ 7e9a bump … streaming │ /new              go back to the base branch for the next task
+  ✓ 7d10 docs     success │ /logs             the logs of a sandbox
+  ✗ 7c02 e2e test… failed │
+ SANDBOXES 2              │
+  ● main          running │
+  ○ fix/tax         error │
+                          │
+                          │
+                          │
+                          │
+──────────────────────────┴─────────────────────────────────────────────────────────────────────────
+ ›
+ type to search · ↑ ↓ move · Enter choose · Esc close
+""",
+    ("empty", 80, 24): """
+ mogplex │ no repository: /repo │ codex                          │ ◌ connecting
+ RUNS 0                                                              SANDBOXES 0
+
+
+   Nothing is shown yet.
+
+   Type what is to be done and press Enter:
+   codex does it in the cloud (/repo says where).
+
+   /repo     another repository
+   /attach   watch a run started elsewhere
+   /help     every key and command
+
+
+────────────────────────────────────────────────────────────────────────────────
+ ›
+ Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
+""",
+}
+
+
+@pytest.mark.parametrize("name, width, height", list(GOLDEN), ids=lambda value: str(value))
+def test_a_screen_looks_so(name: str, width: int, height: int) -> None:
+    assert drawn(STATES[name], width, height) == GOLDEN[name, width, height].strip("\n")
+
+
+@pytest.mark.parametrize("name", sorted(STATES))
+def test_every_size_is_filled_exactly_and_by_printable_text(name: str) -> None:
+    for width, height in SIZES:
+        rows = mogplex.view(mogplex.update(STATES[name], ("resize", width, height)), width, height)
+        assert [sum(mogplex.text_width(text) for text, _ in row) for row in rows] == [width] * height, (width, height)
+        assert all(text.isprintable() and style in {*mogplex.STYLES, "cursor"} for row in rows for text, style in row)
+
+
+class Emulator(pyte.Screen):
+    """A terminal of pyte; CSI with a private mark and what it has no name for does not end up as text."""
+
+    def report_device_status(self, mode: int, **_: Any) -> None:
+        pass
+
+    def select_graphic_rendition(self, *attributes: int, private: bool = False) -> None:
+        super().select_graphic_rendition(*attributes)
+
+
+@pytest.mark.parametrize("depth, allowed", [
+    (0, r"0|1|2|7|38;5;\d+|48;5;\d+"), (1, r"0|1|2|7|3[0-7]|4[0-7]"), (2, r"0|1|2|7")], ids=["256", "16", "NO_COLOR"])
+@pytest.mark.parametrize("name", ["empty", "busy", "failed", "hostile", "paused"])
+def test_a_screen_reads_the_same_in_all_colours(name: str, depth: int, allowed: str) -> None:
+    styles = {style: f"\x1b[0;{sgr[depth]}m".replace(";m", "m") for style, sgr in mogplex.STYLES.items()}
+    screen, rows = Emulator(80, 24), mogplex.view(mogplex.update(STATES[name], ("resize", 80, 24)), 80, 24)
+    output = mogplex.repaint([], rows, {**styles, "cursor": ""})
+    pyte.Stream(screen).feed(output)
+    expected = unicodedata.normalize("NFC", drawn(STATES[name], 80, 24)).split("\n")
+    assert [line.rstrip() for line in screen.display] == expected
+    for parameters in re.findall("\x1b\\[([0-9;]*)m", output):
+        assert re.match(f"(?:(?:{allowed})(?:;|$))+$", parameters), parameters
+    assert not re.search("[\x80-\x9f]", output)
+    assert set(re.findall("\x1b.[?0-9;]*.", output)) <= set(re.findall("\x1b\\[(?:[0-9;]+[Hm]|K|\\?(?:25|2026)[hl])", output))
+
+
+def test_ascii_has_a_sign_for_every_glyph() -> None:
+    text = mogplex.to_ascii(drawn(STATES["busy"], 100, 16))
+    assert text.isascii() and "?" not in text.replace("? help", "")
+    assert ">> 7f2c" in text and "x 7c02" in text and "+ 7d10" in text and "* nominal" in text
+
+
+def test_a_frame_writes_only_what_differs() -> None:
+    """The bars on bytes, at 120x40 with 5,000 events."""
+    styles = {**dict.fromkeys(mogplex.STYLES, "\x1b[0;38;5;245m"), "cursor": ""}
+    events = [("event", SHOWN["runId"], {**EVENTS[1], "message": f"event {number} " + "x" * 60}) for number in range(5000)]
+    state = played(("resize", 120, 40), *BUSY, *events)
+    before = mogplex.view(state, 120, 40)
+    for limit, message, now in ((0, ("lapses", None), NOW), (250, ("tick",), NOW + 1), (400, ("text", "w"), NOW),
+                                (6000, ("event", SHOWN["runId"], EVENTS[0]), NOW)):
+        after = mogplex.view(mogplex.update(state._replace(now=now), message), 120, 40)
+        output = mogplex.repaint(before, after, styles)
+        assert bool(output) == bool(limit) and len(output.encode()) <= limit, message
+        screen = Emulator(120, 40)
+        pyte.Stream(screen).feed(mogplex.repaint([], before, styles) + output)
+        assert [line.rstrip() for line in screen.display] == ["".join(part[0] for part in row).rstrip() for row in after]
+
+
+@pytest.mark.parametrize("keys, expected", [
+    (typed("/frobnicate"), "/frobnicate is no command; /help lists them. Nothing was sent."),
+    (typed("/atach 7"), "did you mean /attach?"), (typed("/pause"), "/pause is not offered by the hosted API."), (typed("/quit now"), "/quit takes nothing after it."),
+    (typed("fix it"), "Choose the repository first"), (typed("/run"), "A run needs its task"),
+    (typed("/kill"), "No run is shown"), (typed("/branch dev"), "The next run starts from dev."),
+    (typed("/harness claude-code"), "The next run uses claude-code."), ([("key", "^c")], "Ctrl+C again within 1.5 s"),
+    ([("text", "/ex")], "/exit"), ([("text", "/repo")], "/repo [NAME]"), (typed("/logs"), "SANDBOXES"),
+    ([("key", "f1")], "HELP"), ([("key", "^f"), ("text", "zzz")], "/ zzz"), (typed("/mcp"), "loading…"),
+    (typed("/harness") + [("key", "enter")], "The next run uses codex."), (typed("/clear"), "Enter send"),
+])
+def test_what_words_and_keys_do(keys: List[Tuple[Any, ...]], expected: str) -> None:
+    assert expected in drawn(played(*keys), 120, 40)
+
+
+@pytest.mark.parametrize("keys, effects", [
+    (typed("fix it"), [("start", "fix it", {"repoId": "r1", "prompt": "fix it", "harness": "codex"}, "acme/web")]),
+    (typed("/kill") + [("text", "y")], [("cancel", SHOWN["runId"])]), (typed("/kill") + [("text", "n")], []),
+    (typed("/open"), [("open", "https://www.mogplex.com")]), (typed("/quit"), [("leave",)]),
+    ([("key", "^c"), ("key", "^c")], [("leave",)]), ([("key", "^c"), ("text", "a"), ("key", "^c")], [("stop",)]),
+    ([("key", "tab"), ("text", "q")], [("leave",)]), ([("key", "tab"), ("text", "quit")], []),
+    ([("text", "half"), ("key", "tab"), ("text", "q")], []), ([("key", "f1"), ("text", "q")], []),
+    ([("paste", "/quit\n/kill\ny\n")], []), ([("paste", "q")], []), ([("key", "tab"), ("paste", "q")], []),
+    ([("key", "tab"), ("text", "y")], [("copy", "Harness run streaming")]), (typed("/mcp"), [("fetch", "mcp", "")]),
+    ([("key", "^z")], [("suspend",)]), ([("key", "^t")], [("mouse", False)]), ([("key", "^l")], [("repaint",)]),
+    (typed("/attach abc"), [("watch", "abc")]), ([("mouse", 64, 60, 5)], []), (typed("/login") + [("key", "enter")], [("login",)]),
+    (typed("/login") + typed("mog_x"), [("token", "mog_x")]), (typed("/logout"), [("logout",)]),
+])
+def test_what_is_asked_of_the_shell(keys: List[Tuple[Any, ...]], effects: List[Tuple[Any, ...]]) -> None:
+    assert list(played(*BUSY, *keys).effects) == effects
+
+
+def test_a_conversation_goes_on_on_the_branch_that_was_delivered() -> None:
+    delivery = {"type": "log", "message": "Pull request ready", "payload": {
+        "stage": "git_delivery", "changed": True, "working_branch": "mogplex/a", "pull_request_url": "https://x/1"}}
+    state = played(*BUSY, ("event", SHOWN["runId"], delivery))
+    body = played(*BUSY, ("event", SHOWN["runId"], delivery), *typed("more")).effects[0][2]
+    assert (body["baseBranch"], body["workingBranch"], body["createBranch"]) == ("main", "mogplex/a", False)
+    following = mogplex.update(state, ("started", {**SHOWN, "runId": "b"}, {"id": "b"}))
+    assert following.delivered == "mogplex/a" and following.run_id == "b"
+    for message in typed("/new"):
+        following = mogplex.update(following, message)
+    assert following.delivered == ""
+
+
+def test_scrolling_up_pauses_and_end_follows_again() -> None:
+    events = [("event", SHOWN["runId"], {**EVENTS[1], "message": f"event {number}"}) for number in range(100)]
+    state = played(("resize", 80, 24), *BUSY, *events)
+    assert "event 99" in drawn(state, 80, 24)
+    state = mogplex.update(state, ("mouse", 64, 10, 10))
+    for _ in range(20):
+        state = mogplex.update(state, ("mouse", 64, 10, 10))
+    state = mogplex.update(state, ("event", SHOWN["runId"], {"message": "late"}))
+    assert "PAUSED" in drawn(state, 80, 24) and "newer (End)" in drawn(state, 80, 24) and "late" not in drawn(state, 80, 24)
+    assert "late" in drawn(mogplex.update(state, ("key", "end")), 80, 24)
+
+
+def test_alerts_leave_with_their_cause() -> None:
+    lost = played(*BUSY, ("progress", SHOWN["runId"], progress("lost", failures=3, message="no route"), 5.0))
+    assert "No answer from the service, trying again by itself: no route" in drawn(lost, 120, 40)
+    found = mogplex.update(lost, ("progress", SHOWN["runId"], progress(), 0.0))
+    assert "!!" not in drawn(found, 120, 40) and "Connected again." in drawn(found, 120, 40)
+    held = played(*BUSY, ("error", "poll", "", mogplex.RateLimitedError("slow", retry_after_s=43.0)))
+    assert "reconnect 43s" in drawn(held, 120, 40)
+    ticks = [mogplex.update(held._replace(now=NOW + second), ("tick",)).effects for second in range(43)]
+    assert not any(ticks) and mogplex.update(held._replace(now=NOW + 50), ("tick",)).effects
+    failed = played(*ENDED_BADLY)
+    assert "run 7f2c41aa failed: Sandbox launch failed" in drawn(failed, 120, 40)
+    assert "!!" not in drawn(mogplex.update(failed, ("key", "esc")), 120, 40)
+    assert "lapses in 5m" in drawn(played(("lapses", NOW + 300)), 120, 40)
+
+
+def test_a_drawer_says_that_the_network_is_dead_and_recovers() -> None:
+    state = played(*typed("/agents"), ("error", "agents", "", mogplex.UnavailableError("no answer")))
+    assert "no answer · trying again by itself" in drawn(state, 80, 24)
+    assert ("fetch", "agents", "") in mogplex.update(state._replace(now=NOW + 5), ("tick",)).effects
+    state = mogplex.update(state, ("fetched", "agents", "", [{"name": "Reviewer", "model": "gpt"}], 5.0))
+    assert "Reviewer" in drawn(state, 80, 24) and "no answer" not in drawn(state, 80, 24)
+
+
+def test_a_drawer_of_mcp_servers_never_shows_a_config() -> None:
+    state = played(*typed("/mcp"), ("fetched", "mcp", "", [{"name": "db", "enabled": True, "config": {"k": "s3cret"}}], 1.0))
+    assert "● enabled" in drawn(state, 80, 24) and "s3cret" not in repr(state.drawer and state.drawer.items)
+
+
+@pytest.mark.parametrize("form", ["json", "jsonl", "markdown"])
+def test_what_is_exported(form: str) -> None:
+    (name, path, content), = played(*BUSY, *typed(f"/export {form}")).effects
+    assert (name, path) == ("export", f"mogplex-7f2c41aa.{'md' if form == 'markdown' else form}")
+    if form == "json":
+        assert [event["type"] for event in json.loads(content)["events"]] == [event["type"] for event in EVENTS]
+    elif form == "jsonl":
+        assert [json.loads(line)["message"] for line in content.splitlines()] == [event["message"] for event in EVENTS]
+    else:
+        assert "Harness run streaming" in content
+
+
+@pytest.mark.parametrize("sent, messages", [
+    ("abc", [("text", "abc")]), ("a\r", [("text", "a"), ("key", "enter")]), ("\x1b[A\x1bOB", [("key", "up"), ("key", "down")]),
+    ("\x1b[200~a\rb\x1b[201~c", [("paste", "a\nb"), ("text", "c")]), ("rm x\nls\n", [("paste", "rm x\nls\n")]),
+    ("\x1b[<64;10;5M\x1b[<0;1;1m", [("mouse", 64, 9, 4)]), ("\x03\x10\x7f\t", [
+        ("key", "^c"), ("key", "^p"), ("key", "backspace"), ("key", "tab")]),
+    ("\x1b\r\x1b[13;2u", [("key", "newline")] * 2), ("\x1b[?62;c\x1b]11;rgb:0/0/0\x07\x1b[24;80R\x1b[I", []),
+    ("é日", [("text", "é日")]), ("\x1b[1;5D\x1bf", [("key", "^left"), ("key", "^right")]), ("\x1b[M !!", []),
+])
+def test_what_a_terminal_sends(sent: str, messages: List[Tuple[Any, ...]]) -> None:
+    names = {"\x1b[A": "up", "\x1bOB": "down"}
+    for cut in range(len(sent) + 1):  # also when it comes in two reads
+        first, rest = mogplex.sliced(sent[:cut], False, lambda part: names.get(part, ""))
+        second, rest = mogplex.sliced(rest + sent[cut:], True, lambda part: names.get(part, ""))
+        joined = mogplex.sliced(sent, True, lambda part: names.get(part, ""))
+        assert joined == (messages, "")
+        if "paste" not in str(messages) and cut and len(sent) > 3:
+            assert [one for one in first + second if one[0] != "text"] == [one for one in messages if one[0] != "text"]
+
+
+COCKPIT = """
+import os, sys, mogplex
+url, token, attach = sys.argv[1:4]
+if "CRASH" in os.environ:
+    mogplex.JOBS["export"] = lambda *_: 1 / 0
+given = token if "SIGNED_OUT" not in os.environ else ""
+connect = lambda: mogplex.Client(given or mogplex.resolve_credential(os.environ, url, lambda text: None), url)
+sys.exit(mogplex.run_cockpit(connect, base_url=url, home=os.environ["MOGPLEX_HOME"], environ=os.environ, attach=attach,
+                             text=" ".join(sys.argv[4:]), run_browser=lambda url: True))
+"""
+
+
+class Terminal:
+    """The real cockpit on a pseudo-terminal, read by pyte. It waits for what is on the screen, with a deadline."""
+
+    def __init__(self, argv: Sequence[str], width: int = 100, height: int = 24, **environ: str) -> None:
+        self.screen, self.output, self.lock = Emulator(width, height), b"", threading.Lock()
+        self.stream = pyte.ByteStream(self.screen)
+        self.fd, child = pty.openpty()
+        self.child = child  # kept open: reading goes on, and the modes can be asked, after the program's end
+        self.resize(width, height)
+        self.modes = termios.tcgetattr(child)
+        variables = {**os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8", "PYTHONPATH": os.path.dirname(MODULE), **environ}
+        self.process = subprocess.Popen(argv, stdin=child, stdout=child, stderr=child, env=variables, preexec_fn=self._adopt)
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _adopt(self) -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                data = os.read(self.fd, 65536)
+                with self.lock:
+                    self.output += data
+                    self.stream.feed(data)
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.child)
+        os.close(self.fd)
+
+    def resize(self, width: int, height: int) -> None:
+        with self.lock:
+            self.screen.resize(height, width)
+            fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", height, width, 0, 0))
+
+    def text(self) -> str:
+        with self.lock:
+            return "\n".join(line.rstrip() for line in self.screen.display)
+
+    def send(self, text: str) -> Terminal:
+        data = text.encode()
+        while data:
+            data = data[os.write(self.fd, data):]
+        return self
+
+    def until(self, condition: Union[str, Callable[[], object]], seconds: float = 15.0) -> Terminal:
+        """Wait for a text on the screen, or for anything else to be true."""
+        deadline = time.monotonic() + seconds
+        while not (condition in self.text() if isinstance(condition, str) else condition()):
+            assert time.monotonic() < deadline, f"not within {seconds} s: {condition}\n{self.text()}"
+            time.sleep(0.01)
+        return self
+
+    def ended(self, code: int) -> str:
+        """What the program leaves: its exit code, sane modes, and the text of the screen."""
+        assert self.process.wait(15) == code, self.text()
+        assert termios.tcgetattr(self.child) == self.modes
+        assert self.on() == set()
+        return self.text()
+
+    def on(self) -> Any:
+        """The private modes that are set now, and "hidden" for a cursor that is not shown."""
+        state: Dict[str, bool] = {}
+        for mode, letter in re.findall(rb"\x1b\[\?(\d+)([hl])", self.output):
+            state[mode.decode()] = letter == b"h"
+        shown = state.pop("25", True)
+        return {mode for mode, value in state.items() if value and mode not in ("1", "12")} | (set() if shown else {"hidden"})
+
+
+@pytest.fixture
+def cockpit(demo: mogplex.DemoServer, tmp_path: Any) -> Iterator[Callable[..., Terminal]]:
+    """cockpit(words..., attach="", width=, height=, VARIABLE="..."): a running cockpit, signed in to the demo."""
+    with contextlib.ExitStack() as stack:
+        def start(*words: str, attach: str = "", url: str = demo.url, **how: Any) -> Terminal:
+            how.setdefault("MOGPLEX_REPO", "acme/web")
+            how.setdefault("MOGPLEX_HOME", str(tmp_path / "home"))
+            argv = [sys.executable, "-c", COCKPIT, url, demo.token, attach, *words]
+            return stack.enter_context(Terminal(argv, **how))
+        yield start
+
+
+def test_a_run_is_started_followed_exported_and_left(cockpit: Callable[..., Terminal], tmp_path: Any) -> None:
+    terminal = cockpit().until("acme/web ⎇ main").send("fix the flaky test\r").until("Run started.")
+    terminal.until("SUCCESS").until("Pull request ready").until("FOLLOW").until("success · o opens https://github.com")
+    path = tmp_path / "run.jsonl"
+    terminal.send(f"/export jsonl {path}\r").until("Exported to ").send(f"/export jsonl {path}\r").until("Nothing was written")
+    assert [json.loads(line)["type"] for line in path.read_text().splitlines()][-1] == "finished"
+    terminal.send("/open\r").until("Opened https://github.com")
+    terminal.send("\x03").until("again within 1.5 s").send("\x03")
+    assert "mogplex runs events" in terminal.ended(0) and "--follow" in terminal.text()
+
+
+def test_panes_filter_palette_and_drawers(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
+    done = next(run["id"] for run in demo.seeded_runs if demo.service._run(demo.service.runs[run["id"]])["status"] == "success")
+    terminal = cockpit(attach=done, width=120, height=30).until("SUCCESS").until("Harness run finished")
+    terminal.send("\t").until("j k move").send("kk").until("PAUSED").send("\r").until("EVENT").until('"payload"')
+    terminal.send("\x1b").until("PAUSED").send("f").until("FOLLOW").send("/").until("type to filter").send("synchron")
+    terminal.until("filter: synchron · 1 events").send("\x1b").until("all types")
+    terminal.send("\x10").until("PALETTE").send("models").until("1/1").send("\r").until("MODELS").until("openai")
+    terminal.send("\x03").until("TIMELINE").send("/sandboxes\r").until("preview").send("\r").until("install_log")
+    terminal.send("\x1b").until("TIMELINE").send("\x1b[<65;60;10M\x1b[<64;60;10M").until("PAUSED").send("/exit\r")
+    assert "--follow" in terminal.ended(0)
+
+
+def test_kill_asks_first(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
+    going = next(run["id"] for run in demo.seeded_runs if demo.service._run(demo.service.runs[run["id"]])["status"] == "streaming")
+    terminal = cockpit(attach=going).until("STREAMING").send("/kill\r").until("y yes").send("n").until("Not cancelled")
+    terminal.send("\t").until("j k move").send("x").until("y yes").send("y").until("CANCELLED").until("Mogplex run cancelled")
+    terminal.send("q")
+    terminal.ended(0)
+
+
+def test_a_large_paste_is_one_text_and_runs_nothing(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit().until("acme/web ⎇ main")
+    terminal.send("\x1b[200~x" + "/quit\r\n" * 30000 + "the end\x1b[201~").until("the end").send("\r").until("at most 100,000")
+    terminal.send("\x03").until("again").send("\x03")
+    assert "--follow" not in terminal.ended(0)
+
+
+def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit("bump", "the", "deps", width=120, height=40).until("Nothing was sent").until("› bump the deps")
+    for width, height, sight in ((80, 24, "RUNS 0"), (59, 20, "› bump"), (29, 8, "enlarge the window"),
+                                 (30, 8, "› bump"), (130, 45, "SANDBOXES")):
+        terminal.resize(width, height)
+        terminal.until(sight).until(lambda: "mogplex" in terminal.text().split("\n")[0] or width < 40)
+    terminal.send("\x03\x03")
+    terminal.ended(0)
+
+
+@pytest.mark.parametrize("how, code", [
+    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("exception", 1)], ids=str)
+def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Terminal], how: Any, code: int) -> None:
+    terminal = cockpit(attach="nope", CRASH="1").until("TIMELINE")
+    assert {"1049", "2004", "1000"} < terminal.on() and termios.tcgetattr(terminal.child) != terminal.modes
+    if how == "exception":
+        terminal.send("/export json\r")
+    else:
+        terminal.process.send_signal(how)
+    assert ("ZeroDivisionError" if code == 1 else "runs events nope --follow") in terminal.ended(code)
+
+
+def test_suspended_the_shell_is_sane_and_fg_repaints(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
+    with Terminal(["bash", "--norc", "--noprofile", "-i"], PS1="ready> ", MOGPLEX_REPO="acme/web") as terminal:
+        terminal.until("ready>").send("stty -a | md5sum\r").until("  -\nready>")
+        before = re.findall("[0-9a-f]{32}", terminal.text())
+        command = f"{sys.executable} -c \"$COCKPIT\" {demo.url} {demo.token} ''"
+        terminal.send("COCKPIT='" + COCKPIT.replace("\n", "\r") + "'\r").until("ready>")
+        terminal.send(f"clear; {command}\r").until("acme/web ⎇ main").send("half a task").until("› half a task")
+        terminal.send("\x1a").until("Stopped").until("ready>").send("stty -a | md5sum\r").until("  -\nready>")
+        assert re.findall("[0-9a-f]{32}", terminal.text())[-1:] == before[-1:] and terminal.on() <= {"2004"}
+        terminal.send("fg\r").until("› half a task").send("\x03\x03").until("ready>")
+
+
+def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Terminal]) -> None:
+    def reply(number: int, request: str, connection: socket.socket) -> bytes:
+        run = {**SHOWN, "status": "streaming", "harness": "\x1b[5mx", "error": "\x9b31m"}
+        records = [{"id": "r\x1b1", "full_name": "acme/\x1b[2Jweb"}]
+        return ok({"run": run, "events": [{**HOSTILE, "id": "1"}], "repos": records, "sandboxes": [
+            {"id": "s", "status": "\x1b]0;x\x07", "working_branch": "\x1bc\x9b2J"}]})
+    with RawServer(reply) as server:
+        terminal = cockpit(attach="x", url=server.url, width=120).until("first").until("日本語").until("acme/web")
+        terminal.send("\t\r").until("EVENT").send("\x1b").until("TIMELINE").send("q")
+        terminal.ended(0)
+    ours = rb"\x1b\[[0-9;]*[Hm]|\x1b\[[JK]|\x1b\[2J|\x1b\[\?(?:25|12|1|1049|1000|1006|2004|2026)[hl]|\x1b[=>]|\x1b\[2[23];0;0t"
+    assert b"\x1b" not in re.sub(ours, b"", terminal.output)
+    assert not re.search("[\x80-\x9f]", terminal.output.decode())
+
+
+def test_a_request_that_hangs_delays_no_key(cockpit: Callable[..., Terminal]) -> None:
+    with RawServer(lambda *_: time.sleep(60)) as server:  # type: ignore[arg-type,return-value]
+        terminal = cockpit(attach="x", url=server.url).until("waiting for the first event").send("hello").until("› hello")
+        terminal.send("\x03\x03")
+        assert "runs events x --follow" in terminal.ended(0)
+
+
+def test_a_token_is_pasted_on_the_first_screen(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
+    terminal = cockpit(SIGNED_OUT="1").until("Sign in to Mogplex").send(f"\x1b[200~{demo.token}\n\x1b[201~").until("•••••")
+    terminal.send("\r").until("acme/web ⎇ main").until("Signed in.").send("/logout\r").until("Sign in to Mogplex")
+    assert demo.token not in terminal.text()
+    terminal.send("\x03\x03")
+    terminal.ended(0)
+
+
+def test_without_a_terminal_it_does_not_start() -> None:
+    for environ in ({"TERM": "xterm"}, {"TERM": "dumb"}, {}):
+        with pytest.raises(mogplex.UsageError):
+            mogplex.run_cockpit(lambda: mogplex.Client(TOKEN), base_url="", home="", environ=environ)
+
 
 # ---------------------------------------------------------------- 8. Demo
 
@@ -1439,7 +2054,9 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["runs", "gte"], "error: unknown subcommand 'runs gte', did you mean 'get'?"),
     (["runs"], "error: runs needs one of: list, get, events, cancel"),
     ([], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
-    (["--nonsense"], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
+    (["--versoin"], "error: unknown option '--versoin', did you mean '--version'?"),
+    (["--attach"], "error: --attach takes a run's id, or @last"),
+    (["--attach", "r"], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
     (["run", "x"], "error: run: --repo <id> is required (find IDs via `mogplex repos list`)"),
     (["run", "--repo", "r"], "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
     (["run", "--repo", "r", "x", "--prompt-file", "f"],
