@@ -4362,7 +4362,7 @@ def cmd_sandboxes_logs(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
         return Exit.OK
     for name in ("install_log", "dev_log"):
         text = text_of(logs, "sandbox", name)
-        for line in ([f"--- {name} ---"] + re.split(r"\r\n|[\r\n]", text)) if text else []:
+        for line in ([f"--- {name} ---"] + re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))) if text else []:
             ctx.emit(sanitize(line))
     for event in dicts_of(logs, "lifecycle_events"):
         ctx.emit("  ".join((format_time(event.get("created_at")), sanitize(text_of(event, "event_type")),
