@@ -1660,7 +1660,6 @@ STATUS_COLOURS = {
     "success": 32, "running": 32, "streaming": 36, "pending": 33, "creating": 33, "installing": 33, "pausing": 33,
     "failed": 31, "error": 31, "cancelled": 35, "paused": 35, "stopped": 35,
 }
-_NARROWEST = 8  # columns that a shortened cell keeps
 
 
 def paint(status: str, colour: bool) -> str:
@@ -1690,17 +1689,19 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional
     """An aligned table; ImportError without tabulate.
 
     In ``width`` columns where one is given: the widest of the columns named in ``free`` is
-    shortened, then the next, until the rows fit or there is nothing left to shorten.
+    shortened, to its header's width at most, then the next, until the rows fit or none is left.
     """
     import tabulate
-    cells, widths = [list(row) for row in rows], [text_width(header) for header in headers]
-    widths = [max(narrow, *(text_width(row[at]) for row in cells)) for at, narrow in enumerate(widths)]
+    cells = [list(row) for row in rows]
+    widths = [  # tabulate makes a column at least two wider than its header
+        max([text_width(header) + 2, *(text_width(_ESCAPES.sub("", row[at])) for row in cells)])
+        for at, header in enumerate(headers)]
     while width is not None and sum(widths) + 2 * len(widths) - 2 > width:
         over = sum(widths) + 2 * len(widths) - 2 - width
-        room, at = max((widths[at], at) for at, name in enumerate(headers) if name in free)
-        if room <= _NARROWEST:
+        room, at = max((widths[at] - text_width(name) - 2, at) for at, name in enumerate(headers) if name in free)
+        if room <= 0:
             break
-        widths[at] = max(_NARROWEST, room - over)
+        widths[at] -= min(room, over)
         for row in cells:
             row[at] = fit(row[at], widths[at])
     return tabulate.tabulate(cells, headers=list(headers), tablefmt="plain", disable_numparse=True)
@@ -4098,16 +4099,16 @@ def cmd_repos_list(ctx: Context, *, query: str, limit: Optional[int], as_json: b
         ("ID", "REPO", "BRANCH", "ROOT"), [repo_row(repo) for repo in repos], ("REPO", "BRANCH", "ROOT")))
 
 
-def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
+def read_prompt(ctx: Context, words: List[str], prompt_file: str) -> str:
     """The task, from exactly one of the three places it can stand in; UsageError for none, two, or a bad one."""
-    if bool(words) == bool(prompt_file):
+    if bool(words) == bool(prompt_file) or (words[:1] == ["-"] and words[1:]):
         raise UsageError("run: give the task once: as words, as - for stdin, or with --prompt-file")
     most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
     try:
         if prompt_file:
             with open(prompt_file, "rb") as file:
                 data = file.read(most)
-        elif list(words) == ["-"]:
+        elif words == ["-"]:
             data = getattr(ctx.stdin, "buffer", ctx.stdin).read(most)
         else:
             data = " ".join(words).encode("utf-8", "surrogateescape")
@@ -4761,8 +4762,8 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
         ctx.note(f"error: {error}")
         if error.retry_after_s:
             ctx.note(f"the service asks to wait {error.retry_after_s:.0f} s")
-        if error.hint:
-            ctx.note(error.hint)
+        if error.hint or error.status == 401:
+            ctx.note(error.hint or "the token was refused: check MOGPLEX_API_KEY, or sign in with `mogplex login`")
         return int(error.exit)
     except BrokenPipeError:
         discard(ctx.stdout)

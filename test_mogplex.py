@@ -2061,6 +2061,7 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["run", "--repo", "r"], "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
     (["run", "--repo", "r", "x", "--prompt-file", "f"],
      "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
+    (["run", "--repo", "r", "-", "x"], "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
     (["run", "--repo", "r", " ", "\t"], "error: run: the task is empty"),
     (["run", "--repo", "r", "-"], "error: run: the task is empty"),
     (["run", "--repo", "r", "--prompt-file", "/nonexistent"], "error: run: /nonexistent: No such file or directory"),
@@ -2389,6 +2390,59 @@ def test_json_never_changes_an_exit_code(cli: Callable[..., Result], status: int
             assert (result.code, result.out) == (code, "")
             assert result.err.splitlines()[0] == f"error: CODE: text  (HTTP {status})"
             assert "asks to wait 60 s" in result.err
+
+
+def test_a_refused_token_says_what_to_check(run_demo: Callable[..., Result]) -> None:
+    assert run_demo("repos", "list", MOGPLEX_API_KEY=TOKEN) == Result(64, "", (
+        "error: UNAUTHORIZED: Unauthorized (HTTP 401)\n"
+        "the token was refused: check MOGPLEX_API_KEY, or sign in with `mogplex login`\n"))
+
+
+@pytest.mark.parametrize("location", [None, "/api/v1/mogplex/repos?again", "http://localhost:{port}/api/v1/mogplex/repos"])
+def test_a_netrc_entry_never_takes_the_token_s_place(cli: Callable[..., Result], tmp_path: Any, location: Optional[str]) -> None:
+    (tmp_path / ".netrc").write_text("default login someone password else\nmachine localhost login someone password else\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    with RawServer(lambda *_: answer(307, "", Location=location.format(port=server.url[-5:])) if location else ok({})) as server:
+        result = cli("repos", "list", "--json", env=service(server.url))
+    assert result.code == (1 if location else 0) and len(server.requests) == 1
+    assert f"authorization: bearer {TOKEN}".lower() in server.requests[0].lower() and "basic" not in server.requests[0].lower()
+
+
+def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
+    """What a command writes on a terminal so wide."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    process = subprocess.Popen([sys.executable, MODULE, *argv], stdin=slave, stdout=slave, stderr=slave, env={
+        **{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}, "TERM": "xterm", **env})
+    os.close(slave)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO is how Linux says that the other side is closed
+        while True:
+            chunk = os.read(master, 65536)
+            if not chunk:
+                break
+            shown += chunk
+    os.close(master)
+    assert process.wait(30) == 0
+    return shown.decode().replace("\r\n", "\n")
+
+
+def test_a_table_on_a_terminal_has_ages_and_colours_and_keeps_its_ids(demo: mogplex.DemoServer) -> None:
+    shown = on_a_terminal(100, "sandboxes", "list", "--repo", "acme/web", env=service(demo.url, demo.token))
+    plain = re.sub("\x1b\\[[0-9]*m", "", shown)
+    assert "\x1b[32mrunning\x1b[0m" in shown and re.search(r" \d+[smhd] ago", plain) and "\u2026" in plain
+    assert max(map(len, plain.rstrip("\n").split("\n"))) <= 100 and mogplex.DEMO_SANDBOXES[0][0] in plain
+
+
+def test_following_on_a_terminal_leaves_no_status_line_behind(demo: mogplex.DemoServer) -> None:
+    shown = on_a_terminal(100, "runs", "events", FINISHED, "--follow", env=service(demo.url, demo.token))
+    screen = [line.split("\r")[-1] for line in shown.split("\n")]
+    assert [line for line in screen if "| last event" in line] == [] and "duration: " in screen[-2]
+    assert "success | last event" not in shown or "\r" in shown
 
 
 def test_a_login_redirect_is_unauthorized_and_names_the_base_url(cli: Callable[..., Result]) -> None:
