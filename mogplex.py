@@ -384,8 +384,8 @@ _OUR_KEYS = ("mogplex", "refresh_token", "expires_at", "base_url") + _TOKEN_KEYS
 def home_directory(environ: Mapping[str, str]) -> str:
     """The absolute path of ``$MOGPLEX_HOME`` or ``~/.mogplex``; creates nothing."""
     user = environ.get("HOME") or os.path.expanduser("~")  # still "~" for a user whom nothing names
-    default = os.path.join(user if os.path.isabs(user) else os.sep, ".mogplex")
-    return os.path.abspath(os.path.expanduser(environ.get("MOGPLEX_HOME") or default))
+    home = environ.get("MOGPLEX_HOME") or os.path.join(user if os.path.isabs(user) else os.sep, ".mogplex")
+    return os.path.abspath(os.path.expanduser(home))
 
 
 def check_token(token: str, place: str) -> str:
@@ -423,14 +423,15 @@ def _replace_file(path: str, text: str, problem: str) -> None:
     For use under ``_locked``, whose value ``problem`` is. So the temporary name can be fixed:
     what a killed process left there, tokens in it, is taken away by the next one.
     """
-    if problem or os.path.islink(path) or os.path.isdir(path):
-        problem = problem or "a link or a directory stands in its place, remove that first"
+    if not problem and (os.path.islink(path) or os.path.isdir(path)):
+        problem = "a link or a directory stands in its place, remove that first"
+    if problem:
         raise MogplexError(f"cannot write {path}: {problem}")
     temporary = path + ".tmp"
     try:
-        if os.path.lexists(temporary):
+        with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
-        with open(temporary, "x", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
+        with open(temporary, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
@@ -571,8 +572,7 @@ class Credential:
                     self._adopt(**stored)
             if self.token != refused and not self._is_due() or not self.refreshable:
                 return self.token != refused
-            entry = _exchange(
-                post, self._base_url, grant_type="refresh_token", refresh_token=self._refresh_token)
+            entry = _exchange(post, self._base_url, grant_type="refresh_token", refresh_token=self._refresh_token)
             self._adopt(entry["access_token"], entry["refresh_token"], entry.get("expires_at"))
             try:
                 if self._path:
@@ -595,8 +595,8 @@ def resolve_credential(environ: Mapping[str, str], base_url: str, warn: Warn) ->
     path = os.path.join(home_directory(environ), "auth.json")
     stored = _stored(path, base_url, warn)
     if not stored:
-        raise UnauthorizedError(f"not signed in: {path} has no token for {base_url}", hint=(
-            f"run `mogplex login`, or set MOGPLEX_API_KEY to a token from {base_url}/settings/api-keys"))
+        hint = f"run `mogplex login`, or set MOGPLEX_API_KEY to a token from {base_url}/settings/api-keys"
+        raise UnauthorizedError(f"not signed in: {path} has no token for {base_url}", hint=hint)
     return Credential(source="file", base_url=base_url, path=path, warn=warn, **stored)
 
 
@@ -621,14 +621,13 @@ def _run_lines(path: str) -> List[str]:
 
 def remembered_runs(home: str, base_url: str) -> List[Json]:
     """The runs started here on the service at ``base_url``, newest first; a torn line is passed over."""
-    found, lines = [], []  # type: Tuple[List[Json], List[str]]
+    found: List[Json] = []
     with contextlib.suppress(OSError):
-        lines = _run_lines(os.path.join(home, "runs.jsonl"))
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError, RecursionError):
-            record = json.loads(line)
-            if text_of(record, "id") and text_of(record, "service") == base_url:
-                found.append(record)
+        for line in reversed(_run_lines(os.path.join(home, "runs.jsonl"))):
+            with contextlib.suppress(ValueError, RecursionError):
+                record = json.loads(line)
+                if text_of(record, "id") and text_of(record, "service") == base_url:
+                    found.append(record)
     return found
 
 
@@ -664,11 +663,9 @@ def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]
                 return
             head += data
         status, words, outcome = _answer_callback(head.decode("latin-1"), port, state)
-        page = f"<!doctype html><meta charset=utf-8><title>Mogplex</title><p>{html.escape(words)}\n".encode()
-        connection.sendall((
-            f"HTTP/1.1 {status} Answer\r\nContent-Type: text/html\r\nContent-Length: {len(page)}\r\n"
-            "Cache-Control: no-store\r\nReferrer-Policy: no-referrer\r\nConnection: close\r\n\r\n"
-        ).encode() + page)
+        fields = "Content-Type: text/html; charset=utf-8\r\nCache-Control: no-store\r\nConnection: close"
+        page = f"<!doctype html><title>Mogplex</title><p>{html.escape(words)}\n"
+        connection.sendall(f"HTTP/1.1 {status} Answer\r\n{fields}\r\n\r\n{page}".encode())
     outcomes.extend([outcome] if outcome else [])
 
 
@@ -677,7 +674,7 @@ def _listen(ports: Sequence[int]) -> Any:
     for port in ports:
         with contextlib.suppress(OSError):
             return socket.create_server(("127.0.0.1", port))
-    names = " and ".join(str(port) for port in ports)
+    names = " and ".join(map(str, ports))
     raise MogplexError(f"ports {names} of 127.0.0.1 are taken", hint="is another sign-in waiting?")
 
 
