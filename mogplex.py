@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import functools
 import json
 import os
 import re
@@ -1904,6 +1905,8 @@ HINTS = {
     "filter": "type to filter · Enter keep · Esc clear", "drawer": "type to search · ↑ ↓ move · Enter choose · Esc close",
     "signed out": "Enter open the browser · or paste a token, then Enter · ^C ^C quit",
 }
+width_of = functools.lru_cache(8192)(text_width)  # every frame measures mostly what the last one did
+fitted = functools.lru_cache(8192)(fit)
 MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
 FETCHES: Dict[str, Callable[[Client, str], Any]] = {  # what can be read, most of it for the drawer of this name
     "repos": lambda client, _: client.repos(limit=MAX_LIMIT), "run": lambda client, run_id: client.run(run_id),
@@ -1975,6 +1978,7 @@ class State(NamedTuple):
     harness: str = HARNESSES[0]
     run_id: str = ""
     run: Json = {}
+    pull_request: str = ""      # its URL
     pushed: str = ""            # the branch that the shown run really works on
     entries: Tuple[Entry, ...] = ()
     heard_at: float = 0.0       # when the newest of them happened
@@ -2102,9 +2106,8 @@ def alerts_of(state: State) -> List[Tuple[str, str]]:
 
 def target_url(state: State) -> str:
     """The pull request of the shown run, else the preview of its sandbox, else the web page."""
-    urls = [text_of(entry.event, "payload", "pull_request_url") for entry in reversed(state.entries)]
     ids = {text_of(state.run, "sandboxRecordId"), text_of(state.run, "sandboxId")} - {"", "pending"}
-    urls += [text_of(sandbox, "preview_url") for sandbox in state.sandboxes if text_of(sandbox, "id") in ids]
+    urls = [state.pull_request] + [text_of(sandbox, "preview_url") for sandbox in state.sandboxes if text_of(sandbox, "id") in ids]
     return next((url for url in urls if url.startswith("https://")), state.base_url)
 
 
@@ -2129,7 +2132,7 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, truncated=False, pushed="",
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, truncated=False, pushed="", pull_request="",
         at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
 
 
@@ -2486,8 +2489,9 @@ def on_event(state: State, run_id: str, event: Json) -> State:
     entry = Entry(clock, harmless(event.get("type"), 40) or "event", event_text(event)[:2000], event)
     if text_of(payload, "stage") in ("git_sync", "git_delivery"):
         pushed = harmless(payload.get("working_branch"), 200) or state.pushed
-        done = payload.get("changed") is True or bool(text_of(payload, "pull_request_url"))
-        state = state._replace(pushed=pushed, delivered=pushed if done else state.delivered)
+        url = text_of(payload, "pull_request_url")
+        state = state._replace(pushed=pushed, pull_request=url or state.pull_request,
+                               delivered=pushed if url or payload.get("changed") is True else state.delivered)
     return state._replace(entries=state.entries + (entry,), heard_at=seconds or state.now)
 
 
@@ -2641,7 +2645,7 @@ def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
     line = ""
     for key, width in columns:
         text = fit(" ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key)), width)
-        line += text + " " * (width - text_width(text) + 2)
+        line += text + " " * (width - width_of(text) + 2)
     return line.rstrip()
 
 
@@ -2691,15 +2695,15 @@ def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -
     """Segments cut and padded to exactly ``width`` columns; ``style`` for all of it."""
     row, room = [], width
     for text, own in segments:
-        text = fit(text, room)
+        text = fitted(text, room)
         row.append((text, own if style is None else style))
-        room -= text_width(text)
+        room -= width_of(text)
     return (*row, (" " * room, style or "")) if room else tuple(row)
 
 
 def ends(left: Sequence[Segment], right: Sequence[Segment], width: int, style: Optional[str] = None) -> Row:
     """``left`` cut and padded, and ``right`` at the end of the row."""
-    room = width - sum(text_width(text) for text, _ in right)
+    room = width - sum(width_of(text) for text, _ in right)
     return (*fill(left, room, style), *right) if room > 0 else fill(left, width, style)
 
 
@@ -2945,7 +2949,7 @@ def cells(row: Row) -> List[Tuple[int, str, str]]:
     column, placed = 0, []
     for text, style in row:
         placed.append((column, text, style))
-        column += text_width(text)
+        column += width_of(text)
     return placed
 
 
@@ -2976,8 +2980,8 @@ def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -
     """The bytes that turn the screen ``old`` into ``new``; "" when nothing changed."""
     output = "".join(repaint_row(y, old[y] if y < len(old) else (), row, styles)
                      for y, row in enumerate(new) if y >= len(old) or old[y] != row)
-    shown, at = ([(y, x) for y, row in enumerate(rows) for x, _, style in cells(row) if style == "cursor"]
-                 for rows in (old, new))
+    shown, at = ([(y, x) for y, row in enumerate(rows) if ("", "cursor") in row for x, _, style in cells(row)
+                  if style == "cursor"] for rows in (old, new))
     if not output and shown == at:
         return ""
     cursor = "".join(f"\x1b[{y + 1};{x + 1}H" + "\x1b[?25h" * (not shown) for y, x in at) or "\x1b[?25l"
@@ -3287,9 +3291,9 @@ class Shell:
     def loop(self) -> None:
         """Until Leave is raised: draw, wait, take every message that there is."""
         import select
-        self.effects()
         while True:
             self.screen.draw(view(self.state, *self.screen.size))
+            self.effects()  # after the frame: the threads import what takes longer than to draw it
             ready = select.select([0, self.wake_in], [], [], 1.0 - time.time() % 1.0)[0]
             if self.wake_in in ready:
                 os.read(self.wake_in, 1 << 16)
@@ -3300,12 +3304,13 @@ class Shell:
             for message in messages:
                 if message[0] == "crash":
                     raise message[1]
-                self.state = update(self.state._replace(now=time.time()), message)
                 self.effects()
+                self.state = update(self.state._replace(now=time.time()), message)
 
     def effects(self) -> None:
         """Do what the state asks for, or give it to the thread that does."""
-        for name, *arguments in self.state.effects:
+        asked, self.state = self.state.effects, self.state._replace(effects=())
+        for name, *arguments in asked:
             here = getattr(self, f"do_{name}", None)
             if here:
                 here(*arguments)
