@@ -4630,14 +4630,15 @@ def make_parser() -> Any:
         if flag.startswith("--"):  # -h is argparse's own
             name, _, value = flag.partition(" ")
             parser.add_argument(name, help=help, action="store" if value else "store_true")
-    words = parser.add_subparsers()
-    groups: Dict[str, Any] = {}
+    parsers, words = {"": parser}, {"": parser.add_subparsers()}
     for command in commands():
-        group, _, verb = command.name.partition(" ")
-        options: Json = {"parents": [command_parser(command)], "add_help": False, "help": command.purpose}
-        if verb and group not in groups:
-            groups[group] = words.add_parser(group).add_subparsers()
-        (groups[group] if verb else words).add_parser(verb or group, **options)
+        group, _, word = command.name.rpartition(" ")
+        if group not in parsers:
+            parsers[group] = words[""].add_parser(group)
+        if group not in words:
+            words[group] = parsers[group].add_subparsers()
+        parsers[command.name] = words[group].add_parser(
+            word, parents=[command_parser(command)], add_help=False, help=command.purpose)
     return parser
 
 
