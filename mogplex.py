@@ -1676,9 +1676,9 @@ def newline_mark(encoding: Optional[str]) -> str:
 
 
 def ndjson(record: object) -> str:
-    """One line of ASCII JSON, the record as it came."""
+    """One line of ASCII JSON, the record as it came; ``##`` is spelled so that a CI runner sees no ``##[`` in it."""
     try:
-        return json.dumps(record, separators=(",", ":"))
+        return json.dumps(record, separators=(",", ":")).replace("##", "#\\u0023")
     except RecursionError:
         raise InvalidResponseError("an object nested too deeply to be printed") from None
 
@@ -1823,25 +1823,25 @@ def silence_line(progress: Progress, now: float) -> str:
     return f"still {state}, last event {format_age(now - progress.last_event_at)} ago"
 
 
-def _escape_command(text: str) -> str:
-    return sanitize(text, " ").replace("%", "%25").replace(":", "%3A").replace(",", "%2C")
-
-
 def github_annotation(verdict: Verdict) -> str:
     """The workflow command that marks the step: the only one that is ever written."""
-    what = verdict.error or f"run {verdict.run_id} ended {verdict.status}"
-    return f"::error title=Mogplex run {_escape_command(verdict.status)}::{_escape_command(what)}"
+    what = sanitize(verdict.error or f"run {verdict.run_id} ended {verdict.status}", " ")[:1000].replace("%", "%25")
+    title = re.sub("[%:,]", lambda match: f"%{ord(match.group()):02X}", sanitize(verdict.status, " "))
+    return f"::error title=Mogplex run {title}::{what}"
 
 
 def _markdown(text: str) -> str:
-    """``text`` as a cell of a Markdown table that is nothing but text: all punctuation as entities."""
-    return re.sub(r"[!-+:-@\[-`{-~]", lambda match: f"&#{ord(match.group())};", sanitize(text, " "))
+    """``text`` as a cell of a Markdown table that is nothing but text: punctuation as entities; a plain URL stays."""
+    line = sanitize(text, " ")[:300]
+    if re.match(r"https://[\w.-]+/[\w./-]*\Z", line, re.ASCII):
+        return line
+    return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match.group())};", line)
 
 
 def github_summary(verdict: Verdict, task: str, last_lines: Sequence[str]) -> str:
     """A short Markdown table on the run, and its last events."""
     rows = (
-        ("task", task[:200]), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
+        ("task", task), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
         ("branch", verdict.working_branch), ("status", verdict.status), ("error", verdict.error),
         ("duration", "" if verdict.duration_s is None else format_duration(verdict.duration_s)),
         ("pull request", verdict.pull_request_url),
@@ -1856,6 +1856,12 @@ def github_output(verdict: Verdict) -> str:
     rows = (("run_id", verdict.run_id), ("status", verdict.status), ("branch", verdict.working_branch),
             ("pull_request_url", verdict.pull_request_url))
     return "".join(f"{name}={sanitize(value, ' ')}\n" for name, value in rows)
+
+
+def gitlab_marker(edge: str, run_id: str, now: float) -> str:
+    """What starts or ends ("start", "end") the section of a GitLab job's log that holds a run's events."""
+    name, title = re.sub("[^A-Za-z0-9]", "_", run_id)[:64], f"Mogplex run {sanitize(run_id)}" if edge == "start" else ""
+    return f"\x1b[0Ksection_{edge}:{int(now)}:mogplex_{name}\r\x1b[0K{title}\n"
 
 
 # ---------------------------------------------------------------- 7. Cockpit
@@ -4244,9 +4250,11 @@ class Follower:
         self.newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
         self.drawn, self.drawn_at, self.spoke_at = "", -1.0, clock()
         self.last_lines: List[str] = []
+        self.in_section = False
 
     def run(self, timeout_s: Optional[float], limit: int = MAX_LIMIT) -> int:
         """Follow to the end; the exit code."""
+        self.mark_section(True)
         try:
             for item in tail(self.client, self.run_id, timeout_s=timeout_s or DEFAULT_TIMEOUT_S, limit=limit,
                              on_progress=self.progress, clock=self.clock):
@@ -4254,7 +4262,7 @@ class Follower:
                 if isinstance(item, Verdict):
                     return self.finish(item)
                 self.ctx.emit(ndjson(item) if self.as_json else event_line(item, self.newline))
-                self.last_lines = [*self.last_lines[-9:], event_line(item)]
+                self.last_lines = [*self.last_lines[-9:], event_line(item)[:300]]
             raise AssertionError("a tail ends with its verdict")
         except TailTimeout as error:
             raise TailTimeout(f"--follow {error.message}", hint=f"resume: {self.again}") from None
@@ -4263,6 +4271,13 @@ class Follower:
             raise
         finally:
             self.erase()
+            self.mark_section(False)
+
+    def mark_section(self, inside: bool) -> None:
+        """In GitLab, make a section of the log for the events: opened before the first, closed after the last."""
+        if self.ctx.environ.get("GITLAB_CI") == "true" and inside != self.in_section:
+            self.in_section = inside
+            self.ctx.say(gitlab_marker("start" if inside else "end", self.run_id, time.time()))
 
     @property
     def again(self) -> str:
@@ -4293,6 +4308,7 @@ class Follower:
 
     def finish(self, verdict: Verdict) -> int:
         """The trailer, and what is worth knowing."""
+        self.mark_section(False)
         run_id, status = sanitize(verdict.run_id), sanitize(verdict.status)
         self.ctx.emit(ndjson(verdict_json(verdict)) if self.as_json
                       else f"--- run {run_id} {paint(status, self.ctx.colour)} ---")
@@ -4482,13 +4498,13 @@ def limit_argument(text: str) -> int:
     return int(text)
 
 
-def one_of(flag: str, words: Sequence[str]) -> Callable[[str], str]:
-    """An argument type: one of ``words``, with the nearest named for any other."""
+def one_of(flag: str, words: Sequence[str]) -> Json:
+    """Keywords of add_argument for one of ``words``, or none; the nearest is named for any other."""
     def check(text: str) -> str:
         if text and text not in words:
             raise UsageError(f"{flag} takes one of {', '.join(words)}, not '{text}'{did_you_mean(text, words)}")
         return text
-    return check
+    return {"type": check, "choices": (*words, "")}  # the choices are for shell completion: check speaks first
 
 
 def did_you_mean(text: str, words: Iterable[str]) -> str:
@@ -4542,7 +4558,7 @@ def commands() -> List[Command]:
             option("words", "PROMPT", "the task; - reads it from stdin", nargs="*"),
             option("--repo", "R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"),
             option("--harness", "H", f"{' or '.join(HARNESSES)} (default: the service's)",
-                   type=one_of("--harness", HARNESSES)),
+                   **one_of("--harness", HARNESSES)),
             option("--base-branch", "B", "start from branch B (default: the repo's)"),
             option("--branch", "B", "work on branch B (default: the service's choice)"),
             switch("--create-branch", "create the working branch"),
@@ -4565,7 +4581,7 @@ def commands() -> List[Command]:
         Command("sandboxes list", cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", [
             option("--repo", "R", "only of this repo: an id or owner/name (default: all)"),
             option("--status", "S", f"{', '.join(SANDBOX_STATUSES[:-1])} or {SANDBOX_STATUSES[-1]} (default: all)",
-                   type=one_of("--status", SANDBOX_STATUSES)), limit(100), as_json,
+                   **one_of("--status", SANDBOX_STATUSES)), limit(100), as_json,
         ], ["mogplex sandboxes list --status running", "mogplex sandboxes list --repo acme/web --json"]),
         Command("sandboxes logs", cmd_sandboxes_logs, "Print a sandbox's logs.", [sandbox_id, as_json],
                 ['mogplex sandboxes logs "$ID"', 'mogplex sandboxes logs "$ID" --json | jq .lifecycle_events']),
@@ -4613,14 +4629,19 @@ def make_parser() -> Any:
     """Every command in one parser: what shell completions are generated from."""
     import argparse
     parser = argparse.ArgumentParser(prog="mogplex", description=PURPOSE)
-    words = parser.add_subparsers()
-    groups: Dict[str, Any] = {}
+    for flag, help in OPTIONS.items():
+        if flag.startswith("--"):  # -h is argparse's own
+            name, _, value = flag.partition(" ")
+            parser.add_argument(name, help=help, action="store" if value else "store_true")
+    parsers, words = {"": parser}, {"": parser.add_subparsers()}
     for command in commands():
-        group, _, verb = command.name.partition(" ")
-        options: Json = {"parents": [command_parser(command)], "add_help": False, "help": command.purpose}
-        if verb and group not in groups:
-            groups[group] = words.add_parser(group).add_subparsers()
-        (groups[group] if verb else words).add_parser(verb or group, **options)
+        group, _, word = command.name.rpartition(" ")
+        if group not in parsers:
+            parsers[group] = words[""].add_parser(group)
+        if group not in words:
+            words[group] = parsers[group].add_subparsers()
+        parsers[command.name] = words[group].add_parser(
+            word, parents=[command_parser(command)], add_help=False, help=command.purpose)
     return parser
 
 

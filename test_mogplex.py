@@ -6,31 +6,41 @@ sleeps to be right.
 """
 from __future__ import annotations
 
+import ast
 import base64
+import concurrent.futures
+import configparser
 import contextlib
+import dis
 import fcntl
 import hashlib
 import html
 import http.client
+import inspect
 import io
 import json
 import os
 import pty
 import pyte
 import re
+import shlex
 import signal
 import socket
 import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import threading
 import time
+import types
 import unicodedata
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+import warnings
+import zipfile
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import pytest
 
@@ -2684,3 +2694,525 @@ def test_logout(cli: Callable[..., Result], tmp_path: Any) -> None:
 
 
 # ---------------------------------------------------------------- The contract
+
+HERE = os.path.dirname(MODULE)
+with open(MODULE, encoding="utf-8") as _module:
+    SOURCE = _module.read()
+CUT = re.compile(r"(?m)^# =+ Everything above this line can be copied out and used as a library\. =+$")
+BANNER = r"(?m)^# -{50,} (?:(\d)\. )?(.+)$"
+
+
+def tree() -> ast.Module:
+    return ast.parse(SOURCE)
+
+
+def readme() -> str:
+    """README.md, on which the tests of the documentation hang."""
+    path = os.path.join(HERE, "README.md")
+    assert os.path.exists(path), "README.md is missing: nothing tells users what these tests check"
+    with open(path, encoding="utf-8") as file:
+        return file.read()
+
+
+def fenced(language: str) -> List[str]:
+    """The README's fenced blocks in ``language``."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", readme())
+
+
+def table_cells(header: str) -> List[List[str]]:
+    """The rows of every table of the README whose first column is called ``header``."""
+    tables = re.findall(rf"(?m)^\| *{header} *\|.*\n\|[-| :]+\|\n((?:\|.*\n)+)", readme() + "\n")
+    assert tables, f"the README has no table that begins with | {header} |"
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in "".join(tables).splitlines()]
+
+
+def test_the_sections_are_those_of_the_map() -> None:
+    in_map = re.findall(r"(?m)^  ([1-9]) (\w+)  ", mogplex.__doc__ or "")
+    banners = [(number, name.split()[0]) for number, name in re.findall(BANNER, SOURCE)]
+    with open(__file__, encoding="utf-8") as file:
+        tested = [(number, name.split()[0]) for number, name in re.findall(BANNER, file.read()) if number]
+    assert in_map == banners == tested and len(in_map) == 9
+
+
+def test_nothing_names_what_is_defined_below_it() -> None:
+    """The file reads from top to bottom. From the compiled code, so that annotations, which are only text, don't count."""
+    defined: Dict[str, int] = {}
+    for node in tree().body:
+        whole = isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        names = [node.name] if whole else [  # type: ignore[attr-defined]
+            name.id for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)]
+        for name in names:
+            defined.setdefault(name, node.lineno)
+
+    def named(code: types.CodeType) -> Iterator[str]:
+        own = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_NAME"}
+        yield from (step.argval for step in dis.get_instructions(code)
+                    if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval not in own)
+        for inner in code.co_consts:
+            if isinstance(inner, types.CodeType):
+                yield from named(inner)
+
+    module = compile(SOURCE, MODULE, "exec", dont_inherit=True)
+    tops = [code for code in module.co_consts if isinstance(code, types.CodeType)]
+    assert [f"{top.co_name} in line {top.co_firstlineno} names {name} of line {defined[name]}"
+            for top in tops for name in sorted(set(named(top)) - {top.co_name})
+            if defined.get(name, 0) > top.co_firstlineno] == []
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    code = f"import sys; sys.path.insert(0, {HERE!r}); import mogplex; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-W", "error", "-c", code], capture_output=True, timeout=60)
+    heavy = {"requests", "tabulate", "blessed", "argparse", "asyncio", "base64", "curses", "dataclasses", "datetime", "email",
+             "hashlib", "http", "inspect", "logging", "queue", "random", "select", "shutil", "socket", "ssl", "subprocess",
+             "tempfile", "termios", "threading", "unicodedata", "urllib", "uuid", "webbrowser", "zlib"}
+    assert done.returncode == 0 and heavy & set(done.stdout.decode().split()) == set()
+
+
+def test_the_module_compiles_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compile(SOURCE, MODULE, "exec", dont_inherit=True)
+
+
+def test_the_dependency_lists_agree() -> None:
+    block = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE)
+    assert block
+    script = dict(re.findall(r"(?m)^# ([\w-]+) = (.*)$", block.group(1)))
+    config = configparser.ConfigParser()
+    config.read(os.path.join(HERE, "setup.cfg"))
+    needed = ast.literal_eval(script["dependencies"])
+    assert needed == config["options"]["install_requires"].split()
+    assert ast.literal_eval(script["requires-python"]) == config["options"]["python_requires"]
+    with open(os.path.join(HERE, ".ci", "zipapp"), encoding="utf-8") as file:
+        pinned = re.findall(r"(?m)^([a-z0-9-]+)==\S+ --hash=sha256:[0-9a-f]{64}$", file.read())
+    assert {re.split("[<>=]", name)[0] for name in needed} <= set(pinned)
+
+
+def test_the_exit_codes_that_are_told_are_the_enum_s() -> None:
+    codes = {int(code) for code in mogplex.Exit}
+    told = re.search(r"Exit codes: ([^.]*)\.", mogplex.__doc__ or "")
+    assert told
+    words = {int(code): word for code, word in re.findall(r"(\d+) ([A-Za-z ]+)", told.group(1).replace("\n", " "))}
+    helped = {int(code): word for code, word in re.findall(r"(\d+) ([A-Za-z ]+)", mogplex.EXIT_CODES.replace("\n", " "))}
+    assert set(words) == codes == {int(row[0].strip("`")) for row in table_cells("code")}
+    assert {code: word.split()[0] for code, word in helped.items() if code < 128} == {
+        code: word.split()[0] for code, word in words.items() if code < 128}
+
+
+def test_the_environment_that_is_told_is_the_code_s() -> None:
+    strings = {node.value for node in ast.walk(tree()) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    ours = {text for text in strings if re.match(r"MOGPLEX_[A-Z_]+\Z", text)}
+    rows = {name for row in table_cells("variable") for name in re.findall(r"`([A-Z][A-Z_]+)[^`]*`", row[0])}
+    libraries = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "COLUMNS"}
+    assert {name for name in rows if name.startswith("MOGPLEX_")} == ours
+    assert ours <= set(re.findall(r"MOGPLEX_[A-Z_]+", mogplex.__doc__ or ""))
+    assert {name for name in rows if name not in strings | libraries} == set()
+
+
+def flags_of(command: mogplex.Command) -> Set[str]:
+    return {flag for action in mogplex.command_parser(command)._actions for flag in action.option_strings
+            if flag.startswith("--")}
+
+
+def test_the_flags_that_are_told_are_the_parser_s(cli: Callable[..., Result]) -> None:
+    told = {flag for row in table_cells("flag") for flag in re.findall(r"--[a-z][a-z-]+", row[0])}
+    known = set(re.findall(r"(?m)^  (?:-h, )?(--[a-z][a-z-]+)", cli("--help").out))
+    for command in mogplex.commands():
+        shown = set(re.findall(r"--[a-z][a-z-]+", cli(*command.name.split(), "--help").out))
+        assert flags_of(command) <= shown, command.name
+        known |= flags_of(command)
+    assert told == known
+
+
+def command_lines() -> List[str]:
+    """What follows ``mogplex`` wherever the README's shell blocks call it."""
+    text = "\n".join(fenced("(?:sh|bash|console)")).replace("\\\n", " ")
+    calls = re.findall(r"(?m)(?:^|[|;&(] *|\$ )(?:[A-Z_]+=\S+ )*mogplex((?: +(?:\"[^\"]*\"|'[^']*'|[^|;&)#<>\s]|<[\w-]+>)+)*)", text)
+    assert calls, "the README shows no command"
+    return calls
+
+
+def test_every_command_in_the_readme_parses() -> None:
+    commands = {command.name: command for command in mogplex.commands()}
+    for line in command_lines():
+        words = [word for word in shlex.split(line) if word not in mogplex.GLOBAL_FLAGS]
+        if words and words[0] in mogplex.GROUPS and "--help" not in words:
+            name = words[0] if words[0] in commands and " ".join(words[:2]) not in commands else " ".join(words[:2])
+            mogplex.command_parser(commands[name]).parse_intermixed_args(words[len(name.split()):])
+
+
+def test_completions_know_commands_flags_statuses_and_harnesses() -> None:
+    def walk(parser: Any, name: str) -> Iterator[Tuple[str, Any]]:
+        for action in parser._actions:
+            yield name, action
+            if hasattr(action, "_name_parser_map"):
+                for word, inner in action.choices.items():
+                    yield from walk(inner, f"{name} {word}".strip())
+
+    actions = list(walk(mogplex.make_parser(), ""))
+    flags = {(name, flag): action for name, action in actions for flag in action.option_strings}
+    assert {command.name for command in mogplex.commands()} <= {name for name, _ in actions}
+    assert {("", flag) for flag in ("--version", "--demo-server", "--attach")} <= set(flags)
+    assert [word for word in flags["run", "--harness"].choices if word] == list(mogplex.HARNESSES)
+    assert [word for word in flags["sandboxes list", "--status"].choices if word] == list(mogplex.SANDBOX_STATUSES)
+    assert ("runs events", "--follow") in flags
+
+
+def signature(function: Callable[..., Any]) -> str:
+    """Names, kinds and defaults of the parameters."""
+    shown: List[str] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in shown:
+            shown.append("*")
+        default = parameter.default
+        shown.append(name if default is parameter.empty else f"{name}={getattr(default, '__name__', repr(default))}")
+    return f"({', '.join(shown)})"
+
+
+def public_names() -> Iterator[Tuple[str, str, Any]]:
+    """Everything that ``__all__`` promises: its name, how it is used, and the thing."""
+    for name in mogplex.__all__:
+        thing = getattr(mogplex, name)
+        if not isinstance(thing, type):
+            yield name, signature(thing), thing
+        elif issubclass(thing, mogplex.Exit):
+            yield name, " ".join(f"{code.name}={code.value}" for code in thing), thing
+        elif issubclass(thing, tuple):
+            yield name, f"({', '.join(thing._fields)})", thing  # type: ignore[attr-defined]
+        elif issubclass(thing, Exception) and thing is not mogplex.MogplexError:
+            yield name, f"{thing.__mro__[1].__name__} exit {int(thing.exit)}", thing  # type: ignore[attr-defined]
+        else:
+            yield name, signature(thing.__init__).replace("self, ", "", 1), thing  # type: ignore[misc]
+            for method in sorted(vars(thing)):
+                if not method.startswith("_") and callable(getattr(thing, method)):
+                    yield f"{name}.{method}", signature(getattr(thing, method)), getattr(thing, method)
+
+
+# Recorded: a line that is gone or another means a new major version.
+STABLE = """\
+Client (token, base_url='https://www.mogplex.com', *, session=None, timeout_s=30.0, connect_timeout_s=10.0, tries=3, trust_env=False, verify=True, log=None, sleep=sleep, random=random_unit)
+Client.agents (self)
+Client.cancel (self, run_id)
+Client.close (self)
+Client.create_sandbox (self, body)
+Client.events (self, run_id, limit=None)
+Client.mcp_servers (self)
+Client.models (self)
+Client.open_events (self, run_id, limit, last_event_id, tick)
+Client.open_run (self, run_id, tick)
+Client.post_form (self, url, form, tick=no_tick)
+Client.repos (self, query='', repo_id='', limit=None)
+Client.run (self, run_id)
+Client.sandbox_logs (self, sandbox_id)
+Client.sandboxes (self, repo_id='', status='', limit=None)
+Client.start_run (self, body, idempotency_key)
+Client.stop_sandbox (self, sandbox_id)
+Credential (token, *, source='given', base_url='', refresh_token='', expires_at=None, path='', warn=<lambda>)
+Credential.current (self, post)
+Credential.renew (self, refused, post)
+Exit OK=0 FAILURE=1 USAGE=2 UNAUTHORIZED=64 FORBIDDEN=65 UNAVAILABLE=69 TEMPORARY=75 HANGUP=129 INTERRUPTED=130 BROKEN_PIPE=141 TERMINATED=143
+ForbiddenError MogplexError exit 65
+InvalidResponseError MogplexError exit 1
+MogplexError (message, *, code='', status=0, hint='', retry_after_s=None, delivered=False, transient=False)
+Progress (connection, status, started_at, last_event_at, retry_at, failures, message, latency_ms, run)
+RateLimitedError MogplexError exit 75
+SSEDecoder (last_event_id='')
+SSEDecoder.feed (self, chunk)
+ServerSentEvent (event, id, data, retry)
+TailTimeout MogplexError exit 1
+UnauthorizedError MogplexError exit 64
+UnavailableError MogplexError exit 69
+UsageError MogplexError exit 2
+Verdict (run_id, status, error, working_branch, pull_request_url, truncated, duration_s, run)
+sanitize (text, newline=' ⏎ ')
+tail (client, run_id, *, timeout_s=None, limit=200, on_progress=<lambda>, interval_s=1.5, idle_s=60.0, clock=monotonic, sleep=sleep, random=random_unit)
+"""
+
+
+def test_what_embedders_use_is_as_recorded() -> None:
+    assert "".join(f"{name} {use}\n" for name, use, _ in public_names()) == STABLE
+
+
+def test_what_embedders_use_is_documented() -> None:
+    assert [name for name, _, thing in public_names() if not (thing.__doc__ or "").strip()] == []
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with the module cut at its banner, in which only requests can be imported besides."""
+    directory = tmp_path_factory.mktemp("library")
+    upper, lower = CUT.split(SOURCE)
+    assert "class Client" in upper and "def main" in lower
+    (directory / "mogplex.py").write_text(upper, encoding="utf-8")
+    for name in ("tabulate", "blessed"):
+        (directory / f"{name}.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
+    return str(directory)
+
+
+def test_the_upper_half_is_a_library(library: str) -> None:
+    code = "import mogplex; [getattr(mogplex, name) for name in mogplex.__all__]; print(mogplex.__file__)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, timeout=60, cwd=library)
+    assert (done.returncode, done.stderr) == (0, b"") and done.stdout.decode().startswith(library)
+
+
+def test_the_readme_s_program_works_with_the_upper_half_and_requests_alone(library: str, tmp_path: Any) -> None:
+    program = tmp_path / "delegate.py"
+    program.write_text(fenced("python")[0], encoding="utf-8")
+    cases = [
+        (["acme/web", "Fix the cookie test"], {}, 0, r"success https://github\.com/acme/web/pull/\d+\n", "Pull request ready"),
+        (["acme/web", "fail at once"], {}, 1, re.escape(f"failed {mogplex.DEMO_ERROR}\n"), "External Mogplex run failed"),
+        (["acme/web", "Fix it", "0.01"], {}, 1, "cancelled: cancelled\n", "External Mogplex run accepted"),
+        (["acme/web", "Fix it"], {"MOGPLEX_API_KEY": TOKEN}, 64, "", "check the token: UNAUTHORIZED"),
+        (["acme/web", ""], {}, 1, "", "BAD_REQUEST: Prompt is required (HTTP 400)"),
+    ]
+    with mogplex.DemoServer(speed=40.0) as demo:
+        started = [subprocess.Popen(
+            [sys.executable, "-W", "error", str(program), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **service(demo.url, demo.token), "PYTHONPATH": library, **env})
+            for argv, env, *_ in cases]
+        for process, (argv, _, code, out, told) in zip(started, cases):
+            stdout, stderr = (data.decode() for data in process.communicate(timeout=60))
+            assert process.returncode == code and re.fullmatch(out, stdout) and told in stderr, (argv, stdout, stderr)
+
+
+def test_a_client_with_a_session_of_the_embedder_s_on_two_threads(demo: mogplex.DemoServer) -> None:
+    import requests
+
+    class Session(requests.Session):
+        closed = 0
+
+        def close(self) -> None:
+            self.closed += 1
+            super().close()
+
+    def ask(count: int) -> None:
+        for _ in range(count):
+            answers.append((client.repos(query="web", limit=1), client.run(FINISHED)["status"]))
+
+    session, answers = Session(), []  # type: Tuple[Session, List[Tuple[Any, ...]]]
+    with mogplex.Client(demo.token, demo.url, session=session) as client:
+        threads = [threading.Thread(target=ask, args=(20,)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert len(answers) == 40 and all(answer == answers[0] for answer in answers) and answers[0][1] == "success"
+    assert session.closed == 0 and session.get(demo.url + "/login").status_code == 200
+    session.close()
+
+
+def test_the_library_never_reads_the_environment_prints_or_exits() -> None:
+    upper = ast.parse(CUT.split(SOURCE)[0])
+    named = {ast.dump(node.value) + node.attr for node in ast.walk(upper) if isinstance(node, ast.Attribute)}
+    called = {node.func.id for node in ast.walk(upper) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
+    assert not any("'os'" in name and name.endswith(("environ", "getenv")) for name in named)
+    assert not any("'sys'" in name and name.endswith(("exit", "stdout", "stderr", "argv")) for name in named)
+    assert called & {"print", "input", "exit", "quit"} == set()
+
+
+# What a person at another time sees otherwise, and what is not compared: ids, times, durations, ages,
+# the numbers of pull requests, the demo's port, and how many spaces stand between two columns.
+NORMAL = [
+    (r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", "<id>"), (r"agent-[0-9a-f]{8}", "agent-<id>"),
+    (r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|[+]00:00)", "<time>"), (r"/pull/\d+", "/pull/<n>"),
+    (r"\b\d+ ms\b", "<ms>"), (r"\b\d+[dhms]( \d+[hms])?\b", "<age>"), (r"http://127\.0\.0\.1:\d+", "<service>"), (r" {2,}", "  "),
+]
+
+
+def normal(text: str) -> str:
+    for pattern, word in NORMAL:
+        text = re.sub(pattern, word, text)
+    return text.rstrip()
+
+
+def steps_of(block: str) -> List[Tuple[str, str]]:
+    """The commands of a console block, each with what the README says that it prints."""
+    parts = re.split(r"(?m)^\$ ((?:.*\\\n)*.*)\n?", block)
+    assert parts[0] == "" and len(parts) > 1, f"a console block begins with a command: {block!r}"
+    return list(zip(parts[1::2], parts[2::2]))
+
+
+def agrees(expected: str, printed: str) -> bool:
+    """Whether a command printed what it should; a line ``...`` stands for any lines, ``...`` in a line for any text."""
+    lines = [r"(?:.*\n)*" if line == "..." else re.escape(line).replace(r"\.\.\.", ".*") + r"\n"
+             for line in normal(expected).splitlines()]
+    return re.fullmatch("".join(lines), normal(printed) + "\n" if printed.strip() else "") is not None
+
+
+@pytest.fixture(scope="module")
+def shell_tools(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory for PATH: the program as ``mogplex``, this Python as ``python3``, and of jq what the README uses."""
+    directory = tmp_path_factory.mktemp("bin")
+    scripts = {
+        "mogplex": f'exec "{sys.executable}" "{MODULE}" "$@"', "python3": f'exec "{sys.executable}" "$@"',
+        "jq": f'exec "{sys.executable}" -c "import json, sys\nfor line in sys.stdin:\n value = json.loads(line)\n'
+              ' for key in sys.argv[-1].strip(\'.\').split(\'.\'): value = value[key]\n print(value)" "$@"'}
+    for name, script in scripts.items():
+        (directory / name).write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        (directory / name).chmod(0o755)
+    return str(directory)
+
+
+def shell(script: str, tools: str, home: str, demo: mogplex.DemoServer, **env: str) -> "subprocess.Popen[bytes]":
+    """bash at work on ``script``, as a person who uses the demo service; stderr goes where stdout goes."""
+    for record in demo.seeded_runs:
+        mogplex.remember_run(home, record, lambda text: None)
+    return subprocess.Popen(["bash", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            cwd=home, env={**os.environ, **service(demo.url, demo.token), "MOGPLEX_HOME": home,
+                                           "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", **env})
+
+
+def test_every_command_that_the_readme_shows_prints_what_it_says(shell_tools: str, tmp_path_factory: Any) -> None:
+    """Each console block is one session with a demo service of its own; its token takes the place of ``mog_...``."""
+    with contextlib.ExitStack() as stack:
+        sessions = []
+        for block in fenced("console"):
+            demo = stack.enter_context(mogplex.DemoServer(speed=20.0))
+            script = "mark() { status=$?; printf '\\036'; return $status; }\n" + "".join(
+                command.replace("mog_...", demo.token).replace("mogplex --demo ", "mogplex ") + "\nmark\n"
+                for command, _ in steps_of(block))
+            home = str(tmp_path_factory.mktemp("home"))
+            sessions.append((block, shell(script, shell_tools, home, demo)))
+        wrong = []
+        for block, process in sessions:
+            printed = process.communicate(timeout=60)[0].decode().split("\x1e")
+            wrong += [f"$ {command}\n{text}" for (command, expected), text in zip(steps_of(block), printed)
+                      if not agrees(expected, text)]
+    assert sessions and "\n".join(wrong) == ""
+
+
+def workflow_steps(block: str) -> List[Tuple[str, Dict[str, str]]]:
+    """The shell texts of a CI example, each with the variables that its ``env:`` or ``variables:`` give it."""
+    found: List[Tuple[str, Dict[str, str]]] = []
+    for step in re.split(r"(?m)^(?= +- (?:uses|id|if|name|run):)", block) if "steps:" in block else [block]:
+        text = re.search(r"(?m)^( +)(?:run: |- )\|\n((?:\1 .*\n|\n)+)", step)
+        env = re.search(r"(?m)^( +)(?:env|variables):\n((?:\1 +.*\n)+)", step)
+        if text:
+            found.append((textwrap.dedent(text.group(2)), dict(re.findall(r"(?m)^ +(\w+): (.*)$", env.group(2) if env else ""))))
+    return found
+
+
+def ci_job(block: str, task: str, tools: str, directory: Any) -> Tuple[List[str], List[int]]:
+    """What the steps of a CI example print, and their codes, when it runs and then runs again: the same pipeline."""
+    ci = {"GITLAB_CI": "true", "CI_PROJECT_ID": "3", "CI_PIPELINE_ID": "8", "CI_JOB_NAME": "agent"}
+    if "steps:" in block:
+        ci = {"GITHUB_ACTIONS": "true", "GITHUB_RUN_ID": "7", "GITHUB_JOB": "agent", "GITHUB_REPOSITORY": "acme/web",
+              "GITHUB_STEP_SUMMARY": str(directory / "summary"), "GITHUB_OUTPUT": str(directory / "output")}
+    with zipfile.ZipFile(directory / "mogplex.pyz", "w") as archive:
+        archive.write(MODULE, "mogplex.py")
+        archive.writestr("__main__.py", "import sys, mogplex; sys.exit(mogplex.main())")
+    printed, codes = [], []  # type: Tuple[List[str], List[int]]
+    with mogplex.DemoServer(speed=20.0) as demo:
+        values = {"secrets.MOGPLEX_API_KEY": demo.token, "inputs.task": task}
+        for script, env in workflow_steps(block) * 2:
+            if codes and codes[-1] and "steps.agent.outputs" in str(env):
+                continue  # as after a step that failed
+            given = {name: re.sub(r"\$\{\{ (.*?) \}\}", lambda found: values[found.group(1)], value) for name, value in env.items()}
+            process = shell("set -e\n" + script, tools, str(directory), demo, **{**ci, **given, "TASK": task})
+            printed.append(process.communicate(timeout=60)[0].decode())
+            codes.append(process.returncode)
+            outputs = (directory / "output").read_text() if (directory / "output").exists() else ""
+            values.update((f"steps.agent.outputs.{name}", value) for name, value in re.findall("(?m)^(.*?)=(.*)$", outputs))
+    return printed, codes
+
+
+def test_the_readme_s_ci_examples(shell_tools: str, tmp_path_factory: Any) -> None:
+    """Run, and run again as a CI does on request, each with a task that succeeds and one that fails."""
+    (github,), (gitlab,) = ([block for block in fenced("yaml") if word in block] for word in ("steps:", "script:"))
+    jobs = [(block, task) for block in (github, gitlab) for task in ("Fix the flaky cookie test", "Please fail")]
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        done = list(pool.map(lambda job: ci_job(*job, shell_tools, tmp_path_factory.mktemp("job")), jobs))
+    for (block, task), (printed, codes) in zip(jobs, done):
+        fails = task == "Please fail"
+        runs = [text for text in printed if "--- run " in text]
+        assert codes == ([1, 1] if fails else [0] * len(codes)), printed
+        assert [text.split()[0].split("\n")[-1] for text in runs] == ["started", "matched"]
+        assert len({word for text in runs for word in re.findall(r"--- run (\S+) ", text)}) == 1
+        if block == github:
+            assert "".join(runs).count("::error ") == 2 * fails
+            assert fails or "Please review https://github.com/acme/web/pull/" in printed[1]
+        else:
+            assert [text.count(f"\x1b[0Ksection_{edge}:") for text in runs for edge in ("start", "end")] == [1] * 4
+
+
+def ended(**changes: Any) -> mogplex.Verdict:
+    """How a run ended, as a CI is told of it."""
+    known = mogplex.Verdict("r-1", "failed", "exit code 1: a, 50% done", "agent/x", "https://github.com/a/b/pull/1", False, 125.0,
+                            {"repoId": "repo-1"})
+    return known._replace(**changes)
+
+
+def test_github_s_annotation_and_summary_and_outputs() -> None:
+    assert mogplex.github_annotation(ended()) == "::error title=Mogplex run failed::exit code 1: a, 50%25 done"
+    assert mogplex.github_annotation(ended(error="", status="can:c,%")) == (
+        "::error title=Mogplex run can%3Ac%2C%25::run r-1 ended can:c,%25")
+    assert mogplex.github_summary(ended(error="a|b\n# <i>"), "Fix `it` @all", ["12:00 log x|y"]) == (
+        "### Mogplex run\n\n| | |\n| --- | --- |\n| task | Fix &#96;it&#96; &#64;all |\n| run | r&#45;1 |\n"
+        "| repo | repo&#45;1 |\n| branch | agent&#47;x |\n| status | failed |\n| error | a&#124;b &#35; &#60;i&#62; |\n"
+        "| duration | 2m 05s |\n| pull request | https://github.com/a/b/pull/1 |\n"
+        "\n| last events |\n| --- |\n| 12&#58;00 log x&#124;y |\n\n")
+    assert mogplex.github_output(ended(working_branch="a\nstatus=success\r\nb<<X")) == (
+        "run_id=r-1\nstatus=failed\nbranch=a status=success b<<X\npull_request_url=https://github.com/a/b/pull/1\n")
+
+
+@pytest.mark.parametrize("url", [
+    "https://x/a|b", "https://x/)[y](z", "javascript:alert(1)", "https://x/\n| a | b |", "https://x/<b>", "https://u@x/", "https://"])
+def test_only_a_plain_url_is_a_link_in_the_summary(url: str) -> None:
+    row = next(line for line in mogplex.github_summary(ended(pull_request_url=url), "", []).splitlines() if "pull" in line)
+    assert re.fullmatch(r"\| pull request \| (?:[\w ]|&#\d+;)+ \|", row)
+
+
+def test_gitlab_s_markers() -> None:
+    assert mogplex.gitlab_marker("start", "r-1", 9.5) == "\x1b[0Ksection_start:9:mogplex_r_1\r\x1b[0KMogplex run r-1\n"
+    assert mogplex.gitlab_marker("end", "r-1", 10.5) == "\x1b[0Ksection_end:10:mogplex_r_1\r\x1b[0K\n"
+    hostile = mogplex.gitlab_marker("start", "\n::x::\x1b[0K\r" * 20, 1)
+    assert (hostile.count("\n"), hostile.count("\r"), hostile.count("\x1b")) == (1, 1, 2) and "\n::" not in hostile
+
+
+def test_a_ci_key_is_that_of_the_pipeline_s_run_the_job_and_the_request() -> None:
+    github = {"GITHUB_RUN_ID": "7", "GITHUB_JOB": "agent", "GITHUB_REPOSITORY": "acme/web", "GITHUB_RUN_ATTEMPT": "1"}
+    gitlab = {"CI_PIPELINE_ID": "7", "CI_JOB_NAME": "agent", "CI_PROJECT_ID": "3", "CI_JOB_ID": "90"}
+    body = {"repoId": "r", "prompt": "p"}
+    keys = [mogplex.ci_idempotency_key(environ, request) for environ, request in [
+        (github, body), ({**github, "GITHUB_JOB": "x"}, body), ({**github, "GITHUB_RUN_ID": "8"}, body), (github, {**body, "a": 1}),
+        ({**github, "GITHUB_REPOSITORY": "x"}, body), (gitlab, body), ({**gitlab, "CI_JOB_NAME": "agent 1/2"}, body)]]
+    assert len(set(keys)) == len(keys) and all(re.fullmatch("ci-[0-9a-f]{64}", key) for key in keys)
+    again = mogplex.ci_idempotency_key({**github, "GITHUB_RUN_ATTEMPT": "2"}, dict(reversed(list(body.items()))))
+    assert again == keys[0] and keys[5] == mogplex.ci_idempotency_key({**gitlab, "CI_JOB_ID": "91"}, body)
+
+
+HOSTILE = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u2028::add-mask::e ##[group]f ##vso[task.complete]g ###[h\x1b[0K"
+           "section_start:1:i\r\x1b[0Kj\nsection_end:1:i\r\x1b[0K %0A::warning::k | <img src=l> `m` [n](https://o) \x9b2J\x00")
+
+
+def test_an_agent_s_text_is_never_a_command_to_a_ci(tmp_path: Any) -> None:
+    event = {"id": "e", "type": HOSTILE, "toolName": HOSTILE, "message": HOSTILE, "createdAt": HOSTILE, "payload": {
+        "working_branch": HOSTILE, "pull_request_url": HOSTILE, "error": HOSTILE}}
+    run = {"runId": HOSTILE, "status": "failed", "error": HOSTILE, "repoId": HOSTILE}
+    files = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), "GITHUB_OUTPUT": str(tmp_path / "output")}
+    with one_answer(ok({"run": run, "events": [event]})) as server:
+        jobs = [(kind, flags, run_file("runs", "events", "R", "--follow", *flags, url=server.url, env=env)) for kind, flags, env in (
+            ("github", [], {"GITHUB_ACTIONS": "true", **files}), ("github", ["--json"], {"GITHUB_ACTIONS": "true"}),
+            ("gitlab", [], {"GITLAB_CI": "true"}), ("gitlab", ["--json"], {"GITLAB_CI": "true"}))]
+        done = [(kind, flags, *(data.decode() for data in process.communicate(timeout=60)), process.returncode)
+                for kind, flags, process in jobs]
+    for kind, flags, out, err, code in done:
+        markers = re.findall("\x1b\\[0Ksection_(start|end):\\d+:mogplex_R\r\x1b\\[0K", err)
+        assert (code, markers) == (1, ["start", "end"] if kind == "gitlab" else [])
+        text = out + re.sub("\x1b\\[0Ksection_(start|end):\\d+:mogplex_R\r\x1b\\[0K", "", err)
+        commands = [line for line in re.split("[\r\n\v\f\x85\u2028\u2029]", text) if line.lstrip().startswith("::")]
+        assert [line.split("::")[1] for line in commands] == (["error title=Mogplex run failed"] if kind == "github" else [])
+        assert not re.search(r"(?i)##(\[|vso\[)", text) and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f]", text)
+        assert not flags or json.loads(out.splitlines()[0]) == event
+    summary, output = (tmp_path / "summary").read_text(encoding="utf-8"), (tmp_path / "output").read_text(encoding="utf-8")
+    assert all(re.fullmatch(r"### Mogplex run|(\|[^|<>`\[\]()]*)+\||", line) for line in summary.splitlines())
+    assert [line.partition("=")[0] for line in output.splitlines()] == ["run_id", "status", "branch", "pull_request_url"]
+
+
+@pytest.mark.parametrize("name", ["GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"])
+def test_a_report_that_cannot_be_written_is_a_line_on_stderr(
+    capsys: pytest.CaptureFixture[str], tmp_path: Any, name: str,
+) -> None:
+    ctx = mogplex.Context({"GITHUB_ACTIONS": "true", name: str(tmp_path)}, sys.stdin, sys.stdout, sys.stderr)
+    mogplex.report_to_ci(ctx, ended(status="success"), "task", [])
+    assert capsys.readouterr() == ("", f"{name} could not be written: Is a directory\n")
