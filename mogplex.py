@@ -601,6 +601,14 @@ def resolve_credential(environ: Mapping[str, str], base_url: str, warn: Warn) ->
     return Credential(source="file", base_url=base_url, path=path, warn=warn, **stored)
 
 
+def _run_lines(path: str) -> List[str]:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as stream:
+            return [line.strip() for line in stream if line.strip()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 def remember_run(home: str, record: Json, warn: Warn) -> None:
     """Append ``record`` to runs.jsonl, which keeps 500; where that cannot be done, a warning is all."""
     path = os.path.join(home, "runs.jsonl")
@@ -610,14 +618,6 @@ def remember_run(home: str, record: Json, warn: Warn) -> None:
             _replace_file(path, "\n".join([*_run_lines(path)[-499:], line, ""]), problem)
         except (MogplexError, OSError) as error:
             warn(f"this run will not be remembered: {error}")
-
-
-def _run_lines(path: str) -> List[str]:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return [line.strip() for line in stream if line.strip()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
 
 
 def remembered_runs(home: str, base_url: str) -> List[Json]:
@@ -3948,6 +3948,24 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: leaves as Ctrl+C does, with another exit code."""
 
 
+def discard(stream: Any) -> None:
+    """Point a stream that can't be written to nowhere: the interpreter flushes it once more at its end."""
+    try:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+    except (OSError, ValueError, AttributeError):
+        pass
+
+
+def is_terminal(stream: Any) -> bool:
+    """Whether a stream, which can be None or closed, is a terminal."""
+    try:
+        return bool(stream.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
 class Context:
     """What a command may see of the outside, and the only way that it speaks: data to stdout, all else to stderr."""
 
@@ -4026,14 +4044,6 @@ class Context:
             self.emit(tab_separated(headers, rows))
 
 
-def is_terminal(stream: Any) -> bool:
-    """Whether a stream, which can be None or closed, is a terminal."""
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):
-        return False
-
-
 def reader_left(stream: Any) -> bool:
     """Whether the reader of a pipe has gone, which writing would only tell at the next line."""
     import select
@@ -4045,16 +4055,6 @@ def reader_left(stream: Any) -> bool:
         return any(happened & (select.POLLERR | select.POLLHUP) for _, happened in poll.poll(0))
     except (OSError, ValueError, AttributeError):  # a stream without a file descriptor
         return False
-
-
-def discard(stream: Any) -> None:
-    """Point a stream that can't be written to nowhere: the interpreter flushes it once more at its end."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    except (OSError, ValueError, AttributeError):
-        pass
 
 
 def now_on(stream: Any) -> Optional[float]:
@@ -4146,32 +4146,6 @@ def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
     return "ci-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def cmd_run(
-    ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
-    create_branch: bool, root: Optional[str], idempotency_key: str, follow: bool, timeout_s: Optional[float],
-    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
-) -> int:
-    repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
-    if not repo:
-        raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
-    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
-    prompt = read_prompt(ctx, words, prompt_file)
-    with ctx.client() as client:
-        found = resolve_repo(client, repo)
-        body: Json = {"repoId": text_of(found, "id"), "prompt": prompt}
-        asked = (("harness", harness), ("baseBranch", base_branch), ("workingBranch", branch),
-                 ("createBranch", create_branch))
-        body.update({key: value for key, value in asked if value})
-        if root is not None:
-            body["rootDirectory"] = root
-        run = start(ctx, client, body, idempotency_key)
-        remember(ctx, run, text_of(found, "full_name"), prompt)
-        ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
-        if not follow:
-            return Exit.OK
-        return Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt).run(timeout_s)
-
-
 def start(ctx: Context, client: Client, body: Json, key: str) -> Json:
     """Start a run; when it may have started all the same, say how to find out."""
     import uuid
@@ -4199,42 +4173,6 @@ def only_following(follow: bool, *others: object) -> None:
     """Options that mean something with --follow alone."""
     if not follow and any(others):
         raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
-
-
-def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
-    records = remembered_runs(ctx.home, ctx.base_url)[:limit or MAX_LIMIT]
-    return emit_list(ctx, records, as_json, "no runs started from here yet", lambda: ctx.emit_table(
-        ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
-        [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
-
-
-def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
-    run_id = resolve_run_id(ctx, run_id)
-    with ctx.client() as client:
-        run = client.run(run_id)
-    ctx.emit(ndjson(run) if as_json else run_text(run, ctx.colour))
-    return Exit.OK
-
-
-def cmd_runs_events(
-    ctx: Context, *, run_id: str, limit: Optional[int], follow: bool, timeout_s: Optional[float], quiet: bool,
-    cancel_on_interrupt: bool, as_json: bool,
-) -> int:
-    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
-    run_id = resolve_run_id(ctx, run_id)
-    with ctx.client() as client:
-        if follow:
-            follower = Follower(ctx, client, run_id, as_json, quiet, cancel_on_interrupt)
-            return follower.run(timeout_s, limit or MAX_LIMIT)
-        events = dicts_of(client.events(run_id, limit=limit or MAX_LIMIT), "events")
-    newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
-    for event in events:
-        ctx.emit(ndjson(event) if as_json else event_line(event, newline))
-    if not events:
-        ctx.note("no events yet")
-    elif len(events) >= (limit or MAX_LIMIT):
-        ctx.note(f"only the first {len(events)} events are listed; there may be more")
-    return Exit.OK
 
 
 class Follower:
@@ -4331,6 +4269,68 @@ class Follower:
         self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: {cancel}")
 
 
+def cmd_run(
+    ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
+    create_branch: bool, root: Optional[str], idempotency_key: str, follow: bool, timeout_s: Optional[float],
+    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
+) -> int:
+    repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
+    if not repo:
+        raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
+    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
+    prompt = read_prompt(ctx, words, prompt_file)
+    with ctx.client() as client:
+        found = resolve_repo(client, repo)
+        body: Json = {"repoId": text_of(found, "id"), "prompt": prompt}
+        asked = (("harness", harness), ("baseBranch", base_branch), ("workingBranch", branch),
+                 ("createBranch", create_branch))
+        body.update({key: value for key, value in asked if value})
+        if root is not None:
+            body["rootDirectory"] = root
+        run = start(ctx, client, body, idempotency_key)
+        remember(ctx, run, text_of(found, "full_name"), prompt)
+        ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
+        if not follow:
+            return Exit.OK
+        return Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt).run(timeout_s)
+
+
+def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
+    records = remembered_runs(ctx.home, ctx.base_url)[:limit or MAX_LIMIT]
+    return emit_list(ctx, records, as_json, "no runs started from here yet", lambda: ctx.emit_table(
+        ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
+        [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
+
+
+def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
+    run_id = resolve_run_id(ctx, run_id)
+    with ctx.client() as client:
+        run = client.run(run_id)
+    ctx.emit(ndjson(run) if as_json else run_text(run, ctx.colour))
+    return Exit.OK
+
+
+def cmd_runs_events(
+    ctx: Context, *, run_id: str, limit: Optional[int], follow: bool, timeout_s: Optional[float], quiet: bool,
+    cancel_on_interrupt: bool, as_json: bool,
+) -> int:
+    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
+    run_id = resolve_run_id(ctx, run_id)
+    with ctx.client() as client:
+        if follow:
+            follower = Follower(ctx, client, run_id, as_json, quiet, cancel_on_interrupt)
+            return follower.run(timeout_s, limit or MAX_LIMIT)
+        events = dicts_of(client.events(run_id, limit=limit or MAX_LIMIT), "events")
+    newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
+    for event in events:
+        ctx.emit(ndjson(event) if as_json else event_line(event, newline))
+    if not events:
+        ctx.note("no events yet")
+    elif len(events) >= (limit or MAX_LIMIT):
+        ctx.note(f"only the first {len(events)} events are listed; there may be more")
+    return Exit.OK
+
+
 def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
     """What GitHub Actions shows of a run: an annotation, a job summary, outputs for later steps."""
     if ctx.environ.get("GITHUB_ACTIONS") != "true":
@@ -4403,21 +4403,23 @@ def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
     return Exit.OK
 
 
-def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: float, as_json: bool) -> int:
-    """Get a credential, in a browser or from stdin, and store it."""
-    if with_token:
-        token = check_token(read_token(ctx), "login --with-token")
-        entry: Json = {"token": token, "base_url": ctx.base_url}
-        with Client(token, ctx.base_url, **ctx.transport()) as client:
-            client.repos(limit=1)
-    else:
-        with Client("", ctx.base_url, **ctx.transport()) as client:
-            entry = browser_entry(ctx, client, no_browser, timeout_s)
-    path = store_credential(ctx.home, entry)
-    ctx.emit(ndjson({"service": ctx.base_url, "path": path}) if as_json else f"signed in to {ctx.base_url}")
-    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
-        ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
-    return Exit.OK
+def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
+    """Sign in through the browser of this machine, or whichever one the URL is taken to."""
+    remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
+    browser = None if no_browser else ctx.demo_browser
+    if not (browser or remote or no_browser):
+        import webbrowser
+        browser = webbrowser.open
+
+    def announce(url: str) -> None:
+        ctx.note(f"to sign in to {ctx.base_url}, open this page:")
+        ctx.note(url)
+        if no_browser or remote:
+            port = url.partition("127.0.0.1%3A")[2][:5]
+            ctx.note(f"if your browser is on another machine, run there: ssh -L {port}:127.0.0.1:{port} <this host>")
+            ctx.note(f"or use a token from {ctx.base_url}/settings/api-keys, with `mogplex login --with-token`")
+        ctx.note(f"waiting for up to {format_duration(timeout_s)}; Ctrl+C ends the wait")
+    return sign_in(ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
 
 
 def read_token(ctx: Context) -> str:
@@ -4436,23 +4438,21 @@ def read_token(ctx: Context) -> str:
     return token
 
 
-def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
-    """Sign in through the browser of this machine, or whichever one the URL is taken to."""
-    remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
-    browser = None if no_browser else ctx.demo_browser
-    if not (browser or remote or no_browser):
-        import webbrowser
-        browser = webbrowser.open
-
-    def announce(url: str) -> None:
-        ctx.note(f"to sign in to {ctx.base_url}, open this page:")
-        ctx.note(url)
-        if no_browser or remote:
-            port = url.partition("127.0.0.1%3A")[2][:5]
-            ctx.note(f"if your browser is on another machine, run there: ssh -L {port}:127.0.0.1:{port} <this host>")
-            ctx.note(f"or use a token from {ctx.base_url}/settings/api-keys, with `mogplex login --with-token`")
-        ctx.note(f"waiting for up to {format_duration(timeout_s)}; Ctrl+C ends the wait")
-    return sign_in(ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
+def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: float, as_json: bool) -> int:
+    """Get a credential, in a browser or from stdin, and store it."""
+    if with_token:
+        token = check_token(read_token(ctx), "login --with-token")
+        entry: Json = {"token": token, "base_url": ctx.base_url}
+        with Client(token, ctx.base_url, **ctx.transport()) as client:
+            client.repos(limit=1)
+    else:
+        with Client("", ctx.base_url, **ctx.transport()) as client:
+            entry = browser_entry(ctx, client, no_browser, timeout_s)
+    path = store_credential(ctx.home, entry)
+    ctx.emit(ndjson({"service": ctx.base_url, "path": path}) if as_json else f"signed in to {ctx.base_url}")
+    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
+        ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
+    return Exit.OK
 
 
 def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
@@ -4498,6 +4498,13 @@ def limit_argument(text: str) -> int:
     return int(text)
 
 
+def did_you_mean(text: str, words: Iterable[str]) -> str:
+    """``, did you mean 'runs'?``, or "": letters swapped come first, then what is alike."""
+    import difflib
+    near = [word for word in words if sorted(word) == sorted(text)] or difflib.get_close_matches(text, list(words), 1)
+    return f", did you mean '{near[0]}'?" if near else ""
+
+
 def one_of(flag: str, words: Sequence[str]) -> Json:
     """Keywords of add_argument for one of ``words``, or none; the nearest is named for any other."""
     def check(text: str) -> str:
@@ -4505,13 +4512,6 @@ def one_of(flag: str, words: Sequence[str]) -> Json:
             raise UsageError(f"{flag} takes one of {', '.join(words)}, not '{text}'{did_you_mean(text, words)}")
         return text
     return {"type": check, "choices": (*words, "")}  # the choices are for shell completion: check speaks first
-
-
-def did_you_mean(text: str, words: Iterable[str]) -> str:
-    """``, did you mean 'runs'?``, or "": letters swapped come first, then what is alike."""
-    import difflib
-    near = [word for word in words if sorted(word) == sorted(text)] or difflib.get_close_matches(text, list(words), 1)
-    return f", did you mean '{near[0]}'?" if near else ""
 
 
 Argument = Tuple[str, Json]  # a flag or a position's name, and the keywords of add_argument
@@ -4661,6 +4661,42 @@ def overview(prefix: str = "") -> str:
     return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
 
 
+def serve_demo(ctx: Context, argv: List[str]) -> int:
+    """Keep a demo service running until it is interrupted."""
+    import tempfile
+    if len(argv) > 1 or (argv and not re.match(r"[0-9]{1,5}\Z", argv[0])) or (argv and int(argv[0]) > 65535):
+        raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(int(argv[0]) if argv else 0) as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, ctx.note)
+        for name, value in demo_environment({}, demo, home).items():
+            ctx.emit(f"export {name}={value}")
+        ctx.emit("unset NODE_ENV")
+        ctx.note("demo service running; paste the lines above into another shell; Ctrl+C ends it")
+        while True:
+            time.sleep(3600)
+
+
+def run(ctx: Context, argv: List[str]) -> int:
+    """A command, or the cockpit; ``--logout`` comes before either."""
+    if argv[:1] == ["--logout"]:
+        cmd_logout(ctx, as_json=False)
+        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+            return run(ctx, argv[1:])
+        return Exit.OK
+    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
+
+
+def with_demo(ctx: Context, argv: List[str]) -> int:
+    """Run a command line against an embedded service, with a home of its own."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, ctx.note)
+        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
+        return run(ctx, argv)
+
+
 def dispatch(ctx: Context, argv: List[str]) -> int:
     """Find the command that ``argv`` names and run it."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -4678,16 +4714,6 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
     if "--demo" in flags:
         return with_demo(ctx, argv)
     return run(ctx, argv)
-
-
-def run(ctx: Context, argv: List[str]) -> int:
-    """A command, or the cockpit; ``--logout`` comes before either."""
-    if argv[:1] == ["--logout"]:
-        cmd_logout(ctx, as_json=False)
-        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-            return run(ctx, argv[1:])
-        return Exit.OK
-    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 
 def run_command(ctx: Context, argv: List[str]) -> int:
@@ -4745,36 +4771,10 @@ def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) ->
     return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
 
 
-def with_demo(ctx: Context, argv: List[str]) -> int:
-    """Run a command line against an embedded service, with a home of its own."""
-    import tempfile
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
-        return run(ctx, argv)
-
-
 def visit(url: str) -> None:
     """Be the browser that a sign-in with the demo service needs."""
     import urllib.request
     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
-
-
-def serve_demo(ctx: Context, argv: List[str]) -> int:
-    """Keep a demo service running until it is interrupted."""
-    import tempfile
-    if len(argv) > 1 or (argv and not re.match(r"[0-9]{1,5}\Z", argv[0])) or (argv and int(argv[0]) > 65535):
-        raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(int(argv[0]) if argv else 0) as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        for name, value in demo_environment({}, demo, home).items():
-            ctx.emit(f"export {name}={value}")
-        ctx.emit("unset NODE_ENV")
-        ctx.note("demo service running; paste the lines above into another shell; Ctrl+C ends it")
-        while True:
-            time.sleep(3600)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:

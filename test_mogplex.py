@@ -3181,14 +3181,14 @@ def test_a_ci_key_is_that_of_the_pipeline_s_run_the_job_and_the_request() -> Non
     assert again == keys[0] and keys[5] == mogplex.ci_idempotency_key({**gitlab, "CI_JOB_ID": "91"}, body)
 
 
-HOSTILE = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u2028::add-mask::e ##[group]f ##vso[task.complete]g ###[h\x1b[0K"
+AGENT_TEXT = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u2028::add-mask::e ##[group]f ##vso[task.complete]g ###[h\x1b[0K"
            "section_start:1:i\r\x1b[0Kj\nsection_end:1:i\r\x1b[0K %0A::warning::k | <img src=l> `m` [n](https://o) \x9b2J\x00")
 
 
 def test_an_agent_s_text_is_never_a_command_to_a_ci(tmp_path: Any) -> None:
-    event = {"id": "e", "type": HOSTILE, "toolName": HOSTILE, "message": HOSTILE, "createdAt": HOSTILE, "payload": {
-        "working_branch": HOSTILE, "pull_request_url": HOSTILE, "error": HOSTILE}}
-    run = {"runId": HOSTILE, "status": "failed", "error": HOSTILE, "repoId": HOSTILE}
+    event = {"id": "e", "type": AGENT_TEXT, "toolName": AGENT_TEXT, "message": AGENT_TEXT, "createdAt": AGENT_TEXT, "payload": {
+        "working_branch": AGENT_TEXT, "pull_request_url": AGENT_TEXT, "error": AGENT_TEXT}}
+    run = {"runId": AGENT_TEXT, "status": "failed", "error": AGENT_TEXT, "repoId": AGENT_TEXT}
     files = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), "GITHUB_OUTPUT": str(tmp_path / "output")}
     with one_answer(ok({"run": run, "events": [event]})) as server:
         jobs = [(kind, flags, run_file("runs", "events", "R", "--follow", *flags, url=server.url, env=env)) for kind, flags, env in (
