@@ -4175,6 +4175,22 @@ def only_following(follow: bool, *others: object) -> None:
         raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
 
 
+def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
+    """What GitHub Actions shows of a run: an annotation, a job summary, outputs for later steps."""
+    if ctx.environ.get("GITHUB_ACTIONS") != "true":
+        return
+    if verdict.status != "success":
+        ctx.say(github_annotation(verdict) + "\n")
+    for name, text in (("GITHUB_STEP_SUMMARY", github_summary(verdict, task, last_lines)),
+                       ("GITHUB_OUTPUT", github_output(verdict))):
+        try:
+            if ctx.environ.get(name):
+                with open(ctx.environ[name], "a", encoding="utf-8", errors="replace") as file:
+                    file.write(text)
+        except OSError as error:
+            ctx.note(f"{name} could not be written: {error.strerror}")
+
+
 class Follower:
     """``--follow``: events on stdout, signs of life on stderr, and the exit code that the run deserves."""
 
@@ -4329,22 +4345,6 @@ def cmd_runs_events(
     elif len(events) >= (limit or MAX_LIMIT):
         ctx.note(f"only the first {len(events)} events are listed; there may be more")
     return Exit.OK
-
-
-def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
-    """What GitHub Actions shows of a run: an annotation, a job summary, outputs for later steps."""
-    if ctx.environ.get("GITHUB_ACTIONS") != "true":
-        return
-    if verdict.status != "success":
-        ctx.say(github_annotation(verdict) + "\n")
-    for name, text in (("GITHUB_STEP_SUMMARY", github_summary(verdict, task, last_lines)),
-                       ("GITHUB_OUTPUT", github_output(verdict))):
-        try:
-            if ctx.environ.get(name):
-                with open(ctx.environ[name], "a", encoding="utf-8", errors="replace") as file:
-                    file.write(text)
-        except OSError as error:
-            ctx.note(f"{name} could not be written: {error.strerror}")
 
 
 def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
@@ -4661,6 +4661,12 @@ def overview(prefix: str = "") -> str:
     return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
 
 
+def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
+    """The caller's environment with the demo service in the place of theirs."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
+    return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
+
+
 def serve_demo(ctx: Context, argv: List[str]) -> int:
     """Keep a demo service running until it is interrupted."""
     import tempfile
@@ -4677,43 +4683,25 @@ def serve_demo(ctx: Context, argv: List[str]) -> int:
             time.sleep(3600)
 
 
-def run(ctx: Context, argv: List[str]) -> int:
-    """A command, or the cockpit; ``--logout`` comes before either."""
-    if argv[:1] == ["--logout"]:
-        cmd_logout(ctx, as_json=False)
-        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-            return run(ctx, argv[1:])
-        return Exit.OK
-    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
-
-
-def with_demo(ctx: Context, argv: List[str]) -> int:
-    """Run a command line against an embedded service, with a home of its own."""
-    import tempfile
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
-        return run(ctx, argv)
-
-
-def dispatch(ctx: Context, argv: List[str]) -> int:
-    """Find the command that ``argv`` names and run it."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
-    argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
-    ctx.debug, ctx.no_color = ctx.debug or "--debug" in flags, "--no-color" in flags
-    if argv[:1] == ["--version"]:
-        ctx.emit(f"mogplex {__version__}")
-        return Exit.OK
-    if argv[:1] in (["-h"], ["--help"]):
-        ctx.emit(overview())
-        return Exit.OK
-    if argv[:1] == ["--demo-server"]:
-        return serve_demo(ctx, argv[1:])
-    if "--demo" in flags:
-        return with_demo(ctx, argv)
-    return run(ctx, argv)
+def open_cockpit(ctx: Context, argv: List[str]) -> int:
+    """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
+    words, attach = list(argv), ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
+    if words[:1] == ["--attach"]:
+        attach, words = "".join(words[1:2]), words[2:]
+        if not attach:
+            raise UsageError("--attach takes a run's id, or @last")
+    word = words[0] if words and words[0] != "--" else ""
+    if word.startswith("-"):
+        raise UsageError(f"unknown option '{word}'{did_you_mean(word, [flag.split()[0] for flag in OPTIONS])}", hint="see: mogplex --help")
+    if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+        if word:
+            raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
+        raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+    import webbrowser
+    environ = {**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ
+    return run_cockpit(
+        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=environ, text=" ".join(words[word == "":]),
+        attach=attach, run_browser=ctx.demo_browser or webbrowser.open)
 
 
 def run_command(ctx: Context, argv: List[str]) -> int:
@@ -4744,37 +4732,49 @@ def run_command(ctx: Context, argv: List[str]) -> int:
     return known[name].function(ctx, **keywords)
 
 
-def open_cockpit(ctx: Context, argv: List[str]) -> int:
-    """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
-    words, attach = list(argv), ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
-    if words[:1] == ["--attach"]:
-        attach, words = "".join(words[1:2]), words[2:]
-        if not attach:
-            raise UsageError("--attach takes a run's id, or @last")
-    word = words[0] if words and words[0] != "--" else ""
-    if word.startswith("-"):
-        raise UsageError(f"unknown option '{word}'{did_you_mean(word, [flag.split()[0] for flag in OPTIONS])}", hint="see: mogplex --help")
-    if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-        if word:
-            raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
-        raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
-    import webbrowser
-    environ = {**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ
-    return run_cockpit(
-        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=environ, text=" ".join(words[word == "":]),
-        attach=attach, run_browser=ctx.demo_browser or webbrowser.open)
-
-
-def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
-    """The caller's environment with the demo service in the place of theirs."""
-    kept = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
-    return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
+def run(ctx: Context, argv: List[str]) -> int:
+    """A command, or the cockpit; ``--logout`` comes before either."""
+    if argv[:1] == ["--logout"]:
+        cmd_logout(ctx, as_json=False)
+        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+            return run(ctx, argv[1:])
+        return Exit.OK
+    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 
 def visit(url: str) -> None:
     """Be the browser that a sign-in with the demo service needs."""
     import urllib.request
     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
+
+
+def with_demo(ctx: Context, argv: List[str]) -> int:
+    """Run a command line against an embedded service, with a home of its own."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, ctx.note)
+        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
+        return run(ctx, argv)
+
+
+def dispatch(ctx: Context, argv: List[str]) -> int:
+    """Find the command that ``argv`` names and run it."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
+    argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
+    ctx.debug, ctx.no_color = ctx.debug or "--debug" in flags, "--no-color" in flags
+    if argv[:1] == ["--version"]:
+        ctx.emit(f"mogplex {__version__}")
+        return Exit.OK
+    if argv[:1] in (["-h"], ["--help"]):
+        ctx.emit(overview())
+        return Exit.OK
+    if argv[:1] == ["--demo-server"]:
+        return serve_demo(ctx, argv[1:])
+    if "--demo" in flags:
+        return with_demo(ctx, argv)
+    return run(ctx, argv)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
