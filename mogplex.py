@@ -43,7 +43,7 @@ import sys
 import time
 from typing import (
     Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Sequence, Tuple, Union,
+    Optional, Sequence, Set, Tuple, Union,
 )
 
 __version__ = "1.0.0"
@@ -726,144 +726,201 @@ MAX_BODY = 32 << 20  # bytes, after decompression
 _PIECE = 65536
 _SLICE_S = 0.25  # the longest wait in one go: on Windows Ctrl+C does not wake a waiting lock
 # An idle connection is closed by the service after 5 to 6 s, and a reused one then fails on its first byte.
-_KEEP_ALIVE_S = 4.0
-_HOSTS = ("www.mogplex.com", "mogplex.com")
+_KEEP_ALIVE_S = 4.5
+_HOSTS = {"www.mogplex.com", "mogplex.com"}
 
 
 def no_tick() -> None:
     """What a wait calls when nobody wants to hear of it."""
 
 
-def parse_json(data: bytes) -> Any:
-    """The JSON in ``data``; ValueError for anything else, however deep or long.
+# A number of hundreds of digits, which Python may refuse, and NaN, which is no JSON, become strings.
+_DECODER = json.JSONDecoder(
+    parse_constant=str, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
+    parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits)
 
-    Invalid UTF-8 is replaced. A number of thousands of digits, which Python refuses or
-    takes quadratic time for, and NaN, which is no JSON, become strings.
-    """
+
+def parse_json(text: str) -> Any:
+    """The JSON in ``text``; ValueError for anything else, however deep or long."""
     try:
-        return json.loads(
-            data.decode("utf-8-sig", "replace"), parse_constant=str,
-            parse_int=lambda digits: int(digits) if len(digits) < 4000 else digits,
-            parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits,
-        )
+        value, end = _DECODER.raw_decode(text) if text[:1] == "{" else (None, -1)  # twice as fast where that will do
+        return value if end == len(text) else _DECODER.decode(text)
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
 
 
+def _target(url: str, location: str) -> Any:
+    """The URL that a redirect names, split; empty for nonsense."""
+    import urllib.parse
+    try:
+        return urllib.parse.urlsplit(urllib.parse.urljoin(url, location))
+    except ValueError:
+        return urllib.parse.urlsplit("")
+
+
 def redirect_target(url: str, status: int, location: str) -> str:
     """Where the token may follow a redirect: a 307 or 308 between the two hosts of the service; else ""."""
+    here, there = _target(url, ""), _target(url, location)
+    hosts = {re.sub(r":443\Z", "", one.netloc.lower()) for one in (here, there)}
+    allowed = status in (307, 308) and here.scheme == there.scheme == "https" and hosts == _HOSTS
+    return str(there.geturl()) if allowed else ""
+
+
+def _redirect_error(url: str, status: int, location: str) -> MogplexError:
+    here, there = _target(url, ""), _target(url, location)
+    if there.path.endswith("/login") and there.netloc == here.netloc:
+        return UnauthorizedError(
+            "the service asks for a sign-in", code="UNAUTHORIZED", status=status,
+            hint="the token was not understood, or MOGPLEX_URL is not the service's base URL")
+    return InvalidResponseError(
+        f"refused to follow a redirect to {sanitize(there.geturl() or location)[:500]}", code="REDIRECT", status=status,
+        hint="check MOGPLEX_URL: the token is sent to no other address")
+
+
+def _odd_id(url: str) -> str:
+    """The id in a URL of the service that is not spelled as its ids are, or ""."""
     import urllib.parse
-    here, there = urllib.parse.urlsplit(url), urllib.parse.urlsplit(urllib.parse.urljoin(url, location))
-    allowed = status in (307, 308) and here.scheme == there.scheme == "https" \
-        and {here.netloc, there.netloc} == set(_HOSTS)
-    return there.geturl() if allowed else ""
+    match = re.match(r"/(?:runs|sandboxes)/([^/?]+)|[^?]*\?(?:.*&)?(?:repo_)?id=([^&]+)", url.rpartition(API_PATH)[2])
+    identifier = urllib.parse.unquote(match.group(1) or match.group(2)) if match else ""
+    return "" if is_uuid(identifier) else sanitize(identifier)[:100]
 
 
-def read_answer(url: str, status: int, headers: Mapping[str, str], body: bytes) -> Json:
+def _answer_error(url: str, status: int, headers: Mapping[str, str], answer: Any, size: int) -> MogplexError:
+    kind = error_class(status) if status >= 300 else InvalidResponseError
+    error = dict_of(answer, "error")
+    message = sanitize(text_of(error, "message") or text_of(answer, "error"))
+    code, hint = sanitize(text_of(error, "code")), ""
+    if not message and not code:
+        content = sanitize(headers.get("Content-Type") or "").split(";")[0] or "no content type"
+        message = f"the answer is not the service's ({size} characters, {content})"
+    if status == 500 and _odd_id(url):  # a malformed id is answered so, and not by 404
+        hint = f"'{_odd_id(url)}' does not look like an id of the service"
+    return kind(
+        message[:1000] or "no message", code=code[:100], status=status, hint=hint,
+        retry_after_s=parse_retry_after(headers.get("Retry-After"), headers.get("Date")),
+        delivered=status >= 500 or status < 300, transient=status in (429, 500, 502, 503, 504) or status < 300)
+
+
+def read_answer(url: str, status: int, headers: Mapping[str, str], text: str) -> Json:
     """The ``data`` of the service's envelope; the MogplexError for every other answer."""
-    import urllib.parse
-    if 300 <= status < 400:
-        target = urllib.parse.urljoin(url, headers.get("Location") or "")
-        if urllib.parse.urlsplit(target).path.endswith("/login"):
-            raise UnauthorizedError(
-                "the service asks for a sign-in", code="UNAUTHORIZED", status=status,
-                hint="the token was not understood, or MOGPLEX_URL is not the service's base URL",
-            )
-        raise InvalidResponseError(
-            f"refused to follow a redirect to {sanitize(target)}", code="REDIRECT", status=status,
-            hint="check MOGPLEX_URL: the token is sent to no other address",
-        )
+    location = headers.get("Location") or ""
+    if 300 <= status < 400 and location:
+        raise _redirect_error(url, status, location)
     try:
-        answer = parse_json(body)
+        answer = parse_json(text)
     except ValueError:
         answer = None
     if 200 <= status < 300:
         data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
         if isinstance(data, dict):
             return data
-    raise _answer_error(status, headers, answer, len(body))
+    raise _answer_error(url, status, headers, answer, len(text))
 
 
-def _answer_error(status: int, headers: Mapping[str, str], answer: Any, size: int) -> MogplexError:
-    kind = error_class(status) if status >= 300 else InvalidResponseError
-    error = dict_of(answer, "error")
-    message = sanitize(text_of(error, "message") or text_of(answer, "error"))
-    code = sanitize(text_of(error, "code"))
-    if not message and not code:
-        content = sanitize(headers.get("Content-Type") or "").split(";")[0] or "no content type"
-        message = f"the answer is not the service's ({size} bytes, {content})"
-    retry_after_s = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
-    return kind(
-        message or "no message", code=code, status=status, retry_after_s=retry_after_s,
-        delivered=status >= 500 or status < 300, transient=status in (429, 500, 502, 503, 504) or status < 300,
-    )
+def retry_wait_s(
+    error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False,
+) -> Optional[float]:
+    """How long a one-shot command waits before it tries again; None when it does not.
 
-
-def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float) -> Optional[float]:
-    """How long a one-shot command waits before it tries again; None when it does not."""
+    ``keyed``: an idempotency key makes a start safe to repeat even when its answer came, and was garbage.
+    """
     asked_s = error.retry_after_s or 0.0
-    hopeless = isinstance(error, (RateLimitedError, InvalidResponseError)) or asked_s > 5
+    hopeless = isinstance(error, RateLimitedError) or asked_s > 5
+    hopeless = hopeless or (isinstance(error, InvalidResponseError) and not keyed)
     if attempt >= tries or hopeless or not error.transient:
         return None
     return max(asked_s, backoff_s(attempt, random))
 
 
-def _transport_error(error: Exception, limit_s: float) -> MogplexError:
-    """What an exception of the HTTP library, or from under it, means; the bug itself when it means nothing."""
+def _causes(error: BaseException) -> List[BaseException]:
+    """``error`` and all that is behind it: the libraries wrap each other's, each in its own way."""
+    found: List[BaseException] = []
+    queued: List[Any] = [error]
+    while queued and len(found) < 50:
+        one = queued.pop(0)
+        if isinstance(one, BaseException) and not any(one is other for other in found):
+            found.append(one)
+            queued += [one.__cause__, one.__context__, getattr(one, "reason", None)]
+    return found
+
+
+def _connection_words(kinds: Iterable[str], limit_s: float) -> Tuple[str, bool]:
+    """What the names of the errors behind a lost connection say, and whether a request may have got through."""
+    words = (
+        ("gaierror", "the host name was not found", False),
+        ("ConnectionRefusedError", "the connection was refused", False),
+        ("NewConnectionError", "no connection", False),
+        ("ConnectTimeoutError", "no connection", False),
+        ("timeout", f"no answer for {limit_s:g} s", True),
+        ("TimeoutError", f"no answer for {limit_s:g} s", True),
+        ("SSLError", "the TLS connection failed", True),
+    )
+    return next(((text, sent) for kind, text, sent in words if kind in kinds), ("the connection was lost", True))
+
+
+def _proxy_error(kinds: Iterable[str], text: str, proxy: str) -> MogplexError:
+    """urllib3 1.26 blames the proxy for a connection lost inside its tunnel too: that request may have got through."""
+    refused = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
+    words, delivered = _connection_words(kinds, 0.0)
+    if refused or "ProxyError" in kinds:
+        return UnavailableError(
+            f"no connection through the proxy {proxy}: {refused.group(1) if refused else words}", code="PROXY",
+            delivered=delivered and not refused, transient=True, hint="check HTTPS_PROXY and NO_PROXY")
+    return UsageError(f"the proxy {proxy} cannot be used", hint="check HTTPS_PROXY; a SOCKS proxy needs PySocks")
+
+
+def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
+    """The MogplexError for an exception of the HTTP library, or from under it; a bug's comes back as it is."""
     import http.client
     import zlib
 
     import requests
     import urllib3
-    text, chain = "", error  # type: Tuple[str, Any]
-    while chain is not None and len(text) < 2000:  # the libraries wrap each other's errors
-        text, chain = f"{text} {type(chain).__name__}: {chain}", chain.__cause__ or chain.__context__
-    if "CERTIFICATE" in text.upper() and "SSL" in text:
+    causes = _causes(error)
+    kinds = {kind.__name__ for one in causes for kind in type(one).__mro__}
+    text = " ".join(str(one)[:1000] for one in causes)
+    if kinds & {"SSLCertVerificationError", "CertificateError"}:
         reason = re.search(r"certificate verify failed:? ?([^(\n]*)", text)
-        return MogplexError(
-            "the TLS certificate is not valid: " + sanitize(reason.group(1) if reason else text[:200]).strip(),
-            code="TLS", hint="behind a company proxy, name its CA in REQUESTS_CA_BUNDLE",
-        )
-    if isinstance(error, requests.exceptions.ProxyError) or "407 Proxy" in text:
-        reason = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
-        return UnavailableError(
-            f"the proxy does not answer ({reason.group(1) if reason else 'no connection'})",
-            code="PROXY", transient=True, hint="check HTTPS_PROXY and NO_PROXY",
-        )
-    words = (
-        ("NameResolution|gaierror|getaddrinfo", "the host name was not found", False),
-        ("ConnectionRefused|refused", "the connection was refused", False),
-        ("ConnectTimeout|NewConnectionError", "no connection", False),
-        ("timed out|timeout", f"no answer for {limit_s:g} s", True),
-    )
-    for pattern, message, delivered in words:
-        if re.search(pattern, text):
-            return UnavailableError(message, code="UNAVAILABLE", delivered=delivered, transient=True)
+        words = sanitize(reason.group(1) if reason else str(causes[-1])).strip()
+        return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS",
+                            hint="behind a company proxy, name its CA in REQUESTS_CA_BUNDLE")
+    if re.search(r"CA certificate bundle|\[X509|PEM lib", text):
+        return MogplexError("the file of CA certificates cannot be read", code="TLS",
+                            hint="check REQUESTS_CA_BUNDLE and SSL_CERT_FILE")
+    if proxy and (kinds & {"ProxyError", "InvalidURL", "InvalidSchema"} or isinstance(error, ValueError)):
+        return _proxy_error(kinds, text, proxy)
+    if kinds & {"InvalidURL", "LocationValueError", "UnicodeError", "InvalidSchema"}:
+        return UsageError("MOGPLEX_URL cannot be used: it names no host that can exist")
     if isinstance(error, zlib.error):
         return InvalidResponseError("the answer's compression is broken", transient=True, delivered=True)
-    if isinstance(error, (requests.exceptions.InvalidURL, UnicodeError, urllib3.exceptions.LocationValueError)):
-        return UsageError("MOGPLEX_URL cannot be used: it names no host that can exist")
     ours = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
-    if isinstance(error, ours):
-        return UnavailableError("the connection was lost", code="UNAVAILABLE", delivered=True, transient=True)
-    raise error
+    if not isinstance(error, ours):
+        return error
+    words, delivered = _connection_words(kinds, limit_s)
+    return UnavailableError(words, code="UNAVAILABLE", delivered=delivered, transient=True)
 
 
-def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+def _inflate(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
     """Gzip or deflate undone, at most 1 MiB at a time: half a MiB can hold half a GiB."""
     import zlib
-    inflater, seen = zlib.decompressobj(47), False
+    inflater: Any = None
     for piece in pieces:
-        while piece:
-            yield inflater.decompress(piece, 1 << 20)
-            piece, seen = inflater.unconsumed_tail, True
+        while piece or inflater:
+            if not inflater:  # "deflate" without zlib's header, which begins with 8, is common too
+                bare = encoding == "deflate" and piece[0] & 15 != 8
+                inflater = zlib.decompressobj(-15 if bare else 47)
+            some = inflater.decompress(piece, 1 << 20)
+            yield some
+            piece = inflater.unconsumed_tail
             if inflater.eof:
-                piece, inflater, seen = inflater.unused_data, zlib.decompressobj(47), False
-    if seen:
+                piece, inflater = inflater.unused_data, None
+            elif not piece and len(some) < 1 << 20:
+                break
+    if inflater:
         raise zlib.error("the end is missing")
 
 
-def _pieces(response: Any) -> Iterator[bytes]:
+def _raw_pieces(response: Any) -> Iterator[bytes]:
     """The body as it arrives; ConnectionError when it is cut short.
 
     Not ``iter_content``: on a body that is not chunked it holds small pieces back until it has
@@ -872,7 +929,7 @@ def _pieces(response: Any) -> Iterator[bytes]:
     """
     raw, length = response.raw, response.headers.get("Content-Length", "")
     chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-    left = int(length) if length.isdigit() and not chunked else -1
+    left = int(length) if re.match("[0-9]{1,18}\\Z", length) and not chunked else -1
     while left:
         size = min(_PIECE, left) if left > 0 else _PIECE
         piece = raw.read1(size, decode_content=False) if hasattr(raw, "read1") else raw._fp.read1(size)
@@ -886,40 +943,54 @@ def _pieces(response: Any) -> Iterator[bytes]:
     raw.release_conn()
 
 
+def _pieces(response: Any) -> Iterator[bytes]:
+    """The body, decompressed, as it arrives."""
+    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding in ("", "identity"):
+        return _raw_pieces(response)
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)[:100]}")
+    return _inflate(_raw_pieces(response), encoding)
+
+
 class Exchange:
-    """One request and its answer, on a daemon thread of its own.
+    """One request and its answer, on a daemon thread of its own; used in a ``with`` statement.
 
     The thread posts what arrives, and whoever waits can leave at any moment: the HTTP library
     has no limit for a whole exchange, and a silent DNS look-up under it can't be interrupted.
-    ``tick`` is called at least every quarter of a second of waiting, and may raise.
+    ``tick`` is called before each wait, and at least every quarter of a second; it may raise.
     """
 
-    status = 0
-    headers: Mapping[str, str] = {}
-
     def __init__(
-        self, url: str, send: Callable[[], Any], ended: Callable[[Any, int], None], limit_s: float,
-        tick: Callable[[], None],
+        self, url: str, send: Callable[[], Any], explain: Callable[[Exception], Exception], limit_s: float,
+        tick: Callable[[], None], done: Callable[[str], None],
     ) -> None:
-        import queue
+        import collections
         import threading
-        self._posted: queue.Queue[Any] = queue.Queue(8)  # a fast sender waits: memory has its bounds
-        self.url, self._send, self._ended, self._limit_s, self._tick = url, send, ended, limit_s, tick
-        self._left = False
+        self.url, self.status, self.size = url, 0, 0
+        self.headers: Mapping[str, str] = {}
+        self._send, self._explain, self._limit_s, self._tick, self._done = send, explain, limit_s, tick, done
+        self._changed, self._posted = threading.Condition(), collections.deque()  # type: ignore[var-annotated]
+        self._waiting, self._left, self._ticked_at = 0, False, 0.0
         self._started = time.monotonic()
-        threading.Thread(target=self._run, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Exchange:
         try:
-            response = self._next(self._started + self._limit_s, self._limit_s)
+            self._thread.start()
+            response = self._in_time()
+            self.url, self.status, self.headers = response.url, response.status_code, response.headers
         except BaseException:
-            self._left = True
+            self.__exit__()
             raise
-        self.status, self.headers = response.status_code, response.headers
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left = True
+        with self._changed:
+            self._left = True
+            self._changed.notify_all()
+        took_ms = (time.monotonic() - self._started) * 1000
+        self._done(f"{self.url} {self.status or 'no answer'} {took_ms:.0f} ms {self.size} bytes")
 
     @property
     def streams(self) -> bool:
@@ -927,80 +998,117 @@ class Exchange:
         content_type = self.headers.get("Content-Type") or ""
         return self.status == 200 and content_type.split(";")[0].strip().lower() == "text/event-stream"
 
-    def body(self) -> bytes:
-        """The whole body, within the limit of the exchange."""
+    def text(self) -> str:
+        """The whole body, invalid UTF-8 replaced; within the limit of the exchange, and 32 MiB."""
         body = bytearray()
         while True:
-            piece = self._next(self._started + self._limit_s, self._limit_s)
+            piece = self._in_time()
             if piece is None:
-                return bytes(body)
+                return body.decode("utf-8-sig", "replace")
             body += piece
             if len(body) > MAX_BODY:
                 raise InvalidResponseError(f"refused an answer of over {MAX_BODY >> 20} MiB", code="TOO_LARGE")
 
     def data(self) -> Json:
         """The ``data`` of an answer in the service's envelope; the MogplexError that any other one means."""
-        return read_answer(self.url, self.status, self.headers, self.body())
+        return read_answer(self.url, self.status, self.headers, self.text())
 
     def piece(self, idle_s: float) -> Optional[bytes]:
-        """The next piece of the body, None at its end; UnavailableError after ``idle_s`` without one."""
-        piece: Optional[bytes] = self._next(time.monotonic() + idle_s, idle_s)
+        """The next piece of the body, None at its end, b"" when nothing came for ``idle_s``."""
+        piece: Optional[bytes] = self._next(time.monotonic() + idle_s)
         return piece
 
-    def _next(self, until: float, limit_s: float) -> Any:
-        import queue
+    def _in_time(self) -> Any:
+        item = self._next(self._started + self._limit_s)
+        if item == b"":
+            raise UnavailableError(f"no complete answer within {self._limit_s:g} s", code="UNAVAILABLE",
+                                   delivered=True, transient=True)
+        return item
+
+    def _next(self, until: float) -> Any:
+        """What the thread posted next, b"" when that is nothing; what it posted as an error is raised."""
         while True:
-            try:
-                item = self._posted.get(timeout=max(0.0, min(_SLICE_S, until - time.monotonic())))
-            except queue.Empty:
+            now = time.monotonic()
+            if not self._posted or now - self._ticked_at >= _SLICE_S:
+                self._ticked_at = now
                 self._tick()
-                if time.monotonic() < until:
-                    continue
-                item = UnavailableError(
-                    f"no complete answer within {limit_s:g} s", code="UNAVAILABLE", delivered=True, transient=True)
+            with self._changed:
+                if not self._posted and now < until:
+                    self._changed.wait(min(_SLICE_S, until - now))
+                item = self._posted.popleft() if self._posted and now < until else b""
+                self._waiting -= len(item) if isinstance(item, bytes) else 0
+                self._changed.notify_all()
             if isinstance(item, Exception):
                 raise item
-            return item
+            if item != b"" or now >= until:
+                return item
 
     def _run(self) -> None:
-        response, size = None, 0
+        response = None
         try:
             response = self._send()
             self._post(response)
-            encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-            if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-                raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)}")
-            pieces = _pieces(response)
-            for piece in pieces if encoding in ("", "identity") else _inflate(pieces):
-                size += len(piece)
-                if not self._post(piece):
-                    break
-            self._ended(response, size)  # before the end is posted: the line is there when the caller goes on
+            for piece in _pieces(response):
+                self.size += len(piece)
+                if piece and not self._post(piece):
+                    return
             self._post(None)
-        except MogplexError as error:
-            self._post(error)
         except Exception as error:
-            self._ended(response, size)
-            self._fail(error)
+            self._post(error if isinstance(error, MogplexError) else self._explain(error))
         finally:
             if response is not None:
                 response.raw.close()
 
-    def _fail(self, error: Exception) -> None:
-        try:
-            self._post(_transport_error(error, self._limit_s))
-        except Exception as bug:
-            self._post(bug)
-
     def _post(self, item: Any) -> bool:
-        import queue
-        while not self._left:
-            try:
-                self._posted.put(item, timeout=1.0)
-                return True
-            except queue.Full:
-                continue
-        return False
+        """Whether somebody still waits for it. A fast sender waits in its turn: memory has its bounds."""
+        with self._changed:
+            while self._waiting > 8 * _PIECE and not self._left:
+                self._changed.wait()
+            self._posted.append(item)
+            self._waiting += len(item) if isinstance(item, bytes) else 0
+            self._changed.notify_all()
+        return not self._left
+
+
+def _new_session() -> Any:
+    """A session that sends nothing of its own accord: no ~/.netrc, no cookie, no proxy, no redirect."""
+    try:
+        import http.cookiejar
+
+        import requests
+    except ImportError:
+        hint = "install it: python3 -m pip install requests"
+        raise MogplexError("the package 'requests' is missing", hint=hint) from None
+    session: Any = requests.Session()
+    session.trust_env = False
+    session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
+    # Even where redirects are not followed, requests reads a redirect's whole body into memory, and parses its target.
+    session.get_redirect_target = lambda response: None
+    return session
+
+
+def _authorizer(token: str, key: str = "", last_event_id: str = "", **_: Any) -> Callable[[Any], Any]:
+    """What gives a request our headers.
+
+    For requests this is its ``auth``, given even without a token: else ~/.netrc would be asked for one. An
+    event id goes as bytes, a str would be sent as Latin-1, and from here: requests refuses some that are legal.
+    """
+    event_id = last_event_id.encode("utf-8", "replace")
+    headers: Dict[str, Any] = {"Authorization": token and f"Bearer {token}", "Idempotency-Key": key,
+                               "Last-Event-ID": event_id if len(event_id) <= 4096 else b""}
+
+    def authorize(request: Any) -> Any:
+        request.headers.update({name: value for name, value in headers.items() if value})
+        return request
+    return authorize
+
+
+def _segment(identifier: str) -> str:
+    """An id as one segment of a URL's path; UsageError for one that would name another path."""
+    import urllib.parse
+    if identifier.strip() in ("", ".", ".."):
+        raise UsageError(f"'{sanitize(identifier)}' is no id")
+    return urllib.parse.quote(identifier.strip(), safe="", errors="replace")
 
 
 class Client:
@@ -1035,7 +1143,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections that were kept; one of a session given to us is the giver's."""
+        """Close the connections that were kept; those of a session given to us are the giver's."""
         with self._lock:
             if self._session is not None and not self._given:
                 self._session.close()
@@ -1077,8 +1185,7 @@ class Client:
                 asked.append(text_of(body, "repoId"))
                 self._refuse_unknown_repo(asked[0])
 
-        headers = {"Idempotency-Key": idempotency_key.strip()}
-        return self._send("POST", "/runs", body=body, headers=headers, examine=examine)
+        return self._send("POST", "/runs", body=body, key=idempotency_key.strip(), examine=examine)
 
     def run(self, run_id: str) -> Json:
         """GET /runs/{id}: the Run."""
@@ -1105,94 +1212,88 @@ class Client:
         servers = dicts_of(self._get("/mcp/servers"), "servers")
         return [{key: server.get(key) for key in ("name", "enabled")} for server in servers]
 
-    def post_form(
-        self, url: str, form: Dict[str, str], tick: Callable[[], None] = no_tick,
-    ) -> Tuple[int, Json]:
+    def post_form(self, url: str, form: Dict[str, str]) -> Tuple[int, Json]:
         """POST a form without our token: (HTTP status, JSON object or {}); UnavailableError without an answer."""
-        with self._open("POST", url, data=form, token="", tick=tick) as exchange:
-            try:
-                answer = parse_json(exchange.body())
-            except ValueError:
-                answer = {}
+        try:
+            with self._open("POST", url, data=form) as exchange:
+                answer = parse_json(exchange.text())
+        except MogplexError as error:
+            error.delivered = False  # as for the request that has to wait for this one
+            raise
+        except ValueError:
+            answer = {}
         return exchange.status, answer if isinstance(answer, dict) else {}
 
-    def open_run(self, run_id: str, tick: Callable[[], None]) -> Exchange:
+    def open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
-        return self._open_once(f"/runs/{_segment(run_id)}", None, {}, tick)
+        return self._open("GET", self._url(f"/runs/{_segment(run_id)}"), tick=tick, renew=renew)
 
-    def open_events(self, run_id: str, limit: int, last_event_id: str, tick: Callable[[], None]) -> Exchange:
+    def open_events(
+        self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str, idle_s: float,
+    ) -> Exchange:
         """The same for a run's events, in whichever form the service gives them."""
-        headers: Dict[str, Any] = {"Accept": "text/event-stream, application/json"}
-        if last_event_id:  # as bytes: a str would be sent as Latin-1, and raise where that cannot be
-            headers["Last-Event-ID"] = last_event_id.encode("utf-8", "replace")
-        return self._open_once(f"/runs/{_segment(run_id)}/events", {"limit": limit}, headers, tick)
-
-    def _open_once(self, path: str, params: Optional[Json], headers: Json, tick: Callable[[], None]) -> Exchange:
-        token = self.credential.current(lambda url, form: self.post_form(url, form, tick))
-        return self._open("GET", self._url(path), params, headers=headers, token=token, tick=tick)
+        return self._open(
+            "GET", self._url(f"/runs/{_segment(run_id)}/events"), params={"limit": limit}, tick=tick, renew=renew,
+            accept="text/event-stream, application/json", last_event_id=last_event_id, idle_s=idle_s)
 
     def _get(self, path: str, **params: Any) -> Json:
         wanted = {key: value for key, value in params.items() if value not in ("", None)}
         return self._send("GET", path, params=wanted)
 
     def _send(
-        self, method: str, path: str, *, params: Optional[Json] = None, body: Optional[Json] = None,
-        headers: Optional[Dict[str, str]] = None, tries: int = 0,
-        examine: Callable[[MogplexError], None] = lambda error: None,
+        self, method: str, path: str, *, params: Optional[Json] = None, body: Optional[Json] = None, key: str = "",
+        tries: int = 0, examine: Callable[[MogplexError], None] = lambda error: None,
     ) -> Json:
-        attempt, renewed = 1, False
+        attempt, delivered = 1, False
         while True:
-            token = self.credential.current(self.post_form)
             try:
-                url = self._url(path)
-                with self._open(method, url, params, token=token, body=body, headers=headers, attempt=attempt) as got:
-                    return got.data()
+                with self._open(method, self._url(path), params=params, json=body, key=key, attempt=attempt) as answer:
+                    return answer.data()
             except MogplexError as error:
-                if error.status == 401 and not renewed and self.credential.renew(token, self.post_form):
-                    renewed = True
-                    continue
-                _explain_id(error, path)
+                delivered = error.delivered = error.delivered or delivered
                 examine(error)
-                wait_s = retry_wait_s(error, attempt, tries or self._tries, self._random())
+                wait_s = retry_wait_s(error, attempt, tries or self._tries, self._random(), keyed=bool(key))
                 if wait_s is None:
                     raise
             self._sleep(wait_s)
             attempt += 1
 
     def _open(
-        self, method: str, url: str, params: Optional[Json] = None, *, token: str, body: Any = None, data: Any = None,
-        headers: Optional[Dict[str, str]] = None, attempt: int = 1, tick: Callable[[], None] = no_tick,
+        self, method: str, url: str, *, params: Optional[Json] = None, data: Any = None, attempt: int = 1,
+        tick: Callable[[], None] = no_tick, renew: bool = True, idle_s: float = 0.0, **options: Any,
     ) -> Exchange:
-        session, started = self._take_session(), time.monotonic()
+        """An exchange, not begun yet. Of its credential's own requests it waits for those too, on its thread."""
+        session = self._take_session()
 
-        def authorize(request: Any) -> Any:  # given even without a token: else ~/.netrc would be asked for one
-            if token:
-                request.headers["Authorization"] = f"Bearer {token}"
-            return request
-
-        def request(url: str, params: Optional[Json]) -> Any:
+        def request(token: str, where: str, query: Optional[Json]) -> Any:
             return session.request(
-                method, url, params=params, json=body, data=data, auth=authorize, stream=True, verify=self._verify,
-                allow_redirects=False, timeout=(self._connect_timeout_s, self._timeout_s), proxies=self._proxies(url),
-                headers={"Accept": "application/json", "Accept-Encoding": "identity",
-                         "User-Agent": f"mogplex/{__version__}", **(headers or {})})
+                method, where, params=query, data=data, json=options.get("json"), stream=True, allow_redirects=False,
+                auth=_authorizer(token, **options), verify=self._verify, proxies=self._proxies(where),
+                timeout=(self._connect_timeout_s, max(self._timeout_s, idle_s + _SLICE_S)),
+                headers={"Accept": options.get("accept", "application/json"), "Accept-Encoding": "identity",
+                         "User-Agent": f"mogplex/{__version__}"})
 
         def send() -> Any:
-            response = request(url, params)
-            target = redirect_target(url, response.status_code, response.headers.get("Location") or "")
+            token = "" if data else self.credential.current(self.post_form)
+            response = request(token, url, params)
+            target = redirect_target(response.url, response.status_code, response.headers.get("Location") or "")
             if target:
                 response.close()
-                response = request(target, None)
+                response = request(token, target, None)
+            if response.status_code == 401 and token and renew and self.credential.renew(token, self.post_form):
+                response.close()
+                response = request(self.credential.token, target or url, None if target else params)
             return response
 
-        def ended(response: Any, size: int) -> None:
+        def done(line: str) -> None:
+            self._used_at = time.monotonic()
             if self._log:
-                status = "no answer" if response is None else response.status_code
-                took_ms = (time.monotonic() - started) * 1000
-                asked = url if response is None else response.url
-                self._log(redact(f"{method} {asked} {status} {took_ms:.0f} ms {size} bytes try {attempt}", token))
+                self._log(redact(f"{method} {line} try {attempt}", self.credential.token))
 
-        return Exchange(url, send, ended, self._timeout_s, tick)
+        def explain(error: Exception) -> Exception:
+            return _transport_error(error, self._timeout_s, self._proxy(url))
+
+        return Exchange(url, send, explain, self._timeout_s, tick, done)
 
     def _proxies(self, url: str) -> Dict[str, str]:
         import urllib.parse
@@ -1202,16 +1303,16 @@ class Client:
             return {}
         return dict(requests.utils.get_environ_proxies(url))
 
+    def _proxy(self, url: str) -> str:
+        """The proxy on the way to ``url``, without its password; "" for none."""
+        import requests
+        proxy = requests.utils.select_proxy(url, self._proxies(url)) or ""
+        return sanitize(re.sub(r"(//|^)[^/]*@", r"\1", proxy))
+
     def _take_session(self) -> Any:
         with self._lock:
             if self._session is None:
-                try:
-                    import requests
-                except ImportError:
-                    hint = "install it: python3 -m pip install requests"
-                    raise MogplexError("the package 'requests' is missing", hint=hint) from None
-                self._session = requests.Session()
-                self._session.trust_env = False  # no ~/.netrc, and proxies only as _proxies says
+                self._session = _new_session()
             elif not self._given and time.monotonic() - self._used_at > _KEEP_ALIVE_S:
                 self._session.close()  # its idle connections; it goes on working
             self._used_at = time.monotonic()
@@ -1231,21 +1332,6 @@ class Client:
                 hint="find IDs via `mogplex repos list`")
 
 
-def _segment(identifier: str) -> str:
-    """An id as one segment of a URL's path; UsageError for one that would name another path."""
-    import urllib.parse
-    if identifier.strip() in ("", ".", ".."):
-        raise UsageError(f"'{sanitize(identifier)}' is no id")
-    return urllib.parse.quote(identifier.strip(), safe="", errors="replace")
-
-
-def _explain_id(error: MogplexError, path: str) -> None:
-    """A malformed id is answered 500, not 404: say that it looks wrong."""
-    identifier = path.split("/")[2] if path.count("/") > 1 else ""
-    if error.status == 500 and identifier and not is_uuid(identifier):
-        error.hint = f"'{sanitize(identifier)}' does not look like an id of the service"
-
-
 # ---------------------------------------------------------------- 5. Tail
 
 
@@ -1262,14 +1348,15 @@ class SSEDecoder:
     """Bytes of a ``text/event-stream`` to events, by the WHATWG HTML standard, section 9.2.6. No I/O.
 
     ``last_event_id`` is what to resume with, ``retry_ms`` the reconnection time in force as
-    the server gave it. What a last, unfinished block holds is never given out.
+    the server gave it. What a last, unfinished block holds is never given out; ``held`` is its size.
     """
 
     def __init__(self, last_event_id: str = "") -> None:
         self.last_event_id, self._id = last_event_id, last_event_id
         self.retry_ms: Optional[int] = None
-        self._pending: List[bytes] = []  # the pieces of a line that has not ended yet
-        self._data: List[bytes] = []
+        self.held = 0
+        self._line = bytearray()  # one that has not ended yet
+        self._data: List[str] = []
         self._event, self._retry = "", None  # type: Tuple[str, Optional[int]]
         self._after_cr, self._first = False, True
 
@@ -1277,46 +1364,64 @@ class SSEDecoder:
         """The events that ``chunk`` completes."""
         if self._after_cr and chunk:
             self._after_cr, chunk = False, chunk[1:] if chunk[:1] == b"\n" else chunk
-        if b"\n" not in chunk and b"\r" not in chunk:
-            if chunk:
-                self._pending.append(chunk)
+        self.held += len(chunk)
+        if b"\r" in chunk:
+            self._after_cr = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        head, newline, rest = chunk.rpartition(b"\n")
+        if not newline:
+            self._line += chunk
             return []
-        self._after_cr = chunk.endswith(b"\r")
-        # On bytes, splitlines knows CR, LF and CRLF alone; on str it would split at VT, NEL, U+2028 too.
-        lines = b"".join((*self._pending, chunk)).splitlines()
-        self._pending = [] if self._after_cr or chunk.endswith(b"\n") else [lines.pop()]
+        if self._line:
+            head, self._line = bytes(self._line) + head, bytearray()
+        self._line += rest
         if self._first:
-            self._first, lines[0] = False, lines[0][3:] if lines[0].startswith(b"\xef\xbb\xbf") else lines[0]
-        events: List[ServerSentEvent] = []
+            self._first, head = False, head[3:] if head.startswith(b"\xef\xbb\xbf") else head
+        # Not splitlines, which on str splits at VT, FF, FS, NEL, U+2028 and more.
+        return self._dispatch(head.decode("utf-8", "replace").split("\n"))
+
+    def _dispatch(self, lines: List[str]) -> List[ServerSentEvent]:
+        events, data = [], self._data
         for line in lines:
-            if line[:6] == b"data: ":
-                self._data.append(line[6:])
+            if line[:6] == "data: ":
+                data.append(line[6:])
             elif line:
                 self._field(line)
             else:
-                self.last_event_id = self._id
-                if self._data:
-                    data = b"\n".join(self._data).decode("utf-8", "replace")
-                    events.append(ServerSentEvent(self._event or "message", self._id, data, self._retry))
-                    self._data = []
+                self.last_event_id, self.held = self._id, len(self._line)
+                if data:
+                    text = data[0] if len(data) == 1 else "\n".join(data)
+                    events.append(ServerSentEvent(self._event or "message", self._id, text, self._retry))
+                    data.clear()
                 self._event, self._retry = "", None
         return events
 
-    def _field(self, line: bytes) -> None:
-        name, _, value = line.partition(b":")
-        value = value[1:] if value[:1] == b" " else value
-        if name == b"data":
+    def _field(self, line: str) -> None:
+        name, _, value = line.partition(":")
+        value = value[1:] if value[:1] == " " else value
+        if name == "id":
+            self._id = self._id if "\0" in value else value
+        elif name == "data":
             self._data.append(value)
-        elif name == b"event":
-            self._event = value.decode("utf-8", "replace")
-        elif name == b"id" and b"\0" not in value:
-            self._id = value.decode("utf-8", "replace")
-        elif name == b"retry" and value.isdigit() and len(value) < 4000:
-            self._retry = self.retry_ms = int(value)
+        elif name == "event":
+            self._event = value
+        elif name == "retry" and re.match("[0-9]+\\Z", value):  # too many digits for Python are for ever too
+            self._retry = self.retry_ms = int(value.lstrip("0")[:600] or "0")
+
+
+class Event(Dict[str, Any]):
+    """An event with the very text that it came as, where that is a line of ASCII JSON; "" elsewhere."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, fields: Json, text: str) -> None:
+        super().__init__(fields)
+        odd = not text.isascii() or "\n" in text or "NaN" in text or "Infinity" in text
+        self.text = "" if odd else text
 
 
 class Progress(NamedTuple):
-    """How a tail stands: given about once a second while it waits, and at each change.
+    """How a tail stands: given before each wait, at least twice a second, and at each change.
 
     ``connection`` is connecting, connected, lost or limited (429). Times are of the tail's
     clock. ``message`` is a line worth saying, "" when there is nothing new.
@@ -1349,21 +1454,7 @@ class Verdict(NamedTuple):
 GIVE_UP_S = 300.0
 _PACE_CAP_S = 30.0
 _ENDING_TYPES = ("finished", "failed", "cancelled")
-
-
-def tail(
-    client: Client, run_id: str, *, timeout_s: Optional[float] = None, limit: int = MAX_LIMIT,
-    on_progress: Callable[[Progress], None] = lambda progress: None, interval_s: float = 1.5, idle_s: float = 60.0,
-    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
-    random: Callable[[], float] = random_unit,
-) -> Iterator[Union[Json, Verdict]]:
-    """Each event of a run once, as it comes, and last of all the Verdict.
-
-    It polls, or reads a stream where the service answers one, and rides out 300 s of faults
-    once it has had an answer. TailTimeout after ``timeout_s``; other MogplexErrors when the
-    service refuses, or stays away. ``on_progress`` may raise to end it.
-    """
-    yield from _Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random).items()
+_SEEN = 10000  # ids that are remembered, at least: the service lists 200
 
 
 class Pace:
@@ -1402,13 +1493,16 @@ class Pace:
         return max(self._quiet_s, min(_PACE_CAP_S, self._limited_s * (1 + random / 4)))
 
 
-def event_key(event: Json, occurrence: int) -> object:
-    """What tells an event from others: its id, else its content and which of its like it is."""
+def event_key(event: Json) -> object:
+    """What tells an event from others: its id, else its content. InvalidResponseError when that is too deep."""
     identifier = event.get("id")
-    if isinstance(identifier, (str, int)) and identifier != "":
+    if type(identifier) in (str, int) and identifier != "":
         return identifier
     import hashlib
-    return hashlib.sha256(json.dumps(event, sort_keys=True).encode()).digest(), occurrence
+    try:
+        return hashlib.sha256(json.dumps(event, sort_keys=True).encode()).digest()
+    except RecursionError:
+        raise InvalidResponseError("an event nested too deeply", code="TOO_LARGE") from None
 
 
 class _Tail:
@@ -1419,23 +1513,23 @@ class _Tail:
         on_progress: Callable[[Progress], None], interval_s: float, idle_s: float,
         clock: Callable[[], float], sleep: Callable[[float], None], random: Callable[[], float],
     ) -> None:
-        self.client, self.run_id, self.limit, self.idle_s = client, run_id, limit, idle_s
+        import collections
+        self.client, self.run_id, self.limit, self.idle_s = client, run_id, min(limit, MAX_LIMIT), idle_s
         self.on_progress, self.clock, self.sleep, self.random = on_progress, clock, sleep, random
         self.interval_s, self.timeout_s = interval_s, timeout_s
-        self.started_at = self.last_event_at = self.polled_at = clock()
-        self.pace = Pace(interval_s, self.started_at)
+        self.started_at = self.last_event_at = self.polled_at = self.ticked_at = clock()
+        self.pace, self.retry_s, self.last_event_id = Pace(interval_s, self.started_at), interval_s, ""
         self.run: Json = {}
         self.verdict: Optional[Verdict] = None
-        self.seen: Dict[object, None] = {}
-        self.occurrences: Dict[object, int] = {}
-        self.recent: List[str] = []  # of the last few events, the texts that may carry the run's error
+        self.final: Optional[Exception] = None  # what ends the tail though it is none of the service's errors
+        self.seen: Set[object] = set()
+        self.seen_before = self.seen
+        self.recent: Any = collections.deque(maxlen=8)  # of the last events, what may carry the run's error
         self.branch, self.pull_request_url, self.truncated, self.ending = "", "", False, False
-        self.last_event_id, self.retry_s = "", interval_s
         self.connection, self.failures, self.latency_ms = "connecting", 0, 0.0
-        self.good_at: Optional[float] = None
-        self.retry_at: Optional[float] = None
-        self.only_limited, self.refusals, self.renewed = True, 0, False
-        self.terminal_reads, self.ended_at = 0, 0.0
+        self.good_at, self.retry_at = None, None  # type: Tuple[Optional[float], Optional[float]]
+        self.only_limited, self.refusals, self.puzzled = True, 0, False
+        self.terminal_at, self.confirmed_at = None, None  # type: Tuple[Optional[float], Optional[float]]
 
     def items(self) -> Iterator[Union[Json, Verdict]]:
         while self.verdict is None:
@@ -1444,7 +1538,7 @@ class _Tail:
             try:
                 wait_s = yield from self.read()
             except MogplexError as error:
-                if isinstance(error, TailTimeout):
+                if error is self.final:
                     raise
                 wait_s = self.failed(error)
             if self.verdict is None:
@@ -1452,94 +1546,106 @@ class _Tail:
         yield self.verdict
 
     def read(self) -> Generator[Json, None, float]:
-        """One request and what it brings; answers how long to wait for the next."""
-        sent_at = time.monotonic()
-        with self.client.open_events(self.run_id, self.limit, self.last_event_id, self.tick) as exchange:
+        """One look at the run and what it brings; answers how long to wait for the next."""
+        sent_at, asked, least_s = time.monotonic(), 1, 0.0
+        with self.client.open_events(
+                self.run_id, self.tick, not self.refusals, self.limit, self.last_event_id, self.idle_s) as exchange:
             self.latency_ms = (time.monotonic() - sent_at) * 1000
             if exchange.streams:
-                news = yield from self.stream(exchange)
-                wait_s = self.retry_s
+                news, judged = yield from self.stream(exchange)
+                least_s = self.retry_s
             else:
-                news = yield from self.snapshot(exchange.data())
-                wait_s = 0.0
-        self.pace.succeeded(news, self.clock())
-        return max(wait_s, self.polled_at + self.pace.interval_s(self.random()) - self.clock())
+                data = exchange.data()
+                self.good()
+                news, judged = yield from self.snapshot(data)
+                self.count(data)
+        if not judged:
+            with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
+                run = dict_of(answer.data(), "run")
+            self.good()
+            news, asked = self.judge(run) or news, 2
+        now = self.clock()
+        self.pace.succeeded(news, now)
+        interval_s = asked * self.pace.interval_s(self.random())
+        if self.terminal_at is not None:
+            return interval_s  # the event that says why may come any moment; and no sooner than in one interval
+        return max(least_s, self.polled_at + interval_s - now)
 
-    def snapshot(self, data: Json) -> Generator[Json, None, bool]:
-        """The events of an answer ``{run, events}`` that are new, then what its run says."""
-        self.good()
+    def snapshot(self, data: Json) -> Generator[Json, None, Tuple[bool, bool]]:
+        """The events of ``{run, events}`` that are new; then whether there was news, and a status."""
         events, news = dicts_of(data, "events"), False
-        self.occurrences = {}
         for event in events:
             if self.accept(event):
                 news = True
                 yield event
-        if len(events) >= self.limit and not self.truncated:
+        run = dict_of(data, "run")
+        return self.judge(run) or news, bool(text_of(run, "status"))
+
+    def count(self, data: Json) -> None:
+        """Tell when the list is full, which only a poll's can be."""
+        if not self.truncated and len(dicts_of(data, "events")) >= self.limit:
             self.truncated = True
             self.say(f"the service lists only the first {self.limit} events of a run; later ones are not shown")
-        return self.judge(dict_of(data, "run")) or news
 
-    def stream(self, exchange: Exchange) -> Generator[Json, None, bool]:
-        """A stream until it ends; near the run's end, until it is quiet. Then the run's own status decides."""
-        decoder, news, judged, size = SSEDecoder(self.last_event_id), False, False, 0
-        self.occurrences = {}
+    def stream(self, exchange: Exchange) -> Generator[Json, None, Tuple[bool, bool]]:
+        """A stream until it ends or is silent, or the run seems to have ended; values as of ``snapshot``."""
+        decoder, news, judged = SSEDecoder(self.last_event_id), False, False
+        opened_at, leave_at = self.clock(), float("inf")
         while self.verdict is None:
-            try:
-                piece = exchange.piece(self.interval_s if self.ending else self.idle_s)
-            except UnavailableError:
-                if not self.ending:
-                    raise
-                piece = None
-            if piece is None:
-                break
-            messages, size = decoder.feed(piece), size + len(piece)
-            if size > MAX_BODY and not messages:
+            now = self.clock()
+            if not self.ending and self.terminal_at is None:
+                leave_at = float("inf")
+            elif leave_at > now + self.interval_s:
+                leave_at = now + self.interval_s
+            piece = exchange.piece(max(0.0, min(self.idle_s, leave_at - now)))
+            if not piece:
+                return news, judged and piece is None
+            messages = decoder.feed(piece)
+            self.last_event_id = decoder.last_event_id
+            if decoder.held > MAX_BODY:
                 raise InvalidResponseError(f"an event of over {MAX_BODY >> 20} MiB", code="TOO_LARGE")
+            if messages or now - opened_at >= 10.0:  # comments alone make no good stream, but in the long run they do
+                self.good()
             for message in messages:
-                self.last_event_id, size = message.id, 0
                 data = self.parse(message.data)
-                if "events" in data or "run" in data:
-                    judged, news = "run" in data, True
-                    yield from self.snapshot(data)
+                if "type" not in data and ("run" in data or "events" in data):
+                    told, known = yield from self.snapshot(data)
+                    news, judged = news or told, judged or known
                 elif data and self.accept(data):
                     news = True
-                    self.good()
                     yield data
             if decoder.retry_ms is not None:
-                self.retry_s = min(30.0, max(0.5, decoder.retry_ms / 1000))
-        if not judged:
-            with self.client.open_run(self.run_id, self.tick) as answer:
-                run = dict_of(answer.data(), "run")
-            self.good()
-            news = self.judge(run) or news
-        return news
+                self.retry_s = min(30000, max(500, decoder.retry_ms)) / 1000
+        return news, judged
 
     def parse(self, text: str) -> Json:
         try:
-            data = parse_json(text.encode("utf-8", "surrogatepass"))
+            data = parse_json(text)
         except ValueError:
             data = None
-        if not isinstance(data, dict):
+        if isinstance(data, dict):
+            return Event(data, text)
+        if not self.puzzled:
+            self.puzzled = True
             self.say("the stream sent something that is no event; it was left out")
-            return {}
-        return data
+        return {}
 
     def accept(self, event: Json) -> bool:
         """Whether ``event`` is new; what it tells about the run is kept."""
-        key = event_key(event, 0)
-        if isinstance(key, tuple):
-            self.occurrences[key[0]] = self.occurrences.get(key[0], 0) + 1
-            key = (key[0], self.occurrences[key[0]])
-        if key in self.seen:
+        key = event_key(event)
+        if key in self.seen or key in self.seen_before:
             return False
-        self.seen[key] = None
-        if len(self.seen) > 10000:  # far more than the service ever lists
-            del self.seen[next(iter(self.seen))]
-        payload = dict_of(event, "payload")
-        self.branch = text_of(payload, "working_branch") or self.branch
-        self.pull_request_url = text_of(payload, "pull_request_url") or self.pull_request_url
-        self.recent = [*self.recent[-7:], text_of(event, "message")[:4000] + "\n" + text_of(payload, "error")[:4000]]
-        self.ending = self.ending or event.get("type") in _ENDING_TYPES
+        self.seen.add(key)
+        if len(self.seen) >= _SEEN:  # memory does not grow with the length of the run
+            self.seen, self.seen_before = set(), self.seen
+        payload = event.get("payload")
+        if isinstance(payload, dict):
+            if text_of(payload, "stage").startswith("git_"):  # where it says which branch is really pushed
+                self.branch = text_of(payload, "working_branch") or self.branch
+            self.pull_request_url = text_of(payload, "pull_request_url") or self.pull_request_url
+        message = event.get("message")
+        self.recent.append((message[:4000] if isinstance(message, str) else "", text_of(payload, "error")[:4000]))
+        self.ending = event.get("type") in _ENDING_TYPES
         self.last_event_at = self.clock()
         return True
 
@@ -1549,18 +1655,20 @@ class _Tail:
         A terminal status is not yet the end: the event that says why comes after it, and a run
         cancelled while it was launching can come alive again. Two such answers in a row are the end.
         """
-        changed = text_of(run, "status") != text_of(self.run, "status")
-        self.run = run or self.run
-        if text_of(run, "status") not in TERMINAL_STATUSES:
-            self.terminal_reads, self.ending = 0, False
-            return changed
-        self.terminal_reads, self.ending = self.terminal_reads + 1, True
-        if self.terminal_reads == 2:
-            self.ended_at = self.clock()
-        error = text_of(run, "error")[:4000]
-        told = not error or any(error in text for text in self.recent)
-        if self.terminal_reads > 1 and (told or self.clock() - self.ended_at >= 5.0):
-            self.verdict = self.conclude()
+        status, now = text_of(run, "status"), self.clock()
+        if not status:
+            return False
+        changed, self.run = status != text_of(self.run, "status"), run
+        if changed or status not in TERMINAL_STATUSES:
+            self.terminal_at = self.confirmed_at = None
+        if status in TERMINAL_STATUSES:
+            self.terminal_at = now if self.terminal_at is None else self.terminal_at
+            if self.confirmed_at is None and now - self.terminal_at >= 0.99 * self.interval_s:
+                self.confirmed_at = now
+            error = text_of(run, "error")[:4000]
+            told = not error or any(error in text for texts in self.recent for text in texts)
+            if self.confirmed_at is not None and (told or now - self.confirmed_at >= 5.0):
+                self.verdict = self.conclude()
         return changed
 
     def conclude(self) -> Verdict:
@@ -1571,47 +1679,40 @@ class _Tail:
 
     def good(self) -> None:
         """An answer has come."""
-        back = self.connection in ("lost", "limited") and self.failures > 0
+        back = self.connection in ("lost", "limited")
         self.connection, self.failures, self.refusals, self.retry_at = "connected", 0, 0, None
-        self.good_at, self.only_limited, self.renewed = self.clock(), True, False
+        self.good_at, self.only_limited = self.clock(), True
         if back:
             self.say("connection is back")
 
     def failed(self, error: MogplexError) -> float:
         """How long to wait after ``error``; raises it, or what it amounts to, when there is no more hope."""
-        self.failures += 1
         limited, now = isinstance(error, RateLimitedError), self.clock()
-        self.only_limited = self.only_limited and limited
-        if isinstance(error, UnauthorizedError):  # an outage of the service's database looks like this
-            if self.renew(error):
-                return 0.0
-            self.refusals += 1
-            if self.good_at is None or self.refusals >= 3:
-                raise error
-        elif not error.transient or (self.good_at is None and self.failures >= 3):
+        self.failures, self.only_limited = self.failures + 1, self.only_limited and limited
+        self.refusals += isinstance(error, UnauthorizedError)  # an outage of the service's database looks like this
+        if self.hopeless(error):
             raise error
-        elif self.good_at is not None and now - self.good_at >= GIVE_UP_S:
+        if self.good_at is not None and now - self.good_at >= GIVE_UP_S:
             kind = RateLimitedError if self.only_limited else UnavailableError
             raise kind(f"gave up after {now - self.good_at:.0f} s without a good answer; the last was: {error}",
                        code="GAVE_UP", retry_after_s=error.retry_after_s) from error
-        asked_s = error.retry_after_s if error.retry_after_s is not None and error.retry_after_s <= 3600 else None
-        wait_s = backoff_s(self.failures, self.random())
+        asked_s = error.retry_after_s if error.retry_after_s is not None and error.retry_after_s <= 3600 else 0.0
+        wait_s = max(asked_s, backoff_s(self.failures, self.random()))
         if isinstance(error, UnauthorizedError):
-            wait_s = 5.0 + wait_s
-        elif asked_s is not None:
-            wait_s = asked_s
+            wait_s += 5.0
         if limited:
             self.pace.refused()
             wait_s += self.pace.interval_s(self.random()) * self.random()  # not all at once when it is over
         self.lost("limited" if limited else "lost", now + wait_s, error)
         return wait_s
 
-    def renew(self, error: MogplexError) -> bool:
-        """Whether a sign-in was refreshed because of a 401, which is tried once between good answers."""
-        if error.status != 401 or self.renewed:
-            return False
-        self.renewed, refused = True, self.client.credential.token
-        return self.client.credential.renew(refused, lambda url, form: self.client.post_form(url, form, self.tick))
+    def hopeless(self, error: MogplexError) -> bool:
+        """Whether trying again is no use: three tries before the first answer; afterwards few errors are final."""
+        if self.good_at is None:
+            return not error.transient or self.failures >= 3
+        if isinstance(error, UnauthorizedError):
+            return self.refusals >= 3
+        return error.code == "TOO_LARGE" or 400 <= error.status < 500 and error.status not in (408, 425, 429)
 
     def lost(self, connection: str, retry_at: float, error: MogplexError) -> None:
         """Say so once, not at each failure."""
@@ -1625,28 +1726,48 @@ class _Tail:
         until = self.clock() + wait_s
         while True:
             self.tick()
-            before = self.clock()
-            if before >= until:
+            left_s = min(until - self.clock(), self.remaining_s())
+            if left_s <= 0 and self.remaining_s() > 0:
                 return
-            pause_s = min(1.0, until - before, max(0.0, self.remaining_s()))
-            self.sleep(pause_s)
-            overslept_s = self.clock() - before - pause_s
-            if overslept_s > 30 and self.good_at is not None:  # the machine was suspended: that was no outage
-                self.good_at += overslept_s
+            self.sleep(min(0.5, max(0.0, left_s)))
 
     def remaining_s(self) -> float:
         return float("inf") if self.timeout_s is None else self.started_at + self.timeout_s - self.clock()
 
     def tick(self) -> None:
-        """Called in every wait, at least once a second."""
+        """Called before every wait, at least twice a second."""
+        now = self.clock()
+        if self.good_at is not None and now - self.ticked_at > 30.0:  # the machine was suspended: that was no outage
+            self.good_at += now - self.ticked_at
+        self.ticked_at = now
         self.say("")
         if self.remaining_s() <= 0:
-            raise TailTimeout(f"timed out after {self.timeout_s:g}s waiting for terminal status", code="TIMEOUT")
+            self.final = TailTimeout(f"timed out after {self.timeout_s:g}s waiting for terminal status", code="TIMEOUT")
+            raise self.final
 
     def say(self, message: str) -> None:
-        self.on_progress(Progress(
-            self.connection, text_of(self.run, "status"), self.started_at, self.last_event_at, self.retry_at,
-            self.failures, message, self.latency_ms, self.run))
+        try:
+            self.on_progress(Progress(
+                self.connection, text_of(self.run, "status"), self.started_at, self.last_event_at, self.retry_at,
+                self.failures, message, self.latency_ms, self.run))
+        except MogplexError as error:
+            self.final = error
+            raise
+
+
+def tail(
+    client: Client, run_id: str, *, timeout_s: Optional[float] = None, limit: int = MAX_LIMIT,
+    on_progress: Callable[[Progress], None] = lambda progress: None, interval_s: float = 1.5, idle_s: float = 60.0,
+    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+    random: Callable[[], float] = random_unit,
+) -> Iterator[Union[Json, Verdict]]:
+    """Each event of a run once, as it comes, and last of all the Verdict.
+
+    It polls, or reads a stream where the service answers one, and rides out 300 s of faults
+    once it has had an answer. TailTimeout after ``timeout_s``; other MogplexErrors when the
+    service refuses, or stays away. ``on_progress`` may raise to end it.
+    """
+    yield from _Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random).items()
 
 
 # ==== Everything above this line can be copied out and used as a library. ====
@@ -1675,10 +1796,14 @@ def newline_mark(encoding: Optional[str]) -> str:
     return " \u23ce "
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # json.dumps would make one for each line
+
+
 def ndjson(record: object) -> str:
     """One line of ASCII JSON, the record as it came; ``##`` is spelled so that a CI runner sees no ``##[`` in it."""
     try:
-        return json.dumps(record, separators=(",", ":")).replace("##", "#\\u0023")
+        line = record.text if isinstance(record, Event) and record.text else _COMPACT.encode(record)
+        return line.replace("##", "#\\u0023")
     except RecursionError:
         raise InvalidResponseError("an object nested too deeply to be printed") from None
 
@@ -4204,7 +4329,8 @@ class Follower:
         self.newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
         self.drawn, self.drawn_at, self.spoke_at = "", -1.0, clock()
         self.last_lines: List[str] = []
-        self.in_section = False
+        self.lines: List[str] = []  # of what came together: a flush for each would cost more than all the rest
+        self.held, self.in_section = 0, False
 
     def run(self, timeout_s: Optional[float], limit: int = MAX_LIMIT) -> int:
         """Follow to the end; the exit code."""
@@ -4212,18 +4338,18 @@ class Follower:
         try:
             for item in tail(self.client, self.run_id, timeout_s=timeout_s or DEFAULT_TIMEOUT_S, limit=limit,
                              on_progress=self.progress, clock=self.clock):
-                self.erase()
                 if isinstance(item, Verdict):
                     return self.finish(item)
-                self.ctx.emit(ndjson(item) if self.as_json else event_line(item, self.newline))
-                self.last_lines = [*self.last_lines[-9:], event_line(item)[:300]]
+                self.show(item)
             raise AssertionError("a tail ends with its verdict")
         except TailTimeout as error:
             raise TailTimeout(f"--follow {error.message}", hint=f"resume: {self.again}") from None
         except KeyboardInterrupt:
+            self.flush()
             self.interrupted()
             raise
         finally:
+            self.flush()
             self.erase()
             self.mark_section(False)
 
@@ -4238,7 +4364,8 @@ class Follower:
         return f"mogplex runs events {self.run_id} --follow"
 
     def progress(self, progress: Progress) -> None:
-        """Called by the tail about once a second and at each change."""
+        """Called by the tail before it waits for anything, at least twice a second, and at each change."""
+        self.flush()
         if reader_left(self.ctx.stdout):
             raise BrokenPipeError
         now = self.clock()
@@ -4254,6 +4381,22 @@ class Follower:
             self.ctx.note(silence_line(progress, now))
             self.spoke_at = now
 
+    def show(self, event: Json) -> None:
+        """An event's line: it is out before the tail waits for more."""
+        line = ndjson(event) if self.as_json else event_line(event, self.newline)
+        if self.ctx.environ.get("GITHUB_ACTIONS") == "true":
+            self.last_lines = [*self.last_lines[-9:], event_line(event)[:300]]
+        self.lines.append(line)
+        self.held += len(line)
+        if self.held > 65536:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.lines:
+            lines, self.lines, self.held = self.lines, [], 0
+            self.erase()
+            self.ctx.emit("\n".join(lines))
+
     def erase(self) -> None:
         """Take the status line away before something else is written."""
         if self.drawn:
@@ -4262,6 +4405,8 @@ class Follower:
 
     def finish(self, verdict: Verdict) -> int:
         """The trailer, and what is worth knowing."""
+        self.flush()
+        self.erase()
         self.mark_section(False)
         run_id, status = sanitize(verdict.run_id), sanitize(verdict.status)
         self.ctx.emit(ndjson(verdict_json(verdict)) if self.as_json
