@@ -4782,7 +4782,7 @@ def make_parser() -> Any:
     for command in commands():
         group, _, word = command.name.rpartition(" ")
         if group not in parsers:
-            parsers[group] = words[""].add_parser(group)
+            parsers[group] = words[""].add_parser(group, help=f"Commands of mogplex {group}.")  # shtab wants one
         if group not in words:
             words[group] = parsers[group].add_subparsers()
         parsers[command.name] = words[group].add_parser(
