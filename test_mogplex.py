@@ -1004,7 +1004,7 @@ def test_signs_of_life_as_text() -> None:
 
 NOW = 1795608000.0  # 2026-11-25T12:00:00Z
 SHOWN = {"runId": "7f2c41aa-0000-4000-8000-000000000001", "harness": "codex", "status": "streaming", "repoId": "r1",
-       "createdAt": "2026-11-25T11:47:19Z", "updatedAt": "2026-11-25T11:59:00Z", "branch": {"base": "main"}}
+         "createdAt": "2026-11-25T11:47:19Z", "updatedAt": "2026-11-25T11:59:00Z", "branch": {"base": "main"}}
 EVENTS: List[Dict[str, Any]] = [
     {"type": "started", "message": "External Mogplex run accepted", "createdAt": "2026-11-25T11:47:20.1Z"},
     {"type": "log", "message": "Synchronized mogplex/agent-7f2c41aa", "createdAt": "2026-11-25T11:47:24Z",
@@ -1049,7 +1049,7 @@ BUSY = [
 ]
 ENDED_BADLY = BUSY + [
     ("event", SHOWN["runId"], {"type": "failed", "message": "External Mogplex run failed",
-                             "payload": {"error": "Sandbox launch failed"}, "createdAt": "2026-11-25T11:59:00Z"}),
+                               "payload": {"error": "Sandbox launch failed"}, "createdAt": "2026-11-25T11:59:00Z"}),
     ("verdict", SHOWN["runId"], mogplex.Verdict(
         SHOWN["runId"], "failed", "", "", "", True, 1.0, {**SHOWN, "status": "failed", "error": "Sandbox launch failed"}))]
 NASTY = [
@@ -1205,7 +1205,7 @@ GOLDEN = {
                           │
 ──────────────────────────┴─────────────────────────────────────────────────────────────────────────
  ›
- type to search · ↑ ↓ move · Enter choose · Esc close
+ type to search · ↑ ↓ move · Enter open · Esc close
 """,
     ("empty", 80, 24): """
  mogplex │ no repository: /repo │ codex                          │ ◌ connecting
@@ -1327,7 +1327,7 @@ def test_a_conversation_goes_on_on_the_branch_that_was_delivered() -> None:
     state = played(*BUSY, ("event", SHOWN["runId"], delivery))
     body = played(*BUSY, ("event", SHOWN["runId"], delivery), *typed("more")).effects[0][2]
     assert (body["baseBranch"], body["workingBranch"], body["createBranch"]) == ("main", "mogplex/a", False)
-    following = mogplex.update(state, ("started", {**SHOWN, "runId": "b"}, {"id": "b"}))
+    following = mogplex.update(state, ("started", {**SHOWN, "runId": "b"}, "more", "acme/web"))
     assert following.delivered == "mogplex/a" and following.run_id == "b"
     for message in typed("/new"):
         following = mogplex.update(following, message)
