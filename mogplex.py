@@ -2035,7 +2035,8 @@ class State(NamedTuple):
 def status_of(record: Json) -> Tuple[str, str, str]:
     """(glyph, word, style) of a run or a sandbox."""
     word = harmless(record.get("status"), 20)
-    return (*STATUSES.get(word, ("○", "dim"))[:1], word or "unknown", STATUSES.get(word, ("○", "dim"))[1])
+    glyph, style = STATUSES.get(word, ("○", "dim"))
+    return glyph, word, style
 
 
 def run_label(run: Json) -> str:
@@ -2544,6 +2545,8 @@ def on_error(state: State, source: str, argument: str, error: MogplexError) -> S
         state = state._replace(failures=state.failures + 1, trouble=text)
     if source == "watch":
         return state._replace(adrift=True).say(text, "bad")
+    if source == "poll" and not isinstance(error, (UnavailableError, RateLimitedError)):
+        state = noted(state, argument, {"status": "unknown"})
     if source == "start" and not state.text:
         state = state.write(argument)
     if state.drawer and state.drawer.kind == source:
@@ -2571,7 +2574,7 @@ def on_tick(state: State) -> State:
         state = state._replace(adrift=False, entries=()).ask("watch", state.run_id)
     if beat % 2 == 0:
         others = [("run", text_of(run, "id")) for run in state.runs[:20]
-                  if run.get("status") not in TERMINAL_STATUSES and run.get("id") != state.run_id]
+                  if run.get("status") not in (*TERMINAL_STATUSES, "unknown") and run.get("id") != state.run_id]
         return state.ask("poll", *(others + [("sandboxes", "")])[beat // 2 % (len(others) + 1)])
     return state if busy or not state.run_id else state.ask("poll", "run", state.run_id)
 
@@ -2733,7 +2736,7 @@ def header(state: State, width: int) -> Row:
 
 def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
     """(position in listed() or -1, row) of each row of the rail."""
-    active = sum(run.get("status") not in TERMINAL_STATUSES for run in state.runs)
+    active = sum(run.get("status") not in (*TERMINAL_STATUSES, None, "unknown") for run in state.runs)
     focused = state.focus == "rail" and not state.drawer
     title = "key" if focused else "bold"
     lines: List[Tuple[int, Row]] = [
@@ -3184,7 +3187,7 @@ class Desk:
             if isinstance(error, UnauthorizedError) and self.connection is None:
                 self.post("signed out", str(error))
             else:
-                what = arguments[:2] if name == "fetch" else (name, *arguments, "")[:2]
+                what = {"fetch": arguments, "poll": (name, *arguments[1:])}.get(name, (name, *arguments, ""))[:2]
                 self.post("error", *what, error)
         return None
 
@@ -3369,6 +3372,8 @@ def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str,
     tasks = tuple(dict.fromkeys(text_of(run, "task") for run in runs.values() if text_of(run, "task")))
     state = State(base_url=base_url, now=time.time(), runs=newest, history=tasks, wanted=wanted).write(text)
     state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
+    for run in newest[:8]:
+        state = state.ask("poll", "run", text_of(run, "id"))
     if run_id:
         state = attach(state, text_of(newest[0], "id") if run_id == "@last" and newest else run_id)
     if text:
@@ -3423,7 +3428,6 @@ def run_cockpit(
             with contextlib.suppress(OSError):
                 print(f"mogplex runs events {harmless(shell.state.run_id)} --follow", flush=True)
     return code
-
 
 
 # ---------------------------------------------------------------- 8. Demo

@@ -1091,147 +1091,171 @@ def drawn(state: mogplex.State, width: int, height: int) -> str:
     return "\n".join("".join(text for text, _ in row).rstrip() for row in rows)
 
 
-GOLDEN = {
+GOLDEN = {  # each row after a |
     ("busy", 120, 40): """
- mogplex │ acme/web ⎇ mogplex/agent-7f2c41aa │ codex │ ▶ STREAMING 12:41                               │ ● nominal 84ms
- RUNS 4 · 2 active               │ TIMELINE 7f2c41aa  FOLLOW · all types · 3 events
- ▸▶ 7f2c (task no… streaming 12m │ 11:47:20  started            External Mogplex run accepted
-  ▶ 7e9a bump deps streaming  8m │ 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
-  ✓ 7d10 docs        success  8m │ 11:58:00  status_changed     Harness run streaming
-  ✗ 7c02 e2e tests f… failed  8m │           … agent working, last event 2m ago
- SANDBOXES 2                     │
-  ● main                 running │
-  ○ fix/tax                error │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-                                 │
-─────────────────────────────────┴──────────────────────────────────────────────────────────────────────────────────────
- ›
- Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
+| mogplex │ acme/web ⎇ mogplex/agent-7f2c41aa │ codex │ ▶ STREAMING 12:41                               │ ● nominal 84ms
+| RUNS 4 · 2 active               │ TIMELINE 7f2c41aa  FOLLOW · all types · 3 events
+| ▸▶ 7f2c (task no… streaming 12m │ 11:47:20  started            External Mogplex run accepted
+|  ▶ 7e9a bump deps streaming  8m │ 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
+|  ✓ 7d10 docs        success  8m │ 11:58:00  status_changed     Harness run streaming
+|  ✗ 7c02 e2e tests f… failed  8m │           … agent working, last event 2m ago
+| SANDBOXES 2                     │
+|  ● main                 running │
+|  ○ fix/tax                error │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|                                 │
+|─────────────────────────────────┴──────────────────────────────────────────────────────────────────────────────────────
+| ›
+| Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
 """,
     ("failed", 80, 24): """
- mogplex │ acme/web ⎇ mogplex/… │ codex │ ✗ FAILED 11:41      │ ○ degraded 84ms
- !! run 7f2c41aa failed: Sandbox launch failed      [Enter] open  [Esc] dismiss
- RUNS 4 ▸✗ 7f2c failed (task not known)  ▶ 7e9a streaming bump deps  SANDBOXES 2
- TIMELINE 7f2c41aa  FOLLOW · all types · 4 events
- 11:47:20  started            External Mogplex run accepted
- 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
- 11:58:00  status_changed     Harness run streaming
- 11:59:00  failed             External Mogplex run failed: Sandbox launch failed
-           ✗ failed · the service lists no later events of this run
-
-
-────────────────────────────────────────────────────────────────────────────────
- ›
- Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
+| mogplex │ acme/web ⎇ mogplex/… │ codex │ ✗ FAILED 11:41      │ ○ degraded 84ms
+| !! run 7f2c41aa failed: Sandbox launch failed      [Enter] open  [Esc] dismiss
+| RUNS 4 ▸✗ 7f2c failed (task not known)  ▶ 7e9a streaming bump deps  SANDBOXES 2
+| TIMELINE 7f2c41aa  FOLLOW · all types · 4 events
+| 11:47:20  started            External Mogplex run accepted
+| 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
+| 11:58:00  status_changed     Harness run streaming
+| 11:59:00  failed             External Mogplex run failed: Sandbox launch failed
+|           ✗ failed · the service lists no later events of this run
+|
+|
+|
+|
+|
+|
+|
+|
+|
+|
+|
+|
+|────────────────────────────────────────────────────────────────────────────────
+| ›
+| Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
 """,
     ("hostile", 59, 20): """
- mogplex │ ○ ODD                               │ ✗ offline
- !! No answer from the service, trying again by itself: n…
- RUNS 1 ▸○ nope odd (task not known)
- TIMELINE nope  FOLLOW · all types · 3 events
- log    : :error:: ⏎ first ⏎ sécond 日本語👩👧  ⏎  very ve…
- event
- 7
- … agent working, last event 0s ago
-
-
-───────────────────────────────────────────────────────────
- ›
- Enter send · Tab pane · ^P palette · ^F filter · F1 help …
+| mogplex │ ○ ODD                               │ ✗ offline
+| !! No answer from the service, trying again by itself: n…
+| RUNS 1 ▸○ nope odd (task not known)
+| TIMELINE nope  FOLLOW · all types · 3 events
+| log    : :error:: ⏎ first ⏎ sécond 日本語👩👧  ⏎  very ve…
+| event
+| 7
+| … agent working, last event 0s ago
+|
+|
+|
+|
+|
+|
+|
+|
+|
+|───────────────────────────────────────────────────────────
+| ›
+| Enter send · Tab pane · ^P palette · ^F filter · F1 help …
 """,
     ("busy", 30, 8): """
- ▶ STREAMING │ ● nominal 84ms
- TIMELINE 7f2c41aa  FOLLOW · …
- log    Synchronized mogplex/…
- state  Harness run streaming
- … agent working, last event …
-──────────────────────────────
- ›
- Enter send · Tab pane · ^P p…
+| ▶ STREAMING │ ● nominal 84ms
+| TIMELINE 7f2c41aa  FOLLOW · …
+| log    Synchronized mogplex/…
+| state  Harness run streaming
+| … agent working, last event …
+|──────────────────────────────
+| ›
+| Enter send · Tab pane · ^P p…
 """,
     ("signed out", 60, 12): """
- mogplex │ no repository: /repo              │ ○ signed out
- RUNS 0                                          SANDBOXES 0
-   Sign in to Mogplex
-   https://www.mogplex.com
-
-   Enter            opens your browser, and comes back here…
-   paste a token    then Enter; tokens are made at
-                    https://www.mogplex.com/settings/api-ke…
-
-────────────────────────────────────────────────────────────
- › ••••••••••
- Enter open the browser · or paste a token, then Enter · ^C…
+| mogplex │ no repository: /repo              │ ○ signed out
+| RUNS 0                                          SANDBOXES 0
+|   Sign in to Mogplex
+|   https://www.mogplex.com
+|
+|   Enter            opens your browser, and comes back here…
+|   paste a token    then Enter; tokens are made at
+|                    https://www.mogplex.com/settings/api-ke…
+|
+|────────────────────────────────────────────────────────────
+| › ••••••••••
+| Enter open the browser · or paste a token, then Enter · ^C…
 """,
     ("drawer", 100, 16): """
- mogplex │ acme/web ⎇ mogplex/agent-7… │ codex │ ▶ STREAMING 12:41                 │ ● nominal 84ms
- RUNS 4 · 2 active        │ PALETTE  /sbx                                          1/3 · Esc closes
- ▸▶ 7f2c (task… streaming │ /sandboxes        the sandboxes in the cloud
-  ▶ 7e9a bump … streaming │ /new              go back to the base branch for the next task
-  ✓ 7d10 docs     success │ /logs             the logs of a sandbox
-  ✗ 7c02 e2e test… failed │
- SANDBOXES 2              │
-  ● main          running │
-  ○ fix/tax         error │
-                          │
-                          │
-                          │
-                          │
-──────────────────────────┴─────────────────────────────────────────────────────────────────────────
- ›
- type to search · ↑ ↓ move · Enter open · Esc close
+| mogplex │ acme/web ⎇ mogplex/agent-7… │ codex │ ▶ STREAMING 12:41                 │ ● nominal 84ms
+| RUNS 4 · 2 active        │ PALETTE  /sbx                                          1/3 · Esc closes
+| ▸▶ 7f2c (task… streaming │ /sandboxes        the sandboxes in the cloud
+|  ▶ 7e9a bump … streaming │ /new              go back to the base branch for the next task
+|  ✓ 7d10 docs     success │ /logs             the logs of a sandbox
+|  ✗ 7c02 e2e test… failed │
+| SANDBOXES 2              │
+|  ● main          running │
+|  ○ fix/tax         error │
+|                          │
+|                          │
+|                          │
+|                          │
+|──────────────────────────┴─────────────────────────────────────────────────────────────────────────
+| ›
+| type to search · ↑ ↓ move · Enter open · Esc close
 """,
     ("empty", 80, 24): """
- mogplex │ no repository: /repo │ codex                          │ ◌ connecting
- RUNS 0                                                              SANDBOXES 0
-
-
-   Nothing is shown yet.
-
-   Type what is to be done and press Enter:
-   codex does it in the cloud (/repo says where).
-
-   /repo     another repository
-   /attach   watch a run started elsewhere
-   /help     every key and command
-
-
-────────────────────────────────────────────────────────────────────────────────
- ›
- Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
+| mogplex │ no repository: /repo │ codex                          │ ◌ connecting
+| RUNS 0                                                              SANDBOXES 0
+|
+|
+|
+|   Nothing is shown yet.
+|
+|   Type what is to be done and press Enter:
+|   codex does it in the cloud (/repo says where).
+|
+|   /repo     another repository
+|   /attach   watch a run started elsewhere
+|   /help     every key and command
+|
+|
+|
+|
+|
+|
+|
+|
+|────────────────────────────────────────────────────────────────────────────────
+| ›
+| Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
 """,
 }
 
 
 @pytest.mark.parametrize("name, width, height", list(GOLDEN), ids=lambda value: str(value))
 def test_a_screen_looks_so(name: str, width: int, height: int) -> None:
-    assert drawn(STATES[name], width, height) == GOLDEN[name, width, height].strip("\n")
+    assert "\n|" + drawn(STATES[name], width, height).replace("\n", "\n|") + "\n" == GOLDEN[name, width, height]
 
 
 @pytest.mark.parametrize("name", sorted(STATES))
