@@ -1011,7 +1011,7 @@ EVENTS: List[Dict[str, Any]] = [
      "payload": {"stage": "git_sync", "working_branch": "mogplex/agent-7f2c41aa"}},
     {"type": "status_changed", "message": "Harness run streaming", "createdAt": "2026-11-25T11:58:00+00:00"},
 ]
-HOSTILE = {
+HOSTILE_EVENT = {
     "type": "\x1b]0;owned\x07log", "createdAt": ["never"], "payload": {"stage": "git_sync", "working_branch": {}},
     "message": "\x1b[2J\x9b31m::error::\rfirst\nse\u0301cond \u202e日本語\u200d👩\u200d👧 \x85\x00 " + "very " * 3000 + "long"}
 SANDBOXES = [{"id": "s1", "status": "running", "working_branch": "main", "repo_id": "r1"},
@@ -1055,8 +1055,8 @@ ENDED_BADLY = BUSY + [
 NASTY = [
     ("fetched", "repos", "", [{"id": 7, "full_name": "acme/\x1b[31mweb\x07", "default_branch": None}, {"x": []}], 9e9),
     ("fetched", "sandboxes", "", [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}], 1.0),
-    *typed("/attach \x1b]52;c;x\x07nope"), ("event", "nope", HOSTILE), ("event", "nope", {}),
-    ("event", "nope", {**HOSTILE, "type": 7, "message": ["no", "text"]}),
+    *typed("/attach \x1b]52;c;x\x07nope"), ("event", "nope", HOSTILE_EVENT), ("event", "nope", {}),
+    ("event", "nope", {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]}),
     ("progress", "nope", progress(run={"status": "\x1b[2Jodd", "createdAt": 7, "branch": "x"}, failures=3,
                                   message="no\x1b answer"), 0.0)]
 RUNS = (remembered(0x7e9a, "bump deps", status="streaming"), remembered(0x7d10, "docs", status="success"),
@@ -1528,6 +1528,12 @@ def cockpit(demo: mogplex.DemoServer, tmp_path: Any) -> Iterator[Callable[..., T
         yield start
 
 
+def seeded(demo: mogplex.DemoServer, status: str) -> str:
+    """The id of a run of the demo service that stands so."""
+    with mogplex.Client(demo.token, demo.url) as client:
+        return next(run["id"] for run in demo.seeded_runs if client.run(run["id"])["status"] == status)
+
+
 def test_a_run_is_started_followed_exported_and_left(cockpit: Callable[..., Terminal], tmp_path: Any) -> None:
     terminal = cockpit().until("acme/web ⎇ main").send("fix the flaky test\r").until("Run started.")
     terminal.until("SUCCESS").until("Pull request ready").until("FOLLOW").until("success · o opens https://github.com")
@@ -1540,8 +1546,7 @@ def test_a_run_is_started_followed_exported_and_left(cockpit: Callable[..., Term
 
 
 def test_panes_filter_palette_and_drawers(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
-    done = next(run["id"] for run in demo.seeded_runs if demo.service._run(demo.service.runs[run["id"]])["status"] == "success")
-    terminal = cockpit(attach=done, width=120, height=30).until("SUCCESS").until("Harness run finished")
+    terminal = cockpit(attach=seeded(demo, "success"), width=120, height=30).until("SUCCESS").until("Harness run finished")
     terminal.send("\t").until("j k move").send("kk").until("PAUSED").send("\r").until("EVENT").until('"payload"')
     terminal.send("\x1b").until("PAUSED").send("f").until("FOLLOW").send("/").until("type to filter").send("synchron")
     terminal.until("filter: synchron · 1 events").send("\x1b").until("all types")
@@ -1552,8 +1557,7 @@ def test_panes_filter_palette_and_drawers(cockpit: Callable[..., Terminal], demo
 
 
 def test_kill_asks_first(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
-    going = next(run["id"] for run in demo.seeded_runs if demo.service._run(demo.service.runs[run["id"]])["status"] == "streaming")
-    terminal = cockpit(attach=going).until("STREAMING").send("/kill\r").until("y yes").send("n").until("Not cancelled")
+    terminal = cockpit(attach=seeded(demo, "streaming")).until("STREAMING").send("/kill\r").until("y yes").send("n").until("Not cancelled")
     terminal.send("\t").until("j k move").send("x").until("y yes").send("y").until("CANCELLED").until("Mogplex run cancelled")
     terminal.send("q")
     terminal.ended(0)
@@ -1604,7 +1608,7 @@ def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Term
     def reply(number: int, request: str, connection: socket.socket) -> bytes:
         run = {**SHOWN, "status": "streaming", "harness": "\x1b[5mx", "error": "\x9b31m"}
         records = [{"id": "r\x1b1", "full_name": "acme/\x1b[2Jweb"}]
-        return ok({"run": run, "events": [{**HOSTILE, "id": "1"}], "repos": records, "sandboxes": [
+        return ok({"run": run, "events": [{**HOSTILE_EVENT, "id": "1"}], "repos": records, "sandboxes": [
             {"id": "s", "status": "\x1b]0;x\x07", "working_branch": "\x1bc\x9b2J"}]})
     with RawServer(reply) as server:
         terminal = cockpit(attach="x", url=server.url, width=120).until("first").until("日本語").until("acme/web")
