@@ -1990,6 +1990,7 @@ class State(NamedTuple):
     heard_at: float = 0.0       # when the newest of them happened
     over: bool = False          # the verdict is in
     adrift: bool = False        # its tail gave up, and is to be tried again
+    stale: bool = False         # its tail began anew: the next event is the first once more
     truncated: bool = False
     at: int = 0                 # the selected entry, counted among those that pass the filter
     top: int = 0
@@ -2136,8 +2137,14 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, truncated=False, pushed="",
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False, pushed="",
         pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
+
+
+def connected(state: State) -> State:
+    """With everything asked for anew: the credential, the lists, and the shown run."""
+    state = state._replace(stale=True).ask("connect").ask("fetch", "repos", "").ask("poll", "sandboxes", "")
+    return state.ask("watch", state.run_id) if state.run_id else state
 
 
 def attach(state: State, wanted: str) -> State:
@@ -2318,7 +2325,7 @@ def send(state: State) -> State:
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
     if not state.signed_in:
-        return state._replace(sign_in_url="").ask("stop" if state.sign_in_url else "connect")
+        return state._replace(sign_in_url="").ask("stop") if state.sign_in_url else connected(state)
     return state._replace(alerts=state.alerts[1:], filter="" if not state.alerts else state.filter)
 
 
@@ -2495,7 +2502,8 @@ def on_event(state: State, run_id: str, event: Json) -> State:
         url = text_of(payload, "pull_request_url")
         state = state._replace(pushed=pushed, pull_request=url or state.pull_request,
                                delivered=pushed if url or payload.get("changed") is True else state.delivered)
-    return state._replace(entries=state.entries + (entry,), heard_at=seconds or state.now)
+    known = () if state.stale else state.entries
+    return state._replace(entries=(*known, entry), stale=False, heard_at=seconds or state.now)
 
 
 def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
@@ -2571,7 +2579,7 @@ def on_tick(state: State) -> State:
     if drawer and drawer.error:
         state = state.ask("fetch", drawer.kind, drawer.argument)
     if state.adrift:
-        state = state._replace(adrift=False, entries=()).ask("watch", state.run_id)
+        state = state._replace(adrift=False, stale=True).ask("watch", state.run_id)
     if beat % 2 == 0:
         others = [("run", text_of(run, "id")) for run in state.runs[:20]
                   if run.get("status") not in (*TERMINAL_STATUSES, "unknown") and run.get("id") != state.run_id]
@@ -2580,6 +2588,29 @@ def on_tick(state: State) -> State:
 
 
 # -- Drawers: tables of records, and texts
+
+
+class Layout(NamedTuple):
+    """Where things are: the body, which is the timeline or a drawer with its title, and the rail beside it."""
+
+    rail: int      # columns of the rail, its edge included; 0: there is none
+    strip: bool    # runs and sandboxes in one row above the body
+    top: int       # the body's first row
+    rows: int      # rows of the body
+    composer: int  # rows of the composer
+
+
+def layout(state: State, width: int, height: int) -> Layout:
+    lines = state.text.count("\n") + 1 + len(state.text) // max(1, width - 4)
+    rail, composer = 0 if width < 100 else 27 if width < 120 else 34, max(1, min(lines, height // 4, 8))
+    strip = not rail and height >= 12
+    top = 1 + strip + bool(alerts_of(state))
+    return Layout(rail, strip, top, height - top - composer - 2, composer)
+
+
+def scrolled(at: int, top: int, rows: int) -> int:
+    """The first line to show, so that line ``at`` is among ``rows``; moved no further than needed."""
+    return max(0, at - max(1, rows) + 1, min(top, at))
 
 
 def folded(text: str, width: int) -> Iterator[Item]:
@@ -2629,8 +2660,9 @@ TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple
     "palette": ("PALETTE", lambda state, _: everything(state), (("id", 16), ("does", 90)), ""),
     "runs": ("RUNS", lambda state, _: state.runs, (
         ("id", 8), ("status", 11), ("repo", 18), ("time", 16), ("task", 90)), "/attach "),
-    "sandboxes": ("SANDBOXES", lambda state, _: state.sandboxes, (
-        ("id", 8), ("status", 12), ("working_branch", 26), ("preview_url", 40), ("error", 60)), "/logs "),
+    "sandboxes": ("SANDBOXES", lambda state, _: [
+        {**one, "branch": branch_of(one), "detail": one.get("error") or one.get("preview_url")}
+        for one in state.sandboxes], (("id", 8), ("status", 12), ("branch", 24), ("detail", 90)), "/logs "),
     "repos": ("REPOSITORY", lambda state, data: data or state.repos, (
         ("full_name", 40), ("default_branch", 30)), "/repo "),
     "branches": ("BRANCH", lambda state, _: branches(state), (("id", 80),), "/branch "),
@@ -2650,7 +2682,8 @@ def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
     """One line of a table."""
     line = ""
     for key, width in columns:
-        text = fit(" ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key)), width)
+        text = " ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key))
+        text = text[:8] if (key, width) == ("id", 8) else fit(text, width)
         line += text + " " * (width - width_of(text) + 2)
     return line.rstrip()
 
@@ -2672,29 +2705,6 @@ def filled(state: State) -> State:
 
 
 # -- View: the state as rows of styled text
-
-
-class Layout(NamedTuple):
-    """Where things are: the body, which is the timeline or a drawer with its title, and the rail beside it."""
-
-    rail: int      # columns of the rail, its edge included; 0: there is none
-    strip: bool    # runs and sandboxes in one row above the body
-    top: int       # the body's first row
-    rows: int      # rows of the body
-    composer: int  # rows of the composer
-
-
-def layout(state: State, width: int, height: int) -> Layout:
-    lines = state.text.count("\n") + 1 + len(state.text) // max(1, width - 4)
-    rail, composer = 0 if width < 100 else 27 if width < 120 else 34, max(1, min(lines, height // 4, 8))
-    strip = not rail and height >= 12
-    top = 1 + strip + bool(alerts_of(state))
-    return Layout(rail, strip, top, height - top - composer - 2, composer)
-
-
-def scrolled(at: int, top: int, rows: int) -> int:
-    """The first line to show, so that line ``at`` is among ``rows``; moved no further than needed."""
-    return max(0, at - max(1, rows) + 1, min(top, at))
 
 
 def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -> Row:
@@ -2941,8 +2951,8 @@ MESSAGES: Dict[str, Callable[..., State]] = {
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
     "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
-    "signed in": lambda state: state._replace(signed_in=True, sign_in_url="", refused="").say("Signed in.", "ok").ask(
-        "connect"),
+    "signed in": lambda state: connected(state._replace(signed_in=True, sign_in_url="", refused="").say(
+        "Signed in.", "ok")),
 }
 
 
@@ -3042,6 +3052,12 @@ def sliced(sent: str, final: bool, resolve: Callable[[str], str]) -> Tuple[List[
     return messages, sent
 
 
+def to_ascii(text: str) -> str:
+    """Each glyph as its fallback, anything else as question marks of the same width."""
+    return text if text.isascii() else "".join(
+        char if char.isascii() else "?" * text_width(char) for char in text.translate(GLYPHS))
+
+
 class Screen:
     """The terminal: its modes, what it sends, what it shows. Only one thread may use it."""
 
@@ -3138,12 +3154,6 @@ class Screen:
         return messages
 
 
-def to_ascii(text: str) -> str:
-    """Each glyph as its fallback, anything else as question marks of the same width."""
-    return text if text.isascii() else "".join(
-        char if char.isascii() else "?" * text_width(char) for char in text.translate(GLYPHS))
-
-
 class Switch(Exception):
     """Raised inside a tail: leave it for the job in ``args``."""
 
@@ -3178,7 +3188,7 @@ class Desk:
     def do(self, name: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
         """Do one job, and post what it answers; the job that it was left for, if any."""
         try:
-            message = JOBS[name](self, *arguments)
+            message = self.facts["jobs"][name](self, *arguments)
             if message:
                 self.post(*message)
         except Switch as switch:
@@ -3284,7 +3294,7 @@ class Shell:
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.poller, self.actions = Desk(self.post, **facts), Desk(self.post, **facts)
+        self.poller, self.actions = (Desk(self.post, jobs=JOBS, **facts) for _ in range(2))
 
     def post(self, *message: Any) -> None:
         """A message from any thread, or from a signal handler."""
@@ -3341,8 +3351,6 @@ class Shell:
     def do_connect(self) -> None:
         for desk in (self.poller, self.actions):
             desk.jobs.put(("connect",))
-        self.actions.jobs.put(("fetch", "repos", ""))
-        self.poller.jobs.put(("watch", self.state.run_id) if self.state.run_id else ("poll", "sandboxes", ""))
 
     def do_suspend(self) -> None:
         """Ctrl+Z: the terminal goes back to the shell, and the whole job stops, as the shell expects."""

@@ -1385,6 +1385,15 @@ def test_alerts_leave_with_their_cause() -> None:
     assert "lapses in 5m" in drawn(played(("lapses", NOW + 300)), 120, 40)
 
 
+def test_a_tail_that_begins_anew_shows_no_event_twice() -> None:
+    state = played(*BUSY, ("error", "watch", SHOWN["runId"], mogplex.UnavailableError("no answer")))
+    state = mogplex.update(state._replace(now=NOW + 5), ("tick",))
+    assert ("watch", SHOWN["runId"]) in state.effects and len(state.entries) == 3
+    for event in EVENTS:
+        state = mogplex.update(state, ("event", SHOWN["runId"], event))
+    assert [entry.event for entry in state.entries] == EVENTS
+
+
 def test_a_drawer_says_that_the_network_is_dead_and_recovers() -> None:
     state = played(*typed("/agents"), ("error", "agents", "", mogplex.UnavailableError("no answer")))
     assert "no answer · trying again by itself" in drawn(state, 80, 24)
