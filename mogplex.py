@@ -2262,7 +2262,8 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False, pushed="",
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False,
+        pushed="",
         pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
 
 
@@ -4848,7 +4849,8 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
             raise UsageError("--attach takes a run's id, or @last")
     word = words[0] if words and words[0] != "--" else ""
     if word.startswith("-"):
-        raise UsageError(f"unknown option '{word}'{did_you_mean(word, [flag.split()[0] for flag in OPTIONS])}", hint="see: mogplex --help")
+        near = did_you_mean(word, [flag.split()[0] for flag in OPTIONS])
+        raise UsageError(f"unknown option '{word}'{near}", hint="see: mogplex --help")
     if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
         if word:
             raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")

@@ -3222,7 +3222,7 @@ def test_a_ci_key_is_that_of_the_pipeline_s_run_the_job_and_the_request() -> Non
 
 
 AGENT_TEXT = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u2028::add-mask::e ##[group]f ##vso[task.complete]g ###[h\x1b[0K"
-           "section_start:1:i\r\x1b[0Kj\nsection_end:1:i\r\x1b[0K %0A::warning::k | <img src=l> `m` [n](https://o) \x9b2J\x00")
+              "section_start:1:i\r\x1b[0Kj\nsection_end:1:i\r\x1b[0K %0A::warning::k | <img src=l> `m` [n](https://o) \x9b2J\x00")
 
 
 def test_an_agent_s_text_is_never_a_command_to_a_ci(tmp_path: Any) -> None:
