@@ -2035,7 +2035,7 @@ HINTS = {
     "composer": "Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit",
     "timeline": "j k move · Enter details · f follow · / filter · y copy · o open · x kill · ? help · q quit",
     "rail": "j k move · Enter open · Tab composer · : palette · ? help · q quit",
-    "filter": "type to filter · Enter keep · Esc clear", "drawer": "type to search · ↑ ↓ move · Enter choose · Esc close",
+    "filter": "type to filter · Enter keep · Esc clear", "drawer": "type to search · ↑ ↓ move · Enter open · Esc close",
     "signed out": "Enter open the browser · or paste a token, then Enter · ^C ^C quit",
 }
 width_of = functools.lru_cache(8192)(text_width)  # every frame measures mostly what the last one did
@@ -2117,6 +2117,7 @@ class State(NamedTuple):
     heard_at: float = 0.0       # when the newest of them happened
     over: bool = False          # the verdict is in
     adrift: bool = False        # its tail gave up, and is to be tried again
+    stale: bool = False         # its tail began anew: the next event is the first once more
     truncated: bool = False
     at: int = 0                 # the selected entry, counted among those that pass the filter
     top: int = 0
@@ -2146,6 +2147,10 @@ class State(NamedTuple):
         """With this text in the composer."""
         return self._replace(text=text, cursor=len(text) if cursor is None else cursor, focus="composer")
 
+    def shift(self, **changes: Any) -> State:
+        """With the open drawer changed."""
+        return self._replace(drawer=self.drawer and self.drawer._replace(**changes))
+
     def open(self, kind: str, argument: str = "", data: Any = None) -> State:
         """With a drawer open, and what it shows asked for."""
         state = self._replace(drawer=Drawer(kind, argument, data), focus=self.focus.replace("filter", "composer"))
@@ -2158,11 +2163,8 @@ class State(NamedTuple):
 def status_of(record: Json) -> Tuple[str, str, str]:
     """(glyph, word, style) of a run or a sandbox."""
     word = harmless(record.get("status"), 20)
-    return (*STATUSES.get(word, ("○", "dim"))[:1], word or "unknown", STATUSES.get(word, ("○", "dim"))[1])
-
-
-def short_id(record: Json) -> str:
-    return harmless(record.get("id"), 8)
+    glyph, style = STATUSES.get(word, ("○", "dim"))
+    return glyph, word, style
 
 
 def run_label(run: Json) -> str:
@@ -2176,10 +2178,6 @@ def branch_of(record: Json) -> str:
 def base_branch(state: State) -> str:
     """The branch that the next run starts from, as far as it is known."""
     return state.branch or harmless(state.repo.get("default_branch")) or "main"
-
-
-def is_active(run: Json) -> bool:
-    return run.get("status") not in TERMINAL_STATUSES
 
 
 def passing(state: State) -> Sequence[Entry]:
@@ -2240,7 +2238,8 @@ def alerts_of(state: State) -> List[Tuple[str, str]]:
 def target_url(state: State) -> str:
     """The pull request of the shown run, else the preview of its sandbox, else the web page."""
     ids = {text_of(state.run, "sandboxRecordId"), text_of(state.run, "sandboxId")} - {"", "pending"}
-    urls = [state.pull_request] + [text_of(sandbox, "preview_url") for sandbox in state.sandboxes if text_of(sandbox, "id") in ids]
+    mine = (sandbox for sandbox in state.sandboxes if text_of(sandbox, "id") in ids)
+    urls = [state.pull_request, *(text_of(sandbox, "preview_url") for sandbox in mine)]
     return next((url for url in urls if url.startswith("https://")), state.base_url)
 
 
@@ -2265,8 +2264,14 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, truncated=False, pushed="", pull_request="",
-        at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False, pushed="",
+        pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
+
+
+def connected(state: State) -> State:
+    """With everything asked for anew: the credential, the lists, and the shown run."""
+    state = state._replace(stale=True).ask("connect").ask("fetch", "repos", "").ask("poll", "sandboxes", "")
+    return state.ask("watch", state.run_id) if state.run_id else state
 
 
 def attach(state: State, wanted: str) -> State:
@@ -2300,8 +2305,7 @@ def choose_repo(state: State, name: str) -> State:
     parts = [repo for repo in state.repos if name == text_of(repo, "full_name").rpartition("/")[2]]
     found = exact or parts or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
     if not name or len(found) != 1:
-        state = state.open("repos")
-        return state._replace(drawer=state.drawer and state.drawer._replace(query=name))
+        return state.open("repos").shift(query=name)
     state = state._replace(repo=found[0], branch="", delivered="")
     return state.say(f"The next run starts on {harmless(found[0].get('full_name'))}, branch {base_branch(state)}.")
 
@@ -2324,11 +2328,8 @@ def export(state: State, words: str) -> State:
     return state.ask("export", path, export_text(state, form))
 
 
-def drawer(kind: str) -> Callable[[State, str], State]:
-    return lambda state, _: state.open(kind)
-
-
-COMMANDS: Dict[str, Tuple[str, str, Callable[[State, str], State]]] = {  # what follows, what it does, how
+# What follows it, what it does, and how: a function, or the drawer that it opens.
+COMMANDS: Dict[str, Tuple[str, str, Union[str, Callable[[State, str], State]]]] = {
     "run": ("TASK", "start a run; typing the task alone does the same", begin),
     "repo": ("[NAME]", "choose the repository that runs start on", choose_repo),
     "branch": ("[NAME]", "choose the branch that runs start from", lambda state, name: state._replace(
@@ -2339,20 +2340,20 @@ COMMANDS: Dict[str, Tuple[str, str, Callable[[State, str], State]]] = {  # what 
         delivered="").say(f"The next task starts from {base_branch(state)} again.")),
     "attach": ("RUN", "watch a run, also one that was started elsewhere", attach),
     "kill": ("", "cancel the shown run, after a yes", kill),
-    "runs": ("", "the runs that this machine remembers", drawer("runs")),
-    "sandboxes": ("", "the sandboxes in the cloud", drawer("sandboxes")),
+    "runs": ("", "the runs that this machine remembers", "runs"),
+    "sandboxes": ("", "the sandboxes in the cloud", "sandboxes"),
     "logs": ("[SANDBOX]", "the logs of a sandbox", lambda state, name: state.open(*(("logs", name) if name else (
         "sandboxes",)))),
-    "agents": ("", "the agents of the account", drawer("agents")),
-    "model": ("", "the models that the service knows", drawer("models")),
-    "mcp": ("", "the MCP servers: names, and whether enabled", drawer("mcp")),
+    "agents": ("", "the agents of the account", "agents"),
+    "model": ("", "the models that the service knows", "models"),
+    "mcp": ("", "the MCP servers: names, and whether enabled", "mcp"),
     "open": ("", "the pull request, else the preview, else the web page", lambda state, _: state.ask(
         "open", target_url(state))),
     "export": ("[FORMAT] [FILE]", "the shown run and its events as json, jsonl or markdown", export),
     "login": ("", "sign in", lambda state, _: state._replace(signed_in=False).write("")),
     "logout": ("", "forget the stored sign-in", lambda state, _: state.ask("logout")),
-    "help": ("", "every key and every command", drawer("help")),
-    "palette": ("", "find anything by a few letters", drawer("palette")),
+    "help": ("", "every key and every command", "help"),
+    "palette": ("", "find anything by a few letters", "palette"),
     "clear": ("", "clear filter, alerts and messages", lambda state, _: state._replace(filter="", alerts=())),
     "quit": ("", "leave; runs go on in the cloud", lambda state, _: state.ask("leave")),
     "exit": ("", "the same as /quit", lambda state, _: state.ask("leave")),
@@ -2364,9 +2365,10 @@ def perform(state: State, line: str) -> State:
     if not line.startswith("/"):
         return begin(state, line)
     name, argument = (line[1:].split(None, 1) + ["", ""])[:2]
-    words, _, handler = COMMANDS.get(name.lower(), ("", "", None))
+    words, _, handler = COMMANDS.get(name.lower(), ("", "", ""))
     if handler and (words or not argument):
-        return handler(state._replace(drawer=None), argument.strip())
+        state = state._replace(drawer=None)
+        return state.open(handler) if isinstance(handler, str) else handler(state, argument.strip())
     if handler or name in NOT_OFFERED:
         reason = "takes nothing after it" if handler else "is not offered by the hosted API"
         return state.write(line).say(f"/{name} {reason}. Nothing was sent.", "bad")
@@ -2395,7 +2397,7 @@ def completions(state: State) -> List[str]:
 def insert(state: State, text: str) -> State:
     """With ``text`` typed into whatever takes words now."""
     if state.drawer:
-        return state._replace(drawer=state.drawer._replace(query=(state.drawer.query + sanitize(text, " "))[:200], at=0))
+        return state.shift(query=(state.drawer.query + sanitize(text, " "))[:200], at=0)
     if state.focus == "filter":
         return state._replace(filter=(state.filter + sanitize(text, " "))[:200])
     text = "\n".join(map(sanitize, text.split("\n")))
@@ -2450,7 +2452,7 @@ def send(state: State) -> State:
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
     if not state.signed_in:
-        return state._replace(sign_in_url="").ask("stop" if state.sign_in_url else "connect")
+        return state._replace(sign_in_url="").ask("stop") if state.sign_in_url else connected(state)
     return state._replace(alerts=state.alerts[1:], filter="" if not state.alerts else state.filter)
 
 
@@ -2460,7 +2462,7 @@ def move(state: State, step: int) -> State:
         return max(0, min(at + step, count - 1))
     if state.drawer:
         count = len(search(state.drawer.items, state.drawer.query))
-        return state._replace(drawer=state.drawer._replace(at=within(state.drawer.at, count)))
+        return state.shift(at=within(state.drawer.at, count))
     if state.focus == "rail":
         return state._replace(rail_at=within(state.rail_at, len(listed(state))))
     at = within(selected(state), len(passing(state)))
@@ -2472,7 +2474,9 @@ def choose(state: State) -> State:
     if state.drawer:
         found = search(state.drawer.items, state.drawer.query)
         does = found[state.drawer.at].does if state.drawer.at < len(found) else ""
-        return state._replace(drawer=None).write(does) if does.endswith(" ") else perform(state, does) if does else state
+        if does.endswith(" "):
+            return state._replace(drawer=None).write(does)
+        return perform(state, does) if does else state
     if state.focus == "rail":
         does, record = (listed(state)[state.rail_at:] + [("", {})])[0]
         return perform(state, f"{does} {text_of(record, 'id')}") if does else state
@@ -2488,17 +2492,12 @@ def copy(state: State) -> State:
     return state.ask("copy", text).say("Copied to the clipboard.", "ok") if text else state
 
 
-def leave(state: State) -> State:
-    return state.say("The composer holds words; Ctrl+C twice leaves all the same.", "warn") if state.text \
-        else state.ask("leave")
-
-
 def interrupt(state: State) -> State:
     """Ctrl+C: closes a drawer or clears the composer; a second one within 1.5 s leaves."""
     if state.armed_until > state.now:
         return state.ask("leave")
-    state = state.write(state.text if state.drawer or state.focus == "filter" else "")._replace(drawer=None, sign_in_url="")
-    return state._replace(armed_until=state.now + 1.5).ask("stop").say(
+    state = state.write(state.text if state.drawer or state.focus == "filter" else "")
+    return state._replace(drawer=None, sign_in_url="", armed_until=state.now + 1.5).ask("stop").say(
         "Ctrl+C again within 1.5 s leaves; runs go on in the cloud.", "warn", 1.5)
 
 
@@ -2513,10 +2512,6 @@ def focus(name: str) -> Callable[[State], State]:
     return lambda state: state._replace(focus=name, drawer=None)
 
 
-def page(state: State) -> int:
-    return max(1, state.height - 9)
-
-
 Keys = Dict[str, Callable[[State], State]]
 ANYWHERE: Keys = {
     "^c": interrupt, "^p": lambda state: state.open("palette"), "f1": lambda state: state.open("help"),
@@ -2525,20 +2520,22 @@ ANYWHERE: Keys = {
         "Mouse off: the terminal selects text." if state.mouse else "Mouse on: the wheel scrolls, a click selects."),
 }
 MOVES: Keys = {
-    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1), "home": lambda state: move(state, -10**9),
-    "end": lambda state: move(state, 10**9), "pgup": lambda state: move(state, -page(state)),
-    "pgdown": lambda state: move(state, page(state)), "enter": choose,
+    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1),
+    "home": lambda state: move(state, -10**9), "end": lambda state: move(state, 10**9), "enter": choose,
+    "pgup": lambda state: move(state, 9 - state.height), "pgdown": lambda state: move(state, state.height - 9),
 }
 PANE: Keys = {
     **MOVES, "k": MOVES["up"], "j": MOVES["down"], "g": MOVES["home"], "G": MOVES["end"], "/": focus("filter"),
-    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state))), "y": copy, "q": leave,
+    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state))), "y": copy,
+    "q": lambda state: state.say("The composer holds words; Ctrl+C twice leaves all the same.", "warn")
+    if state.text else state.ask("leave"),
     "o": lambda state: perform(state, "/open"), "x": lambda state: perform(state, "/kill"), "?": ANYWHERE["f1"],
     ":": ANYWHERE["^p"], "tab": lambda state: pane(state, 1), "btab": lambda state: pane(state, -1),
     "esc": focus("composer"),
 }
 DRAWER: Keys = {
-    **MOVES, "esc": lambda state: state._replace(drawer=None), "backspace": lambda state: state._replace(
-        drawer=state.drawer and state.drawer._replace(query=state.drawer.query[:-1], at=0)),
+    **MOVES, "esc": lambda state: state._replace(drawer=None),
+    "backspace": lambda state: state.shift(query=state.drawer.query[:-1] if state.drawer else "", at=0),
 }
 FILTER: Keys = {
     **MOVES, "enter": focus("timeline"), "tab": focus("timeline"),
@@ -2593,6 +2590,15 @@ def on_paste(state: State, text: str) -> State:
 # -- Messages of the workers
 
 
+def remembering(state: State, run: Json, task: str, repo: str) -> State:
+    """With the shown run at the head of the list, and in the file of this machine."""
+    record = {"id": state.run_id, "service": state.base_url, "repo": repo, "task": task[:200],
+              "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
+    others = (one for one in state.runs if one.get("id") != state.run_id)
+    runs = ({**record, "status": text_of(run, "status")}, *others)
+    return state._replace(runs=runs).ask("remember", record)
+
+
 def noted(state: State, run_id: str, run: Json) -> State:
     """With what an answer says of a run: in the rail, and in an alert when it has just ended badly."""
     status, error = harmless(run.get("status"), 20), harmless(run.get("error"), 200)
@@ -2607,9 +2613,7 @@ def noted(state: State, run_id: str, run: Json) -> State:
         state = state._replace(alerts=(*(one for one in state.alerts if one[0] != run_id), (run_id, text)))
     if run_id == state.run_id and not any(one.get("id") == run_id for one in state.runs):
         repo = next((repo for repo in state.repos if repo.get("id") == run.get("repoId")), {})
-        record = {"id": run_id, "service": state.base_url, "repo": text_of(repo, "full_name"), "task": "",
-                  "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
-        state = state._replace(runs=(record, *state.runs)).ask("remember", record)
+        state = remembering(state, run, "", text_of(repo, "full_name"))
     return state._replace(runs=tuple(
         {**one, "status": status, "error": error} if one.get("id") == run_id else one for one in state.runs))
 
@@ -2625,7 +2629,8 @@ def on_event(state: State, run_id: str, event: Json) -> State:
         url = text_of(payload, "pull_request_url")
         state = state._replace(pushed=pushed, pull_request=url or state.pull_request,
                                delivered=pushed if url or payload.get("changed") is True else state.delivered)
-    return state._replace(entries=state.entries + (entry,), heard_at=seconds or state.now)
+    known = () if state.stale else state.entries
+    return state._replace(entries=(*known, entry), stale=False, heard_at=seconds or state.now)
 
 
 def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
@@ -2651,7 +2656,7 @@ def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: 
     state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms, signed_in=True)
     if source == "run":
         state = noted(state, argument, data)
-        if argument == state.run_id and state.over and is_active(data):
+        if argument == state.run_id and state.over and text_of(data, "status") not in TERMINAL_STATUSES:
             state = watch(state, argument, data)  # a cancelled run can come back: API.md
     elif source == "sandboxes":
         state = state._replace(sandboxes=tuple(data))
@@ -2660,7 +2665,7 @@ def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: 
         repo = (wanted or data)[0] if wanted or len(data) == 1 else {}
         state = state._replace(repos=tuple(data), repo=state.repo or repo)
     if state.drawer and (state.drawer.kind, state.drawer.argument) in ((source, argument), (source, "")):
-        state = state._replace(drawer=state.drawer._replace(data=data, error=""))
+        state = state.shift(data=data, error="")
     return state
 
 
@@ -2675,17 +2680,18 @@ def on_error(state: State, source: str, argument: str, error: MogplexError) -> S
         state = state._replace(failures=state.failures + 1, trouble=text)
     if source == "watch":
         return state._replace(adrift=True).say(text, "bad")
+    if source == "poll" and not isinstance(error, (UnavailableError, RateLimitedError)):
+        state = noted(state, argument, {"status": "unknown"})
     if source == "start" and not state.text:
         state = state.write(argument)
     if state.drawer and state.drawer.kind == source:
-        return state._replace(drawer=state.drawer._replace(error=text))
+        return state.shift(error=text)
     return state if source == "poll" else state.say(text, "bad")
 
 
-def on_started(state: State, run: Json, record: Json) -> State:
+def on_started(state: State, run: Json, task: str, repo: str) -> State:
     """A run that was just started: it is shown, and the branch it continues stays the one to continue."""
-    runs = (record, *(one for one in state.runs if one.get("id") != record["id"]))
-    state = watch(state._replace(runs=runs), record["id"], run)
+    state = remembering(watch(state, text_of(run, "runId"), run), run, task, repo)
     return state.say("That run had been started before." if run.get("replayed") is True else "Run started.", "ok")
 
 
@@ -2700,105 +2706,15 @@ def on_tick(state: State) -> State:
     if drawer and drawer.error:
         state = state.ask("fetch", drawer.kind, drawer.argument)
     if state.adrift:
-        state = state._replace(adrift=False, entries=()).ask("watch", state.run_id)
+        state = state._replace(adrift=False, stale=True).ask("watch", state.run_id)
     if beat % 2 == 0:
-        others = [("run", text_of(run, "id")) for run in state.runs[:20] if is_active(run) and run.get("id") != state.run_id]
+        others = [("run", text_of(run, "id")) for run in state.runs[:20]
+                  if run.get("status") not in (*TERMINAL_STATUSES, "unknown") and run.get("id") != state.run_id]
         return state.ask("poll", *(others + [("sandboxes", "")])[beat // 2 % (len(others) + 1)])
     return state if busy or not state.run_id else state.ask("poll", "run", state.run_id)
 
 
 # -- Drawers: tables of records, and texts
-
-
-def folded(text: str, width: int) -> Iterator[Item]:
-    """The lines of a long text, folded to ``width``."""
-    for line in sanitize(text, "\n").split("\n"):
-        while text_width(line) > width:
-            part = fit(line, width, "") or line[:1]
-            yield Item(part)
-            line = line[len(part):]
-        yield Item(line)
-
-
-def logs_text(data: Any) -> str:
-    """Error, install log, dev log and lifecycle of a sandbox."""
-    parts = [f"── {name} ──\n{text_of(data, 'sandbox', name) or '(empty)'}" for name in ("error", "install_log", "dev_log")]
-    events = [f"{format_time(event.get('created_at'))}  {text_of(event, 'event_type')}  {text_of(event, 'decision_code')}"
-              for event in dicts_of(data, "lifecycle_events")]
-    return "\n".join(parts + ["── lifecycle ──", *events])
-
-
-def event_page(data: Any) -> str:
-    message = text_of(data, "message")
-    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(data, indent=2, ensure_ascii=False)
-
-
-def branches(state: State) -> List[Json]:
-    here = [sandbox for sandbox in state.sandboxes if sandbox.get("repo_id") == state.repo.get("id")]
-    names = [state.delivered, base_branch(state), harmless(state.repo.get("default_branch")), *map(branch_of, here)]
-    return [{"id": name} for name in dict.fromkeys(names) if name]
-
-
-def everything(state: State) -> List[Json]:
-    """What the palette finds: each command, and each run."""
-    found = [{"id": f"/{name}{' ' * (words[:1] not in ('', '['))}", "does": does}
-             for name, (words, does, _) in COMMANDS.items()]
-    return found + [{"id": f"/attach {text_of(run, 'id')}", "does": f"{status_of(run)[1]}  {run_label(run)}"}
-                    for run in state.runs]
-
-
-TEXTS: Dict[str, Tuple[str, Callable[[Any], str]]] = {"logs": ("LOGS", logs_text), "event": ("EVENT", event_page)}
-TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple[str, int], ...], str]] = {
-    # title, records, columns and their widths, and the words that Enter puts through the composer
-    "help": ("HELP", lambda state, _: [{"id": keys, "does": does} for keys, does in HELP] + [
-        {"id": f"/{name} {words}", "does": does} for name, (words, does, _) in COMMANDS.items()],
-        (("id", 22), ("does", 90)), ""),
-    "palette": ("PALETTE", lambda state, _: everything(state), (("id", 16), ("does", 90)), "{id}"),
-    "runs": ("RUNS", lambda state, _: state.runs, (
-        ("id", 8), ("status", 11), ("repo", 18), ("time", 16), ("task", 90)), "/attach {id}"),
-    "sandboxes": ("SANDBOXES", lambda state, _: state.sandboxes, (
-        ("id", 8), ("status", 12), ("working_branch", 26), ("preview_url", 40), ("error", 60)), "/logs {id}"),
-    "repos": ("REPOSITORY", lambda state, data: data or state.repos, (
-        ("full_name", 40), ("default_branch", 30)), "/repo {full_name}"),
-    "branches": ("BRANCH", lambda state, _: branches(state), (("id", 80),), "/branch {id}"),
-    "harnesses": ("HARNESS", lambda state, _: [{"id": name} for name in HARNESSES], (("id", 80),), "/harness {id}"),
-    "agents": ("AGENTS", lambda _, data: data or (), (("name", 22), ("model", 26), ("description", 90)), ""),
-    "models": ("MODELS", lambda _, data: data or (), (("id", 34), ("provider", 14), ("name", 60)), ""),
-    "mcp": ("MCP SERVERS", lambda _, data: [  # never a config: it holds live secrets
-        {"id": text_of(server, "name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
-        for server in data or ()], (("status", 12), ("id", 80)), ""),
-    "export": ("EXPORT", lambda state, _: [
-        {"id": "json", "does": "one object: the run and its events"}, {"id": "jsonl", "does": "one event a line"},
-        {"id": "markdown", "does": "a page to read"}], (("id", 10), ("does", 60)), "/export {id}"),
-}
-
-
-def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
-    """One line of a table."""
-    line = ""
-    for key, width in columns:
-        text = fit(" ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key)), width)
-        line += text + " " * (width - width_of(text) + 2)
-    return line.rstrip()
-
-
-def filled(state: State) -> State:
-    """With the lines of the open drawer as they are now."""
-    drawer = state.drawer
-    if not drawer:
-        return state
-    if drawer.kind in TEXTS:
-        width = state.width - layout(state, state.width, state.height).rail - 2
-        items = tuple(folded(TEXTS[drawer.kind][1](drawer.data), width)) if drawer.data else ()
-    else:
-        _, records, columns, does = TABLES[drawer.kind]
-        words = [(record, {key: harmless(value) for key, value in record.items()}) for record in records(state, drawer.data)]
-        items = tuple(Item(columned(record, columns), does.format(**{**dict.fromkeys(("id", "full_name"), ""), **clean}),
-                           status_of(record)[2] if "status" in record else "") for record, clean in words)
-    return state._replace(drawer=drawer._replace(items=items, at=max(0, min(drawer.at, len(items) - 1))))
-
-
-# -- View: the state as rows of styled text
 
 
 class Layout(NamedTuple):
@@ -2824,6 +2740,100 @@ def scrolled(at: int, top: int, rows: int) -> int:
     return max(0, at - max(1, rows) + 1, min(top, at))
 
 
+def folded(text: str, width: int) -> Iterator[Item]:
+    """The lines of a long text, folded to ``width``."""
+    for line in sanitize(text, "\n").split("\n"):
+        while text_width(line) > width:
+            part = fit(line, width, "") or line[:1]
+            yield Item(part)
+            line = line[len(part):]
+        yield Item(line)
+
+
+def logs_text(data: Any) -> str:
+    """Error, install log, dev log and lifecycle of a sandbox."""
+    parts = [f"── {name} ──\n{text_of(data, 'sandbox', name) or '(empty)'}"
+             for name in ("error", "install_log", "dev_log")]
+    events = [(format_time(event.get("created_at")), text_of(event, "event_type"), text_of(event, "decision_code"))
+              for event in dicts_of(data, "lifecycle_events")]
+    return "\n".join(parts + ["── lifecycle ──", *map("  ".join, events)])
+
+
+def event_page(data: Any) -> str:
+    message = text_of(data, "message")
+    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(data, indent=2, ensure_ascii=False)
+
+
+def branches(state: State) -> List[Json]:
+    here = [sandbox for sandbox in state.sandboxes if sandbox.get("repo_id") == state.repo.get("id")]
+    names = [state.delivered, base_branch(state), harmless(state.repo.get("default_branch")), *map(branch_of, here)]
+    return [{"id": name} for name in dict.fromkeys(names) if name]
+
+
+def everything(state: State) -> List[Json]:
+    """What the palette finds: each command, and each run."""
+    found = [{"id": f"/{name}{' ' * (words[:1] not in ('', '['))}", "does": does}
+             for name, (words, does, _) in COMMANDS.items()]
+    return found + [{"id": f"/attach {text_of(run, 'id')}", "does": f"{status_of(run)[1]}  {run_label(run)}"}
+                    for run in state.runs]
+
+
+TEXTS: Dict[str, Tuple[str, Callable[[Any], str]]] = {"logs": ("LOGS", logs_text), "event": ("EVENT", event_page)}
+TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple[str, int], ...], Optional[str]]] = {
+    # title, records, columns and their widths, and what Enter performs with the id of the record behind it
+    "help": ("HELP", lambda state, _: [{"id": keys, "does": does} for keys, does in HELP] + [
+        {"id": f"/{name} {words}", "does": does} for name, (words, does, _) in COMMANDS.items()],
+        (("id", 22), ("does", 90)), None),
+    "palette": ("PALETTE", lambda state, _: everything(state), (("id", 16), ("does", 90)), ""),
+    "runs": ("RUNS", lambda state, _: state.runs, (
+        ("id", 8), ("status", 11), ("repo", 18), ("time", 16), ("task", 90)), "/attach "),
+    "sandboxes": ("SANDBOXES", lambda state, _: [
+        {**one, "branch": branch_of(one), "detail": one.get("error") or one.get("preview_url")}
+        for one in state.sandboxes], (("id", 8), ("status", 12), ("branch", 24), ("detail", 90)), "/logs "),
+    "repos": ("REPOSITORY", lambda state, data: data or state.repos, (
+        ("full_name", 40), ("default_branch", 30)), "/repo "),
+    "branches": ("BRANCH", lambda state, _: branches(state), (("id", 80),), "/branch "),
+    "harnesses": ("HARNESS", lambda state, _: [{"id": name} for name in HARNESSES], (("id", 80),), "/harness "),
+    "agents": ("AGENTS", lambda _, data: data or (), (("name", 22), ("model", 26), ("description", 90)), None),
+    "models": ("MODELS", lambda _, data: data or (), (("id", 34), ("provider", 14), ("name", 60)), None),
+    "mcp": ("MCP SERVERS", lambda _, data: [  # never a config: it holds live secrets
+        {"id": text_of(server, "name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
+        for server in data or ()], (("status", 12), ("id", 80)), None),
+    "export": ("EXPORT", lambda state, _: [
+        {"id": "json", "does": "one object: the run and its events"}, {"id": "jsonl", "does": "one event a line"},
+        {"id": "markdown", "does": "a page to read"}], (("id", 10), ("does", 60)), "/export "),
+}
+
+
+def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
+    """One line of a table."""
+    line = ""
+    for key, width in columns:
+        text = " ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key))
+        text = text[:8] if (key, width) == ("id", 8) else fit(text, width)
+        line += text + " " * (width - width_of(text) + 2)
+    return line.rstrip()
+
+
+def filled(state: State) -> State:
+    """With the lines of the open drawer as they are now."""
+    drawer = state.drawer
+    if not drawer:
+        return state
+    if drawer.kind in TEXTS:
+        width = state.width - layout(state, state.width, state.height).rail - 2
+        items = tuple(folded(TEXTS[drawer.kind][1](drawer.data), width)) if drawer.data else ()
+    else:
+        _, records, columns, does = TABLES[drawer.kind]
+        items = tuple(
+            Item(columned(record, columns), "" if does is None else does + harmless(record.get("id")),
+                 status_of(record)[2] if "status" in record else "") for record in records(state, drawer.data))
+    return state.shift(items=items, at=max(0, min(drawer.at, len(items) - 1)))
+
+
+# -- View: the state as rows of styled text
+
+
 def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -> Row:
     """Segments cut and padded to exactly ``width`` columns; ``style`` for all of it."""
     row, room = [], width
@@ -2847,7 +2857,8 @@ def header(state: State, width: int) -> Row:
     if width >= 60:
         branch = state.pushed or state.delivered or base_branch(state)
         row += [bar, (fit(harmless(state.repo.get("full_name")), 28), "bold"),
-                (fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent")] if state.repo else [bar, ("no repository: /repo", "dim")]
+                (fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent"),
+                ] if state.repo else [bar, ("no repository: /repo", "dim")]
     if width >= 80:
         row += [bar, (harmless(state.run.get("harness"), 16) or state.harness, "")]
     if state.run_id:
@@ -2855,13 +2866,15 @@ def header(state: State, width: int) -> Row:
         since = parse_time(state.run.get("createdAt") or state.run.get("time"))
         until = parse_time(state.run.get("updatedAt")) if state.over else state.now
         took = max(0, int((until or 0) - since)) if since and until else -1
-        row += [bar] * bool(row) + [(f"{mark} {word.upper()}", tone), (f" {took // 60}:{took % 60:02d}" * (took >= 0), "dim")]
+        clock = f" {took // 60}:{took % 60:02d}" * (took >= 0)
+        row += [bar] * bool(row) + [(f"{mark} {word.upper()}", tone), (clock, "dim")]
     return ends([(" ", ""), *row] if width < 40 else row, [bar, (f"{glyph} {words} ", style)], width)
 
 
 def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
     """(position in listed() or -1, row) of each row of the rail."""
-    active, focused = sum(map(is_active, state.runs)), state.focus == "rail" and not state.drawer
+    active = sum(run.get("status") not in (*TERMINAL_STATUSES, None, "unknown") for run in state.runs)
+    focused = state.focus == "rail" and not state.drawer
     title = "key" if focused else "bold"
     lines: List[Tuple[int, Row]] = [
         (-1, fill([(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")], width))]
@@ -2873,8 +2886,8 @@ def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
         if does == "/attach":
             shown, since = record.get("id") == state.run_id, parse_time(record.get("time"))
             age = f" {format_age(state.now - since):>3}" if since and width > 30 else ""
-            left = [(" ▸" if shown else "  ", "accent"), (glyph + " ", style), (short_id(record)[:4] + " ", "dim"),
-                    (run_label(record), "bold" if shown else "")]
+            left = [(" ▸" if shown else "  ", "accent"), (f"{glyph} ", style),
+                    (harmless(record.get("id"), 4) + " ", "dim"), (run_label(record), "bold" if shown else "")]
         row = ends(left, [(f" {word}", style), (age + " ", "dim")], width)
         lines.append((position, fill(row, width, "select") if focused and position == state.rail_at else row))
     at = next((line for line, (position, _) in enumerate(lines) if position == state.rail_at), 0)
@@ -2888,9 +2901,10 @@ def strip(state: State, width: int) -> Row:
     row: List[Segment] = [(f" RUNS {len(state.runs)} ", "bold")]
     for run in state.runs[:6]:
         glyph, word, style = status_of(run)
-        row += [("▸" if run.get("id") == state.run_id else " ", "accent"), (f"{glyph} {short_id(run)[:4]} {word} ", style),
-                (fit(run_label(run), 16) + " ", "")]
-    return ends(row, [(f" SANDBOXES {len(state.sandboxes)}", "bold"), (f" · {running} running ", "dim")][:width // 30 - 1], width)
+        row += [("▸" if run.get("id") == state.run_id else " ", "accent"),
+                (f"{glyph} {harmless(run.get('id'), 4)} {word} ", style), (fit(run_label(run), 16) + " ", "")]
+    right = [(f" SANDBOXES {len(state.sandboxes)}", "bold"), (f" · {running} running ", "dim")]
+    return ends(row, right[:width // 30 - 1], width)
 
 
 def outcome(state: State) -> List[Segment]:
@@ -2932,8 +2946,9 @@ def timeline(state: State, width: int, rows: int) -> List[Row]:
 
 def welcome(state: State, width: int) -> List[Segment]:
     """What the body says without a run, or while nobody is signed in."""
-    where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}." if state.repo else "(/repo says where)."
-    blank, link = ("", ""), state.sign_in_url
+    blank, link, where = ("", ""), state.sign_in_url, "(/repo says where)."
+    if state.repo:
+        where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}."
     if link:
         return [("Waiting for the browser. If none opened, open this address yourself:", "bold"), blank,
                 *((link[at:at + width - 6], "accent") for at in range(0, len(link), max(1, width - 6))), blank,
@@ -2945,8 +2960,8 @@ def welcome(state: State, width: int) -> List[Segment]:
                 (f"                 {state.base_url}/settings/api-keys", "accent"), blank,
                 ("Esc tries again with the sign-in that is stored.", "dim")]
     return [("Nothing is shown yet.", "bold"), blank,
-            ("Type what is to be done and press Enter:", ""), (f"{state.harness} does it in the cloud {where}", ""), blank,
-            ("/repo     another repository", ""), ("/attach   watch a run started elsewhere", ""),
+            ("Type what is to be done and press Enter:", ""), (f"{state.harness} does it in the cloud {where}", ""),
+            blank, ("/repo     another repository", ""), ("/attach   watch a run started elsewhere", ""),
             ("/help     every key and command", "")]
 
 
@@ -2960,8 +2975,8 @@ def drawer_rows(state: State, drawer: Drawer, width: int, rows: int) -> List[Row
     if drawer.error:
         lines.append(fill([(f" {drawer.error} · trying again by itself", "bad")], width))
     elif not found:
-        word = "loading…" if fetched and drawer.data is None else "nothing has these letters" if drawer.query else "nothing here"
-        lines.append(fill([(f" {word}", "dim")], width))
+        word = "nothing has these letters" if drawer.query else "nothing here"
+        lines.append(fill([(" loading…" if fetched and drawer.data is None else f" {word}", "dim")], width))
     top = scrolled(drawer.at, 0, rows - len(lines))
     lines += [fill([(f" {item.text}", item.style)], width, "select" if position == drawer.at else None)
               for position, item in enumerate(found[top:top + rows - len(lines)], top)]
@@ -2994,7 +3009,8 @@ def composer(state: State, width: int, rows: int) -> List[Row]:
     active, top, output = not state.drawer and state.focus in ("composer", "filter"), scrolled(here[0], 0, rows), []
     for row, line in enumerate(lines[top:top + rows], top):
         mark = "  " if row else "/ " if state.focus == "filter" else "› "
-        parts = [(line[:here[1]], ""), ("", "cursor"), (line[here[1]:], "")] if row == here[0] and active else [(line, "")]
+        parts = [(line[:here[1]], ""), ("", "cursor"), (line[here[1]:], "")]
+        parts = parts if active and row == here[0] else [(line, "")]
         output.append(fill([(f" {mark}", "key" if active else "dim"), *parts], width))
     return output + [fill([], width)] * (rows - len(output))
 
@@ -3048,7 +3064,7 @@ def on_mouse(state: State, button: int, column: int, row: int) -> State:
         return move(here, 3 if button == 65 else -3)._replace(focus=state.focus)
     if state.drawer:
         top = scrolled(state.drawer.at, 0, rows)
-        return choose(state._replace(drawer=state.drawer._replace(at=top + line)))
+        return choose(state.shift(at=top + line))
     if here.focus == "rail":
         position = rail(state, where.rail - 1, where.rows)[line + 1][0]
         return choose(here._replace(rail_at=position)) if position >= 0 else here
@@ -3062,8 +3078,8 @@ MESSAGES: Dict[str, Callable[..., State]] = {
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
     "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
-    "signed in": lambda state: state._replace(signed_in=True, sign_in_url="", refused="").say("Signed in.", "ok").ask(
-        "connect"),
+    "signed in": lambda state: connected(state._replace(signed_in=True, sign_in_url="", refused="").say(
+        "Signed in.", "ok")),
 }
 
 
@@ -3163,6 +3179,12 @@ def sliced(sent: str, final: bool, resolve: Callable[[str], str]) -> Tuple[List[
     return messages, sent
 
 
+def to_ascii(text: str) -> str:
+    """Each glyph as its fallback, anything else as question marks of the same width."""
+    return text if text.isascii() else "".join(
+        char if char.isascii() else "?" * text_width(char) for char in text.translate(GLYPHS))
+
+
 class Screen:
     """The terminal: its modes, what it sends, what it shows. Only one thread may use it."""
 
@@ -3223,9 +3245,13 @@ class Screen:
                 self.termios.tcsetattr(0, self.termios.TCSANOW, self.saved)
 
     def write(self, text: str) -> None:
+        import select
         data = text.encode("utf-8", "replace")
         while data:
-            data = data[os.write(1, data):]
+            try:
+                data = data[os.write(1, data):]
+            except BlockingIOError:  # who had the terminal before may have left it so
+                select.select([], [1], [], 1.0)
 
     def draw(self, rows: List[Row]) -> None:
         """One frame, in one write: what differs from the last."""
@@ -3253,12 +3279,6 @@ class Screen:
             rest, self.pending = sliced(self.pending, True, self.resolve)
             messages += rest
         return messages
-
-
-def to_ascii(text: str) -> str:
-    """Each glyph as its fallback, anything else as question marks of the same width."""
-    return text if text.isascii() else "".join(
-        char if char.isascii() else "?" * text_width(char) for char in text.translate(GLYPHS))
 
 
 class Switch(Exception):
@@ -3295,7 +3315,7 @@ class Desk:
     def do(self, name: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
         """Do one job, and post what it answers; the job that it was left for, if any."""
         try:
-            message = JOBS[name](self, *arguments)
+            message = self.facts["jobs"][name](self, *arguments)
             if message:
                 self.post(*message)
         except Switch as switch:
@@ -3304,7 +3324,7 @@ class Desk:
             if isinstance(error, UnauthorizedError) and self.connection is None:
                 self.post("signed out", str(error))
             else:
-                what = arguments[:2] if name == "fetch" else (name, *arguments, "")[:2]
+                what = {"fetch": arguments, "poll": (name, *arguments[1:])}.get(name, (name, *arguments, ""))[:2]
                 self.post("error", *what, error)
         return None
 
@@ -3335,14 +3355,10 @@ def fetch(desk: Desk, source: str, argument: str) -> Message:
 
 def start_run(desk: Desk, task: str, body: Json, repo: str) -> Message:
     import uuid
-    run = desk.client().start_run(body, str(uuid.uuid4()))
-    record = {"id": text_of(run, "runId"), "service": desk.facts["base_url"], "repo": repo, "task": task[:200],
-              "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
-    remember_here(desk, record)
-    return "started", run, {**record, "status": text_of(run, "status")}
+    return "started", desk.client().start_run(body, str(uuid.uuid4())), task, repo
 
 
-def remember_here(desk: Desk, record: Json) -> None:
+def keep(desk: Desk, record: Json) -> None:
     if not desk.facts["environ"].get("MOGPLEX_NO_HISTORY"):
         remember_run(desk.facts["home"], record, lambda text: desk.post("say", text, "warn"))
 
@@ -3389,19 +3405,11 @@ def sign_out(desk: Desk) -> Message:
     return "signed out", "Signed out: the stored sign-in is forgotten."
 
 
-def reconnect(desk: Desk) -> None:
-    desk.connection = None
-
-
 JOBS: Dict[str, Callable[..., Optional[Message]]] = {
-    "watch": follow, "poll": fetch, "fetch": fetch, "start": start_run, "remember": remember_here, "cancel": cancel,
+    "watch": follow, "poll": fetch, "fetch": fetch, "start": start_run, "remember": keep, "cancel": cancel,
     "export": write_export, "open": browse, "login": sign_in_here, "token": take_token, "logout": sign_out,
-    "connect": reconnect,
+    "connect": lambda desk: setattr(desk, "connection", None),
 }
-
-
-class Leave(BaseException):
-    """Leave the cockpit with this exit code."""
 
 
 class Shell:
@@ -3413,7 +3421,7 @@ class Shell:
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.poller, self.actions = Desk(self.post, **facts), Desk(self.post, **facts)
+        self.poller, self.actions = (Desk(self.post, jobs=JOBS, **facts) for _ in range(2))
 
     def post(self, *message: Any) -> None:
         """A message from any thread, or from a signal handler."""
@@ -3422,7 +3430,7 @@ class Shell:
             os.write(self.wake_out, b"\0")
 
     def loop(self) -> None:
-        """Until Leave is raised: draw, wait, take every message that there is."""
+        """Until SystemExit is raised: draw, wait, take every message that there is."""
         import select
         while True:
             self.screen.draw(view(self.state, *self.screen.size))
@@ -3451,7 +3459,7 @@ class Shell:
                 (self.poller if name in ("watch", "poll") else self.actions).jobs.put((name, *arguments))
 
     def do_leave(self) -> None:
-        raise Leave(Exit.OK)
+        raise SystemExit(Exit.OK)
 
     def do_repaint(self) -> None:
         self.screen.rows = []
@@ -3470,8 +3478,6 @@ class Shell:
     def do_connect(self) -> None:
         for desk in (self.poller, self.actions):
             desk.jobs.put(("connect",))
-        self.actions.jobs.put(("fetch", "repos", ""))
-        self.poller.jobs.put(("watch", self.state.run_id) if self.state.run_id else ("poll", "sandboxes", ""))
 
     def do_suspend(self) -> None:
         """Ctrl+Z: the terminal goes back to the shell, and the whole job stops, as the shell expects."""
@@ -3501,6 +3507,8 @@ def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str,
     tasks = tuple(dict.fromkeys(text_of(run, "task") for run in runs.values() if text_of(run, "task")))
     state = State(base_url=base_url, now=time.time(), runs=newest, history=tasks, wanted=wanted).write(text)
     state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
+    for run in newest[:8]:
+        state = state.ask("poll", "run", text_of(run, "id"))
     if run_id:
         state = attach(state, text_of(newest[0], "id") if run_id == "@last" and newest else run_id)
     if text:
@@ -3529,9 +3537,12 @@ def run_cockpit(
                   home=home, environ=environ, run_browser=run_browser)
 
     def end(number: int, _: object) -> None:
-        raise Leave(128 + number)
+        for one in fatal:
+            signal.signal(one, signal.SIG_IGN)  # a second one must not cut the restoring short
+        raise SystemExit(128 + number)
 
-    handlers: Dict[int, Any] = {number: end for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    fatal, code = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), int(Exit.HANGUP)
+    handlers: Dict[int, Any] = dict.fromkeys(fatal, end)
     handlers.update({signal.SIGWINCH: lambda *_: shell.resize(), signal.SIGCONT: lambda *_: shell.resume(),
                      signal.SIGTSTP: signal.SIG_DFL})
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -3539,19 +3550,19 @@ def run_cockpit(
     try:
         shell.resume()
         shell.loop()
-        return Exit.FAILURE
-    except Leave as leave:
-        return int(leave.args[0])
-    except OSError:  # the terminal is gone
-        return int(Exit.HANGUP)
+    except SystemExit as leave:
+        code = int(leave.code or 0)
+    except OSError:
+        pass  # the terminal is gone
     finally:
         screen.restore()
         atexit.unregister(screen.restore)
         for number, handler in previous.items():
             signal.signal(number, handler)
-        if shell.state.run_id:
+        if shell.state.run_id:  # leaving never stops a run
             with contextlib.suppress(OSError):
                 print(f"mogplex runs events {harmless(shell.state.run_id)} --follow", flush=True)
+    return code
 
 
 # ---------------------------------------------------------------- 8. Demo
@@ -4302,6 +4313,22 @@ def only_following(follow: bool, *others: object) -> None:
         raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
 
 
+def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
+    """What GitHub Actions shows of a run: an annotation, a job summary, outputs for later steps."""
+    if ctx.environ.get("GITHUB_ACTIONS") != "true":
+        return
+    if verdict.status != "success":
+        ctx.say(github_annotation(verdict) + "\n")
+    for name, text in (("GITHUB_STEP_SUMMARY", github_summary(verdict, task, last_lines)),
+                       ("GITHUB_OUTPUT", github_output(verdict))):
+        try:
+            if ctx.environ.get(name):
+                with open(ctx.environ[name], "a", encoding="utf-8", errors="replace") as file:
+                    file.write(text)
+        except OSError as error:
+            ctx.note(f"{name} could not be written: {error.strerror}")
+
+
 class Follower:
     """``--follow``: events on stdout, signs of life on stderr, and the exit code that the run deserves."""
 
@@ -4476,22 +4503,6 @@ def cmd_runs_events(
     elif len(events) >= (limit or MAX_LIMIT):
         ctx.note(f"only the first {len(events)} events are listed; there may be more")
     return Exit.OK
-
-
-def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
-    """What GitHub Actions shows of a run: an annotation, a job summary, outputs for later steps."""
-    if ctx.environ.get("GITHUB_ACTIONS") != "true":
-        return
-    if verdict.status != "success":
-        ctx.say(github_annotation(verdict) + "\n")
-    for name, text in (("GITHUB_STEP_SUMMARY", github_summary(verdict, task, last_lines)),
-                       ("GITHUB_OUTPUT", github_output(verdict))):
-        try:
-            if ctx.environ.get(name):
-                with open(ctx.environ[name], "a", encoding="utf-8", errors="replace") as file:
-                    file.write(text)
-        except OSError as error:
-            ctx.note(f"{name} could not be written: {error.strerror}")
 
 
 def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
@@ -4784,7 +4795,7 @@ def make_parser() -> Any:
     for command in commands():
         group, _, word = command.name.rpartition(" ")
         if group not in parsers:
-            parsers[group] = words[""].add_parser(group)
+            parsers[group] = words[""].add_parser(group, help=f"Commands of mogplex {group}.")  # shtab wants one
         if group not in words:
             words[group] = parsers[group].add_subparsers()
         parsers[command.name] = words[group].add_parser(
@@ -4808,6 +4819,12 @@ def overview(prefix: str = "") -> str:
     return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
 
 
+def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
+    """The caller's environment with the demo service in the place of theirs."""
+    kept = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
+    return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
+
+
 def serve_demo(ctx: Context, argv: List[str]) -> int:
     """Keep a demo service running until it is interrupted."""
     import tempfile
@@ -4824,43 +4841,25 @@ def serve_demo(ctx: Context, argv: List[str]) -> int:
             time.sleep(3600)
 
 
-def run(ctx: Context, argv: List[str]) -> int:
-    """A command, or the cockpit; ``--logout`` comes before either."""
-    if argv[:1] == ["--logout"]:
-        cmd_logout(ctx, as_json=False)
-        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-            return run(ctx, argv[1:])
-        return Exit.OK
-    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
-
-
-def with_demo(ctx: Context, argv: List[str]) -> int:
-    """Run a command line against an embedded service, with a home of its own."""
-    import tempfile
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
-        return run(ctx, argv)
-
-
-def dispatch(ctx: Context, argv: List[str]) -> int:
-    """Find the command that ``argv`` names and run it."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
-    argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
-    ctx.debug, ctx.no_color = ctx.debug or "--debug" in flags, "--no-color" in flags
-    if argv[:1] == ["--version"]:
-        ctx.emit(f"mogplex {__version__}")
-        return Exit.OK
-    if argv[:1] in (["-h"], ["--help"]):
-        ctx.emit(overview())
-        return Exit.OK
-    if argv[:1] == ["--demo-server"]:
-        return serve_demo(ctx, argv[1:])
-    if "--demo" in flags:
-        return with_demo(ctx, argv)
-    return run(ctx, argv)
+def open_cockpit(ctx: Context, argv: List[str]) -> int:
+    """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
+    words, attach = list(argv), ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
+    if words[:1] == ["--attach"]:
+        attach, words = "".join(words[1:2]), words[2:]
+        if not attach:
+            raise UsageError("--attach takes a run's id, or @last")
+    word = words[0] if words and words[0] != "--" else ""
+    if word.startswith("-"):
+        raise UsageError(f"unknown option '{word}'{did_you_mean(word, [flag.split()[0] for flag in OPTIONS])}", hint="see: mogplex --help")
+    if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+        if word:
+            raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
+        raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+    import webbrowser
+    environ = {**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ
+    return run_cockpit(
+        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=environ, text=" ".join(words[word == "":]),
+        attach=attach, run_browser=ctx.demo_browser or webbrowser.open)
 
 
 def run_command(ctx: Context, argv: List[str]) -> int:
@@ -4891,37 +4890,49 @@ def run_command(ctx: Context, argv: List[str]) -> int:
     return known[name].function(ctx, **keywords)
 
 
-def open_cockpit(ctx: Context, argv: List[str]) -> int:
-    """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
-    words, attach = list(argv), ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
-    if words[:1] == ["--attach"]:
-        attach, words = "".join(words[1:2]), words[2:]
-        if not attach:
-            raise UsageError("--attach takes a run's id, or @last")
-    word = words[0] if words and words[0] != "--" else ""
-    if word.startswith("-"):
-        raise UsageError(f"unknown option '{word}'{did_you_mean(word, [flag.split()[0] for flag in OPTIONS])}", hint="see: mogplex --help")
-    if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-        if word:
-            raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
-        raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
-    import webbrowser
-    environ = {**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ
-    return run_cockpit(
-        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=environ, text=" ".join(words[word == "":]),
-        attach=attach, run_browser=ctx.demo_browser or webbrowser.open)
-
-
-def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
-    """The caller's environment with the demo service in the place of theirs."""
-    kept = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
-    return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
+def run(ctx: Context, argv: List[str]) -> int:
+    """A command, or the cockpit; ``--logout`` comes before either."""
+    if argv[:1] == ["--logout"]:
+        cmd_logout(ctx, as_json=False)
+        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+            return run(ctx, argv[1:])
+        return Exit.OK
+    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 
 def visit(url: str) -> None:
     """Be the browser that a sign-in with the demo service needs."""
     import urllib.request
     urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
+
+
+def with_demo(ctx: Context, argv: List[str]) -> int:
+    """Run a command line against an embedded service, with a home of its own."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, ctx.note)
+        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
+        return run(ctx, argv)
+
+
+def dispatch(ctx: Context, argv: List[str]) -> int:
+    """Find the command that ``argv`` names and run it."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
+    argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
+    ctx.debug, ctx.no_color = ctx.debug or "--debug" in flags, "--no-color" in flags
+    if argv[:1] == ["--version"]:
+        ctx.emit(f"mogplex {__version__}")
+        return Exit.OK
+    if argv[:1] in (["-h"], ["--help"]):
+        ctx.emit(overview())
+        return Exit.OK
+    if argv[:1] == ["--demo-server"]:
+        return serve_demo(ctx, argv[1:])
+    if "--demo" in flags:
+        return with_demo(ctx, argv)
+    return run(ctx, argv)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
