@@ -781,7 +781,7 @@ def _odd_id(url: str) -> str:
     """The id in a URL of the service that is not spelled as its ids are, or ""."""
     import urllib.parse
     match = re.match(r"/(?:runs|sandboxes)/([^/?]+)|[^?]*\?(?:.*&)?(?:repo_)?id=([^&]+)", url.rpartition(API_PATH)[2])
-    identifier = urllib.parse.unquote(match.group(1) or match.group(2)) if match else ""
+    identifier = urllib.parse.unquote_plus(match.group(1) or match.group(2)) if match else ""
     return "" if is_uuid(identifier) else sanitize(identifier)[:100]
 
 
@@ -949,7 +949,7 @@ def _pieces(response: Any) -> Iterator[bytes]:
     if encoding in ("", "identity"):
         return _raw_pieces(response)
     if encoding not in ("gzip", "x-gzip", "deflate"):
-        raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)[:100]}")
+        raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)[:100]}", delivered=True)
     return _inflate(_raw_pieces(response), encoding)
 
 
@@ -1007,11 +1007,13 @@ class Exchange:
                 return body.decode("utf-8-sig", "replace")
             body += piece
             if len(body) > MAX_BODY:
-                raise InvalidResponseError(f"refused an answer of over {MAX_BODY >> 20} MiB", code="TOO_LARGE")
+                raise InvalidResponseError(
+                    f"refused an answer of over {MAX_BODY >> 20} MiB", code="TOO_LARGE", delivered=True)
 
     def data(self) -> Json:
         """The ``data`` of an answer in the service's envelope; the MogplexError that any other one means."""
-        return read_answer(self.url, self.status, self.headers, self.text())
+        text = "" if 300 <= self.status < 400 else self.text()  # of a redirect nobody wants to read more
+        return read_answer(self.url, self.status, self.headers, text)
 
     def piece(self, idle_s: float) -> Optional[bytes]:
         """The next piece of the body, None at its end, b"" when nothing came for ``idle_s``."""

@@ -22,10 +22,12 @@ import json
 import os
 import pty
 import pyte
+import random
 import re
 import shlex
 import signal
 import socket
+import ssl
 import struct
 import subprocess
 import sys
@@ -40,9 +42,11 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
+import zlib
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union
 
 import pytest
+import trustme
 
 import mogplex
 
@@ -862,8 +866,1107 @@ def test_a_run_that_cannot_be_remembered_is_no_error(tmp_path: Any, obstacle: An
 
 # ---------------------------------------------------------------- 4. Client
 
+REPOS = {"repos": [{"id": "1", "full_name": "acme/web"}]}
+Speak = Callable[[socket.socket], None]
+Step = Union[bytes, Speak]  # what a server does: bytes to send, or a function that speaks on the connection
+
+
+def steps(*order: Step) -> Callable[[int, str, socket.socket], Optional[bytes]]:
+    """An ``answer`` for RawServer that goes through ``order`` and stays with the last."""
+    def reply(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        step = order[min(number, len(order)) - 1]
+        if isinstance(step, bytes):
+            return step
+        step(connection)
+        return None
+    return reply
+
+
+def reset_after(data: bytes) -> Speak:
+    """Send ``data``, then a TCP reset."""
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(data)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return speak
+
+
+def dribble(head: bytes, endless: bytes, pause_s: float = 0.02) -> Speak:
+    """Send ``head``, then ``endless`` over and over until nobody listens any more."""
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(head)
+        while True:
+            connection.sendall(endless)
+            time.sleep(pause_s)
+    return speak
+
+
+def silent(connection: socket.socket) -> None:
+    """Say nothing until the other side leaves."""
+    connection.recv(1)
+
+
+def packed(data: bytes, wbits: int = 31) -> bytes:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, wbits)
+    return compressor.compress(data) + compressor.flush()
+
+
+def envelope(data: Any) -> bytes:
+    return json.dumps({"ok": True, "data": data}).encode()
+
+
+GOOD = ok(REPOS)
+CUT = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+SQUEEZED = zlib.compressobj(9, zlib.DEFLATED, -15)
+BOMB = b"\x1f\x8b\b\0\0\0\0\0\0\3" + (SQUEEZED.compress(b"\0" * (1 << 20)) + SQUEEZED.flush(zlib.Z_FULL_FLUSH)) * 512
+UNDELIVERED = {"401", "403", "404", "429", "a long message", "login", "their login", "redirect", "odd redirect", "a redirect's endless body"}
+FAULTS: Dict[str, Tuple[Step, type, int, str]] = {  # what the server does, the error, tries, words of the message
+    "closed": (lambda connection: None, mogplex.UnavailableError, 3, "connection was lost"),
+    "reset before the headers": (reset_after(b""), mogplex.UnavailableError, 3, "connection was lost"),
+    "reset in the headers": (reset_after(CUT[:20]), mogplex.UnavailableError, 3, "connection was lost"),
+    "reset in the body": (reset_after(GOOD[:-5]), mogplex.UnavailableError, 3, "connection was lost"),
+    "short body": (GOOD[:-5], mogplex.UnavailableError, 3, "connection was lost"),
+    "short chunk": (CUT + b"Transfer-Encoding: chunked\r\n\r\n40\r\n{", mogplex.UnavailableError, 3, "connection was lost"),
+    "no last chunk": (CUT + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", mogplex.UnavailableError, 3, "was lost"),
+    "no chunk size": (CUT + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", mogplex.UnavailableError, 3, "was lost"),
+    "short gzip": (answer(200, packed(envelope(REPOS))[:-9], Content_Encoding="gzip"), mogplex.InvalidResponseError, 1, "broken"),
+    "no gzip": (answer(200, b"{}", Content_Encoding="gzip"), mogplex.InvalidResponseError, 1, "compression is broken"),
+    "brotli": (answer(200, b"{}", Content_Encoding="br"), mogplex.InvalidResponseError, 1, "unknown encoding: br"),
+    "no HTTP": (b"\0\1\2\r\n\r\n", mogplex.UnavailableError, 3, "connection was lost"),
+    "a thousand headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000 + b"\r\n", mogplex.UnavailableError, 3, "was lost"),
+    "HTML": (answer(200, "<html>", Content_Type="text/html"), mogplex.InvalidResponseError, 1, "not the service's (6 characters, text/html)"),
+    "empty": (answer(200), mogplex.InvalidResponseError, 1, "(0 characters, no content type)"),
+    "no envelope": (answer(200, {"repos": []}), mogplex.InvalidResponseError, 1, "not the service's"),
+    "no data": (answer(200, {"ok": True, "data": []}), mogplex.InvalidResponseError, 1, "not the service's"),
+    "deep JSON": (answer(200, b"[" * 100000), mogplex.InvalidResponseError, 1, "not the service's"),
+    "500": (answer(500), mogplex.MogplexError, 3, "HTTP 500"), "502": (answer(502, "<html>"), mogplex.UnavailableError, 3, "HTTP 502"),
+    "503": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="2"), mogplex.UnavailableError, 3, "SERVICE_UNAVAILABLE: later (HTTP 503)"),
+    "503 for long": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="6"), mogplex.UnavailableError, 1, "later"),
+    "504": (answer(504), mogplex.UnavailableError, 3, "HTTP 504"), "501": (answer(501), mogplex.UnavailableError, 1, "HTTP 501"),
+    "401": (refusal(401, "UNAUTHORIZED", "Unauthorized"), mogplex.UnauthorizedError, 1, "UNAUTHORIZED: Unauthorized (HTTP 401)"),
+    "403": (refusal(403, "FORBIDDEN", "Missing scope"), mogplex.ForbiddenError, 1, "Missing scope"),
+    "404": (refusal(404, "BAD_REQUEST", "Repo not found"), mogplex.MogplexError, 1, "BAD_REQUEST: Repo not found (HTTP 404)"),
+    "429": (refusal(429, "RATE_LIMITED", "slow\n::error::", Retry_After="1"), mogplex.RateLimitedError, 1, "slow \u23ce : :error::"),
+    "a long message": (refusal(400, "X" * 999, "y" * 99999), mogplex.MogplexError, 1, "y" * 1000 + " (HTTP 400)"),
+    "login": (answer(307, Location="/login?next=x"), mogplex.UnauthorizedError, 1, "asks for a sign-in"),
+    "their login": (answer(307, Location="https://b.example/login"), mogplex.InvalidResponseError, 1, "redirect to https://b.example/login"),
+    "redirect": (answer(302, Location="//b.example/x"), mogplex.InvalidResponseError, 1, "refused to follow a redirect to http://b.example/x"),
+    "odd redirect": (answer(307, Location="http://[::1"), mogplex.InvalidResponseError, 1, "a redirect to http://[::1"),
+    "a redirect's endless body": (dribble(b"HTTP/1.1 307 X\r\nLocation: https://b.example/\r\nContent-Length: 999999999\r\n\r\n",
+                                          b"x" * 65536, 0.0), mogplex.InvalidResponseError, 1, "https://b.example/"),
+    "odd length": (b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\nConnection: close\r\n\r\n{}", mogplex.InvalidResponseError, 1, "not the service's"),
+    "512 MiB in gzip": (answer(200, BOMB, Content_Encoding="gzip"), mogplex.InvalidResponseError, 1, "TOO_LARGE: refused an answer of over 32 MiB"),
+}
+
+
+def client(url: str, **options: Any) -> mogplex.Client:
+    """One that never really waits; ``waits`` has what it would have slept."""
+    waits: List[float] = []
+    made = mogplex.Client(TOKEN, url, **{"sleep": waits.append, "random": lambda: 0.0, **options})
+    made.waits = waits  # type: ignore[attr-defined]
+    return made
+
+
+class VirtualClock:
+    """Time that passes only in ``sleep``, and then at once."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now, self.notes = now, []  # type: Tuple[float, List[str]]
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert 0 <= seconds <= 1
+        self.now += seconds
+
+    def note(self, progress: mogplex.Progress) -> None:
+        self.notes += [progress.message] if progress.message else []
+
+    def tail(self, one: mogplex.Client, run_id: str = "R", **options: Any) -> Iterator[Any]:
+        """A tail in this time; what it says is in ``notes``."""
+        return mogplex.tail(one, run_id, **{
+            "clock": self, "sleep": self.sleep, "random": lambda: 0.0, "on_progress": self.note, **options})
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_told_apart_and_retried_where_that_helps(name: str) -> None:
+    step, kind, tries, words = FAULTS[name]
+    with RawServer(steps(step)) as server, client(server.url) as one:
+        with pytest.raises(mogplex.MogplexError) as error:
+            one.repos()
+        assert type(error.value) is kind and words in str(error.value) and len(str(error.value)) < 1200
+        assert len(server.requests) == tries
+        waits = {"503": [2.0, 2.0]}.get(name, [0.5, 1.0][:tries - 1])
+        assert one.waits == waits  # type: ignore[attr-defined]
+        assert error.value.delivered == (name not in UNDELIVERED)
+
+
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault[2] == 3])
+def test_a_fault_that_passes_is_ridden_out(name: str) -> None:
+    with RawServer(steps(FAULTS[name][0], FAULTS[name][0], GOOD)) as server, client(server.url) as one:
+        assert one.repos() == REPOS["repos"] and len(server.requests) == 3
+
+
+def test_a_refused_connection_and_an_unknown_host_were_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        with pytest.raises(mogplex.UnavailableError, match="connection was refused") as refused:
+            client(f"http://127.0.0.1:{taken.getsockname()[1]}").repos()
+    # Words in a URL are not words of an error.
+    with pytest.raises(mogplex.UnavailableError, match="host name was not found") as unknown:
+        client("https://timeout.refused.ssl-certificate.invalid").run("timed out")
+    assert not refused.value.delivered and not unknown.value.delivered
+    with pytest.raises(mogplex.UsageError, match="no host that can exist"):
+        client("https://" + "a" * 70 + ".example").repos()
+
+
+@pytest.mark.parametrize("step", [
+    silent, dribble(b"", b"H"), dribble(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"), dribble(CUT + b"\r\n", b" "),
+    dribble(CUT + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n"),
+])
+def test_no_exchange_is_longer_than_its_limit_however_it_dribbles(step: Step) -> None:
+    with RawServer(steps(step)) as server, client(server.url, timeout_s=0.3, tries=1) as one:
+        with pytest.raises(mogplex.UnavailableError, match="no (complete )?answer (within|for) 0.3 s") as error:
+            one.repos()
+        assert error.value.delivered and error.value.transient
+
+
+def test_a_silent_dns_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    answered = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: answered.wait() and [])
+
+    def tick() -> None:
+        raise KeyboardInterrupt  # as Ctrl+C does
+
+    with pytest.raises(KeyboardInterrupt), client("http://127.0.0.1:1").open_run("x", tick):
+        pass
+    answered.set()
+
+
+@pytest.mark.parametrize("data, encoding", [
+    (packed(envelope(REPOS)), "gzip"), (packed(envelope(REPOS)), "x-gzip"), (packed(envelope(REPOS), 15), "deflate"),
+    (packed(envelope(REPOS), -15), "deflate"), (packed(envelope(REPOS)[:20]) + packed(envelope(REPOS)[20:]), "gzip"),
+    (packed(envelope({**REPOS, "x": "y" * (1 << 21)})), "gzip"), (envelope(REPOS), "identity"), (b"\xef\xbb\xbf" + envelope(REPOS), ""),
+])
+def test_bodies_are_decompressed(data: bytes, encoding: str) -> None:
+    for step in (answer(200, data, Content_Encoding=encoding), dribble(
+            answer(200, data, Content_Encoding=encoding)[:-len(data)] + data[:7], data[7:], 9)):
+        with RawServer(steps(step)) as server, client(server.url) as one:
+            assert one.repos() == REPOS["repos"]
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20])
+def test_inflating_stops_at_the_end_and_nowhere_else(size: int) -> None:
+    data = packed(b"\0" * size)
+    for pieces in ([data], [data[:1], data[1:-1], data[-1:]], [data, data]):
+        assert sum(map(len, mogplex._inflate(iter(pieces), "gzip"))) == size * b"".join(pieces).count(data)
+    with pytest.raises(zlib.error):
+        list(mogplex._inflate(iter([data[:-1]]), "gzip"))
+
+
+MEMORY = """
+import resource, sys, mogplex
+client, now = mogplex.Client("mog_x", sys.argv[1], tries=1), [0.0]
+def pass_by(seconds): now[0] += seconds
+try: client.models()
+except mogplex.MogplexError: pass
+idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    for item in mogplex.tail(client, "r", interval_s=0.01, random=lambda: 0.0, clock=lambda: now[0], sleep=pass_by):
+        print(len(str(item)))
+except mogplex.MogplexError as error:
+    print(error)
+used = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) / 1024
+print("within bounds" if used < 100 else f"{used} MiB")
+"""
+BIG = {"run": {"status": "success"}, "events": [{"id": "1", "message": "x" * 10_000_000 + "\U0001f600\ud800\0"}]}
+
+
+@pytest.mark.parametrize("step, told", [
+    (answer(200, BOMB, Content_Encoding="gzip"), "refused an answer of over 32 MiB"),
+    (ok(BIG), "10000"), (answer(200, b" " * (33 << 20)), "refused an answer of over 32 MiB"),
+    (answer(200, b"[" * 1_000_000), "not the service's"), (answer(200, b"9" * 1_000_000), "not the service's"),
+])
+def test_memory_has_its_bounds(step: bytes, told: str) -> None:
+    with RawServer(lambda number, request, _: step if "/events" in request else ok({})) as server:
+        said = subprocess.run([sys.executable, "-c", MEMORY, server.url], cwd=os.path.dirname(MODULE),
+                              stdout=subprocess.PIPE, check=True).stdout.decode()
+    assert told in said and said.endswith("within bounds\n")
+
+
+def test_json_that_python_would_stumble_over() -> None:
+    long = "9" * 5000
+    assert mogplex.parse_json(f'{{"a": {long}, "b": -{long}, "c": 1e999, "d": NaN, "e": 12, "f": 0.5}}') == {
+        "a": long, "b": "-" + long, "c": "1e999", "d": "NaN", "e": 12, "f": 0.5}
+    assert mogplex.parse_json(' {"a": "\\ud800"} ') == {"a": "\ud800"} and mogplex.parse_json("[1]") == [1]
+    for text in ("", "{", "{} x", "{'a'}", "[" * 100000, '{"a":' * 100000):
+        with pytest.raises(ValueError):
+            mogplex.parse_json(text)
+
+
+WWW, BARE = "https://www.mogplex.com", "https://mogplex.com"
+
+
+@pytest.mark.parametrize("url, status, location, target", [
+    (WWW + "/a", 307, BARE + "/a?b=c", BARE + "/a?b=c"), (BARE + "/a", 308, WWW + ":443/a", WWW + ":443/a"),
+    (BARE + "/a", 307, "//WWW.mogplex.com/a", "https://WWW.mogplex.com/a"),
+    (WWW + "/a", 302, BARE + "/a", ""), (WWW + "/a", 301, BARE + "/a", ""), (WWW + "/a", 307, "http://mogplex.com/a", ""),
+    (WWW + "/a", 307, "/b", ""), (WWW + "/a", 307, "https://mogplex.com:444/a", ""), (WWW + "/a", 307, "https://x@mogplex.com/a", ""),
+    (WWW + "/a", 307, "https://mogplex.com.evil.example/a", ""), (WWW + "/a", 307, "https://evil.example/mogplex.com", ""),
+    ("https://evil.example/a", 307, BARE + "/a", ""), (WWW + "/a", 307, "", ""), (WWW + "/a", 307, "https://[::1", ""),
+])
+def test_where_the_token_may_follow(url: str, status: int, location: str, target: str) -> None:
+    assert mogplex.redirect_target(url, status, location) == target
+
+
+class Tunnel:
+    """A proxy that takes every CONNECT to one TLS server of ours, whose certificate is good for ``hosts``."""
+
+    def __init__(self, tmp_path: Any, answer: Callable[[int, str, socket.socket], Optional[bytes]], *hosts: str) -> None:
+        authority = trustme.CA()
+        self.ca, self.asked, self.context = str(tmp_path / "ca.pem"), [], ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)  # type: Tuple[str, List[str], ssl.SSLContext]
+        authority.cert_pem.write_to_path(self.ca)
+        authority.issue_cert(*hosts).configure_cert(self.context)
+        self.server, self.proxy = RawServer(answer), RawServer(self.connect)
+
+    def connect(self, number: int, request: str, connection: socket.socket) -> None:
+        self.asked.append(request.split("\r\n")[0])
+        connection.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+        with self.context.wrap_socket(connection, server_side=True) as inside:
+            self.server._converse(inside)
+
+    def __enter__(self) -> Tunnel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.__exit__()
+        self.proxy.__exit__()
+
+
+def proxied(monkeypatch: pytest.MonkeyPatch, proxy: str, url: str = WWW, **options: Any) -> mogplex.Client:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    return client(url, trust_env=True, **options)
+
+
+def test_the_token_follows_between_the_two_hosts_once(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = [answer(308, Location=f"{BARE}/api/v1/mogplex/runs")]
+    with Tunnel(tmp_path, steps(there[0], ok({"runId": "1"}), *there), "www.mogplex.com", "mogplex.com") as tunnel:
+        lines: List[str] = []
+        with proxied(monkeypatch, tunnel.proxy.url, verify=tunnel.ca, log=lines.append) as one:
+            assert one.start_run({"repoId": "r", "prompt": "p"}, "key") == {"runId": "1"}
+            assert tunnel.asked == ["CONNECT www.mogplex.com:443 HTTP/1.1", "CONNECT mogplex.com:443 HTTP/1.1"]
+            for request, host in zip(tunnel.server.requests, ("www.mogplex.com", "mogplex.com")):
+                assert request.startswith("POST /api/v1/mogplex/runs HTTP/1.1\r\n") and f"Host: {host}\r\n" in request
+                assert f"Authorization: Bearer {TOKEN}\r\n" in request and "Idempotency-Key: key\r\n" in request
+                assert json.loads(request.partition("\r\n\r\n")[2]) == {"repoId": "r", "prompt": "p"}
+            assert len(lines) == 1 and lines[0].startswith(f"POST {BARE}/api/v1/mogplex/runs 200 ") and TOKEN not in lines[0]
+            with pytest.raises(mogplex.InvalidResponseError, match="redirect"):
+                one.repos()  # answered by redirects alone
+            assert len(tunnel.server.requests) == 4
+
+
+def test_tls_errors_say_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "junk.pem").write_text("junk")
+    with Tunnel(tmp_path, steps(GOOD), "mogplex.com") as tunnel:
+        for options, url, words in (
+            ({}, BARE, "TLS: the TLS certificate is not valid: "), ({"verify": tunnel.ca}, WWW, "not valid: .*www.mogplex.com"),
+            ({"verify": "/nowhere.pem"}, BARE, "TLS: the file of CA certificates cannot be read"),
+            ({"verify": str(tmp_path / "junk.pem")}, BARE, "CA certificates cannot be read"),
+        ):  # type: Tuple[Dict[str, Any], str, str]
+            with pytest.raises(mogplex.MogplexError, match=words) as error:
+                proxied(monkeypatch, tunnel.proxy.url, url, **options).repos()
+            assert error.value.exit == 1 and not error.value.delivered and not tunnel.server.requests
+        assert proxied(monkeypatch, tunnel.proxy.url, BARE, verify=tunnel.ca).repos() == REPOS["repos"]
+
+
+@pytest.mark.parametrize("step, words, delivered", [
+    (answer(407), "407 Proxy Authentication Required|407 Status", False), (answer(403), "403 Status", False),
+    (silent, "no (complete )?answer", True), (lambda connection: None, "the connection was lost", True),
+])
+def test_a_proxy_that_is_in_the_way_is_named_without_its_password(
+    step: Step, words: str, delivered: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with RawServer(steps(step)) as server:
+        address = server.url[len("http://"):]
+        with pytest.raises(mogplex.UnavailableError, match=words) as error:
+            proxied(monkeypatch, f"http://user:pa55w0rd@{address}", timeout_s=0.5, tries=1).repos()
+        assert "pa55w0rd" not in str(error.value) + error.value.hint
+        if not delivered:
+            assert f"through the proxy http://{address}: " in str(error.value) and not error.value.delivered
+            assert error.value.hint == "check HTTPS_PROXY and NO_PROXY"
+
+
+@pytest.mark.parametrize("proxy, kind, words", [
+    ("http://user:pa55w0rd@127.0.0.1:1", mogplex.UnavailableError, "proxy http://127.0.0.1:1: the connection was refused"),
+    ("127.0.0.1:1", mogplex.UnavailableError, "through the proxy (http://)?127.0.0.1:1: "),
+    ("http://nowhere.invalid:1", mogplex.UnavailableError, "http://nowhere.invalid:1: the host name was not found"),
+    ("socks5://user:pa55w0rd@127.0.0.1:1", mogplex.UsageError, "the proxy socks5://127.0.0.1:1 cannot be used"),
+    ("http://[::1", mogplex.UsageError, "the proxy .* cannot be used"),
+])
+def test_a_dead_proxy_is_named(proxy: str, kind: type, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(mogplex.MogplexError, match=words) as error:
+        proxied(monkeypatch, proxy, tries=1).repos()
+    assert type(error.value) is kind and "pa55w0rd" not in str(error.value) and not error.value.delivered
+
+
+def test_this_machine_is_never_behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    with RawServer(steps(GOOD)) as server:
+        assert client(server.url, trust_env=True).repos() == REPOS["repos"]
+
+
+def test_a_start_is_repeated_under_its_key_whatever_became_of_its_answer() -> None:
+    for lost in (reset_after(b""), GOOD[:-5], answer(200, "<html>"), answer(200), answer(500)):
+        with RawServer(steps(lost, lost, ok({"runId": "1"}))) as server, client(server.url) as one:
+            assert one.start_run({"repoId": "r"}, " k ") == {"runId": "1"}
+            assert [request.count("Idempotency-Key: k\r\n") for request in server.requests] == [1, 1, 1]
+    for key in ("", " ", "x" * 201, "a\nb", "\xe9"):
+        with pytest.raises(mogplex.UsageError, match="idempotency key"):
+            one.start_run({}, key)
+
+
+def test_a_start_that_may_have_arrived_says_so_though_a_later_try_did_not() -> None:
+    with RawServer(steps(reset_after(b""), refusal(400, "BAD_REQUEST", "no"))) as server, client(server.url) as one:
+        with pytest.raises(mogplex.MogplexError, match="HTTP 400") as error:
+            one.start_run({"repoId": "r"}, "k")
+        assert error.value.delivered
+
+
+@pytest.mark.parametrize("repos, tries, words", [
+    (ok({"repos": []}), 1, "there is no repo 'nope'"), (answer(500), 1, "there is no repo 'nope'"),
+    (GOOD, 3, "SERVICE_UNAVAILABLE"), (answer(503), 3, "SERVICE_UNAVAILABLE"),
+])
+def test_an_unknown_repo_is_asked_about_once(repos: bytes, tries: int, words: str) -> None:
+    failed = refusal(503, "SERVICE_UNAVAILABLE", "External Mogplex run rate limit unavailable")
+    with RawServer(lambda number, request, _: repos if "/repos?id=nope" in request else failed) as server:
+        with pytest.raises(mogplex.MogplexError, match=words) as error:
+            client(server.url).start_run({"repoId": "nope"}, "k")
+        assert int(error.value.exit) == (1 if tries == 1 else 69)
+        assert [request[:4] for request in server.requests] == ["POST", "GET ", "POST", "POST"][:tries + 1]
+
+
+@pytest.mark.parametrize("call, odd", [
+    (lambda one: one.run("a/b"), "'a/b'"), (lambda one: one.events("nope"), "'nope'"), (lambda one: one.sandbox_logs("sbx_1"), "'sbx_1'"),
+    (lambda one: one.sandboxes(repo_id="x y"), "'x y'"), (lambda one: next(VirtualClock().tail(one, "nope")), "'nope'"),
+    (lambda one: one.run(NOWHERE), ""), (lambda one: one.repos(query="x"), ""),
+])
+def test_a_malformed_id_is_said_to_look_wrong(call: Callable[[mogplex.Client], Any], odd: str) -> None:
+    with RawServer(steps(refusal(500, "INTERNAL_ERROR", "Internal server error"))) as server:
+        with pytest.raises(mogplex.MogplexError, match="INTERNAL_ERROR") as error:
+            call(client(server.url))
+    assert error.value.hint == (f"{odd} does not look like an id of the service" if odd else "")
+
+
+@pytest.mark.parametrize("identifier, path", [
+    ("a/../b?c#d%", "a%2F..%2Fb%3Fc%23d%25"), ("\u00e9 \ud800", "%C3%A9%20%3F"), (" x ", "x"), ("", None), (".", None), (" .. ", None),
+])
+def test_ids_stay_in_their_segment(identifier: str, path: Optional[str]) -> None:
+    with RawServer(steps(ok({"run": {}}))) as server:
+        if path is None:
+            with pytest.raises(mogplex.UsageError, match="is no id"):
+                client(server.url).run(identifier)
+        else:
+            client(server.url).run(identifier)
+            assert server.requests[0].startswith(f"GET /api/v1/mogplex/runs/{path} HTTP/1.1")
+
+
+def renewable(url: str, **more: Any) -> mogplex.Credential:
+    return mogplex.Credential("old", base_url=url, refresh_token="refresh-0", **more)
+
+
+def test_a_refused_token_is_renewed_once_and_the_request_repeated() -> None:
+    said: List[str] = []
+
+    def reply(number: int, request: str, connection: socket.socket) -> bytes:
+        said.append(request.split(" ")[1][-5:] + (re.findall("Bearer (.*)\r", request) or [""])[0])
+        if "/token" in request:
+            return answer(200, {"access_token": "new", "expires_in": 3600})
+        return ok({"runId": "1"}) if "Bearer new" in request else refusal(401, "UNAUTHORIZED", "Unauthorized")
+    with RawServer(reply) as server, mogplex.Client(renewable(server.url), server.url) as one:
+        assert one.start_run({"repoId": "r"}, "k") == {"runId": "1"}
+        assert said == ["/runsold", "token", "/runsnew"]
+        one.credential.token = "worse"  # now nothing helps
+        with pytest.raises(mogplex.UnauthorizedError):
+            mogplex.Client(mogplex.Credential("never"), server.url).repos()
+
+
+def test_a_refresh_that_fails_delivers_no_request() -> None:
+    with RawServer(steps(answer(500))) as server:
+        with pytest.raises(mogplex.UnavailableError, match="sign-in service") as error:
+            mogplex.Client(renewable(server.url, expires_at=1.0), server.url, sleep=lambda _: None).start_run({"repoId": "r"}, "k")
+        assert not error.value.delivered and all("/token" in request for request in server.requests)
+
+
+def test_connections_are_kept_and_a_bad_one_is_not() -> None:
+    connections: List[Any] = []
+
+    def converse(number: int, request: str, connection: socket.socket) -> None:
+        connections.append(connection.getpeername())
+        while request:
+            data = envelope(REPOS)
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if len(connections) % 2 else data
+            head = b"Transfer-Encoding: chunked" if len(connections) % 2 else b"Content-Length: %d" % len(data)
+            connection.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body)
+            request = read_request(connection)
+    with RawServer(converse) as server, client(server.url) as one:
+        for _ in range(3):
+            assert one.repos() == REPOS["repos"] and len(connections) == 1
+        with one.open_run("x", lambda: None):
+            pass  # left in the middle: nobody knows where the next answer would begin
+        one._used_at -= 60  # what has been idle for long is closed by the service
+        for _ in range(3):
+            assert one.repos() == REPOS["repos"] and len(connections) <= 3
+
+
+def test_what_is_sent() -> None:
+    with RawServer(steps(answer(200, {"ok": True, "data": REPOS}, Set_Cookie="a=b; Path=/"), GOOD)) as server, client(server.url) as one:
+        one.repos(query="a_b", limit=5)
+        one.repos()
+    first, second = server.requests
+    assert first.startswith("GET /api/v1/mogplex/repos?q=a_b&limit=5 HTTP/1.1\r\n") and f"Authorization: Bearer {TOKEN}\r\n" in first
+    assert f"User-Agent: mogplex/{mogplex.__version__}\r\n" in first and "Accept: application/json\r\n" in first
+    assert "Cookie" not in second and "?" not in second.split("\r\n")[0]
+
 
 # ---------------------------------------------------------------- 5. Tail
+
+
+def sse(data: str, event: str = "message", id: str = "", retry: Optional[int] = None) -> mogplex.ServerSentEvent:
+    return mogplex.ServerSentEvent(event, id, data, retry)
+
+
+CONFORMANCE: List[Tuple[bytes, List[mogplex.ServerSentEvent], str, Optional[int]]] = [  # bytes, events, last_event_id, retry_ms
+    (b"", [], "", None), (b"\n\n\n", [], "", None), (b"data: a\n\n", [sse("a")], "", None),
+    (b"data: a\n", [], "", None), (b"data: a", [], "", None), (b"data: a\n\ndata: b", [sse("a")], "", None),
+    (b"data: a\r\rdata: b\r\n\r\ndata: c\n\n", [sse("a"), sse("b"), sse("c")], "", None),
+    (b"data: a\r\n\ndata: b\n\rdata: c\r\r", [sse("a"), sse("b"), sse("c")], "", None),
+    (b"data: a\rdata: b\ndata: c\r\ndata: d\r\n\r\n", [sse("a\nb\nc\nd")], "", None),
+    (b"data: a\r", [], "", None), (b"data: a\r\r", [sse("a")], "", None), (b"\r\n\r\n\r\ndata:a\r\n\r\n", [sse("a")], "", None),
+    (b"\xef\xbb\xbfdata: a\n\n", [sse("a")], "", None), (b"\xef\xbb\xbf\xef\xbb\xbfdata: a\n\ndata: b\n\n", [sse("b")], "", None),
+    (b"\xef\xbb\xbf\n\ndata: a\n\n", [sse("a")], "", None), (b"data: a\n\n\xef\xbb\xbfdata: b\n\n", [sse("a")], "", None),
+    (b"data: \xef\xbb\xbfa\n\n", [sse("\ufeffa")], "", None), (b"\xef\xbb", [], "", None), (b"\xef\xbbdata: a\n\ndata: b\n\n", [sse("b")], "", None),
+    (b"data:a\n\ndata:  a\n\ndata: \n\ndata:\n\ndata\n\n", [sse("a"), sse(" a"), sse(""), sse(""), sse("")], "", None),
+    (b"data\ndata\n\n", [sse("\n")], "", None), (b"data:\ta\n\n", [sse("\ta")], "", None), (b"data: a \n\n", [sse("a ")], "", None),
+    (b"data: a:b: c\n\n", [sse("a:b: c")], "", None), (b"data: a\ndata:\ndata: b\n\n", [sse("a\n\nb")], "", None),
+    (b": hello\n:\n:data: x\n\ndata: a\n: between\ndata: b\n\n", [sse("a\nb")], "", None),
+    (b"event: add\ndata: a\n\ndata: b\n\n", [sse("a", "add"), sse("b")], "", None), (b"event:\ndata: a\n\n", [sse("a")], "", None),
+    (b"event: x\nevent: y\ndata: a\n\n", [sse("a", "y")], "", None), (b"event: x\n\ndata: a\n\n", [sse("a")], "", None),
+    (b"event:  x\ndata: a\n\nevent\ndata: b\n\n", [sse("a", " x"), sse("b")], "", None),
+    (b"Data: a\nDATA: b\n data: c\ndata : d\ndatax: e\ndat: f\n\n", [], "", None),
+    (b"id: 1\ndata: a\n\ndata: b\n\n", [sse("a", id="1"), sse("b", id="1")], "1", None),
+    (b"id: 1\ndata: a\n\nid\ndata: b\n\n", [sse("a", id="1"), sse("b")], "", None), (b"id: 1\n\ndata: b\n\n", [sse("b", id="1")], "1", None),
+    (b"id: 1\ndata: a\n\nid:\n\n", [sse("a", id="1")], "", None), (b"id: 1\n\nid: 2\n", [], "1", None), (b"id: 1\n\nid: 2\ndata: x", [], "1", None),
+    (b"id: 1\nid: 2\ndata: a\n\n", [sse("a", id="2")], "2", None), (b"id:  1 \ndata: a\n\n", [sse("a", id=" 1 ")], " 1 ", None),
+    (b"id: 1\nid: 2\x003\ndata: a\n\n", [sse("a", id="1")], "1", None), (b"id: \xc3\xa9\xff\ndata: a\n\n", [sse("a", id="\xe9\ufffd")], "\xe9\ufffd", None),
+    (b"retry: 1500\n\n", [], "", 1500), (b"retry: 1500\ndata: a\n\ndata: b\n\n", [sse("a", retry=1500), sse("b")], "", 1500),
+    (b"retry:10\nretry:x\ndata: a\n\n", [sse("a", retry=10)], "", 10), (b"retry: 7", [], "", None), (b"retry: 0\n", [], "", 0),
+    (b"retry: -1\nretry: 1.5\nretry: +1\nretry: 1e3\nretry:\nretry\nretry: 1 \nretry:  1\nretry: 0x1\nretry: 1_0\n\n", [], "", None),
+    ("retry: \u0661\nretry: \xb2\n\n".encode(), [], "", None), (b"retry: 007\n\n", [], "", 7), (b"retry: " + b"0" * 5000 + b"9\n\n", [], "", 9),
+    (b"retry: " + b"9" * 5000 + b"\n\n", [], "", int("9" * 600)), (b"retry: 99999999999999999999\n\n", [], "", 99999999999999999999),
+    ("data: a\u2028b\u2029c\x0bd\x0ce\x1cf\x1dg\x1eh\x85i\n\n".encode(), [sse("a\u2028b\u2029c\x0bd\x0ce\x1cf\x1dg\x1eh\x85i")], "", None),
+    (b"data: \x85 \xff \xc3\n\n", [sse("\ufffd \ufffd \ufffd")], "", None), (b"data: \xe2\x82\ndata: \xac\n\n", [sse("\ufffd\n\ufffd")], "", None),
+    (b"data: \xed\xa0\x80 \xf0\x9f\x98\n\n", [sse("\ufffd\ufffd\ufffd \ufffd")], "", None), (b"data: \0a\0\n\n", [sse("\0a\0")], "", None),
+    ("data: \xe9\u20ac\U0001f600\n\n".encode(), [sse("\xe9\u20ac\U0001f600")], "", None), (b"event: \xc3\xa9\0\ndata: a\n\n", [sse("a", "\xe9\0")], "", None),
+    (b"nonsense\nfoo: bar\ndata: a\n\n", [sse("a")], "", None), (b"{}\n\ndata: {\"a\": 1}\n\n", [sse('{"a": 1}')], "", None),
+    (b"data: YHOO\ndata: +2\ndata: 10\n\n", [sse("YHOO\n+2\n10")], "", None),
+    (b": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n",
+     [sse("first event", id="1"), sse("second event"), sse(" third event")], "", None),
+]
+
+
+@pytest.mark.parametrize("data, events, last_event_id, retry_ms", CONFORMANCE)
+def test_server_sent_events_by_the_letter(
+    data: bytes, events: List[mogplex.ServerSentEvent], last_event_id: str, retry_ms: Optional[int],
+) -> None:
+    splits = [[data], [data[at:at + 1] for at in range(len(data))], [b"", *(data[at:at + 2] for at in range(0, len(data), 2)), b""]]
+    splits += [[data[:at], data[at:]] for at in range(min(len(data), 200))]
+    for pieces in splits:
+        decoder = mogplex.SSEDecoder()
+        assert [event for piece in pieces for event in decoder.feed(piece)] == events, pieces
+        assert (decoder.last_event_id, decoder.retry_ms) == (last_event_id, retry_ms), pieces
+
+
+def test_a_decoder_resumes_and_tells_what_it_holds() -> None:
+    decoder = mogplex.SSEDecoder("7")
+    assert decoder.feed(b"data: a\n\n") == [sse("a", id="7")] and decoder.held == 0
+    decoder.feed(b"data: b\ndata: c")
+    assert decoder.held == 15 and decoder.last_event_id == "7"
+    decoder.feed(b"\n\nda")
+    assert decoder.held == 2
+
+
+# The pace of one tail, and of ten.
+
+def paced(pace: mogplex.Pace, minutes: float, now: float = 0.0, news: bool = False) -> List[float]:
+    """The intervals of a tail that always gets an answer."""
+    intervals, end = [], now + 60 * minutes
+    while now < end:
+        pace.polled(now)
+        pace.succeeded(news, now)
+        intervals.append(pace.interval_s(0.0))
+        now += intervals[-1]
+    return intervals
+
+
+def test_the_pace_of_a_tail_alone() -> None:
+    quiet = paced(mogplex.Pace(1.5, 0.0), 2)
+    assert quiet[:20] == [1.5] * 20 and quiet[20:25] == [1.875, 2.34375, 2.9296875, 3.662109375, 4.0] and quiet[-1] == 4.0
+    assert paced(mogplex.Pace(1.5, 0.0), 2, news=True) == [1.5] * 80
+    pace = mogplex.Pace(1.5, 0.0)
+    paced(pace, 2)
+    pace.succeeded(True, 130.0)
+    assert pace.interval_s(0.9) == 1.5
+    # Four tails of silent runs fit one token.
+    assert 4 * len(paced(mogplex.Pace(1.5, 0.0), 1, now=100.0)) <= 60
+
+
+def test_the_pace_after_refusals() -> None:
+    pace = mogplex.Pace(1.5, 0.0)
+    for refused in (3.0, 6.0, 12.0, 24.0, 30.0, 30.0):
+        for number in range(60):
+            pace.polled(number * 0.5)
+        pace.refused()
+        assert pace.interval_s(0.0) == refused <= pace.interval_s(0.99) <= 30.0
+    shortened = paced(pace, 60)
+    assert shortened == sorted(shortened, reverse=True) and shortened[5] > 25 and shortened[-1] == 4.0
+    crowded = mogplex.Pace(1.5, 0.0)
+    for now in (0.0, 1.5, 3.0, 4.5, 6.0, 7.5, 9.0):  # a tenth of what a token may ask in a minute
+        crowded.polled(now)
+    crowded.refused()
+    assert crowded.interval_s(0.0) == 10.0
+
+
+class SharedClock:
+    """Time for many threads: it goes on, to the next to wake, only when all of them sleep. One runs at a time."""
+
+    def __init__(self, threads: int) -> None:
+        self.now, self.asleep, self.threads, self.changed = 1.8e9, {}, threads, threading.Condition()  # type: Tuple[float, Dict[int, float], int, threading.Condition]
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, who: int, seconds: float) -> None:
+        with self.changed:
+            self.asleep[who] = self.now + seconds
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: len(self.asleep) == self.threads and min(self.asleep, key=lambda one: (self.asleep[one], one)) == who)
+            self.now = max(self.now, self.asleep.pop(who))
+
+    def leave(self) -> None:
+        with self.changed:
+            self.threads -= 1
+            self.changed.notify_all()
+
+
+@pytest.mark.parametrize("seed, task", [(1, "x"), (2, "fail")])
+def test_ten_tails_on_one_token(seed: int, task: str) -> None:
+    clock, ended = SharedClock(10), {}  # type: Tuple[SharedClock, Dict[int, Tuple[float, List[Any]]]]
+    with mogplex.DemoServer(clock=clock, speed=0.08, rate_limit=True) as server:
+        run_id = mogplex.Client(mogplex.demo_id("x") and server.token, server.url).start_run({**WEB, "prompt": task}, "k")["runId"]
+        server.service.recent.clear()
+        began, run = clock.now, server.service.runs[run_id]
+
+        def follow(who: int) -> None:
+            dice = random.Random(seed * 100 + who)
+            clock.sleep(who, dice.random() * 3)
+            with mogplex.Client(server.token, server.url) as one:
+                items = list(mogplex.tail(one, run_id, clock=clock, random=dice.random, sleep=lambda seconds: clock.sleep(who, seconds)))
+            ended[who] = clock.now - began, items
+            clock.leave()
+        threads = [threading.Thread(target=follow, args=(who,)) for who in range(10)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        run_s = next(at for at in range(1000) if mogplex.demo_shown(run, at * 0.08)[0] in ("success", "failed"))
+        wanted = [step[3] for step in mogplex.demo_steps(run)]
+    assert 90 < run_s < 180
+    for at, items in ended.values():
+        assert items[-1].status == ("success" if task == "x" else "failed") and run_s <= at <= run_s + 45
+        assert [item["message"] for item in items[:-1]] == wanted
+    assert len(ended) == 10 and server.service.refusals <= 10
+
+
+# A tail that polls. Each server answers from a list; time is virtual.
+
+def poll(status: Any = "streaming", *events: Any, **run: Any) -> bytes:
+    """An answer of the events route; an event is an object, or a number that stands for one."""
+    listed = [{"id": str(event), "type": "log", "message": f"m{event}"} if isinstance(event, int) else event for event in events]
+    return ok({"run": {"runId": "R", "status": status, **run}, "events": listed})
+
+
+def followed(items: Iterator[Any]) -> Tuple[List[str], Any]:
+    """The messages of a tail's events, and its verdict."""
+    *events, verdict = items
+    return [event["message"] for event in events], verdict
+
+
+@contextlib.contextmanager
+def tailing(*order: Step, **options: Any) -> Iterator[Tuple[Iterator[Any], VirtualClock, List[float], RawServer]]:
+    """A tail of a run on a server that goes through ``order``; and when its requests came, in virtual time."""
+    clock, times = VirtualClock(), []  # type: Tuple[VirtualClock, List[float]]
+    reply = steps(*order)
+
+    def timed(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        times.append(clock.now - 1000.0)
+        return reply(number, request, connection)
+    with RawServer(timed) as server, mogplex.Client(TOKEN, server.url, **options.pop("client", {})) as one:
+        yield clock.tail(one, **options), clock, times, server
+
+
+END = (poll("success", 1), poll("success", 1))
+
+
+@pytest.mark.parametrize("order, messages, status, times", [
+    ((poll("success", 1, 2), poll("success", 1, 2, 3)), ["m1", "m2", "m3"], "success", [0, 1.5]),
+    ((poll("streaming", 1), poll("streaming", 1, 2), *END), ["m1", "m2"], "success", [0, 1.5, 3, 4.5]),
+    # A server that reorders, repeats and changes its list.
+    ((poll("streaming", 2, 1, 1), poll("streaming", 3, 1), poll("success", 2), poll("success", 4, 3, 2, 1)),
+     ["m2", "m1", "m3", "m4"], "success", [0, 1.5, 3, 4.5]),
+    # Cancelled while it was launching, then alive again, then failed, and the events that say why come late.
+    ((poll("cancelled", 1), poll("streaming", 1), poll("failed", 1), poll("failed", 1, 2)), ["m1", "m2"], "failed", [0, 1.5, 3, 4.5]),
+    ((poll("cancelled", 1), poll("failed", 1), poll("failed", 1, 2)), ["m1", "m2"], "failed", [0, 1.5, 3]),
+    # "finished" ends nothing.
+    ((poll("streaming", {"id": "1", "type": "finished", "message": "m1"}), poll("streaming", 2), poll("success"), poll("success", 3)),
+     ["m1", "m2", "m3"], "success", [0, 1.5, 3, 4.5]),
+    # The run's error is waited for, for 5 s at most.
+    ((poll("failed", 1, error="boom"), poll("failed", 1, error="boom"), poll("failed", 1, error="boom"),
+      poll("failed", {"id": "2", "message": "m2", "payload": {"error": "it went boom"}}, error="boom")), ["m1", "m2"], "failed", [0, 1.5, 3, 4.5]),
+    ((poll("failed", 1, error="boom"),), ["m1"], "failed", [0, 1.5, 3, 4.5, 6, 7.5]),
+    ((poll("failed", {"message": "boom"}, error="boom"),), ["boom"], "failed", [0, 1.5]),
+    # Events without an id are told apart by their content.
+    ((poll("streaming", {"message": "a"}, {"message": "b"}), poll("success", {"message": "b"}, {"message": "a"}, {"message": "a", "type": "x"})),
+     ["a", "b", "a"], "success", [0, 1.5, 3]),
+    ((poll("success", {"id": 1, "message": "a"}, {"id": "1", "message": "b"}, {"id": "", "message": "c"}, {"id": None, "message": "d"},
+           {"id": [1], "message": "e"}, {"id": {}, "message": "f\ud800\0", "type": [], "payload": 7}),),
+     ["a", "b", "c", "d", "e", "f\ud800\0"], "success", [0, 1.5]),
+    # Things of an odd type, and what is not there.
+    ((ok({"events": [7, None, "x", {"id": "1", "message": "m1"}], "run": {"status": "success", "error": 7, "createdAt": 5}}),), ["m1"], "success", None),
+    ((ok({"events": {"id": 1}, "run": {"status": "success"}}),), [], "success", [0, 1.5]),
+    # An answer without a status: the run's own route is asked.
+    ((ok({"events": []}), ok({"run": {"status": "success"}}), ok({"events": None, "run": None}), ok({"run": {"status": "success"}})),
+     [], "success", [0, 0, 3, 3]),
+])
+def test_every_event_once_and_the_true_verdict(order: Any, messages: List[str], status: str, times: Optional[List[float]]) -> None:
+    with tailing(*order) as (items, clock, at, _):
+        told, verdict = followed(items)
+    assert (told, verdict.status, clock.notes) == (messages, status, []) and times in (None, at)
+
+
+def test_the_verdict_tells_what_is_known() -> None:
+    events = [
+        {"id": "1", "type": "started", "payload": {"working_branch": "main"}},
+        {"id": "2", "type": "log", "payload": {"stage": "git_sync", "working_branch": "mogplex/agent-1"}},
+        {"id": "3", "type": "log", "payload": {"stage": "git_delivery", "working_branch": "", "pull_request_url": "https://x/1"}},
+        {"id": "4", "type": "log", "payload": {"pull_request_url": None}}]
+    with tailing(poll("success", *events, createdAt="2026-05-17T10:14:00Z", updatedAt="2026-05-17T10:15:30.5+00:00", branch={"working": "main"})) as (items, *_):
+        verdict = list(items)[-1]
+    assert verdict[:7] == ("R", "success", "", "mogplex/agent-1", "https://x/1", False, 90.5)
+    with tailing(poll("failed", events[0])) as (items, *_):
+        assert list(items)[-1][:7] == ("R", "failed", "", "", "", False, None)
+
+
+def test_a_full_list_is_said_once_and_the_tail_ends_with_the_run() -> None:
+    full = poll("streaming", *range(200))
+    with tailing(full, full, poll("success", *range(200)), limit=999) as (items, clock, _, server):
+        told, verdict = followed(items)
+    assert len(told) == 200 and verdict.truncated and verdict.status == "success" and "?limit=200 " in server.requests[0]
+    assert clock.notes == ["the service lists only the first 200 events of a run; later ones are not shown"]
+
+
+def limited(**headers: str) -> bytes:
+    return refusal(429, "RATE_LIMITED", "Rate limit exceeded", **headers)
+
+
+@pytest.mark.parametrize("headers, least_s, most_s", [
+    ({"Retry_After": "60"}, 60, 60), ({"Retry_After": "2.5"}, 2.5, 2.5), ({"Retry_After": "3000"}, 3000, 3000), ({"Retry_After": "0"}, 0.5, 3),
+    ({"Retry_After": "Mon, 25 May 2026 10:01:30 GMT", "Date": "Mon, 25 May 2026 10:00:00 GMT"}, 90, 90),
+    ({"Retry_After": "Mon, 25 May 2026 09:00:00 GMT", "Date": "Mon, 25 May 2026 10:00:00 GMT"}, 0.5, 3),
+    ({}, 0.5, 3), ({"Retry_After": "soon"}, 0.5, 3), ({"Retry_After": "-5"}, 0.5, 3), ({"Retry_After": "9" * 30}, 0.5, 3),
+    ({"Retry_After": "999999999"}, 0.5, 3), ({"Retry_After": "Mon, 25 May 9999 10:01:30 GMT"}, 0.5, 3), ({"Retry_After": "\xb2"}, 0.5, 3),
+])
+def test_what_a_429_asks_for_is_waited(headers: Dict[str, str], least_s: float, most_s: float) -> None:
+    for first in (0, 1):  # before the first good answer, and after
+        with tailing(*(poll(),) * first, limited(**headers), *END) as (items, clock, times, _):
+            assert followed(items)[1].status == "success"
+        assert least_s <= times[first + 1] - times[first] <= most_s + 0.01
+        assert clock.notes[0].startswith("rate limited: RATE_LIMITED: Rate limit exceeded (HTTP 429); trying again in ")
+        assert clock.notes[1:] == ["connection is back"]
+
+
+def test_waits_have_jitter_and_a_429_is_capped_by_the_deadline() -> None:
+    with tailing(limited(Retry_After="60"), *END, random=lambda: 0.5) as (items, _, times, _2):
+        followed(items)
+        assert 61 < times[1] < 65 and times[2] - times[1] > 3  # and the pace afterwards is slower
+    with tailing(poll(), limited(Retry_After="600"), timeout_s=30) as (items, clock, times, _):
+        with pytest.raises(mogplex.TailTimeout, match="timed out after 30s waiting for terminal status"):
+            list(items)
+        assert clock.now == 1030.0 and len(times) == 2
+
+
+PASSING = [name for name, fault in FAULTS.items() if fault[0] is not silent and name not in (
+    "401", "403", "404", "429", "a long message", "login", "512 MiB in gzip", "503 for long", "503")]
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_a_poll_that_is_no_answer_is_thrown_away_and_tried_again(name: str) -> None:
+    bad, half = FAULTS[name][0], poll("success", 9)[:-4]
+    with tailing(poll("streaming", 1), bad, half, bad, poll("success", 1, 2), bad, poll("success", 1, 2)) as (items, clock, times, _):
+        told, verdict = followed(items)
+    assert (told, verdict.status) == (["m1", "m2"], "success")
+    # Back-off grows while there is no good answer, and starts anew after one.
+    assert [round(later - sooner, 2) for sooner, later in zip(times, times[1:])] == [1.5, 0.5, 1.0, 2.0, 1.5, 0.5]
+    assert [note.split(":")[0] for note in clock.notes] == ["connection lost", "connection is back"] * 2
+
+
+@pytest.mark.parametrize("order, code", [
+    ([answer(502)], 69), ([answer(500)], 1), ([answer(200, "<html>")], 1), ([reset_after(b"")], 69), ([limited()], 75), ([limited(), answer(503), limited()], 75),
+    ([refusal(503, "SERVICE_UNAVAILABLE", "x", Retry_After="20")], 69),
+])
+def test_before_the_first_answer_there_are_three_tries(order: List[Step], code: int) -> None:
+    states: List[str] = []
+    with tailing(*order, on_progress=lambda progress: states.append(progress.connection)) as (items, _, times, _2):
+        with pytest.raises(mogplex.MogplexError) as error:
+            list(items)
+    assert int(error.value.exit) == code and len(times) == 3
+    assert set(states) <= {"connecting", "lost", "limited"}  # never "connected"
+
+
+@pytest.mark.parametrize("bad, code", [
+    (answer(502), 69), (reset_after(b""), 69), (poll("success", 1)[:-2], 69), (answer(200, "<html>"), 69), (answer(500), 69), (limited(), 75),
+    (limited(Retry_After="60"), 75), (answer(302, Location="https://portal.example"), 69),
+])
+def test_after_one_it_gives_up_after_300_s_without_a_good_answer(bad: Step, code: int) -> None:
+    with tailing(poll("streaming", 1), bad) as (items, clock, times, _):
+        assert next(items)["id"] == "1"
+        with pytest.raises(mogplex.MogplexError, match="GAVE_UP: gave up after 3.. s without a good answer; the last was: ") as error:
+            list(items)
+    assert int(error.value.exit) == code and 300 <= times[-1] <= 375 and len(clock.notes) == 1
+    assert len(times) > (5 if bad == limited(Retry_After="60") else 9)
+
+
+def test_it_gives_up_with_69_unless_all_it_got_was_429() -> None:
+    with tailing(poll(), answer(503), limited()) as (items, *_):
+        with pytest.raises(mogplex.UnavailableError, match="gave up"):
+            list(items)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404, 410])
+def test_refusals_that_are_final_end_it_at_once(status: int) -> None:
+    with tailing(poll("streaming", 1), refusal(status, "CODE", "no")) as (items, clock, times, _):
+        with pytest.raises(mogplex.MogplexError, match=f"CODE: no .HTTP {status}."):
+            list(items)
+    assert len(times) == 2 and clock.notes == []
+
+
+REFUSED = refusal(401, "UNAUTHORIZED", "Unauthorized")
+
+
+def test_401_can_be_an_outage() -> None:
+    with tailing(REFUSED) as (items, _, times, _2):
+        with pytest.raises(mogplex.UnauthorizedError):
+            list(items)
+        assert len(times) == 1  # before a good answer it is what it says
+    with tailing(poll("streaming", 1), REFUSED, REFUSED, *END) as (items, *_):
+        assert followed(items) == (["m1"], mogplex.Verdict("R", "success", "", "", "", False, None, {"runId": "R", "status": "success"}))
+    for refused in (REFUSED, answer(307, Location="/login")):
+        with tailing(poll("streaming", 1), REFUSED, poll(), refused) as (items, clock, times, _):
+            with pytest.raises(mogplex.UnauthorizedError):
+                list(items)
+        assert len(times) == 6 and 10 <= times[5] - times[3] <= 20
+
+
+@pytest.mark.parametrize("token, refreshes, code", [
+    (answer(200, {"access_token": "new", "expires_in": 3600}), 1, 64), (answer(401, {"error": "invalid_grant"}), 1, 64), (answer(500), None, 69),
+])
+def test_a_sign_in_is_refreshed_once_between_good_answers(token: bytes, refreshes: Optional[int], code: int) -> None:
+    seen: List[str] = []
+
+    def reply(number: int, request: str, connection: socket.socket) -> bytes:
+        seen.append("refresh" if "/token" in request else (re.findall("Bearer (.*)\r", request))[0])
+        return token if "/token" in request else poll("streaming", 1) if len(seen) < 3 else REFUSED
+    clock = VirtualClock()
+    with RawServer(reply) as server, mogplex.Client(renewable(server.url), server.url) as one:
+        with pytest.raises(mogplex.MogplexError) as error:
+            list(clock.tail(one))
+    assert int(error.value.exit) == code and refreshes in (None, seen.count("refresh"))
+    assert seen[:4] == ["old", "old", "old", "refresh"] and (seen[4] == "new") == (b"access_token" in token)
+    assert clock.now - 1000 >= 10
+
+
+def test_a_refreshed_sign_in_goes_on_quietly() -> None:
+    def reply(number: int, request: str, connection: socket.socket) -> bytes:
+        if "/token" in request:
+            return answer(200, {"access_token": "new", "expires_in": 3600})
+        return poll("success" if "Bearer new" in request else "streaming", 1) if number < 2 or "Bearer new" in request else REFUSED
+    clock = VirtualClock()
+    with RawServer(reply) as server, mogplex.Client(renewable(server.url), server.url) as one:
+        assert followed(clock.tail(one))[1].status == "success" and clock.notes == []
+
+
+HANGS: Dict[str, Step] = {
+    "silence": silent, "dribbled status": dribble(b"", b"H"), "dribbled headers": dribble(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "dribbled body": dribble(CUT + b"\r\n", b" "), "dribbled stream": dribble(CUT.replace(b"application/json", b"text/event-stream") + b"\r\n", b":"),
+    "heartbeats": dribble(CUT.replace(b"application/json", b"text/event-stream") + b"\r\n", b": x\n\n", 0.001),
+    "events": dribble(CUT.replace(b"application/json", b"text/event-stream") + b"\r\n", b"data: {}\n\n", 0.001),
+    "half of a poll": lambda connection: (connection.sendall(poll()[:-9]), silent(connection))[-1],
+}
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_the_deadline_holds_in_real_time_whatever_hangs(name: str) -> None:
+    with RawServer(steps(HANGS[name])) as server, mogplex.Client(TOKEN, server.url) as one:
+        with pytest.raises(mogplex.TailTimeout):
+            list(mogplex.tail(one, "R", timeout_s=0.2))
+
+
+def test_the_deadline_holds_while_a_refresh_or_its_lock_hangs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (silent, dribble(b"", b"H")):
+        with RawServer(steps(step)) as server, mogplex.Client(renewable(server.url, expires_at=1.0), server.url) as one:
+            with pytest.raises(mogplex.TailTimeout):
+                list(mogplex.tail(one, "R", timeout_s=0.2))
+            assert "/token" in server.requests[0]
+    credential = mogplex.Credential("old", base_url="https://a.example", refresh_token="r", expires_at=1.0, path=str(tmp_path / "auth.json"))
+    with mogplex._locked(str(tmp_path / "auth.json")), mogplex.Client(credential, "https://a.example") as one:
+        with pytest.raises(mogplex.TailTimeout):
+            list(mogplex.tail(one, "R", timeout_s=0.2))
+
+
+def test_what_on_progress_raises_leaves_the_tail() -> None:
+    for error in (mogplex.MogplexError("stdout is full", transient=True), mogplex.UnavailableError("x"), BrokenPipeError(), KeyboardInterrupt()):
+        def stop(progress: mogplex.Progress, error: BaseException = error) -> None:
+            if progress.connection == "connected":
+                raise error
+        with tailing(poll("streaming", 1), on_progress=stop) as (items, _, times, _2):
+            with pytest.raises(type(error)) as raised:
+                list(items)
+        assert raised.value is error and len(times) == 1
+
+
+def test_a_suspended_machine_is_no_outage() -> None:
+    clock = VirtualClock()
+
+    def sleep(seconds: float) -> None:
+        clock.now += 3600 if clock.now == 1000.5 else seconds
+    with RawServer(steps(poll("streaming", 1), reset_after(b""), *END)) as server, mogplex.Client(TOKEN, server.url) as one:
+        assert followed(clock.tail(one, sleep=sleep))[1].status == "success"
+    assert clock.now > 4600 and clock.notes[-1] == "connection is back"
+
+
+def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for jump in (3600, -3600):
+        monkeypatch.setattr(time, "time", lambda real=time.time: real() + jump)
+        with tailing(poll("streaming", 1), limited(Retry_After="5"), *END) as (items, _, times, _2):
+            assert followed(items)[1].status == "success" and times[2] - times[1] == 5
+        monkeypatch.undo()
+
+
+def test_signs_of_life_come_in_every_wait() -> None:
+    ticks: List[float] = []
+    with tailing(*(poll("streaming", 1),) * 9, *END, on_progress=lambda progress: ticks.append(clock.now)) as (items, clock, _, _2):
+        followed(items)
+    assert max(later - sooner for sooner, later in zip(ticks, ticks[1:])) <= 0.5
+
+
+# A tail that reads a stream.
+
+STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n\r\n"
+CHUNKED = STREAM[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+
+
+def streamed(*blocks: Any) -> bytes:
+    """A stream of these: text as it is, a number as an event whose id it is, an object as data."""
+    def block(one: Any) -> str:
+        if isinstance(one, str):
+            return one
+        record = {"id": str(one), "message": f"m{one}"} if isinstance(one, int) else one
+        return (f"id: {one}\n" if isinstance(one, int) else "") + f"data: {json.dumps(record)}\n\n"
+    return STREAM + "".join(map(block, blocks)).encode()
+
+
+@contextlib.contextmanager
+def streaming(status: Sequence[str], *order: Step, **options: Any) -> Iterator[Tuple[Iterator[Any], VirtualClock, RawServer, List[str]]]:
+    """A tail of a run whose events route goes through ``order``, and whose own route through ``status``."""
+    clock, asked, statuses, reply = VirtualClock(), [], list(status), steps(*order)  # type: Tuple[VirtualClock, List[str], List[str], Any]
+
+    def route(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        if "/events?" not in request:
+            return ok({"run": {"status": statuses.pop(0) if len(statuses) > 1 else statuses[0]}})
+        asked.append((re.findall("(?i)last-event-id: (.*)\r", request) or [""])[0])
+        return reply(len(asked), request, connection)
+    with RawServer(route) as server, mogplex.Client(TOKEN, server.url) as one:
+        yield clock.tail(one, **options), clock, server, asked
+
+
+def test_a_stream_is_read_and_resumed() -> None:
+    with streaming(["streaming", "success"], streamed(": hi\n\n", 1, 2, "id: 3\n\n"), streamed(4), streamed()) as (items, clock, server, asked):
+        assert followed(items)[0] == ["m1", "m2", "m4"]
+    assert asked[:2] == ["", "3"] and asked[2] == "4" and clock.notes == []
+    assert "Accept: text/event-stream, application/json\r\n" in server.requests[0]
+
+
+@pytest.mark.parametrize("identifier", ["\xe9\u20ac\U0001f600", "a b", " x", "\x0bx", "x" * 4096])
+def test_an_event_id_goes_back_as_it_came(identifier: str) -> None:
+    with streaming(["streaming", "success"], streamed(f'id: {identifier}\ndata: {{"message":"m"}}\n\n'), streamed()) as (items, _, server, asked):
+        assert followed(items)[0] == ["m"]
+    assert asked[1].strip() == identifier.strip()
+
+
+@pytest.mark.parametrize("odd", ["id: " + "x" * 5000, "id: a\0b", "id"])
+def test_an_event_id_that_cannot_go_back_does_not(odd: str) -> None:
+    with streaming(["streaming", "success"], streamed(f'{odd}\ndata: {{"message":"m"}}\n\n'), streamed()) as (items, _, server, asked):
+        assert followed(items)[0] == ["m"]
+    assert asked[1] == ""
+
+
+def test_a_clean_end_is_never_success_and_json_may_come_between() -> None:
+    order = streamed(1), streamed(2), poll("streaming", 1, 2, 3), poll("streaming", 1, 2, 3, 4), streamed(3, 4, 5), poll("success", 1, 2, 3, 4, 5), poll("success", 6)
+    with streaming(["streaming"], *order) as (items, clock, _, asked):
+        told, verdict = followed(items)
+    assert told == [f"m{number}" for number in range(1, 7)] and verdict.status == "success" and not verdict.truncated
+    assert asked == ["", "1", "2", "2", "2", "5", "5"] and clock.notes == []
+
+
+@pytest.mark.parametrize("cut", ["reset", "chunk", "half an event"])
+def test_a_broken_stream_is_resumed_and_its_half_event_dropped(cut: str) -> None:
+    whole = streamed(1)
+    first: Step = {"reset": reset_after(whole + b"id: 9\ndata: {"), "half an event": whole + b"id: 9\ndata: {\"id\": \"9\"}\n",
+                   "chunk": CHUNKED + b"%x\r\n%b\r\n5\r\nid:" % (len(whole) - len(STREAM), whole[len(STREAM):])}[cut]
+    with streaming(["streaming", "success"], first, streamed(1, 2), streamed()) as (items, clock, _, asked):
+        assert followed(items)[0] == ["m1", "m2"]
+    assert asked[1] == "1" and len(clock.notes) == (0 if cut == "half an event" else 2)
+
+
+@pytest.mark.parametrize("head, frame", [(STREAM, b"%b"), (CHUNKED, b"c0ffe0"), (STREAM[:-2] + b"Content-Length: 999999\r\n\r\n", b"%b"),
+                                         (STREAM[:-2] + b"Content-Encoding: gzip\r\n\r\n", b"gzip")])
+def test_an_event_is_delivered_as_it_arrives(head: bytes, frame: bytes) -> None:
+    got = [threading.Event() for _ in range(3)]
+    squeeze = zlib.compressobj(9, zlib.DEFLATED, 31)
+
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(head)
+        for number, event in enumerate(got):
+            data = streamed(number)[len(STREAM):]
+            if frame == b"c0ffe0":
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            elif frame == b"gzip":
+                data = squeeze.compress(data) + squeeze.flush(zlib.Z_SYNC_FLUSH)
+            connection.sendall(data)
+            assert event.wait(10)  # the next comes when this one has been seen
+        connection.sendall(b"0\r\n\r\n" if frame == b"c0ffe0" else b"")
+    with streaming(["success"], speak, poll("success")) as (items, *_):
+        for number, event in enumerate(got):
+            assert next(items)["message"] == f"m{number}"
+            event.set()
+        assert list(items)[-1].status == "success"
+
+
+@pytest.mark.parametrize("retry, wait_s", [("", 1.5), ("retry: 100\n\n", 1.5), ("retry: 5000\n\n", 5.0), ("retry: 99999999\n\n", 30.0),
+                                           ("retry: " + "9" * 5000 + "\n\n", 30.0), ("retry: x\n\n", 1.5)])
+def test_the_time_to_reconnect_is_the_server_s_within_bounds(retry: str, wait_s: float) -> None:
+    at: List[float] = []
+
+    def speak(connection: socket.socket) -> None:
+        at.append(clock.now)
+        connection.sendall(streamed(retry, len(at), {"run": {"status": "streaming"}}))
+    with streaming(["success"], speak, speak, poll("success")) as (items, clock, _, _2):
+        followed(items)
+    assert at[1] - at[0] == wait_s
+
+
+def test_a_stream_that_is_silent_or_will_not_end_is_not_waited_for_for_ever() -> None:
+    """Silence for ``idle_s``, and comments after the last event: the run's own status decides."""
+    ending = {"id": "9", "type": "finished", "message": "done"}
+    for speak in (lambda connection: (connection.sendall(streamed(ending)), silent(connection))[-1], dribble(streamed(ending), b": x\n\n", 0.01),
+                  lambda connection: (connection.sendall(streamed({**ending, "type": "log"})), silent(connection))[-1]):  # type: Speak
+        with streaming(["streaming", "success"], speak, idle_s=0.1, interval_s=0.1, clock=time.monotonic, sleep=time.sleep) as (items, clock, _, _2):
+            told, verdict = followed(items)
+        assert (told, verdict.status, clock.notes) == (["done"], "success", [])
+
+
+def test_a_stream_is_waited_for_longer_than_a_request_may_take() -> None:
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(streamed(1))
+        asked.wait(0.6)
+        connection.sendall(streamed(2)[len(STREAM):])
+    asked = threading.Event()
+    with RawServer(lambda number, request, connection: speak(connection) if number == 1 else poll("success", 1, 2)) as server:  # type: ignore[func-returns-value]
+        with mogplex.Client(TOKEN, server.url, timeout_s=0.3) as one:
+            told, _ = followed(mogplex.tail(one, "R", interval_s=0.01, idle_s=30.0))
+    assert told == ["m1", "m2"] and "Last-Event-ID: 2" in server.requests[1]
+
+
+def test_a_stream_may_carry_the_run_and_lists_of_events() -> None:
+    order = streamed({"run": {"status": "streaming"}, "events": [{"id": "1", "message": "m1"}]}, 2,
+                     {"events": [{"id": "2"}, {"id": "3", "message": "m3"}], "run": {"status": "success"}}, {"run": {"status": "success"}}, 4)
+    with streaming(["success"], order, streamed(5)) as (items, _, server, asked):
+        told, verdict = followed(items)
+    # Two terminal words in one breath are not two reads: what came an interval later is there.
+    assert told == ["m1", "m2", "m3", "m4", "m5"] and verdict.status == "success" and len(asked) == 2
+
+
+def test_what_is_no_event_is_said_once_and_left_out() -> None:
+    junk = "data: [DONE]\n\ndata: 7\n\ndata: null\n\ndata: {\n\nevent: ping\ndata: {}\n\ndata: " + "[" * 100000 + "\n\n"
+    with streaming(["success"], streamed(junk, 1, junk)) as (items, clock, _, _2):
+        assert followed(items)[0] == ["m1"]
+    assert clock.notes == ["the stream sent something that is no event; it was left out"]
+
+
+def test_an_event_without_an_end_is_refused_and_comments_are_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mogplex, "MAX_BODY", 100_000)
+    for endless in (b"data: " + b"x" * 200_000, b"data: x\n" * 30_000, b"data\n" * 30_000):
+        with streaming(["streaming"], STREAM + endless) as (items, *_):
+            with pytest.raises(mogplex.InvalidResponseError, match="TOO_LARGE: an event of over"):
+                list(items)
+    with streaming(["success"], STREAM + b": x\n\n" * 60_000) as (items, *_):
+        assert followed(items)[1].status == "success"
+
+
+def test_memory_does_not_grow_with_the_length_of_a_stream() -> None:
+    tail = mogplex._Tail(mogplex.Client(TOKEN), "R", None, 200, lambda progress: None, 1.5, 60.0, time.monotonic, time.sleep, lambda: 0.0)
+    assert all(tail.accept({"id": f"{number}", "message": "x"}) for number in range(50_000))
+    assert len(tail.seen | tail.seen_before) <= 2 * mogplex._SEEN and len(tail.recent) == 8
+    assert not any(tail.accept({"id": f"{number}"}) for number in range(40_000, 50_000))  # and the last 10,000 are known
+    deep: Any = {}
+    for _ in range(100_000):
+        deep = {"deep": deep}
+    with pytest.raises(mogplex.InvalidResponseError, match="nested too deeply"):
+        mogplex.event_key(deep)
+
+
+def test_an_event_keeps_its_very_text_where_that_is_a_line_of_ascii_json() -> None:
+    for text, kept in (('{"b": 1, "a": 1.50}', True), ('{"a":"\\ud800\\u0000"}', True), ('{"a": NaN}', False), ('{"a":\n1}', False), ('{"a":"\xe9"}', False)):
+        event = mogplex.Event(mogplex.parse_json(text), text)
+        line = mogplex.ndjson(event)
+        assert (line == text) == kept and line.isascii() and "\n" not in line and json.loads(line) == dict(event)
+
+
+def test_the_stream_follows_the_faults_of_polls() -> None:
+    """A stream that only ever breaks is no good answer, however often it begins."""
+    with streaming(["streaming"], streamed(1), reset_after(STREAM + b": x\n\ndata: {")) as (items, clock, _, _2):
+        with pytest.raises(mogplex.UnavailableError, match="GAVE_UP"):
+            list(items)
+    assert [note.split(":")[0] for note in clock.notes] == ["connection lost"]
+
+
+def test_run_follow_starts_one_run_and_follows_it_through_faults(cli: Callable[..., Result], demo: mogplex.DemoServer) -> None:
+    """Every second answer is lost, the start's too: one run, all its events, the true verdict."""
+    address = demo.url[len("http://"):].split(":")
+
+    def half(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        with socket.create_connection((address[0], int(address[1]))) as inner:
+            inner.sendall(request.replace("Connection: keep-alive", "Connection: close").encode())
+            data = b""
+            while b"\r\n0\r\n\r\n" not in data:
+                data += inner.recv(65536)
+        faults: List[Step] = [reset_after(b""), reset_after(data[:40]), data[:-9], answer(502, "<html>"), answer(200)]
+        return data if number % 2 == 0 else steps(faults[number // 2 % 5])(1, request, connection)
+    before = len(demo.service.runs)
+    with RawServer(half) as server:
+        result = cli("run", "--repo", mogplex.DEMO_WEB, "--follow", "--json", "hi", env=service(server.url, demo.token))
+    started, *events, end = map(json.loads, result.out.splitlines())
+    assert result.code == 0 and len(demo.service.runs) == before + 1 and end["status"] == "success" and end["runId"] == started["runId"]
+    assert [event["message"] for event in events] == [step[3] for step in mogplex.demo_steps(demo.service.runs[started["runId"]])]
 
 
 # ---------------------------------------------------------------- 6. Output
