@@ -2265,8 +2265,8 @@ def watch(state: State, run_id: str, run: Json) -> State:
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
         run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False,
-        pushed="",
-        pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
+        pushed="", pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts,
+    ).ask("watch", run_id)
 
 
 def connected(state: State) -> State:
@@ -2900,7 +2900,7 @@ def strip(state: State, width: int) -> Row:
     """The rail in one row."""
     running = sum(sandbox.get("status") == "running" for sandbox in state.sandboxes)
     row: List[Segment] = [(f" RUNS {len(state.runs)} ", "bold")]
-    for run in state.runs[:6]:
+    for run in sorted(state.runs, key=lambda run: run.get("id") != state.run_id)[:6]:  # the shown one first
         glyph, word, style = status_of(run)
         row += [("▸" if run.get("id") == state.run_id else " ", "accent"),
                 (f"{glyph} {harmless(run.get('id'), 4)} {word} ", style), (fit(run_label(run), 16) + " ", "")]
@@ -2910,7 +2910,7 @@ def strip(state: State, width: int) -> Row:
 
 def outcome(state: State) -> List[Segment]:
     """The line after the newest entry: that the agent is at work, or how the run ended."""
-    if not state.over:
+    if not state.over and state.run.get("status") not in TERMINAL_STATUSES:
         quiet = f", last event {format_age(state.now - state.heard_at)} ago" if state.heard_at else ""
         return [("… agent working" + quiet if quiet else "… waiting for the first event", "dim")]
     glyph, word, style = status_of(state.run)
@@ -3515,8 +3515,8 @@ def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str,
     if text:
         import difflib
         near = difflib.get_close_matches((text.split() or [""])[0], SUBCOMMANDS, 1, 0.6)
-        state = state.say("Nothing was sent: Enter starts a run of these words." + (
-            f" Or did you mean the command `mogplex {near[0]}`?" if near else ""), "warn")
+        state = state.say((f"Did you mean `mogplex {near[0]}`? " if near else "") +
+                          "Nothing was sent; Enter starts a run of these words.", "warn", 60.0)
     return state
 
 
