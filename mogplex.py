@@ -1479,7 +1479,7 @@ class Pace:
 
     def refused(self) -> None:
         """It was answered 429."""
-        share_s = 60.0 / max(1, len(self._polls) - 1)
+        share_s = 60.0 / (len(self._polls) - 1) if len(self._polls) > 4 else 0.0  # of fewer nothing can be told
         self._limited_s = min(_PACE_CAP_S, max(2 * self._limited_s, 2 * self._quiet_s, share_s))
 
     def succeeded(self, news: bool, now: float) -> None:

@@ -1084,12 +1084,16 @@ print("within bounds" if used < 100 else f"{used} MiB")
 BIG = {"run": {"status": "success"}, "events": [{"id": "1", "message": "x" * 10_000_000 + "\U0001f600\ud800\0"}]}
 
 
-@pytest.mark.parametrize("step, told", [
-    (answer(200, BOMB, Content_Encoding="gzip"), "refused an answer of over 32 MiB"),
-    (ok(BIG), "10000"), (answer(200, b" " * (33 << 20)), "refused an answer of over 32 MiB"),
-    (answer(200, b"[" * 1_000_000), "not the service's"), (answer(200, b"9" * 1_000_000), "not the service's"),
-])
-def test_memory_has_its_bounds(step: bytes, told: str) -> None:
+HUGE = {
+    "512 MiB in gzip": (answer(200, BOMB, Content_Encoding="gzip"), "refused an answer of over 32 MiB"),
+    "a message of 10 MB": (ok(BIG), "10000"), "33 MiB": (answer(200, b" " * (33 << 20)), "refused an answer of over 32 MiB"),
+    "deep": (answer(200, b"[" * 1_000_000), "not the service's"), "digits": (answer(200, b"9" * 1_000_000), "not the service's"),
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_memory_has_its_bounds(name: str) -> None:
+    step, told = HUGE[name]
     with RawServer(lambda number, request, _: step if "/events" in request else ok({})) as server:
         said = subprocess.run([sys.executable, "-c", MEMORY, server.url], cwd=os.path.dirname(MODULE),
                               stdout=subprocess.PIPE, check=True).stdout.decode()
@@ -1132,7 +1136,7 @@ class Tunnel:
         self.server, self.proxy = RawServer(answer), RawServer(self.connect)
 
     def connect(self, number: int, request: str, connection: socket.socket) -> None:
-        self.asked.append(request.split("\r\n")[0])
+        self.asked.append(request.split(" ")[1])
         connection.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
         with self.context.wrap_socket(connection, server_side=True) as inside:
             self.server._converse(inside)
@@ -1156,7 +1160,7 @@ def test_the_token_follows_between_the_two_hosts_once(tmp_path: Any, monkeypatch
         lines: List[str] = []
         with proxied(monkeypatch, tunnel.proxy.url, verify=tunnel.ca, log=lines.append) as one:
             assert one.start_run({"repoId": "r", "prompt": "p"}, "key") == {"runId": "1"}
-            assert tunnel.asked == ["CONNECT www.mogplex.com:443 HTTP/1.1", "CONNECT mogplex.com:443 HTTP/1.1"]
+            assert tunnel.asked == ["www.mogplex.com:443", "mogplex.com:443"]
             for request, host in zip(tunnel.server.requests, ("www.mogplex.com", "mogplex.com")):
                 assert request.startswith("POST /api/v1/mogplex/runs HTTP/1.1\r\n") and f"Host: {host}\r\n" in request
                 assert f"Authorization: Bearer {TOKEN}\r\n" in request and "Idempotency-Key: key\r\n" in request
@@ -1419,7 +1423,7 @@ def test_the_pace_of_a_tail_alone() -> None:
     pace.succeeded(True, 130.0)
     assert pace.interval_s(0.9) == 1.5
     # Four tails of silent runs fit one token.
-    assert 4 * len(paced(mogplex.Pace(1.5, 0.0), 1, now=100.0)) <= 60
+    assert 4 * sum(interval == 4.0 for interval in paced(mogplex.Pace(1.5, -60.0), 1.5)[-15:]) == 60
 
 
 def test_the_pace_after_refusals() -> None:
@@ -1460,17 +1464,17 @@ class SharedClock:
             self.changed.notify_all()
 
 
-@pytest.mark.parametrize("seed, task", [(1, "x"), (2, "fail")])
+@pytest.mark.parametrize("seed, task", [(1, "x"), (2, "fail"), (3, "fail")])
 def test_ten_tails_on_one_token(seed: int, task: str) -> None:
     clock, ended = SharedClock(10), {}  # type: Tuple[SharedClock, Dict[int, Tuple[float, List[Any]]]]
-    with mogplex.DemoServer(clock=clock, speed=0.08, rate_limit=True) as server:
-        run_id = mogplex.Client(mogplex.demo_id("x") and server.token, server.url).start_run({**WEB, "prompt": task}, "k")["runId"]
-        server.service.recent.clear()
-        began, run = clock.now, server.service.runs[run_id]
+    with mogplex.DemoServer(clock=clock, rate_limit=True) as server:
+        run_id = mogplex.Client(server.token, server.url).start_run({**WEB, "prompt": task}, "k")["runId"]
+        facts, began, script = server.service.runs[run_id]  # two minutes, of which the agent says nothing for most
+        server.service.runs[run_id] = (facts, began, [(step[0] + 110 * (number > 6), *step[1:]) for number, step in enumerate(script)])
 
         def follow(who: int) -> None:
             dice = random.Random(seed * 100 + who)
-            clock.sleep(who, dice.random() * 3)
+            clock.sleep(who, dice.random() * 3 * (seed % 2))
             with mogplex.Client(server.token, server.url) as one:
                 items = list(mogplex.tail(one, run_id, clock=clock, random=dice.random, sleep=lambda seconds: clock.sleep(who, seconds)))
             ended[who] = clock.now - began, items
@@ -1480,11 +1484,11 @@ def test_ten_tails_on_one_token(seed: int, task: str) -> None:
             thread.start()
         for thread in threads:
             thread.join(60)
-        run_s = next(at for at in range(1000) if mogplex.demo_shown(run, at * 0.08)[0] in ("success", "failed"))
-        wanted = [step[3] for step in mogplex.demo_steps(run)]
-    assert 90 < run_s < 180
+        clock.now += 1000
+        run = mogplex.Client(server.token, server.url).events(run_id)
+    wanted = [event["message"] for event in run["events"]]
     for at, items in ended.values():
-        assert items[-1].status == ("success" if task == "x" else "failed") and run_s <= at <= run_s + 45
+        assert items[-1].status == ("success" if task == "x" else "failed") and 117 < at < 118 + 45
         assert [item["message"] for item in items[:-1]] == wanted
     assert len(ended) == 10 and server.service.refusals <= 10
 
@@ -1895,7 +1899,7 @@ def test_a_stream_is_waited_for_longer_than_a_request_may_take() -> None:
     with RawServer(lambda number, request, connection: speak(connection) if number == 1 else poll("success", 1, 2)) as server:  # type: ignore[func-returns-value]
         with mogplex.Client(TOKEN, server.url, timeout_s=0.3) as one:
             told, _ = followed(mogplex.tail(one, "R", interval_s=0.01, idle_s=30.0))
-    assert told == ["m1", "m2"] and "Last-Event-ID: 2" in server.requests[1]
+    assert told == ["m1", "m2"] and "Last-Event-ID: 2" in server.requests[2]
 
 
 def test_a_stream_may_carry_the_run_and_lists_of_events() -> None:
@@ -1968,7 +1972,7 @@ def test_run_follow_starts_one_run_and_follows_it_through_faults(cli: Callable[.
         result = cli("run", "--repo", mogplex.DEMO_WEB, "--follow", "--json", "hi", env=service(server.url, demo.token))
     started, *events, end = map(json.loads, result.out.splitlines())
     assert result.code == 0 and len(demo.service.runs) == before + 1 and end["status"] == "success" and end["runId"] == started["runId"]
-    assert [event["message"] for event in events] == [step[3] for step in mogplex.demo_steps(demo.service.runs[started["runId"]])]
+    assert events == mogplex.Client(demo.token, demo.url).events(started["runId"])["events"]
 
 
 # ---------------------------------------------------------------- 6. Output
