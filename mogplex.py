@@ -33,6 +33,7 @@ nothing, never exits, and does not read ``os.environ``; every failure is a Mogpl
 """
 from __future__ import annotations
 
+import _thread
 import contextlib
 import enum
 import functools
@@ -1072,12 +1073,16 @@ class Exchange:
         return not self._left
 
 
+# Two threads that import a package of many modules at once can each be given half of it (seen on Python 3.8).
+_IMPORTING = _thread.allocate_lock()
+
+
 def _new_session() -> Any:
     """A session that sends nothing of its own accord: no ~/.netrc, no cookie, no proxy, no redirect."""
     try:
         import http.cookiejar
-
-        import requests
+        with _IMPORTING:
+            import requests
     except ImportError:
         hint = "install it: python3 -m pip install requests"
         raise MogplexError("the package 'requests' is missing", hint=hint) from None
