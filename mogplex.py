@@ -4201,11 +4201,16 @@ def now_on(stream: Any) -> Optional[float]:
     return time.time() if is_terminal(stream) else None
 
 
-def resolve_run_id(ctx: Context, given: str, implicit: bool = True) -> str:
-    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run."""
-    if given and given != "@last":
+def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
+    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run.
+
+    An empty id is one that a script has lost, and means no run at all.
+    """
+    if given is not None and not given.strip():
+        raise UsageError(f"'{sanitize(given)}' is no id")
+    if given is not None and given != "@last":
         return given
-    if implicit and not given and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
+    if given is None and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
         ctx.note(f"run {ctx.environ['MOGPLEX_RUN_ID'].strip()} (MOGPLEX_RUN_ID)")
         return ctx.environ["MOGPLEX_RUN_ID"].strip()
     remembered = remembered_runs(ctx.home, ctx.base_url)
@@ -4477,7 +4482,7 @@ def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
         [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
 
 
-def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
+def cmd_runs_get(ctx: Context, *, run_id: Optional[str], as_json: bool) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         run = client.run(run_id)
@@ -4486,8 +4491,8 @@ def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
 
 
 def cmd_runs_events(
-    ctx: Context, *, run_id: str, limit: Optional[int], follow: bool, timeout_s: Optional[float], quiet: bool,
-    cancel_on_interrupt: bool, as_json: bool,
+    ctx: Context, *, run_id: Optional[str], limit: Optional[int], follow: bool, timeout_s: Optional[float],
+    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
 ) -> int:
     only_following(follow, timeout_s, quiet, cancel_on_interrupt)
     run_id = resolve_run_id(ctx, run_id)
@@ -4507,7 +4512,7 @@ def cmd_runs_events(
 
 
 def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
-    run_id = resolve_run_id(ctx, run_id, implicit=False)
+    run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         answer = client.cancel(run_id)
     if as_json:
@@ -4700,7 +4705,8 @@ def commands() -> List[Command]:
 
     as_json = switch("--json", "machine-readable output, one object a line", dest="as_json")
     newest = "the run; @last is the newest started here"
-    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?")
+    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?",
+                    default=None)
     sandbox_id = option("sandbox_id", "id", "the sandbox, as listed")
     tailing = [
         switch("--follow", "print events as they come, until the run has ended"),
