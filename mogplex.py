@@ -4112,6 +4112,7 @@ class Context:
         self.environ, self.stdin, self.stdout, self.stderr = environ, stdin, stdout, stderr
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
         self.no_color = False
+        self.credential: Optional[Credential] = None
         self.demo_browser: Optional[Callable[[str], object]] = None
         for stream in (stdout, stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding can't spell becomes ?, and is no crash
@@ -4138,7 +4139,8 @@ class Context:
     def client(self, **settings: Any) -> Client:
         """A Client with the credential in force; UnauthorizedError when there is none."""
         base_url = self.base_url
-        return Client(resolve_credential(self.environ, base_url, self.note), base_url, **self.transport(), **settings)
+        self.credential = resolve_credential(self.environ, base_url, self.note)
+        return Client(self.credential, base_url, **self.transport(), **settings)
 
     def transport(self) -> Json:
         """What the environment says of proxies, certificates and debugging."""
@@ -4161,8 +4163,9 @@ class Context:
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
 
     def note(self, line: str) -> None:
-        """One harmless line to stderr."""
-        self.say(sanitize(line) + "\n")
+        """One harmless line to stderr, without the token: an error can be the service's echo of it."""
+        token = self.credential.token if self.credential else ""
+        self.say(redact(sanitize(line), token if len(token) > 16 else "") + "\n")
 
     def say(self, text: str) -> None:
         """``text`` to stderr as it is; a stderr that is gone is no error."""
@@ -4607,7 +4610,8 @@ def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: fl
     if with_token:
         token = check_token(read_token(ctx), "login --with-token")
         entry: Json = {"token": token, "base_url": ctx.base_url}
-        with Client(token, ctx.base_url, **ctx.transport()) as client:
+        ctx.credential = Credential(token)
+        with Client(ctx.credential, ctx.base_url, **ctx.transport()) as client:
             client.repos(limit=1)
     else:
         with Client("", ctx.base_url, **ctx.transport()) as client:
@@ -4623,6 +4627,7 @@ def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
     """Which credential is in force, and what the service says of it; its error when it is not accepted."""
     path, hidden, state = os.path.join(ctx.home, "auth.json"), "", "accepted"
     credential, problem = resolve_credential(ctx.environ, ctx.base_url, ctx.note), None
+    ctx.credential = credential
     if credential.source == "environment":
         with contextlib.suppress(UnauthorizedError):
             resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)

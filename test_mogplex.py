@@ -3304,6 +3304,14 @@ def test_run_prints_exactly_these_lines_and_sends_only_what_was_asked(cli: Calla
     assert mogplex.is_uuid(keys[0]) and keys[1] == "key 1"
 
 
+def test_a_token_that_the_service_echoes_is_not_shown(cli: Callable[..., Result]) -> None:
+    for echo in (refusal(400, f"X {TOKEN}", f"bad Bearer {TOKEN}"), answer(302, "", Location=f"https://x.invalid/{TOKEN}")):
+        with one_answer(echo) as server:
+            for argv in (["repos", "list"], ["repos", "list", "--debug"], ["login", "status"], ["login", "--with-token"]):
+                result = cli(*argv, env=service(server.url), stdin=TOKEN)
+                assert result.code == 1 and TOKEN not in result.out + result.err and "***" in result.err
+
+
 @pytest.mark.parametrize("argv, stdin, prompt", [
     (["-"], "from stdin\nline 2\n", "from stdin\nline 2"), (["--prompt-file", "task.md"], "", "from a file"),
     (["--", "-x", "--follow"], "", "-x --follow"), (["a", "--branch", "b", "c"], "not read", "a c"),
