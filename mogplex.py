@@ -4117,6 +4117,7 @@ class Context:
         self.environ, self.stdin, self.stdout, self.stderr = environ, stdin, stdout, stderr
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
         self.no_color = False
+        self.credential: Optional[Credential] = None
         self.demo_browser: Optional[Callable[[str], object]] = None
         for stream in (stdout, stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding can't spell becomes ?, and is no crash
@@ -4143,7 +4144,8 @@ class Context:
     def client(self, **settings: Any) -> Client:
         """A Client with the credential in force; UnauthorizedError when there is none."""
         base_url = self.base_url
-        return Client(resolve_credential(self.environ, base_url, self.note), base_url, **self.transport(), **settings)
+        self.credential = resolve_credential(self.environ, base_url, self.note)
+        return Client(self.credential, base_url, **self.transport(), **settings)
 
     def transport(self) -> Json:
         """What the environment says of proxies, certificates and debugging."""
@@ -4166,8 +4168,9 @@ class Context:
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
 
     def note(self, line: str) -> None:
-        """One harmless line to stderr."""
-        self.say(sanitize(line) + "\n")
+        """One harmless line to stderr, without the token: an error can be the service's echo of it."""
+        token = self.credential.token if self.credential else ""
+        self.say(redact(sanitize(line), token if len(token) > 16 else "") + "\n")
 
     def say(self, text: str) -> None:
         """``text`` to stderr as it is; a stderr that is gone is no error."""
@@ -4206,11 +4209,16 @@ def now_on(stream: Any) -> Optional[float]:
     return time.time() if is_terminal(stream) else None
 
 
-def resolve_run_id(ctx: Context, given: str, implicit: bool = True) -> str:
-    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run."""
-    if given and given != "@last":
+def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
+    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run.
+
+    An empty id is one that a script has lost, and means no run at all.
+    """
+    if given is not None and not given.strip():
+        raise UsageError(f"'{sanitize(given)}' is no id")
+    if given is not None and given != "@last":
         return given
-    if implicit and not given and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
+    if given is None and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
         ctx.note(f"run {ctx.environ['MOGPLEX_RUN_ID'].strip()} (MOGPLEX_RUN_ID)")
         return ctx.environ["MOGPLEX_RUN_ID"].strip()
     remembered = remembered_runs(ctx.home, ctx.base_url)
@@ -4482,7 +4490,7 @@ def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
         [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
 
 
-def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
+def cmd_runs_get(ctx: Context, *, run_id: Optional[str], as_json: bool) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         run = client.run(run_id)
@@ -4491,8 +4499,8 @@ def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
 
 
 def cmd_runs_events(
-    ctx: Context, *, run_id: str, limit: Optional[int], follow: bool, timeout_s: Optional[float], quiet: bool,
-    cancel_on_interrupt: bool, as_json: bool,
+    ctx: Context, *, run_id: Optional[str], limit: Optional[int], follow: bool, timeout_s: Optional[float],
+    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
 ) -> int:
     only_following(follow, timeout_s, quiet, cancel_on_interrupt)
     run_id = resolve_run_id(ctx, run_id)
@@ -4512,7 +4520,7 @@ def cmd_runs_events(
 
 
 def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
-    run_id = resolve_run_id(ctx, run_id, implicit=False)
+    run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         answer = client.cancel(run_id)
     if as_json:
@@ -4607,7 +4615,8 @@ def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: fl
     if with_token:
         token = check_token(read_token(ctx), "login --with-token")
         entry: Json = {"token": token, "base_url": ctx.base_url}
-        with Client(token, ctx.base_url, **ctx.transport()) as client:
+        ctx.credential = Credential(token)
+        with Client(ctx.credential, ctx.base_url, **ctx.transport()) as client:
             client.repos(limit=1)
     else:
         with Client("", ctx.base_url, **ctx.transport()) as client:
@@ -4623,6 +4632,7 @@ def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
     """Which credential is in force, and what the service says of it; its error when it is not accepted."""
     path, hidden, state = os.path.join(ctx.home, "auth.json"), "", "accepted"
     credential, problem = resolve_credential(ctx.environ, ctx.base_url, ctx.note), None
+    ctx.credential = credential
     if credential.source == "environment":
         with contextlib.suppress(UnauthorizedError):
             resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)
@@ -4705,7 +4715,8 @@ def commands() -> List[Command]:
 
     as_json = switch("--json", "machine-readable output, one object a line", dest="as_json")
     newest = "the run; @last is the newest started here"
-    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?")
+    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?",
+                    default=None)
     sandbox_id = option("sandbox_id", "id", "the sandbox, as listed")
     tailing = [
         switch("--follow", "print events as they come, until the run has ended"),

@@ -3238,6 +3238,8 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["runs", "get", "@last"], "error: no run is remembered for this service: give a run's id"),
     (["runs", "cancel"], "error: runs cancel: the following arguments are required: id"),
     (["runs", "get", ".."], "error: '..' is no id"), (["runs", "get", " "], "error: ' ' is no id"),
+    (["runs", "get", ""], "error: '' is no id"), (["runs", "events", "", "--follow"], "error: '' is no id"),
+    (["runs", "cancel", ""], "error: '' is no id"),
     (["runs", "get", "a", "b"], "error: runs get: unrecognized arguments: b"),
     (["runs", "get", "a", "--", "b"], "error: runs get: nothing can follow --"),
     (["repos", "list", "--limit", "0"], "error: --limit takes a whole number from 1 to 200, not '0'"),
@@ -3306,6 +3308,14 @@ def test_run_prints_exactly_these_lines_and_sends_only_what_was_asked(cli: Calla
         {"repoId": mogplex.DEMO_WEB, "prompt": "Fix", "baseBranch": "m", "workingBranch": "b", "createBranch": True, "rootDirectory": "web"}]
     keys = [re.search(r"(?i)\nidempotency-key: (.*)\r", request).group(1) for request in server.requests]  # type: ignore
     assert mogplex.is_uuid(keys[0]) and keys[1] == "key 1"
+
+
+def test_a_token_that_the_service_echoes_is_not_shown(cli: Callable[..., Result]) -> None:
+    for echo in (refusal(400, f"X {TOKEN}", f"bad Bearer {TOKEN}"), answer(302, "", Location=f"https://x.invalid/{TOKEN}")):
+        with one_answer(echo) as server:
+            for argv in (["repos", "list"], ["repos", "list", "--debug"], ["login", "status"], ["login", "--with-token"]):
+                result = cli(*argv, env=service(server.url), stdin=TOKEN)
+                assert result.code == 1 and TOKEN not in result.out + result.err and "***" in result.err
 
 
 @pytest.mark.parametrize("argv, stdin, prompt", [
@@ -3435,6 +3445,8 @@ def test_remembered_runs(run_demo: Callable[..., Result], tmp_path: Any, demo: m
     assert chosen.err == f"run {ids[0]} (MOGPLEX_RUN_ID)\n" and chosen.code == 0
     assert ids[1] in run_demo("runs", "cancel", "@last").out
     assert run_demo("runs", "cancel", MOGPLEX_RUN_ID=ids[0]).code == 2
+    for words in (["get", ""], ["events", ""], ["cancel", ""], ["cancel", " "]):  # "$RUN_ID", and nothing in it
+        assert run_demo("runs", *words, MOGPLEX_RUN_ID=ids[0]).code == 2
     run_demo("run", "--repo", mogplex.DEMO_WEB, "x", MOGPLEX_NO_HISTORY="1")
     assert len(run_demo("runs", "list", "--json").out.splitlines()) == 2
     assert oct((tmp_path / "home" / "runs.jsonl").stat().st_mode & 0o777) == "0o600"
