@@ -1940,7 +1940,8 @@ def test_memory_does_not_grow_with_the_length_of_a_stream() -> None:
 
 def test_an_event_keeps_its_very_text_where_that_is_a_line_of_ascii_json() -> None:
     for text, kept in (('{"b": 1, "a": 1.50}', True), ('{"a":"\\ud800\\u0000"}', True), ('{"a": NaN}', False), ('{"a":\n1}', False), ('{"a":"\xe9"}', False)):
-        event = mogplex.Event(mogplex.parse_json(text), text)
+        event = mogplex.Event(mogplex.parse_json(text))
+        event.text = text
         line = mogplex.ndjson(event)
         assert (line == text) == kept and line.isascii() and "\n" not in line and json.loads(line) == dict(event)
 
@@ -4108,7 +4109,7 @@ def test_the_readme_s_program_works_with_the_upper_half_and_requests_alone(libra
     cases = [
         (["acme/web", "Fix the cookie test"], {}, 0, r"success https://github\.com/acme/web/pull/\d+\n", "Pull request ready"),
         (["acme/web", "fail at once"], {}, 1, re.escape(f"failed {mogplex.DEMO_ERROR}\n"), "External Mogplex run failed"),
-        (["acme/web", "Fix it", "0.01"], {}, 1, "cancelled: cancelled\n", "External Mogplex run accepted"),
+        (["acme/web", "Fix it", "0.01"], {}, 1, "cancelled: cancelled\n", ""),
         (["acme/web", "Fix it"], {"MOGPLEX_API_KEY": TOKEN}, 64, "", "check the token: UNAUTHORIZED"),
         (["acme/web", ""], {}, 1, "", "BAD_REQUEST: Prompt is required (HTTP 400)"),
     ]
