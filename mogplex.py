@@ -33,6 +33,7 @@ nothing, never exits, and does not read ``os.environ``; every failure is a Mogpl
 """
 from __future__ import annotations
 
+import _thread
 import contextlib
 import enum
 import functools
@@ -1077,12 +1078,16 @@ class Exchange:
         return not self._left
 
 
+# Two threads that import a package of many modules at once can each be given half of it (seen on Python 3.8).
+_IMPORTING = _thread.allocate_lock()
+
+
 def _new_session() -> Any:
     """A session that sends nothing of its own accord: no ~/.netrc, no cookie, no proxy, no redirect."""
     try:
         import http.cookiejar
-
-        import requests
+        with _IMPORTING:
+            import requests
     except ImportError:
         hint = "install it: python3 -m pip install requests"
         raise MogplexError("the package 'requests' is missing", hint=hint) from None
@@ -2275,8 +2280,9 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False, pushed="",
-        pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts).ask("watch", run_id)
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False,
+        pushed="", pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts,
+    ).ask("watch", run_id)
 
 
 def connected(state: State) -> State:
@@ -2910,7 +2916,7 @@ def strip(state: State, width: int) -> Row:
     """The rail in one row."""
     running = sum(sandbox.get("status") == "running" for sandbox in state.sandboxes)
     row: List[Segment] = [(f" RUNS {len(state.runs)} ", "bold")]
-    for run in state.runs[:6]:
+    for run in sorted(state.runs, key=lambda run: run.get("id") != state.run_id)[:6]:  # the shown one first
         glyph, word, style = status_of(run)
         row += [("▸" if run.get("id") == state.run_id else " ", "accent"),
                 (f"{glyph} {harmless(run.get('id'), 4)} {word} ", style), (fit(run_label(run), 16) + " ", "")]
@@ -2920,7 +2926,7 @@ def strip(state: State, width: int) -> Row:
 
 def outcome(state: State) -> List[Segment]:
     """The line after the newest entry: that the agent is at work, or how the run ended."""
-    if not state.over:
+    if not state.over and state.run.get("status") not in TERMINAL_STATUSES:
         quiet = f", last event {format_age(state.now - state.heard_at)} ago" if state.heard_at else ""
         return [("… agent working" + quiet if quiet else "… waiting for the first event", "dim")]
     glyph, word, style = status_of(state.run)
@@ -3525,8 +3531,8 @@ def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str,
     if text:
         import difflib
         near = difflib.get_close_matches((text.split() or [""])[0], SUBCOMMANDS, 1, 0.6)
-        state = state.say("Nothing was sent: Enter starts a run of these words." + (
-            f" Or did you mean the command `mogplex {near[0]}`?" if near else ""), "warn")
+        state = state.say((f"Did you mean `mogplex {near[0]}`? " if near else "") +
+                          "Nothing was sent; Enter starts a run of these words.", "warn", 60.0)
     return state
 
 
@@ -4861,7 +4867,8 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
             raise UsageError("--attach takes a run's id, or @last")
     word = words[0] if words and words[0] != "--" else ""
     if word.startswith("-"):
-        raise UsageError(f"unknown option '{word}'{did_you_mean(word, [flag.split()[0] for flag in OPTIONS])}", hint="see: mogplex --help")
+        near = did_you_mean(word, [flag.split()[0] for flag in OPTIONS])
+        raise UsageError(f"unknown option '{word}'{near}", hint="see: mogplex --help")
     if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
         if word:
             raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")

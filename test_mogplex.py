@@ -12,7 +12,6 @@ import concurrent.futures
 import configparser
 import contextlib
 import dis
-import fcntl
 import hashlib
 import html
 import http.client
@@ -20,7 +19,6 @@ import inspect
 import io
 import json
 import os
-import pty
 import pyte
 import random
 import re
@@ -31,7 +29,6 @@ import ssl
 import struct
 import subprocess
 import sys
-import termios
 import textwrap
 import threading
 import time
@@ -49,6 +46,11 @@ import pytest
 import trustme
 
 import mogplex
+
+if os.name != "nt":  # where .ci/headless leaves out what needs them
+    import fcntl
+    import pty
+    import termios
 
 MODULE = os.path.abspath(mogplex.__file__)
 TOKEN = "mog_" + "T0ken" * 6 + "xy"
@@ -2731,7 +2733,7 @@ def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Term
         terminal = cockpit(attach="x", url=server.url, width=120).until("first").until("日本語").until("acme/web")
         terminal.send("\t\r").until("EVENT").send("\x1b").until("TIMELINE").send("q")
         terminal.ended(0)
-    ours = rb"\x1b\[[0-9;]*[Hm]|\x1b\[[JK]|\x1b\[2J|\x1b\[\?(?:25|12|1|1049|1000|1006|2004|2026)[hl]|\x1b[=>]|\x1b\[2[23];0;0t"
+    ours = rb"\x1b\[[0-9;]*[Hm]|\x1b\[[JK]|\x1b\[2J|\x1b\[\?(?:25|12|1|1049|1000|1006|2004|2026)[hl]|\x1b[=>]|\x1b\(B|\x1b\[2[23];0;0t"
     assert b"\x1b" not in re.sub(ours, b"", terminal.output)
     assert not re.search("[\x80-\x9f]", terminal.output.decode())
 
@@ -3637,7 +3639,7 @@ def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
         process = run_file("runs", "events", "R", "--follow", url=server.url)
         assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
         process.stdout.close()
-        assert process.wait(30) == 141 and process.stderr.read() == b""
+        assert process.wait(30) == 141 and process.communicate()[1] == b""
         served.set()
 
 
@@ -4330,7 +4332,7 @@ def test_a_ci_key_is_that_of_the_pipeline_s_run_the_job_and_the_request() -> Non
 
 
 AGENT_TEXT = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u2028::add-mask::e ##[group]f ##vso[task.complete]g ###[h\x1b[0K"
-           "section_start:1:i\r\x1b[0Kj\nsection_end:1:i\r\x1b[0K %0A::warning::k | <img src=l> `m` [n](https://o) \x9b2J\x00")
+              "section_start:1:i\r\x1b[0Kj\nsection_end:1:i\r\x1b[0K %0A::warning::k | <img src=l> `m` [n](https://o) \x9b2J\x00")
 
 
 def test_an_agent_s_text_is_never_a_command_to_a_ci(tmp_path: Any) -> None:
