@@ -731,10 +731,6 @@ _KEEP_ALIVE_S = 4.5
 _HOSTS = {"www.mogplex.com", "mogplex.com"}
 
 
-def no_tick() -> None:
-    """What a wait calls when nobody wants to hear of it."""
-
-
 # A number of hundreds of digits, which Python may refuse, and NaN, which is no JSON, become strings.
 _DECODER: Any = json.JSONDecoder(
     parse_constant=str, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
@@ -773,14 +769,13 @@ def redirect_target(url: str, status: int, location: str) -> str:
 
 
 def _redirect_error(url: str, status: int, location: str) -> MogplexError:
-    here, there = _target(url, ""), _target(url, location)
-    if there.path.endswith("/login") and there.netloc == here.netloc:
-        return UnauthorizedError(
-            "the service asks for a sign-in", code="UNAUTHORIZED", status=status,
-            hint="the token was not understood, or MOGPLEX_URL is not the service's base URL")
-    return InvalidResponseError(
-        f"refused to follow a redirect to {sanitize(there.geturl() or location)[:500]}", code="REDIRECT", status=status,
-        hint="check MOGPLEX_URL: the token is sent to no other address")
+    there = _target(url, location)
+    if there.path.endswith("/login") and there.netloc == _target(url, "").netloc:
+        hint = "the token was not understood, or MOGPLEX_URL is not the service's base URL"
+        return UnauthorizedError("the service asks for a sign-in", code="UNAUTHORIZED", status=status, hint=hint)
+    message = f"refused to follow a redirect to {sanitize(there.geturl() or location)[:500]}"
+    hint = "check MOGPLEX_URL: the token is sent to no other address"
+    return InvalidResponseError(message, code="REDIRECT", status=status, hint=hint)
 
 
 def _odd_id(url: str) -> str:
@@ -812,36 +807,29 @@ def read_answer(url: str, status: int, headers: Mapping[str, str], text: str) ->
     location = headers.get("Location") or ""
     if 300 <= status < 400 and location:
         raise _redirect_error(url, status, location)
-    try:
+    answer = None
+    with contextlib.suppress(ValueError):
         answer = parse_json(text)
-    except ValueError:
-        answer = None
-    if 200 <= status < 300:
-        data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
-        if isinstance(data, dict):
-            return data
+    data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
+    if 200 <= status < 300 and isinstance(data, dict):
+        return data
     raise _answer_error(url, status, headers, answer, len(text))
 
 
-def retry_wait_s(
-    error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False,
-) -> Optional[float]:
-    """How long a one-shot command waits before it tries again; None when it does not.
+def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False) -> Optional[float]:
+    """How long a one-shot command waits before it tries again, None for not at all.
 
-    ``keyed``: an idempotency key makes a start safe to repeat even when its answer came, and was garbage.
+    ``keyed``: what has an idempotency key is repeated even when its answer came, and was garbage.
     """
-    asked_s = error.retry_after_s or 0.0
-    hopeless = isinstance(error, RateLimitedError) or asked_s > 5
-    hopeless = hopeless or (isinstance(error, InvalidResponseError) and not keyed)
-    if attempt >= tries or hopeless or not error.transient:
-        return None
-    return max(asked_s, backoff_s(attempt, random))
+    asked_s, garbled = error.retry_after_s or 0.0, isinstance(error, InvalidResponseError)
+    again = error.transient and attempt < tries and asked_s <= 5 and (keyed or not garbled)
+    return max(asked_s, backoff_s(attempt, random)) if again and not isinstance(error, RateLimitedError) else None
 
 
-def _causes(error: BaseException) -> List[BaseException]:
+def _causes(error: Any) -> List[BaseException]:
     """``error`` and all that is behind it: the libraries wrap each other's, each in its own way."""
     found: List[BaseException] = []
-    queued: List[Any] = [error]
+    queued = [error]
     while queued and len(found) < 50:
         one = queued.pop(0)
         if isinstance(one, BaseException) and not any(one is other for other in found):
@@ -850,60 +838,46 @@ def _causes(error: BaseException) -> List[BaseException]:
     return found
 
 
-def _connection_words(kinds: Iterable[str], limit_s: float) -> Tuple[str, bool]:
-    """What the names of the errors behind a lost connection say, and whether a request may have got through."""
-    words = (
-        ("gaierror", "the host name was not found", False),
-        ("ConnectionRefusedError", "the connection was refused", False),
-        ("NewConnectionError", "no connection", False),
-        ("ConnectTimeoutError", "no connection", False),
-        ("timeout", f"no answer for {limit_s:g} s", True),
-        ("TimeoutError", f"no answer for {limit_s:g} s", True),
-        ("SSLError", "the TLS connection failed", True),
-    )
-    return next(((text, sent) for kind, text, sent in words if kind in kinds), ("the connection was lost", True))
-
-
-def _proxy_error(kinds: Iterable[str], text: str, proxy: str) -> MogplexError:
-    """urllib3 1.26 blames the proxy for a connection lost inside its tunnel too: that request may have got through."""
-    refused = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
-    words, delivered = _connection_words(kinds, 0.0)
-    if refused or "ProxyError" in kinds:
-        return UnavailableError(
-            f"no connection through the proxy {proxy}: {refused.group(1) if refused else words}", code="PROXY",
-            delivered=delivered and not refused, transient=True, hint="check HTTPS_PROXY and NO_PROXY")
-    return UsageError(f"the proxy {proxy} cannot be used", hint="check HTTPS_PROXY; a SOCKS proxy needs PySocks")
+# What the names of the errors behind a lost connection say, and whether the request may have got through.
+_LOST = (
+    ("gaierror", "the host name was not found", False), ("ConnectionRefusedError", "the connection was refused", False),
+    ("NewConnectionError", "no connection", False), ("ConnectTimeoutError", "no connection", False),
+    ("timeout", "no answer for {:g} s", True), ("TimeoutError", "no answer for {:g} s", True),
+    ("SSLError", "the TLS connection failed", True), ("BaseException", "the connection was lost", True))
 
 
 def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
-    """The MogplexError for an exception of the HTTP library, or from under it; a bug's comes back as it is."""
-    import http.client
-    import zlib
+    """The MogplexError for an exception of the HTTP library, or from under it; a bug's comes back as it is.
 
-    import requests
-    import urllib3
+    Told apart by their kinds: a URL in a text may have any words. urllib3 1.26 calls it a ProxyError
+    too when a connection inside the tunnel is lost, and that request may have got through.
+    """
     causes = _causes(error)
-    kinds = {kind.__name__ for one in causes for kind in type(one).__mro__}
-    text = " ".join(str(one)[:1000] for one in causes)
+    kinds, text = {kind.__name__ for one in causes for kind in type(one).__mro__}, " ".join(map(str, causes))
+    words, delivered = next((words.format(limit_s), sent) for kind, words, sent in _LOST if kind in kinds)
     if kinds & {"SSLCertVerificationError", "CertificateError"}:
         reason = re.search(r"certificate verify failed:? ?([^(\n]*)", text)
         words = sanitize(reason.group(1) if reason else str(causes[-1])).strip()
-        return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS",
-                            hint="behind a company proxy, name its CA in REQUESTS_CA_BUNDLE")
+        hint = "behind a company proxy, name its CA in REQUESTS_CA_BUNDLE"
+        return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS", hint=hint)
     if re.search(r"CA certificate bundle|\[X509|PEM lib", text):
-        return MogplexError("the file of CA certificates cannot be read", code="TLS",
-                            hint="check REQUESTS_CA_BUNDLE and SSL_CERT_FILE")
-    if proxy and (kinds & {"ProxyError", "InvalidURL", "InvalidSchema"} or isinstance(error, ValueError)):
-        return _proxy_error(kinds, text, proxy)
-    if kinds & {"InvalidURL", "LocationValueError", "UnicodeError", "InvalidSchema"}:
+        hint = "check REQUESTS_CA_BUNDLE and SSL_CERT_FILE"
+        return MogplexError("the file of CA certificates cannot be read", code="TLS", hint=hint)
+    if proxy and "ProxyError" in kinds:
+        refused = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
+        message = f"no connection through the proxy {proxy}: {refused.group(1) if refused else words}"
+        return UnavailableError(message, code="PROXY", delivered=delivered and not refused, transient=True,
+                                hint="check HTTPS_PROXY and NO_PROXY")
+    if kinds & {"InvalidURL", "InvalidSchema", "LocationValueError", "UnicodeError"} or proxy and "ValueError" in kinds:
+        if proxy:
+            hint = "check HTTPS_PROXY; a SOCKS proxy needs PySocks"
+            return UsageError(f"the proxy {proxy} cannot be used", hint=hint)
         return UsageError("MOGPLEX_URL cannot be used: it names no host that can exist")
-    if isinstance(error, zlib.error):
+    if type(error).__module__ == "zlib":
         return InvalidResponseError("the answer's compression is broken", transient=True, delivered=True)
-    ours = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
-    if not isinstance(error, ours):
-        return error
-    words, delivered = _connection_words(kinds, limit_s)
-    return UnavailableError(words, code="UNAVAILABLE", delivered=delivered, transient=True)
+    if kinds & {"RequestException", "HTTPError", "HTTPException", "OSError"}:
+        return UnavailableError(words, code="UNAVAILABLE", delivered=delivered, transient=True)
+    return error
 
 
 def _inflate(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
@@ -1272,7 +1246,7 @@ class Client:
 
     def _open(
         self, method: str, url: str, *, params: Optional[Json] = None, data: Any = None, attempt: int = 1,
-        tick: Callable[[], None] = no_tick, renew: bool = True, idle_s: float = 0.0, **options: Any,
+        tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0, **options: Any,
     ) -> Exchange:
         """An exchange, not begun yet. Of its credential's own requests it waits for those too, on its thread."""
         session = self._take_session()
