@@ -731,12 +731,8 @@ _KEEP_ALIVE_S = 4.5
 _HOSTS = {"www.mogplex.com", "mogplex.com"}
 
 
-def no_tick() -> None:
-    """What a wait calls when nobody wants to hear of it."""
-
-
 # A number of hundreds of digits, which Python may refuse, and NaN, which is no JSON, become strings.
-_DECODER = json.JSONDecoder(
+_DECODER: Any = json.JSONDecoder(
     parse_constant=str, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
     parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits)
 
@@ -744,8 +740,13 @@ _DECODER = json.JSONDecoder(
 def parse_json(text: str) -> Any:
     """The JSON in ``text``; ValueError for anything else, however deep or long."""
     try:
-        value, end = _DECODER.raw_decode(text) if text[:1] == "{" else (None, -1)  # twice as fast where that will do
-        return value if end == len(text) else _DECODER.decode(text)
+        if text[:1] == "{":  # in half the time where nothing but an object is there
+            value, end = _DECODER.scan_once(text, 0)
+            if end == len(text):
+                return value
+        return _DECODER.decode(text)
+    except StopIteration:
+        raise ValueError("JSON cut short") from None
     except RecursionError:
         raise ValueError("JSON nested too deeply") from None
 
@@ -768,14 +769,13 @@ def redirect_target(url: str, status: int, location: str) -> str:
 
 
 def _redirect_error(url: str, status: int, location: str) -> MogplexError:
-    here, there = _target(url, ""), _target(url, location)
-    if there.path.endswith("/login") and there.netloc == here.netloc:
-        return UnauthorizedError(
-            "the service asks for a sign-in", code="UNAUTHORIZED", status=status,
-            hint="the token was not understood, or MOGPLEX_URL is not the service's base URL")
-    return InvalidResponseError(
-        f"refused to follow a redirect to {sanitize(there.geturl() or location)[:500]}", code="REDIRECT", status=status,
-        hint="check MOGPLEX_URL: the token is sent to no other address")
+    there = _target(url, location)
+    if there.path.endswith("/login") and there.netloc == _target(url, "").netloc:
+        hint = "the token was not understood, or MOGPLEX_URL is not the service's base URL"
+        return UnauthorizedError("the service asks for a sign-in", code="UNAUTHORIZED", status=status, hint=hint)
+    message = f"refused to follow a redirect to {sanitize(there.geturl() or location)[:500]}"
+    hint = "check MOGPLEX_URL: the token is sent to no other address"
+    return InvalidResponseError(message, code="REDIRECT", status=status, hint=hint)
 
 
 def _odd_id(url: str) -> str:
@@ -807,36 +807,29 @@ def read_answer(url: str, status: int, headers: Mapping[str, str], text: str) ->
     location = headers.get("Location") or ""
     if 300 <= status < 400 and location:
         raise _redirect_error(url, status, location)
-    try:
+    answer = None
+    with contextlib.suppress(ValueError):
         answer = parse_json(text)
-    except ValueError:
-        answer = None
-    if 200 <= status < 300:
-        data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
-        if isinstance(data, dict):
-            return data
+    data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
+    if 200 <= status < 300 and isinstance(data, dict):
+        return data
     raise _answer_error(url, status, headers, answer, len(text))
 
 
-def retry_wait_s(
-    error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False,
-) -> Optional[float]:
-    """How long a one-shot command waits before it tries again; None when it does not.
+def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False) -> Optional[float]:
+    """How long a one-shot command waits before it tries again, None for not at all.
 
-    ``keyed``: an idempotency key makes a start safe to repeat even when its answer came, and was garbage.
+    ``keyed``: what has an idempotency key is repeated even when its answer came, and was garbage.
     """
-    asked_s = error.retry_after_s or 0.0
-    hopeless = isinstance(error, RateLimitedError) or asked_s > 5
-    hopeless = hopeless or (isinstance(error, InvalidResponseError) and not keyed)
-    if attempt >= tries or hopeless or not error.transient:
-        return None
-    return max(asked_s, backoff_s(attempt, random))
+    asked_s, garbled = error.retry_after_s or 0.0, isinstance(error, InvalidResponseError)
+    again = error.transient and attempt < tries and asked_s <= 5 and (keyed or not garbled)
+    return max(asked_s, backoff_s(attempt, random)) if again and not isinstance(error, RateLimitedError) else None
 
 
-def _causes(error: BaseException) -> List[BaseException]:
+def _causes(error: Any) -> List[BaseException]:
     """``error`` and all that is behind it: the libraries wrap each other's, each in its own way."""
     found: List[BaseException] = []
-    queued: List[Any] = [error]
+    queued = [error]
     while queued and len(found) < 50:
         one = queued.pop(0)
         if isinstance(one, BaseException) and not any(one is other for other in found):
@@ -845,60 +838,46 @@ def _causes(error: BaseException) -> List[BaseException]:
     return found
 
 
-def _connection_words(kinds: Iterable[str], limit_s: float) -> Tuple[str, bool]:
-    """What the names of the errors behind a lost connection say, and whether a request may have got through."""
-    words = (
-        ("gaierror", "the host name was not found", False),
-        ("ConnectionRefusedError", "the connection was refused", False),
-        ("NewConnectionError", "no connection", False),
-        ("ConnectTimeoutError", "no connection", False),
-        ("timeout", f"no answer for {limit_s:g} s", True),
-        ("TimeoutError", f"no answer for {limit_s:g} s", True),
-        ("SSLError", "the TLS connection failed", True),
-    )
-    return next(((text, sent) for kind, text, sent in words if kind in kinds), ("the connection was lost", True))
-
-
-def _proxy_error(kinds: Iterable[str], text: str, proxy: str) -> MogplexError:
-    """urllib3 1.26 blames the proxy for a connection lost inside its tunnel too: that request may have got through."""
-    refused = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
-    words, delivered = _connection_words(kinds, 0.0)
-    if refused or "ProxyError" in kinds:
-        return UnavailableError(
-            f"no connection through the proxy {proxy}: {refused.group(1) if refused else words}", code="PROXY",
-            delivered=delivered and not refused, transient=True, hint="check HTTPS_PROXY and NO_PROXY")
-    return UsageError(f"the proxy {proxy} cannot be used", hint="check HTTPS_PROXY; a SOCKS proxy needs PySocks")
+# What the names of the errors behind a lost connection say, and whether the request may have got through.
+_LOST = (
+    ("gaierror", "the host name was not found", False), ("ConnectionRefusedError", "the connection was refused", False),
+    ("NewConnectionError", "no connection", False), ("ConnectTimeoutError", "no connection", False),
+    ("timeout", "no answer for {:g} s", True), ("TimeoutError", "no answer for {:g} s", True),
+    ("SSLError", "the TLS connection failed", True), ("BaseException", "the connection was lost", True))
 
 
 def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
-    """The MogplexError for an exception of the HTTP library, or from under it; a bug's comes back as it is."""
-    import http.client
-    import zlib
+    """The MogplexError for an exception of the HTTP library, or from under it; a bug's comes back as it is.
 
-    import requests
-    import urllib3
+    Told apart by their kinds: a URL in a text may have any words. urllib3 1.26 calls it a ProxyError
+    too when a connection inside the tunnel is lost, and that request may have got through.
+    """
     causes = _causes(error)
-    kinds = {kind.__name__ for one in causes for kind in type(one).__mro__}
-    text = " ".join(str(one)[:1000] for one in causes)
+    kinds, text = {kind.__name__ for one in causes for kind in type(one).__mro__}, " ".join(map(str, causes))
+    words, delivered = next((words.format(limit_s), sent) for kind, words, sent in _LOST if kind in kinds)
     if kinds & {"SSLCertVerificationError", "CertificateError"}:
         reason = re.search(r"certificate verify failed:? ?([^(\n]*)", text)
         words = sanitize(reason.group(1) if reason else str(causes[-1])).strip()
-        return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS",
-                            hint="behind a company proxy, name its CA in REQUESTS_CA_BUNDLE")
+        hint = "behind a company proxy, name its CA in REQUESTS_CA_BUNDLE"
+        return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS", hint=hint)
     if re.search(r"CA certificate bundle|\[X509|PEM lib", text):
-        return MogplexError("the file of CA certificates cannot be read", code="TLS",
-                            hint="check REQUESTS_CA_BUNDLE and SSL_CERT_FILE")
-    if proxy and (kinds & {"ProxyError", "InvalidURL", "InvalidSchema"} or isinstance(error, ValueError)):
-        return _proxy_error(kinds, text, proxy)
-    if kinds & {"InvalidURL", "LocationValueError", "UnicodeError", "InvalidSchema"}:
+        hint = "check REQUESTS_CA_BUNDLE and SSL_CERT_FILE"
+        return MogplexError("the file of CA certificates cannot be read", code="TLS", hint=hint)
+    if proxy and "ProxyError" in kinds:
+        refused = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
+        message = f"no connection through the proxy {proxy}: {refused.group(1) if refused else words}"
+        return UnavailableError(message, code="PROXY", delivered=delivered and not refused, transient=True,
+                                hint="check HTTPS_PROXY and NO_PROXY")
+    if kinds & {"InvalidURL", "InvalidSchema", "LocationValueError", "UnicodeError"} or proxy and "ValueError" in kinds:
+        if proxy:
+            hint = "check HTTPS_PROXY; a SOCKS proxy needs PySocks"
+            return UsageError(f"the proxy {proxy} cannot be used", hint=hint)
         return UsageError("MOGPLEX_URL cannot be used: it names no host that can exist")
-    if isinstance(error, zlib.error):
+    if type(error).__module__ == "zlib":
         return InvalidResponseError("the answer's compression is broken", transient=True, delivered=True)
-    ours = (requests.RequestException, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
-    if not isinstance(error, ours):
-        return error
-    words, delivered = _connection_words(kinds, limit_s)
-    return UnavailableError(words, code="UNAVAILABLE", delivered=delivered, transient=True)
+    if kinds & {"RequestException", "HTTPError", "HTTPException", "OSError"}:
+        return UnavailableError(words, code="UNAVAILABLE", delivered=delivered, transient=True)
+    return error
 
 
 def _inflate(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
@@ -1267,7 +1246,7 @@ class Client:
 
     def _open(
         self, method: str, url: str, *, params: Optional[Json] = None, data: Any = None, attempt: int = 1,
-        tick: Callable[[], None] = no_tick, renew: bool = True, idle_s: float = 0.0, **options: Any,
+        tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0, **options: Any,
     ) -> Exchange:
         """An exchange, not begun yet. Of its credential's own requests it waits for those too, on its thread."""
         session = self._take_session()
@@ -1392,6 +1371,8 @@ class SSEDecoder:
         for line in lines:
             if line[:6] == "data: ":
                 data.append(line[6:])
+            elif line[:4] == "id: " and "\0" not in line:  # these two could do without, and are most of what comes
+                self._id = line[4:]
             elif line:
                 self._field(line)
             else:
@@ -1417,14 +1398,15 @@ class SSEDecoder:
 
 
 class Event(Dict[str, Any]):
-    """An event with the very text that it came as, where that is a line of ASCII JSON; "" elsewhere."""
+    """An event of a stream, with the very ``text`` that it came as."""
 
     __slots__ = ("text",)
+    text: str
 
-    def __init__(self, fields: Json, text: str) -> None:
-        super().__init__(fields)
-        odd = not text.isascii() or "\n" in text or "NaN" in text or "Infinity" in text
-        self.text = "" if odd else text
+    def line(self) -> str:
+        """Its text, where that is a line of ASCII JSON; "" elsewhere."""
+        text = self.text
+        return text if text.isascii() and "\n" not in text and "NaN" not in text and "Infinity" not in text else ""
 
 
 class Progress(NamedTuple):
@@ -1503,7 +1485,7 @@ class Pace:
 def event_key(event: Json) -> object:
     """What tells an event from others: its id, else its content. InvalidResponseError when that is too deep."""
     identifier = event.get("id")
-    if type(identifier) in (str, int) and identifier != "":
+    if identifier and isinstance(identifier, (str, int)):
         return identifier
     import hashlib
     try:
@@ -1631,7 +1613,9 @@ class _Tail:
         except ValueError:
             data = None
         if isinstance(data, dict):
-            return Event(data, text)
+            event = Event(data)
+            event.text = text
+            return event
         if not self.puzzled:
             self.puzzled = True
             self.say("the stream sent something that is no event; it was left out")
@@ -1645,13 +1629,14 @@ class _Tail:
         self.seen.add(key)
         if len(self.seen) >= _SEEN:  # memory does not grow with the length of the run
             self.seen, self.seen_before = set(), self.seen
-        payload = event.get("payload")
-        if isinstance(payload, dict):
-            if text_of(payload, "stage").startswith("git_"):  # where it says which branch is really pushed
-                self.branch = text_of(payload, "working_branch") or self.branch
+        payload, message = event.get("payload"), event.get("message")
+        payload = payload if isinstance(payload, dict) else {}
+        if "stage" in payload and text_of(payload, "stage").startswith("git_"):  # which tell the branch really pushed
+            self.branch = text_of(payload, "working_branch") or self.branch
+        if "pull_request_url" in payload:
             self.pull_request_url = text_of(payload, "pull_request_url") or self.pull_request_url
-        message = event.get("message")
-        self.recent.append((message[:4000] if isinstance(message, str) else "", text_of(payload, "error")[:4000]))
+        error = text_of(payload, "error")[:4000] if "error" in payload else ""
+        self.recent.append((message[:4000] if isinstance(message, str) else "", error))
         self.ending = event.get("type") in _ENDING_TYPES
         self.last_event_at = self.clock()
         return True
@@ -1809,7 +1794,7 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # json
 def ndjson(record: object) -> str:
     """One line of ASCII JSON, the record as it came; ``##`` is spelled so that a CI runner sees no ``##[`` in it."""
     try:
-        line = record.text if isinstance(record, Event) and record.text else _COMPACT.encode(record)
+        line = isinstance(record, Event) and record.line() or _COMPACT.encode(record)
         return line.replace("##", "#\\u0023")
     except RecursionError:
         raise InvalidResponseError("an object nested too deeply to be printed") from None
@@ -4357,7 +4342,7 @@ class Follower:
         self.drawn, self.drawn_at, self.spoke_at = "", -1.0, clock()
         self.last_lines: List[str] = []
         self.lines: List[str] = []  # of what came together: a flush for each would cost more than all the rest
-        self.held, self.in_section = 0, False
+        self.held, self.in_section, self.in_github = 0, False, ctx.environ.get("GITHUB_ACTIONS") == "true"
 
     def run(self, timeout_s: Optional[float], limit: int = MAX_LIMIT) -> int:
         """Follow to the end; the exit code."""
@@ -4411,7 +4396,7 @@ class Follower:
     def show(self, event: Json) -> None:
         """An event's line: it is out before the tail waits for more."""
         line = ndjson(event) if self.as_json else event_line(event, self.newline)
-        if self.ctx.environ.get("GITHUB_ACTIONS") == "true":
+        if self.in_github:
             self.last_lines = [*self.last_lines[-9:], event_line(event)[:300]]
         self.lines.append(line)
         self.held += len(line)
