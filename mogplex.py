@@ -2696,6 +2696,13 @@ def on_started(state: State, run: Json, task: str, repo: str) -> State:
     return state.say("That run had been started before." if run.get("replayed") is True else "Run started.", "ok")
 
 
+def on_signed_in(state: State, overruled: bool) -> State:
+    """A sign-in was stored; ``overruled``: MOGPLEX_API_KEY is used all the same."""
+    state = connected(state._replace(signed_in=True, sign_in_url="", refused=""))
+    return state.say("Signed in.", "ok") if not overruled else state.say(
+        "The sign-in is stored, but MOGPLEX_API_KEY is set and stays in force: unset it to use that.", "warn", 60.0)
+
+
 def on_tick(state: State) -> State:
     """Once a second. Beside the tail there is a look at one other thing every 10 s, without a tail every 5 s.
 
@@ -3079,8 +3086,7 @@ MESSAGES: Dict[str, Callable[..., State]] = {
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
     "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
-    "signed in": lambda state: connected(state._replace(signed_in=True, sign_in_url="", refused="").say(
-        "Signed in.", "ok")),
+    "signed in": on_signed_in,
 }
 
 
@@ -3255,7 +3261,9 @@ class Screen:
                 select.select([], [1], [], 1.0)
 
     def draw(self, rows: List[Row]) -> None:
-        """One frame, in one write: what differs from the last."""
+        """One frame, in one write: what differs from the last; nothing once an excepthook has restored."""
+        if not self.active:
+            return
         if self.ascii:
             rows = [tuple((to_ascii(text), style) for text, style in row) for row in rows]
         clear = "" if self.rows else f"{self.styles['']}{self.term.clear}\x1b[?25l"
@@ -3305,13 +3313,10 @@ class Desk:
         return self.connection
 
     def work(self) -> None:
-        """One job after another, for ever; an error that is no MogplexError is a bug, and ends the cockpit."""
+        """One job after another; an error that is no MogplexError is a bug, and ends the cockpit: see run_cockpit."""
         job = None
-        try:
-            while True:
-                job = self.do(*(job or self.jobs.get()))
-        except BaseException as error:
-            self.post("crash", error)
+        while True:
+            job = self.do(*(job or self.jobs.get()))
 
     def do(self, name: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
         """Do one job, and post what it answers; the job that it was left for, if any."""
@@ -3384,24 +3389,31 @@ def browse(desk: Desk, url: str) -> Message:
     return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
 
 
+def overruled(desk: Desk) -> bool:
+    """Whether the environment's token is used whatever is stored, as resolve_credential has it."""
+    return bool(desk.facts["environ"].get("MOGPLEX_API_KEY", "").strip())
+
+
+def stored(desk: Desk, entry: Json) -> Message:
+    store_credential(desk.facts["home"], entry)
+    return "signed in", overruled(desk)
+
+
 def sign_in_here(desk: Desk) -> Message:
     base_url, desk.stopped = desk.facts["base_url"], False
     with Client("", base_url) as client:
         entry = sign_in(base_url, client.post_form, announce=lambda url: desk.post("announced", url),
                         open_browser=desk.facts["run_browser"], stopped=lambda: desk.stopped)
-    store_credential(desk.facts["home"], entry)
-    return ("signed in",)
+    return stored(desk, entry)
 
 
 def take_token(desk: Desk, token: str) -> Message:
-    entry = {"token": check_token(token, "the token"), "base_url": desk.facts["base_url"]}
-    store_credential(desk.facts["home"], entry)
-    return ("signed in",)
+    return stored(desk, {"token": check_token(token, "the token"), "base_url": desk.facts["base_url"]})
 
 
 def sign_out(desk: Desk) -> Message:
     forget_credential(desk.facts["home"])
-    if desk.facts["environ"].get("MOGPLEX_API_KEY"):
+    if overruled(desk):
         return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
     return "signed out", "Signed out: the stored sign-in is forgotten."
 
@@ -3530,6 +3542,7 @@ def run_cockpit(
     """
     import atexit
     import signal
+    import threading
     if environ.get("TERM", "dumb") in ("", "dumb") or not (os.isatty(0) and os.isatty(1)):
         raise UsageError("the cockpit needs a terminal, and TERM that names its kind",
                          hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands")
@@ -3542,12 +3555,22 @@ def run_cockpit(
             signal.signal(one, signal.SIG_IGN)  # a second one must not cut the restoring short
         raise SystemExit(128 + number)
 
+    def fail(*error: Any) -> None:
+        screen.restore()
+        hooks[0](*error)
+
+    def fail_thread(failure: Any) -> None:
+        screen.restore()
+        shell.post("crash", failure.exc_value)  # the loop raises it, which prints it and ends the rest
+
+    hooks = sys.excepthook, threading.excepthook
     fatal, code = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), int(Exit.HANGUP)
     handlers: Dict[int, Any] = dict.fromkeys(fatal, end)
     handlers.update({signal.SIGWINCH: lambda *_: shell.resize(), signal.SIGCONT: lambda *_: shell.resume(),
                      signal.SIGTSTP: signal.SIG_DFL})
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     atexit.register(screen.restore)
+    sys.excepthook, threading.excepthook = fail, fail_thread
     try:
         shell.resume()
         shell.loop()
@@ -3558,6 +3581,7 @@ def run_cockpit(
     finally:
         screen.restore()
         atexit.unregister(screen.restore)
+        sys.excepthook, threading.excepthook = hooks
         for number, handler in previous.items():
             signal.signal(number, handler)
         if shell.state.run_id:  # leaving never stops a run
