@@ -1996,7 +1996,8 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 # State is a value, update() makes the next one, view() draws it, paint() finds what differs: all pure. Only
 # Screen touches the terminal, and only the two Desks, each a thread, touch the network.
 Segment = Tuple[str, str]  # text, and the name of its style
-Row = Tuple[Segment, ...]
+Line = Sequence[Segment]   # of any width
+Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
 Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
 Effect = Tuple[Any, ...]   # what shall be done about it: a name in JOBS or a method of Shell, and its arguments
 
@@ -2041,6 +2042,7 @@ HINTS = {
 width_of = functools.lru_cache(8192)(text_width)  # every frame measures mostly what the last one did
 fitted = functools.lru_cache(8192)(fit)
 MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
+EXPORTS = {"json": "one object: the run and its events", "jsonl": "one event a line", "markdown": "a page to read"}
 FETCHES: Dict[str, Callable[[Client, str], Any]] = {  # what can be read, most of it for the drawer of this name
     "repos": lambda client, _: client.repos(limit=MAX_LIMIT), "run": lambda client, run_id: client.run(run_id),
     "sandboxes": lambda client, _: client.sandboxes(), "logs": lambda client, name: client.sandbox_logs(name),
@@ -2136,7 +2138,6 @@ class State(NamedTuple):
     effects: Tuple[Effect, ...] = ()
 
     def ask(self, *effect: Any) -> State:
-        """With one effect more."""
         return self._replace(effects=self.effects + (effect,))
 
     def say(self, text: str, style: str = "", for_s: float = 8.0) -> State:
@@ -2144,11 +2145,9 @@ class State(NamedTuple):
         return self._replace(notice=(harmless(text), style, self.now + (9e9 if style == "bad" else for_s)))
 
     def write(self, text: str, cursor: Optional[int] = None) -> State:
-        """With this text in the composer."""
         return self._replace(text=text, cursor=len(text) if cursor is None else cursor, focus="composer")
 
     def shift(self, **changes: Any) -> State:
-        """With the open drawer changed."""
         return self._replace(drawer=self.drawer and self.drawer._replace(**changes))
 
     def open(self, kind: str, argument: str = "", data: Any = None) -> State:
@@ -2197,11 +2196,10 @@ def listed(state: State) -> List[Tuple[str, Json]]:
     return [("/attach", run) for run in state.runs] + [("/logs", sandbox) for sandbox in state.sandboxes]
 
 
-def search(items: Iterable[Item], query: str) -> List[Item]:
-    """The items with the letters of ``query`` in this order, first those where they lie closest."""
-    letters, found = "".join(query.lower().split()), []
-    pattern = re.compile(".*?".join(map(re.escape, letters)))
-    for position, item in enumerate(items):
+def found_in(drawer: Drawer) -> List[Item]:
+    """The items with the letters of the query in this order, first those where they lie closest."""
+    pattern, found = re.compile(".*?".join(map(re.escape, "".join(drawer.query.lower().split())))), []
+    for position, item in enumerate(drawer.items):
         spans = [match.end() - match.start() for match in pattern.finditer(item.text.lower())]
         if spans:
             found.append((min(spans), position, item))
@@ -2210,17 +2208,14 @@ def search(items: Iterable[Item], query: str) -> List[Item]:
 
 def health_of(state: State) -> Tuple[str, str, str]:
     """(glyph, words, style) of the transport."""
-    if not state.signed_in:
-        return "○", "signed out", "dim"
-    if state.held_until > state.now:
-        return "◌", f"reconnect {state.held_until - state.now:.0f}s", "warn"
-    if state.failures >= 3 or "resolve" in state.trouble:
-        return "✗", "offline", "bad"
-    if state.failures:
-        return "◌", "reconnect", "warn"
-    if state.refused or state.truncated or state.latency_ms > 2000:
-        return "○", "degraded" + (" refused" if state.refused else f" {state.latency_ms:.0f}ms"), "warn"
-    return ("●", f"nominal {state.latency_ms:.0f}ms", "ok") if state.latency_ms else ("◌", "connecting", "dim")
+    wait_s, latency = state.held_until - state.now, f"{state.latency_ms:.0f}ms"
+    cases = (
+        (not state.signed_in, "○", "signed out", "dim"), (wait_s > 0, "◌", f"reconnect {wait_s:.0f}s", "warn"),
+        (state.failures >= 3 or "resolve" in state.trouble, "✗", "offline", "bad"),
+        (state.failures, "◌", "reconnect", "warn"), (state.refused, "○", "degraded refused", "warn"),
+        (state.truncated or state.latency_ms > 2000, "○", f"degraded {latency}", "warn"),
+        (state.latency_ms, "●", f"nominal {latency}", "ok"), (True, "◌", "connecting", "dim"))
+    return next((glyph, words, style) for applies, glyph, words, style in cases if applies)
 
 
 def alerts_of(state: State) -> List[Tuple[str, str]]:
@@ -2244,7 +2239,7 @@ def target_url(state: State) -> str:
 
 
 def export_text(state: State, form: str) -> str:
-    """The shown run and its events as json, jsonl or markdown."""
+    """The shown run and its events in one of EXPORTS."""
     events = [entry.event for entry in state.entries]
     if form == "json":
         return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
@@ -2322,7 +2317,7 @@ def export(state: State, words: str) -> State:
     form, _, path = words.partition(" ")
     if not state.run_id:
         return state.say("No run is shown that could be exported.", "warn")
-    if form not in ("json", "jsonl", "markdown"):
+    if form not in EXPORTS:
         return state.open("export")
     name = re.sub("[^0-9A-Za-z-]", "", state.run_id)[:8]
     path = path.strip() or f"mogplex-{name}.{'md' if form == 'markdown' else form}"
@@ -2343,8 +2338,8 @@ COMMANDS: Dict[str, Tuple[str, str, Union[str, Callable[[State, str], State]]]] 
     "kill": ("", "cancel the shown run, after a yes", kill),
     "runs": ("", "the runs that this machine remembers", "runs"),
     "sandboxes": ("", "the sandboxes in the cloud", "sandboxes"),
-    "logs": ("[SANDBOX]", "the logs of a sandbox", lambda state, name: state.open(*(("logs", name) if name else (
-        "sandboxes",)))),
+    "logs": ("[SANDBOX]", "the logs of a sandbox", lambda state, name: state.open(
+        "logs" if name else "sandboxes", name)),
     "agents": ("", "the agents of the account", "agents"),
     "model": ("", "the models that the service knows", "models"),
     "mcp": ("", "the MCP servers: names, and whether enabled", "mcp"),
@@ -2387,7 +2382,7 @@ def completions(state: State) -> List[str]:
     if not space:
         return [f"/{command}{' ' * bool(COMMANDS[command][0])}" for command in COMMANDS if command.startswith(name)]
     choices = {"repo": [harmless(repo.get("full_name")) for repo in state.repos], "harness": HARNESSES,
-               "attach": [harmless(run.get("id")) for run in state.runs], "export": ("json", "jsonl", "markdown"),
+               "attach": [harmless(run.get("id")) for run in state.runs], "export": EXPORTS,
                "logs": [harmless(sandbox.get("id")) for sandbox in state.sandboxes]}
     return [f"/{name} {choice}" for choice in choices.get(name, ()) if choice.lower().startswith(argument.lower())]
 
@@ -2406,7 +2401,6 @@ def insert(state: State, text: str) -> State:
 
 
 def cut(state: State, start: int, end: int) -> State:
-    """Without the composer's characters from ``start`` to ``end``."""
     return state.write(state.text[:max(0, start)] + state.text[end:], max(0, start))
 
 
@@ -2458,12 +2452,10 @@ def dismiss(state: State) -> State:
 
 
 def move(state: State, step: int) -> State:
-    """The selection moved by ``step`` lines, as far as there are any."""
     def within(at: int, count: int) -> int:
         return max(0, min(at + step, count - 1))
     if state.drawer:
-        count = len(search(state.drawer.items, state.drawer.query))
-        return state.shift(at=within(state.drawer.at, count))
+        return state.shift(at=within(state.drawer.at, len(found_in(state.drawer))))
     if state.focus == "rail":
         return state._replace(rail_at=within(state.rail_at, len(listed(state))))
     at = within(selected(state), len(passing(state)))
@@ -2471,9 +2463,8 @@ def move(state: State, step: int) -> State:
 
 
 def choose(state: State) -> State:
-    """Enter in a drawer or a pane."""
     if state.drawer:
-        found = search(state.drawer.items, state.drawer.query)
+        found = found_in(state.drawer)
         does = found[state.drawer.at].does if state.drawer.at < len(found) else ""
         if does.endswith(" "):
             return state._replace(drawer=None).write(does)
@@ -2563,7 +2554,6 @@ COMPOSER.update({"^a": COMPOSER["home"], "^e": COMPOSER["end"], "^j": COMPOSER["
 
 
 def on_key(state: State, name: str) -> State:
-    """A key that is no text, or one that a pane takes."""
     state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
     if state.question[0]:
         question, state = state.question, state._replace(question=("", ()))
@@ -2619,9 +2609,7 @@ def noted(state: State, run_id: str, run: Json) -> State:
         {**one, "status": status, "error": error} if one.get("id") == run_id else one for one in state.runs))
 
 
-def on_event(state: State, run_id: str, event: Json) -> State:
-    if run_id != state.run_id:
-        return state
+def on_event(state: State, _: str, event: Json) -> State:
     seconds, payload = parse_time(event.get("createdAt")), dict_of(event, "payload")
     clock = time.strftime("%H:%M:%S", time.localtime(seconds)) if seconds and 0 < seconds < 4e9 else ""
     entry = Entry(clock, harmless(event.get("type"), 40) or "event", event_text(event)[:2000], event)
@@ -2636,20 +2624,12 @@ def on_event(state: State, run_id: str, event: Json) -> State:
 
 def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
     """How the tail of the shown run gets on; ``wait_s`` until it tries again."""
-    if run_id != state.run_id:
-        return state
     was, held = state.failures, state.now + wait_s if progress.connection == "limited" else state.held_until
     state = state._replace(failures=progress.failures, trouble=harmless(progress.message) * bool(progress.failures),
                            latency_ms=progress.latency_ms or state.latency_ms, held_until=held)
     if was >= 3 and not progress.failures:
         state = state.say("Connected again.", "ok")
     return noted(state, run_id, progress.run)
-
-
-def on_verdict(state: State, run_id: str, verdict: Verdict) -> State:
-    if run_id != state.run_id:
-        return state
-    return noted(state._replace(over=True, truncated=verdict.truncated), run_id, verdict.run)
 
 
 def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: float) -> State:
@@ -2767,9 +2747,10 @@ def logs_text(data: Any) -> str:
     return "\n".join(parts + ["── lifecycle ──", *map("  ".join, events)])
 
 
-def event_page(data: Any) -> str:
-    message = text_of(data, "message")
-    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(data, indent=2, ensure_ascii=False)
+def event_page(event: Json) -> str:
+    """All of an event; a message of many lines stands before it as it is."""
+    message = text_of(event, "message")
+    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(event, indent=2, ensure_ascii=False)
 
 
 def branches(state: State) -> List[Json]:
@@ -2802,19 +2783,17 @@ TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple
         ("full_name", 40), ("default_branch", 30)), "/repo "),
     "branches": ("BRANCH", lambda state, _: branches(state), (("id", 80),), "/branch "),
     "harnesses": ("HARNESS", lambda state, _: [{"id": name} for name in HARNESSES], (("id", 80),), "/harness "),
-    "agents": ("AGENTS", lambda _, data: data or (), (("name", 22), ("model", 26), ("description", 90)), None),
-    "models": ("MODELS", lambda _, data: data or (), (("id", 34), ("provider", 14), ("name", 60)), None),
+    "agents": ("AGENTS", lambda _, data: data, (("name", 22), ("model", 26), ("description", 90)), None),
+    "models": ("MODELS", lambda _, data: data, (("id", 34), ("provider", 14), ("name", 60)), None),
     "mcp": ("MCP SERVERS", lambda _, data: [  # never a config: it holds live secrets
         {"id": text_of(server, "name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
-        for server in data or ()], (("status", 12), ("id", 80)), None),
-    "export": ("EXPORT", lambda state, _: [
-        {"id": "json", "does": "one object: the run and its events"}, {"id": "jsonl", "does": "one event a line"},
-        {"id": "markdown", "does": "a page to read"}], (("id", 10), ("does", 60)), "/export "),
+        for server in data], (("status", 12), ("id", 80)), None),
+    "export": ("EXPORT", lambda state, _: [{"id": form, "does": does} for form, does in EXPORTS.items()], (
+        ("id", 10), ("does", 60)), "/export "),
 }
 
 
 def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
-    """One line of a table."""
     line = ""
     for key, width in columns:
         text = " ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key))
@@ -2835,7 +2814,7 @@ def filled(state: State) -> State:
         _, records, columns, does = TABLES[drawer.kind]
         items = tuple(
             Item(columned(record, columns), "" if does is None else does + harmless(record.get("id")),
-                 status_of(record)[2] if "status" in record else "") for record in records(state, drawer.data))
+                 status_of(record)[2] if "status" in record else "") for record in records(state, drawer.data or ()))
     return state.shift(items=items, at=max(0, min(drawer.at, len(items) - 1)))
 
 
@@ -2852,7 +2831,13 @@ def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -
     return (*row, (" " * room, style or "")) if room else tuple(row)
 
 
-def ends(left: Sequence[Segment], right: Sequence[Segment], width: int, style: Optional[str] = None) -> Row:
+def padded(lines: Iterable[Line], width: int, rows: int) -> List[Row]:
+    """Exactly ``rows`` rows: the lines, and blank ones."""
+    filled_up = [fill(line, width) for line in lines]
+    return filled_up + [fill([], width)] * (rows - len(filled_up))
+
+
+def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Row:
     """``left`` cut and padded, and ``right`` at the end of the row."""
     room = width - sum(width_of(text) for text, _ in right)
     return (*fill(left, room, style), *right) if room > 0 else fill(left, width, style)
@@ -2879,16 +2864,16 @@ def header(state: State, width: int) -> Row:
     return ends([(" ", ""), *row] if width < 40 else row, [bar, (f"{glyph} {words} ", style)], width)
 
 
-def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
+def rail(state: State, width: int, rows: int) -> List[Tuple[int, Line]]:
     """(position in listed() or -1, row) of each row of the rail."""
     active = sum(run.get("status") not in (*TERMINAL_STATUSES, None, "unknown") for run in state.runs)
     focused = state.focus == "rail" and not state.drawer
     title = "key" if focused else "bold"
-    lines: List[Tuple[int, Row]] = [
-        (-1, fill([(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")], width))]
+    lines: List[Tuple[int, Line]] = [
+        (-1, [(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")])]
     for position, (does, record) in enumerate(listed(state)):
         if position == len(state.runs):
-            lines.append((-1, fill([(f" SANDBOXES {len(state.sandboxes)}", title)], width)))
+            lines.append((-1, [(f" SANDBOXES {len(state.sandboxes)}", title)]))
         glyph, word, style = status_of(record)
         left, age = [(f"  {glyph} ", style), (branch_of(record), "")], ""
         if does == "/attach":
@@ -2900,7 +2885,7 @@ def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
         lines.append((position, fill(row, width, "select") if focused and position == state.rail_at else row))
     at = next((line for line, (position, _) in enumerate(lines) if position == state.rail_at), 0)
     top = scrolled(at, 0, rows)
-    return lines[top:top + rows] + [(-1, fill([], width))] * (rows - len(lines))
+    return lines[top:top + rows]
 
 
 def strip(state: State, width: int) -> Row:
@@ -2935,25 +2920,23 @@ def entry_row(entry: Entry, width: int) -> List[Segment]:
     return [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, wide - 1):{wide}} ", style), (entry.text, loud)]
 
 
-def timeline(state: State, width: int, rows: int) -> List[Row]:
+def timeline(state: State, width: int, rows: int) -> List[Line]:
     """Title, entries, and a last line: of what goes on, or of how many are newer."""
     entries, at, focused = passing(state), selected(state), state.focus == "timeline"
     kinds = f"filter: {state.filter}" if state.filter else "all types"
-    lines = [fill([(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
-                   ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"),
-                   (f" · {kinds} · {len(entries)} events", "dim")], width)]
-    shown = rows - 2
-    top = scrolled(at, state.top, shown)
+    lines: List[Line] = [
+        [(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
+         ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"), (f" · {kinds} · {len(entries)} events", "dim")]]
+    shown, top = rows - 2, scrolled(at, state.top, rows - 2)
     lines += [fill(entry_row(entry, width), width, "select" if focused and position == at else None)
               for position, entry in enumerate(entries[top:top + shown], top)]
     newer, indent = len(entries) - top - shown, " " * (11 if width >= 60 else 1)
     text = f"▼ {newer} newer (End) " if newer > 0 else "▼ End follows "
-    lines.append(fill([(indent, ""), *outcome(state)], width) if state.follow else ends([], [(text, "warn")], width))
-    return lines + [fill([], width)] * (rows - len(lines))
+    return lines + [[(indent, ""), *outcome(state)] if state.follow else ends([], [(text, "warn")], width)]
 
 
 def welcome(state: State, width: int) -> List[Segment]:
-    """What the body says without a run, or while nobody is signed in."""
+    """What the body says without a run, or while nobody is signed in; a segment a row."""
     blank, link, where = ("", ""), state.sign_in_url, "(/repo says where)."
     if state.repo:
         where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}."
@@ -2973,35 +2956,33 @@ def welcome(state: State, width: int) -> List[Segment]:
             ("/help     every key and command", "")]
 
 
-def drawer_rows(state: State, drawer: Drawer, width: int, rows: int) -> List[Row]:
+def drawer_lines(drawer: Drawer, width: int, rows: int) -> List[Line]:
     """Title with the search, what is wrong, and the items that are found."""
-    found, fetched = search(drawer.items, drawer.query), drawer.kind in FETCHES
-    title = TABLES[drawer.kind][0] if drawer.kind in TABLES else TEXTS[drawer.kind][0]
+    found, title = found_in(drawer), {**TEXTS, **TABLES}[drawer.kind][0]
     sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
-    lines = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
-                  [(f"{min(drawer.at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
+    lines: List[Line] = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
+                              [(f"{min(drawer.at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
     if drawer.error:
-        lines.append(fill([(f" {drawer.error} · trying again by itself", "bad")], width))
+        lines.append([(f" {drawer.error} · trying again by itself", "bad")])
     elif not found:
         word = "nothing has these letters" if drawer.query else "nothing here"
-        lines.append(fill([(" loading…" if fetched and drawer.data is None else f" {word}", "dim")], width))
+        lines.append([(" loading…" if drawer.kind in FETCHES and drawer.data is None else f" {word}", "dim")])
     top = scrolled(drawer.at, 0, rows - len(lines))
     lines += [fill([(f" {item.text}", item.style)], width, "select" if position == drawer.at else None)
               for position, item in enumerate(found[top:top + rows - len(lines)], top)]
-    return lines + [fill([], width)] * (rows - len(lines))
+    return lines
 
 
-def body(state: State, width: int, rows: int) -> List[Row]:
+def body(state: State, width: int, rows: int) -> List[Line]:
     if state.drawer:
-        return drawer_rows(state, state.drawer, width, rows)
+        return drawer_lines(state.drawer, width, rows)
     if state.run_id and state.signed_in:
         return timeline(state, width, rows)
     lines = welcome(state, width)[:rows]
-    lines = [("", "")] * ((rows - len(lines)) // 3) + lines
-    return [fill([("   "[:width // 20], ""), line], width) for line in lines] + [fill([], width)] * (rows - len(lines))
+    return [[]] * ((rows - len(lines)) // 3) + [[("   "[:width // 20], ""), line] for line in lines]
 
 
-def composer(state: State, width: int, rows: int) -> List[Row]:
+def composer(state: State, width: int, rows: int) -> Sequence[Line]:
     """What is being typed, as much as fits around the cursor: that is an empty segment of style "cursor"."""
     text, cursor, room, here = state.text, state.cursor, max(1, width - 4), (0, 0)
     if state.focus == "filter":
@@ -3019,30 +3000,30 @@ def composer(state: State, width: int, rows: int) -> List[Row]:
         mark = "  " if row else "/ " if state.focus == "filter" else "› "
         parts = [(line[:here[1]], ""), ("", "cursor"), (line[here[1]:], "")]
         parts = parts if active and row == here[0] else [(line, "")]
-        output.append(fill([(f" {mark}", "key" if active else "dim"), *parts], width))
-    return output + [fill([], width)] * (rows - len(output))
+        output.append([(f" {mark}", "key" if active else "dim"), *parts])
+    return output
 
 
-def hints(state: State, width: int) -> Row:
+def hints(state: State) -> Line:
     """The last row: a question, a notice, what can be completed, else the keys."""
     found = completions(state) if state.focus == "composer" and not state.drawer else []
     if state.question[0]:
-        return fill([(f" {state.question[0]}", "alert")], width)
+        return [(f" {state.question[0]}", "alert")]
     if state.notice[2] > state.now:
-        return fill([(f" {state.notice[0]}", state.notice[1])], width)
+        return [(f" {state.notice[0]}", state.notice[1])]
     if len(found) == 1 or state.text[1:] in COMMANDS:
         name = state.text[1:] if state.text[1:] in COMMANDS else found[0][1:].split(" ")[0]
-        return fill([(f" /{name} {COMMANDS[name][0]}  ", "key"), (COMMANDS[name][1], "dim")], width)
+        return [(f" /{name} {COMMANDS[name][0]}  ", "key"), (COMMANDS[name][1], "dim")]
     if found:
-        return fill([(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)], width)
+        return [(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)]
     where = "drawer" if state.drawer else state.focus if state.signed_in else "signed out"
-    return fill([(f" {HINTS[where]}", "dim")], width)
+    return [(f" {HINTS[where]}", "dim")]
 
 
 def view(state: State, width: int, height: int) -> List[Row]:
     """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
     if width < 30 or height < 8:
-        return [fill([("enlarge the window" * (row == height // 2), "warn")], width) for row in range(height)]
+        return padded([[]] * (height // 2) + [[("enlarge the window", "warn")]], width, height)
     where, rows, alerts = layout(state, width, height), [header(state, width)], alerts_of(state)
     if alerts:
         more = f" (+{len(alerts) - 1})" * (len(alerts) > 1)
@@ -3050,12 +3031,14 @@ def view(state: State, width: int, height: int) -> List[Row]:
         rows.append(ends([(f" !! {alerts[0][1]}{more}", "")], [(keys, "alert")], width, "alert"))
     if where.strip:
         rows.append(strip(state, width))
-    main, line = body(state, width - where.rail, where.rows), "─" * width
+    main = padded(body(state, width - where.rail, where.rows), width - where.rail, where.rows)
+    line = "─" * width
     if where.rail:
-        side = rail(state, where.rail - 1, where.rows)
-        main = [(*left, ("│", "line"), *right) for (_, left), right in zip(side, main)]
+        side = padded((row for _, row in rail(state, where.rail - 1, where.rows)), where.rail - 1, where.rows)
+        main = [(*left, ("│", "line"), *right) for left, right in zip(side, main)]
         line = "─" * (where.rail - 1) + "┴" + "─" * (width - where.rail)
-    return [*rows, *main, ((line, "line"),), *composer(state, width, where.composer), hints(state, width)]
+    below = padded(composer(state, width, where.composer), width, where.composer)
+    return [*rows, *main, ((line, "line"),), *below, fill(hints(state), width)]
 
 
 # -- Update
@@ -3074,15 +3057,17 @@ def on_mouse(state: State, button: int, column: int, row: int) -> State:
         top = scrolled(state.drawer.at, 0, rows)
         return choose(state.shift(at=top + line))
     if here.focus == "rail":
-        position = rail(state, where.rail - 1, where.rows)[line + 1][0]
-        return choose(here._replace(rail_at=position)) if position >= 0 else here
+        places = [position for position, _ in rail(state, where.rail - 1, where.rows)][line + 1:]
+        return choose(here._replace(rail_at=places[0])) if places and places[0] >= 0 else here
     return here._replace(follow=False, at=max(0, min(state.top + line, len(passing(state)) - 1)))
 
 
 MESSAGES: Dict[str, Callable[..., State]] = {
     "key": on_key, "text": on_text, "paste": on_paste, "mouse": on_mouse, "tick": on_tick, "event": on_event,
     "resize": lambda state, width, height: state._replace(width=width, height=height), "progress": on_progress,
-    "verdict": on_verdict, "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
+    "verdict": lambda state, run_id, verdict: noted(
+        state._replace(over=True, truncated=verdict.truncated), run_id, verdict.run),
+    "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
     "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
@@ -3092,8 +3077,11 @@ MESSAGES: Dict[str, Callable[..., State]] = {
 
 def update(state: State, message: Message) -> State:
     """The state after one message; what shall be done about it stands in its ``effects``."""
-    state = MESSAGES[message[0]](state._replace(effects=()), *message[1:])
-    state = state if message[0] == "event" else filled(state)
+    name, *arguments = message
+    state = state._replace(effects=())
+    if name not in ("event", "progress", "verdict") or arguments[0] == state.run_id:  # else of a run shown before
+        state = MESSAGES[name](state, *arguments)
+    state = state if name == "event" else filled(state)
     return state._replace(top=scrolled(selected(state), state.top, layout(state, state.width, state.height).rows - 2))
 
 
@@ -3389,14 +3377,9 @@ def browse(desk: Desk, url: str) -> Message:
     return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
 
 
-def overruled(desk: Desk) -> bool:
-    """Whether the environment's token is used whatever is stored, as resolve_credential has it."""
-    return bool(desk.facts["environ"].get("MOGPLEX_API_KEY", "").strip())
-
-
 def stored(desk: Desk, entry: Json) -> Message:
     store_credential(desk.facts["home"], entry)
-    return "signed in", overruled(desk)
+    return "signed in", desk.facts["overruled"]
 
 
 def sign_in_here(desk: Desk) -> Message:
@@ -3413,7 +3396,7 @@ def take_token(desk: Desk, token: str) -> Message:
 
 def sign_out(desk: Desk) -> Message:
     forget_credential(desk.facts["home"])
-    if overruled(desk):
+    if desk.facts["overruled"]:
         return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
     return "signed out", "Signed out: the stored sign-in is forgotten."
 
@@ -3462,14 +3445,15 @@ class Shell:
                 self.state = update(self.state._replace(now=time.time()), message)
 
     def effects(self) -> None:
-        """Do what the state asks for, or give it to the thread that does."""
         asked, self.state = self.state.effects, self.state._replace(effects=())
         for name, *arguments in asked:
             here = getattr(self, f"do_{name}", None)
             if here:
                 here(*arguments)
-            else:
-                (self.poller if name in ("watch", "poll") else self.actions).jobs.put((name, *arguments))
+                continue
+            polled = name in ("watch", "poll")
+            for desk in (self.poller, self.actions) if name == "connect" else [self.poller if polled else self.actions]:
+                desk.jobs.put((name, *arguments))
 
     def do_leave(self) -> None:
         raise SystemExit(Exit.OK)
@@ -3487,10 +3471,6 @@ class Shell:
 
     def do_stop(self) -> None:
         self.actions.stopped = True
-
-    def do_connect(self) -> None:
-        for desk in (self.poller, self.actions):
-            desk.jobs.put(("connect",))
 
     def do_suspend(self) -> None:
         """Ctrl+Z: the terminal goes back to the shell, and the whole job stops, as the shell expects."""
@@ -3547,8 +3527,9 @@ def run_cockpit(
         raise UsageError("the cockpit needs a terminal, and TERM that names its kind",
                          hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands")
     screen = Screen(environ)
-    shell = Shell(screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url,
-                  home=home, environ=environ, run_browser=run_browser)
+    shell = Shell(
+        screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url, home=home,
+        environ=environ, run_browser=run_browser, overruled=bool(environ.get("MOGPLEX_API_KEY", "").strip()))
 
     def end(number: int, _: object) -> None:
         for one in fatal:
