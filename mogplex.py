@@ -1999,7 +1999,7 @@ Segment = Tuple[str, str]  # text, and the name of its style
 Line = Sequence[Segment]   # of any width
 Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
 Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
-Effect = Tuple[Any, ...]   # what shall be done about it: a name in JOBS or a method of Shell, and its arguments
+Effect = Tuple[Any, ...]   # what shall be done about it: the NAME of a do_NAME in Shell or Desk, and its arguments
 
 STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "": ("", "", ""), "dim": ("38;5;245", "2", "2"), "bold": ("1", "1", "1"), "line": ("38;5;239", "2", "2"),
@@ -2593,16 +2593,15 @@ def remembering(state: State, run: Json, task: str, repo: str) -> State:
 def noted(state: State, run_id: str, run: Json) -> State:
     """With what an answer says of a run: in the rail, and in an alert when it has just ended badly."""
     status, error = harmless(run.get("status"), 20), harmless(run.get("error"), 200)
-    was = next((text_of(one, "status") for one in state.runs if one.get("id") == run_id), None)
     if not status:
         return state
-    if run_id == state.run_id:
-        was = was if was is not None else text_of(state.run, "status")
-        state = state._replace(run=run)
-    if status == "failed" and was not in ("", "failed", None):
+    shown, known = run_id == state.run_id, [one for one in state.runs if one.get("id") == run_id]
+    was = text_of((known + [state.run if shown else {}])[0], "status")
+    state = state._replace(run=run) if shown else state
+    if status == "failed" and was not in ("", "failed"):
         text = f"run {harmless(run_id, 8)} failed" + (f": {error}" if error else "")
         state = state._replace(alerts=(*(one for one in state.alerts if one[0] != run_id), (run_id, text)))
-    if run_id == state.run_id and not any(one.get("id") == run_id for one in state.runs):
+    if shown and not known:
         repo = next((repo for repo in state.repos if repo.get("id") == run.get("repoId")), {})
         state = remembering(state, run, "", text_of(repo, "full_name"))
     return state._replace(runs=tuple(
@@ -3185,8 +3184,10 @@ class Screen:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         import codecs
+        import select
         import termios
         self.term, self.termios, self.saved = self._terminal(environ), termios, termios.tcgetattr(0)
+        self.select = select.select
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.active, self.mouse, self.pending, self.rows = False, True, "", []  # type: bool, bool, str, List[Row]
         colours = self.term.number_of_colors
@@ -3230,23 +3231,21 @@ class Screen:
 
     def restore(self) -> None:
         """The terminal as it was. May be called twice, and when the terminal is gone or stuck."""
-        import select
         if self.active:
             self.active = False
             with contextlib.suppress(OSError, self.termios.error):
-                if select.select([], [1], [], 0.1)[1]:
+                if self.select([], [1], [], 0.1)[1]:
                     self.write(f"\x1b[?2026l{MOUSE[False]}\x1b[?2004l{self.term.normal}{self.term.rmkx}"
                                f"{self.term.normal_cursor}{self.term.exit_fullscreen or self.term.clear}")
                 self.termios.tcsetattr(0, self.termios.TCSANOW, self.saved)
 
     def write(self, text: str) -> None:
-        import select
         data = text.encode("utf-8", "replace")
         while data:
             try:
                 data = data[os.write(1, data):]
             except BlockingIOError:  # who had the terminal before may have left it so
-                select.select([], [1], [], 1.0)
+                self.select([], [1], [], 1.0)
 
     def draw(self, rows: List[Row]) -> None:
         """One frame, in one write: what differs from the last; nothing once an excepthook has restored."""
@@ -3262,9 +3261,8 @@ class Screen:
 
     def read(self) -> List[Message]:
         """What was typed. Esc is a key of its own when nothing follows it at once."""
-        import select
         sent = ""
-        while len(sent) < 1 << 20 and select.select([0], [], [], 0)[0]:
+        while len(sent) < 1 << 20 and self.select([0], [], [], 0)[0]:
             data = os.read(0, 1 << 16)
             if not data:
                 raise OSError("the terminal is gone")
@@ -3272,7 +3270,7 @@ class Screen:
         if sent == "\x03" and self.pending:  # a paste whose end was lost must not eat Ctrl+C
             self.pending = ""
         messages, self.pending = sliced(self.pending + sent, False, self.resolve)
-        if self.pending and not self.pending.startswith("\x1b[200~") and not select.select([0], [], [], 0.05)[0]:
+        if self.pending and not self.pending.startswith("\x1b[200~") and not self.select([0], [], [], 0.05)[0]:
             rest, self.pending = sliced(self.pending, True, self.resolve)
             messages += rest
         return messages
@@ -3283,7 +3281,7 @@ class Switch(Exception):
 
 
 class Desk:
-    """A worker thread: its jobs, its own Client, and where to say what came of them."""
+    """A worker thread: its jobs, its own Client, and where to say what came of them. ``do_NAME`` does the job NAME."""
 
     def __init__(self, post: Callable[..., None], **facts: Any) -> None:
         import queue
@@ -3309,7 +3307,7 @@ class Desk:
     def do(self, name: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
         """Do one job, and post what it answers; the job that it was left for, if any."""
         try:
-            message = self.facts["jobs"][name](self, *arguments)
+            message = getattr(self, f"do_{name}")(*arguments)
             if message:
                 self.post(*message)
         except Switch as switch:
@@ -3322,90 +3320,77 @@ class Desk:
                 self.post("error", *what, error)
         return None
 
+    def do_connect(self) -> None:
+        self.connection = None
 
-def follow(desk: Desk, run_id: str) -> None:
-    """Follow a run until its verdict; polls that come meanwhile are done between two looks at it."""
-    import queue
+    def do_watch(self, run_id: str) -> None:
+        """Follow a run until its verdict; polls that come meanwhile are done between two looks at it."""
+        import queue
 
-    def between(progress: Progress) -> None:
-        wait_s = 0.0 if progress.retry_at is None else progress.retry_at - time.monotonic()
-        desk.post("progress", run_id, progress, wait_s)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = desk.jobs.get_nowait()
-                if job[0] != "poll":
-                    raise Switch(*job)
-                desk.do(*job)
+        def between(progress: Progress) -> None:
+            wait_s = 0.0 if progress.retry_at is None else progress.retry_at - time.monotonic()
+            self.post("progress", run_id, progress, wait_s)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    job = self.jobs.get_nowait()
+                    if job[0] != "poll":
+                        raise Switch(*job)
+                    self.do(*job)
 
-    for item in tail(desk.client(), run_id, on_progress=between):
-        desk.post("verdict" if isinstance(item, Verdict) else "event", run_id, item)
+        for item in tail(self.client(), run_id, on_progress=between):
+            self.post("verdict" if isinstance(item, Verdict) else "event", run_id, item)
 
+    def do_fetch(self, source: str, argument: str) -> Message:
+        client, began = self.client(), time.monotonic()
+        data = FETCHES[source](client, argument)
+        return "fetched", source, argument, data, (time.monotonic() - began) * 1000
 
-def fetch(desk: Desk, source: str, argument: str) -> Message:
-    client, began = desk.client(), time.monotonic()
-    data = FETCHES[source](client, argument)
-    return "fetched", source, argument, data, (time.monotonic() - began) * 1000
+    do_poll = do_fetch
 
+    def do_start(self, task: str, body: Json, repo: str) -> Message:
+        import uuid
+        return "started", self.client().start_run(body, str(uuid.uuid4())), task, repo
 
-def start_run(desk: Desk, task: str, body: Json, repo: str) -> Message:
-    import uuid
-    return "started", desk.client().start_run(body, str(uuid.uuid4())), task, repo
+    def do_remember(self, record: Json) -> None:
+        if not self.facts["environ"].get("MOGPLEX_NO_HISTORY"):
+            remember_run(self.facts["home"], record, lambda text: self.post("say", text, "warn"))
 
+    def do_cancel(self, run_id: str) -> Message:
+        answer = self.client().cancel(run_id)
+        over = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
+        return "say", "The run was over already." if over else "Cancellation requested.", "warn"
 
-def keep(desk: Desk, record: Json) -> None:
-    if not desk.facts["environ"].get("MOGPLEX_NO_HISTORY"):
-        remember_run(desk.facts["home"], record, lambda text: desk.post("say", text, "warn"))
+    def do_export(self, path: str, content: str) -> Message:
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(content)
+        except (OSError, ValueError) as error:
+            return "say", f"Nothing was written to {path}: {getattr(error, 'strerror', error)}", "bad"
+        return "say", f"Exported to {os.path.abspath(path)}", "ok"
 
+    def do_open(self, url: str) -> Message:
+        opened = self.facts["run_browser"] and self.facts["run_browser"](url) is not False
+        return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
 
-def cancel(desk: Desk, run_id: str) -> Message:
-    answer = desk.client().cancel(run_id)
-    over = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
-    return "say", "The run was over already." if over else "Cancellation requested.", "warn"
+    def store(self, entry: Json) -> Message:
+        store_credential(self.facts["home"], entry)
+        return "signed in", self.facts["overruled"]
 
+    def do_login(self) -> Message:
+        self.stopped, base_url = False, self.facts["base_url"]
+        with Client("", base_url) as client:
+            return self.store(sign_in(
+                base_url, client.post_form, announce=lambda url: self.post("announced", url),
+                open_browser=self.facts["run_browser"], stopped=lambda: self.stopped))
 
-def write_export(desk: Desk, path: str, content: str) -> Message:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(content)
-    except (OSError, ValueError) as error:
-        return "say", f"Nothing was written to {path}: {getattr(error, 'strerror', error)}", "bad"
-    return "say", f"Exported to {os.path.abspath(path)}", "ok"
+    def do_token(self, token: str) -> Message:
+        return self.store({"token": check_token(token, "the token"), "base_url": self.facts["base_url"]})
 
-
-def browse(desk: Desk, url: str) -> Message:
-    opened = desk.facts["run_browser"] and desk.facts["run_browser"](url) is not False
-    return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
-
-
-def stored(desk: Desk, entry: Json) -> Message:
-    store_credential(desk.facts["home"], entry)
-    return "signed in", desk.facts["overruled"]
-
-
-def sign_in_here(desk: Desk) -> Message:
-    base_url, desk.stopped = desk.facts["base_url"], False
-    with Client("", base_url) as client:
-        entry = sign_in(base_url, client.post_form, announce=lambda url: desk.post("announced", url),
-                        open_browser=desk.facts["run_browser"], stopped=lambda: desk.stopped)
-    return stored(desk, entry)
-
-
-def take_token(desk: Desk, token: str) -> Message:
-    return stored(desk, {"token": check_token(token, "the token"), "base_url": desk.facts["base_url"]})
-
-
-def sign_out(desk: Desk) -> Message:
-    forget_credential(desk.facts["home"])
-    if desk.facts["overruled"]:
-        return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
-    return "signed out", "Signed out: the stored sign-in is forgotten."
-
-
-JOBS: Dict[str, Callable[..., Optional[Message]]] = {
-    "watch": follow, "poll": fetch, "fetch": fetch, "start": start_run, "remember": keep, "cancel": cancel,
-    "export": write_export, "open": browse, "login": sign_in_here, "token": take_token, "logout": sign_out,
-    "connect": lambda desk: setattr(desk, "connection", None),
-}
+    def do_logout(self) -> Message:
+        forget_credential(self.facts["home"])
+        if self.facts["overruled"]:
+            return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
+        return "signed out", "Signed out: the stored sign-in is forgotten."
 
 
 class Shell:
@@ -3417,7 +3402,7 @@ class Shell:
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.poller, self.actions = (Desk(self.post, jobs=JOBS, **facts) for _ in range(2))
+        self.poller, self.actions = (Desk(self.post, **facts) for _ in range(2))
 
     def post(self, *message: Any) -> None:
         """A message from any thread, or from a signal handler."""
@@ -3427,11 +3412,10 @@ class Shell:
 
     def loop(self) -> None:
         """Until SystemExit is raised: draw, wait, take every message that there is."""
-        import select
         while True:
             self.screen.draw(view(self.state, *self.screen.size))
             self.effects()  # after the frame: the threads import what takes longer than to draw it
-            ready = select.select([0, self.wake_in], [], [], 1.0 - time.time() % 1.0)[0]
+            ready = self.screen.select([0, self.wake_in], [], [], 1.0 - time.time() % 1.0)[0]
             if self.wake_in in ready:
                 os.read(self.wake_in, 1 << 16)
             messages = self.screen.read() if 0 in ready else []

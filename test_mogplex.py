@@ -2555,7 +2555,7 @@ def hooked(*_):
         os._exit(1)
 crashes = {"job": crash, "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
 if "CRASH" in os.environ:
-    mogplex.JOBS["export"] = crashes.get(os.environ["CRASH"], crash)
+    mogplex.Desk.do_export = crashes.get(os.environ["CRASH"], crash)
 given = token if "SIGNED_OUT" not in os.environ else ""
 connect = lambda: mogplex.Client(given or mogplex.resolve_credential(os.environ, url, lambda text: None), url)
 sys.exit(mogplex.run_cockpit(connect, base_url=url, home=os.environ["MOGPLEX_HOME"], environ=os.environ, attach=attach,
