@@ -2160,7 +2160,7 @@ class State(NamedTuple):
 
 
 def status_of(record: Json) -> Tuple[str, str, str]:
-    """(glyph, word, style) of a run or a sandbox."""
+    """(glyph, word, style) of a run or a sandbox; health_of has the same of the transport."""
     word = harmless(record.get("status"), 20)
     glyph, style = STATUSES.get(word, ("○", "dim"))
     return glyph, word, style
@@ -2207,7 +2207,6 @@ def found_in(drawer: Drawer) -> List[Item]:
 
 
 def health_of(state: State) -> Tuple[str, str, str]:
-    """(glyph, words, style) of the transport."""
     wait_s, latency = state.held_until - state.now, f"{state.latency_ms:.0f}ms"
     cases = (
         (not state.signed_in, "○", "signed out", "dim"), (wait_s > 0, "◌", f"reconnect {wait_s:.0f}s", "warn"),
@@ -2239,7 +2238,6 @@ def target_url(state: State) -> str:
 
 
 def export_text(state: State, form: str) -> str:
-    """The shown run and its events in one of EXPORTS."""
     events = [entry.event for entry in state.entries]
     if form == "json":
         return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
@@ -2259,9 +2257,8 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False,
-        pushed="", pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts,
-    ).ask("watch", run_id)
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False, at=0,
+        top=0, follow=True, filter="", drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
 
 
 def connected(state: State) -> State:
@@ -2426,8 +2423,7 @@ def vertical(state: State, step: int) -> State:
 
 def complete(state: State) -> State:
     """Tab: as far as all completions agree; where there is nothing to complete, to the next pane."""
-    options = completions(state)
-    common = os.path.commonprefix(options)
+    common = os.path.commonprefix(completions(state))
     if not state.text.startswith("/"):
         return state._replace(focus="timeline")
     return state.write(common) if len(common) > len(state.text) else state
@@ -2512,8 +2508,8 @@ ANYWHERE: Keys = {
         "Mouse off: the terminal selects text." if state.mouse else "Mouse on: the wheel scrolls, a click selects."),
 }
 MOVES: Keys = {
-    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1),
-    "home": lambda state: move(state, -10**9), "end": lambda state: move(state, 10**9), "enter": choose,
+    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1), "enter": choose,
+    "home": lambda state: move(state, -10**9), "end": lambda state: move(state, 10**9),
     "pgup": lambda state: move(state, 9 - state.height), "pgdown": lambda state: move(state, state.height - 9),
 }
 PANE: Keys = {
@@ -2632,7 +2628,6 @@ def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) ->
 
 
 def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: float) -> State:
-    """An answer to something that was read: of a poll, or for a drawer."""
     state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms, signed_in=True)
     if source == "run":
         state = noted(state, argument, data)
@@ -2728,7 +2723,6 @@ def scrolled(at: int, top: int, rows: int) -> int:
 
 
 def folded(text: str, width: int) -> Iterator[Item]:
-    """The lines of a long text, folded to ``width``."""
     for line in sanitize(text, "\n").split("\n"):
         while text_width(line) > width:
             part = fit(line, width, "") or line[:1]
@@ -2738,7 +2732,6 @@ def folded(text: str, width: int) -> Iterator[Item]:
 
 
 def logs_text(data: Any) -> str:
-    """Error, install log, dev log and lifecycle of a sandbox."""
     parts = [f"── {name} ──\n{text_of(data, 'sandbox', name) or '(empty)'}"
              for name in ("error", "install_log", "dev_log")]
     events = [(format_time(event.get("created_at")), text_of(event, "event_type"), text_of(event, "decision_code"))
@@ -2843,7 +2836,6 @@ def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Ro
 
 
 def header(state: State, width: int) -> Row:
-    """Program, repository and branch, harness, status of the run, health of the transport."""
     bar, glyph, words, style = (" │ ", "line"), *health_of(state)
     row: List[Segment] = [(" mogplex", "brand")] if width >= 40 else []
     if width >= 60:
@@ -2935,7 +2927,7 @@ def timeline(state: State, width: int, rows: int) -> List[Line]:
 
 
 def welcome(state: State, width: int) -> List[Segment]:
-    """What the body says without a run, or while nobody is signed in; a segment a row."""
+    """What the body says without a run, or while nobody is signed in; a segment a line."""
     blank, link, where = ("", ""), state.sign_in_url, "(/repo says where)."
     if state.repo:
         where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}."
@@ -2956,7 +2948,6 @@ def welcome(state: State, width: int) -> List[Segment]:
 
 
 def drawer_lines(drawer: Drawer, width: int, rows: int) -> List[Line]:
-    """Title with the search, what is wrong, and the items that are found."""
     found, title = found_in(drawer), {**TEXTS, **TABLES}[drawer.kind][0]
     sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
     lines: List[Line] = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
@@ -3402,7 +3393,8 @@ class Shell:
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.poller, self.actions = (Desk(self.post, **facts) for _ in range(2))
+        poller, self.actions = Desk(self.post, **facts), Desk(self.post, **facts)
+        self.desks = {"watch": [poller], "poll": [poller], "connect": [poller, self.actions]}
 
     def post(self, *message: Any) -> None:
         """A message from any thread, or from a signal handler."""
@@ -3434,10 +3426,9 @@ class Shell:
             here = getattr(self, f"do_{name}", None)
             if here:
                 here(*arguments)
-                continue
-            polled = name in ("watch", "poll")
-            for desk in (self.poller, self.actions) if name == "connect" else [self.poller if polled else self.actions]:
-                desk.jobs.put((name, *arguments))
+            else:
+                for desk in self.desks.get(name, [self.actions]):
+                    desk.jobs.put((name, *arguments))
 
     def do_leave(self) -> None:
         raise SystemExit(Exit.OK)
