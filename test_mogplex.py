@@ -2549,10 +2549,20 @@ def test_what_a_terminal_sends(sent: str, messages: List[Tuple[Any, ...]]) -> No
 
 
 COCKPIT = """
-import os, sys, mogplex
+import os, sys, threading, mogplex
 url, token, attach = sys.argv[1:4]
+def crash(*_):
+    1 / 0
+def hooked(*_):
+    try:
+        crash()
+    except ZeroDivisionError:
+        sys.excepthook(*sys.exc_info())
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+crashes = {"job": crash, "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
 if "CRASH" in os.environ:
-    mogplex.JOBS["export"] = lambda *_: 1 / 0
+    mogplex.Desk.do_export = crashes.get(os.environ["CRASH"], crash)
 given = token if "SIGNED_OUT" not in os.environ else ""
 connect = lambda: mogplex.Client(given or mogplex.resolve_credential(os.environ, url, lambda text: None), url)
 sys.exit(mogplex.run_cockpit(connect, base_url=url, home=os.environ["MOGPLEX_HOME"], environ=os.environ, attach=attach,
@@ -2700,11 +2710,12 @@ def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
 
 
 @pytest.mark.parametrize("how, code", [
-    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("exception", 1)], ids=str)
+    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("job", 1), ("thread", 1), ("hook", 1)],
+    ids=str)
 def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Terminal], how: Any, code: int) -> None:
-    terminal = cockpit(attach="nope", CRASH="1").until("TIMELINE")
+    terminal = cockpit(attach="nope", CRASH=str(how)).until("TIMELINE")
     assert {"1049", "2004", "1000"} < terminal.on() and termios.tcgetattr(terminal.child) != terminal.modes
-    if how == "exception":
+    if code == 1:
         terminal.send("/export json\r")
     else:
         terminal.process.send_signal(how)
@@ -2750,6 +2761,13 @@ def test_a_token_is_pasted_on_the_first_screen(cockpit: Callable[..., Terminal],
     terminal.send("\r").until("acme/web ⎇ main").until("Signed in.").send("/logout\r").until("Sign in to Mogplex")
     assert demo.token not in terminal.text()
     terminal.send("\x03\x03")
+    terminal.ended(0)
+
+
+def test_a_sign_in_says_when_the_environment_goes_before_it(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
+    terminal = cockpit(SIGNED_OUT="1", MOGPLEX_API_KEY=demo.token).until("acme/web ⎇ main").send("/login\r")
+    terminal.until("Sign in to Mogplex").send(f"{demo.token}\r").until("MOGPLEX_API_KEY is set and stays in force")
+    terminal.until("acme/web ⎇ main").send("\x03\x03")
     terminal.ended(0)
 
 
