@@ -154,24 +154,25 @@ def error_class(status: int) -> type[MogplexError]:
 
 # ---------------------------------------------------------------- 2. Values
 
+# Patterns are compiled by their first use: most commands need few of them, and compiling takes time at every start.
 # Strings (OSC, DCS, ...) only when terminated: an unterminated one would swallow the rest of
 # the text. Every class stops at ESC and at C1, so that the search stays linear on any input.
-_ESCAPES = re.compile(
+_ESCAPES = (
     "(?:\x1b[\\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\\\|\x9c)"
     "|(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]?"
     "|\x1b[ -/]*[0-~]?"
 )
-_NEWLINES = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
-_CONTROLS = re.compile(
+_NEWLINES = "\r\n|[\n\r\v\f\x85\u2028\u2029]"
+_CONTROLS = (
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
 )
-_CI_LINE_START = re.compile(r"(?m)^(\s*):(?=:)")
-_CI_ANYWHERE = re.compile(r"(?i)##(?=\[|vso\[)")
-_TIME = re.compile(
+_CI_LINE_START = r"(?m)^(\s*):(?=:)"
+_CI_ANYWHERE = r"(?i)##(?=\[|vso\[)"
+_TIME = (
     r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?\s*(Z|z|[+-]\d\d(?::?\d\d)?)?\Z"
 )
-_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+_UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z"
 
 
 def sanitize(text: object, newline: str = " \u23ce ") -> str:
@@ -183,11 +184,11 @@ def sanitize(text: object, newline: str = " \u23ce ") -> str:
     """
     line = text if isinstance(text, str) else "" if text is None else str(text)
     if not line.isascii() or not line.isprintable():
-        line = _CONTROLS.sub("", _NEWLINES.sub("\n", _ESCAPES.sub("", line)).replace("\t", " "))
+        line = re.sub(_CONTROLS, "", re.sub(_NEWLINES, "\n", re.sub(_ESCAPES, "", line)).replace("\t", " "))
     if "::" in line:
-        line = _CI_LINE_START.sub(r"\1: ", line)
+        line = re.sub(_CI_LINE_START, r"\1: ", line)
     if "##" in line:
-        line = _CI_ANYWHERE.sub("# #", line)
+        line = re.sub(_CI_ANYWHERE, "# #", line)
     return line.strip("\n").replace("\n", newline) if "\n" in line else line
 
 
@@ -222,7 +223,7 @@ def dicts_of(record: object, key: str) -> List[Json]:
 
 def is_uuid(text: str) -> bool:
     """Whether ``text`` is spelled as a UUID, which all ids of the service are today."""
-    return bool(_UUID.match(text))
+    return bool(re.match(_UUID, text))
 
 
 def is_loopback(host: Optional[str]) -> bool:
@@ -268,7 +269,7 @@ def parse_time(text: object) -> Optional[float]:
 
     Not datetime.fromisoformat: before Python 3.11 it refuses ``Z`` and five-digit fractions.
     """
-    match = _TIME.match(text) if isinstance(text, str) else None
+    match = re.match(_TIME, text) if isinstance(text, str) else None
     if not match:
         return None
     import datetime
@@ -1809,7 +1810,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional
     import tabulate
     cells = [list(row) for row in rows]
     widths = [  # tabulate makes a column at least two wider than its header
-        max([text_width(header) + 2, *(text_width(_ESCAPES.sub("", row[at])) for row in cells)])
+        max([text_width(header) + 2, *(text_width(re.sub(_ESCAPES, "", row[at])) for row in cells)])
         for at, header in enumerate(headers)]
     while width is not None and sum(widths) + 2 * len(widths) - 2 > width:
         over = sum(widths) + 2 * len(widths) - 2 - width
