@@ -4293,10 +4293,10 @@ def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
     return "ci-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def start(ctx: Context, client: Client, body: Json, key: str) -> Json:
+def start(ctx: Context, client: Client, body: Json, key: Optional[str]) -> Json:
     """Start a run; when it may have started all the same, say how to find out."""
     import uuid
-    key = ci_idempotency_key(ctx.environ, body) if key == "ci" else key or str(uuid.uuid4())
+    key = str(uuid.uuid4()) if key is None else ci_idempotency_key(ctx.environ, body) if key == "ci" else key
     try:
         run = client.start_run(body, key)
     except (MogplexError, KeyboardInterrupt) as error:
@@ -4454,7 +4454,7 @@ class Follower:
 
 def cmd_run(
     ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
-    create_branch: bool, root: Optional[str], idempotency_key: str, follow: bool, timeout_s: Optional[float],
+    create_branch: bool, root: Optional[str], idempotency_key: Optional[str], follow: bool, timeout_s: Optional[float],
     quiet: bool, cancel_on_interrupt: bool, as_json: bool,
 ) -> int:
     repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
@@ -4734,7 +4734,7 @@ def commands() -> List[Command]:
             switch("--create-branch", "create the working branch"),
             option("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
             option("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
-                   "(default: random)"),
+                   "(default: random)", default=None),
             option("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
         ], ['mogplex run --repo acme/web "Fix the flaky cookie test"',
             "mogplex run --repo acme/web --follow - < task.md"]),

@@ -3225,6 +3225,8 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["run", "--repo", "r", "x", "--idempotency-key", "ci"],
      "error: run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key"),
+    (["run", "--repo", "r", "x", "--idempotency-key", ""],
+     "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["runs", "events", "r", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
     (["runs", "events", "r", "--follow", "--timeout", "never"],
      "error: 'never' is no duration: seconds, or a number with s, m or h, such as 90s or 30m"),
