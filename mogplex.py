@@ -1873,8 +1873,9 @@ def started_text(run: Json, colour: bool) -> str:
     run_id, status = sanitize(text_of(run, "runId")), paint(sanitize(text_of(run, "status")), colour)
     rows = [(key, sanitize(text_of(run, field))) for key, field in (("repo", "repoId"), ("harness", "harness"))]
     first = "matched existing run" if run.get("replayed") is True else "started run"
-    return "\n".join([f"{first} {run_id} ({status})", block([*rows, ("branch", branch_text(run))]),
-                      f"tail events: mogplex runs events {run_id} --follow"])
+    lines = [f"{first} {run_id} ({status})", block([*rows, ("branch", branch_text(run))]),
+             f"tail events: mogplex runs events {run_id} --follow"]
+    return "\n".join(line for line in lines if line)
 
 
 def run_text(run: Json, colour: bool) -> str:
@@ -4264,12 +4265,14 @@ def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
     return "ci-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def start(ctx: Context, client: Client, body: Json, key: str) -> Json:
+def start(ctx: Context, client: Client, body: Json, key: Optional[str]) -> Json:
     """Start a run; when it may have started all the same, say how to find out."""
     import uuid
-    key = ci_idempotency_key(ctx.environ, body) if key == "ci" else key or str(uuid.uuid4())
+    key = str(uuid.uuid4()) if key is None else ci_idempotency_key(ctx.environ, body) if key == "ci" else key
     try:
         run = client.start_run(body, key)
+        if not text_of(run, "runId"):
+            raise InvalidResponseError("the answer to the start has no run's id in it", delivered=True)
     except (MogplexError, KeyboardInterrupt) as error:
         if getattr(error, "delivered", True):
             ctx.note(f"the run may have started; to find out without paying twice, add --idempotency-key {key}")
@@ -4279,7 +4282,7 @@ def start(ctx: Context, client: Client, body: Json, key: str) -> Json:
 
 def remember(ctx: Context, run: Json, repo: str, task: str) -> None:
     """Add a run to the list that the service does not keep."""
-    if text_of(run, "runId") and ctx.environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0"):
+    if ctx.environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0"):
         remember_run(ctx.home, {
             "id": text_of(run, "runId"), "service": ctx.base_url, "repo": repo or text_of(run, "repoId"),
             "branch": text_of(run, "branch", "working"), "task": sanitize(task, " ")[:80],
@@ -4338,7 +4341,8 @@ class Follower:
         except TailTimeout as error:
             raise TailTimeout(f"--follow {error.message}", hint=f"resume: {self.again}") from None
         except KeyboardInterrupt:
-            self.flush()
+            with contextlib.suppress(BrokenPipeError, MogplexError):  # Ctrl+C ended the reader too
+                self.flush()
             self.interrupted()
             raise
         finally:
@@ -4419,13 +4423,17 @@ class Follower:
                 return self.ctx.note(f"cancellation requested for run {self.run_id}")
             except MogplexError as error:
                 self.ctx.note(f"the run could not be cancelled: {error}")
+        self.goes_on()
+
+    def goes_on(self) -> None:
+        """Say so, and what to do about it."""
         cancel = f"mogplex runs cancel {self.run_id}"
         self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: {cancel}")
 
 
 def cmd_run(
     ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
-    create_branch: bool, root: Optional[str], idempotency_key: str, follow: bool, timeout_s: Optional[float],
+    create_branch: bool, root: Optional[str], idempotency_key: Optional[str], follow: bool, timeout_s: Optional[float],
     quiet: bool, cancel_on_interrupt: bool, as_json: bool,
 ) -> int:
     repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
@@ -4442,11 +4450,17 @@ def cmd_run(
         if root is not None:
             body["rootDirectory"] = root
         run = start(ctx, client, body, idempotency_key)
-        remember(ctx, run, text_of(found, "full_name"), prompt)
-        ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
-        if not follow:
-            return Exit.OK
-        return Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt).run(timeout_s)
+        follower = Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt)
+        try:
+            remember(ctx, run, text_of(found, "full_name"), prompt)
+            ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
+        except KeyboardInterrupt:
+            follower.interrupted()
+            raise
+        except MogplexError:  # of stdout: the id must not be lost with it
+            follower.goes_on()
+            raise
+        return follower.run(timeout_s) if follow else Exit.OK
 
 
 def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
@@ -4460,6 +4474,8 @@ def cmd_runs_get(ctx: Context, *, run_id: Optional[str], as_json: bool) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         run = client.run(run_id)
+    if not run:
+        raise InvalidResponseError("the answer has no run in it")
     ctx.emit(ndjson(run) if as_json else run_text(run, ctx.colour))
     return Exit.OK
 
@@ -4705,7 +4721,7 @@ def commands() -> List[Command]:
             switch("--create-branch", "create the working branch"),
             option("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
             option("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
-                   "(default: random)"),
+                   "(default: random)", default=None),
             option("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
         ], ['mogplex run --repo acme/web "Fix the flaky cookie test"',
             "mogplex run --repo acme/web --follow - < task.md"]),

@@ -3250,6 +3250,8 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["run", "--repo", "r", "x", "--idempotency-key", "ci"],
      "error: run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key"),
+    (["run", "--repo", "r", "x", "--idempotency-key", ""],
+     "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["runs", "events", "r", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
     (["runs", "events", "r", "--follow", "--timeout", "never"],
      "error: 'never' is no duration: seconds, or a number with s, m or h, such as 90s or 30m"),
@@ -3327,6 +3329,16 @@ def test_run_prints_exactly_these_lines_and_sends_only_what_was_asked(cli: Calla
         {"repoId": mogplex.DEMO_WEB, "prompt": "Fix", "baseBranch": "m", "workingBranch": "b", "createBranch": True, "rootDirectory": "web"}]
     keys = [re.search(r"(?i)\nidempotency-key: (.*)\r", request).group(1) for request in server.requests]  # type: ignore
     assert mogplex.is_uuid(keys[0]) and keys[1] == "key 1"
+
+
+@pytest.mark.parametrize("argv", [["run", "--repo", "r", "x"], ["run", "--repo", "r", "x", "--follow"], ["runs", "get", "R"]])
+@pytest.mark.parametrize("data", [{}, {"runId": None, "run": None}, {"runId": "", "run": []}])
+def test_an_answer_without_a_run_is_no_success(cli: Callable[..., Result], argv: List[str], data: Dict[str, Any]) -> None:
+    with one_answer(ok(data)) as server:
+        result = cli(*argv, env=service(server.url))
+        assert (result.code, result.out) == (1, "") and len(server.requests) == 1
+        assert ("add --idempotency-key" in result.err) is (argv[0] == "run")
+        assert cli(*argv, "--json", env=service(server.url))[:2] == (1, "")
 
 
 def test_a_token_that_the_service_echoes_is_not_shown(cli: Callable[..., Result]) -> None:
@@ -3657,6 +3669,38 @@ def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled
     assert (b"cancellation requested for run R" if cancelled else b"mogplex runs cancel R") in err
 
 
+@pytest.mark.parametrize("raised, code", [(mogplex.Terminated(), 143), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("flags, cancelled", [(["--follow"], False), (["--follow", "--cancel-on-interrupt"], True), ([], False)])
+def test_an_interrupt_between_the_start_of_a_run_and_its_tail(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, flags: List[str], cancelled: bool,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(mogplex, "remember", interrupt)
+    with RawServer(lambda _, request, __: ok({"run": RUN, **RUN})) as server:
+        result = cli("run", "--repo", "r", "x", *flags, env=service(server.url))
+    assert (result.code, result.out) == (code, "")
+    assert [request.split(" ")[1].rpartition("/")[2] for request in server.requests] == ["runs", *(["cancel"] * cancelled)]
+    assert ("cancellation requested for run run-uuid" if cancelled else "run run-uuid goes on") in result.err
+
+
+def test_an_interrupt_that_ended_the_reader_too_still_cancels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl+C in ``mogplex ... | tee log`` is for both of them."""
+    def tail(*_: object, **more: object) -> Iterator[mogplex.Json]:
+        yield {"type": "log", "message": "here"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mogplex, "tail", tail)
+    with RawServer(lambda *_: ok({})) as server:
+        broken = open("/dev/full", "w") if os.path.exists("/dev/full") else io.StringIO()
+        context = mogplex.Context(service(server.url), None, broken, sys.stderr)
+        with context.client() as one, pytest.raises(KeyboardInterrupt):
+            mogplex.Follower(context, one, "R", False, cancel_on_interrupt=True).run(None)
+    assert ["/runs/R/cancel" in request for request in server.requests] == [True]
+    assert "cancellation requested for run R" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
     served = threading.Event()
 
@@ -3683,6 +3727,15 @@ def test_a_stdout_that_takes_nothing(demo: mogplex.DemoServer, shell: str, code:
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60,
                           env={**os.environ, **service(demo.url, demo.token)})
     assert done.returncode in ((code,) if code is not None else (0, 141)) and done.stderr.decode().strip() == told
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+def test_the_id_of_a_run_is_not_lost_with_stdout() -> None:
+    with one_answer(ok(RUN)) as server, open("/dev/full", "wb") as full:
+        process = run_file("run", "--repo", "r", "x", url=server.url, stdout=full)
+        told = process.communicate(timeout=60)[1].decode().splitlines()
+    assert process.returncode == 1 and told[0].startswith("run run-uuid goes on; follow it: ")
+    assert told[1:] == ["error: cannot write to stdout: No space left on device"]
 
 
 def test_an_encoding_that_lacks_a_character_gets_a_replacement(demo: mogplex.DemoServer) -> None:
