@@ -2255,7 +2255,8 @@ def watch(state: State, run_id: str, run: Json) -> State:
 
 def connected(state: State) -> State:
     """With everything asked for anew: the credential, the lists, and the shown run."""
-    state = state._replace(stale=True).ask("connect").ask("fetch", "repos", "").ask("poll", "sandboxes", "")
+    state = state._replace(stale=True, signed_in=True, sign_in_url="").ask("connect")
+    state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
     return state.ask("watch", state.run_id) if state.run_id else state
 
 
@@ -2434,8 +2435,8 @@ def send(state: State) -> State:
 
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
-    if not state.signed_in:
-        return state._replace(sign_in_url="").ask("stop") if state.sign_in_url else connected(state)
+    if not state.signed_in:  # no answer ends this screen by itself: a token being typed would become a task
+        return state._replace(sign_in_url="").ask("stop") if state.sign_in_url else connected(state.write(""))
     return state._replace(alerts=state.alerts[1:], filter="" if not state.alerts else state.filter)
 
 
@@ -2620,7 +2621,7 @@ def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) ->
 
 
 def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: float) -> State:
-    state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms, signed_in=True)
+    state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms)
     if source == "run":
         state = noted(state, argument, data)
         if argument == state.run_id and state.over and text_of(data, "status") not in TERMINAL_STATUSES:
@@ -2664,7 +2665,7 @@ def on_started(state: State, run: Json, task: str, repo: str) -> State:
 
 def on_signed_in(state: State, overruled: bool) -> State:
     """A sign-in was stored; ``overruled``: MOGPLEX_API_KEY is used all the same."""
-    state = connected(state._replace(signed_in=True, sign_in_url="", refused=""))
+    state = connected(state._replace(refused=""))
     return state.say("Signed in.", "ok") if not overruled else state.say(
         "The sign-in is stored, but MOGPLEX_API_KEY is set and stays in force: unset it to use that.", "warn", 60.0)
 

@@ -2450,6 +2450,7 @@ def test_what_words_and_keys_do(keys: List[Tuple[Any, ...]], expected: str) -> N
     ([("key", "^z")], [("suspend",)]), ([("key", "^t")], [("mouse", False)]), ([("key", "^l")], [("repaint",)]),
     (typed("/attach abc"), [("watch", "abc")]), ([("mouse", 64, 60, 5)], []), (typed("/login") + [("key", "enter")], [("login",)]),
     (typed("/login") + typed("mog_x"), [("token", "mog_x")]), (typed("/logout"), [("logout",)]),
+    (typed("/login") + [("fetched", "sandboxes", "", SANDBOXES, 9.0)] + typed("mog_x"), [("token", "mog_x")]),
 ])
 def test_what_is_asked_of_the_shell(keys: List[Tuple[Any, ...]], effects: List[Tuple[Any, ...]]) -> None:
     assert list(played(*BUSY, *keys).effects) == effects
