@@ -1548,7 +1548,9 @@ class _Tail:
                 data = exchange.data()
                 self.good()
                 news, judged = yield from self.snapshot(data)
-                self.count(data)
+                if len(dicts_of(data, "events")) >= self.limit and not self.truncated:
+                    self.truncated = True
+                    self.say(f"the service lists only the first {self.limit} events of a run; later ones are not shown")
         if not judged:
             with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
                 run = dict_of(answer.data(), "run")
@@ -1570,12 +1572,6 @@ class _Tail:
                 yield event
         run = dict_of(data, "run")
         return self.judge(run) or news, bool(text_of(run, "status"))
-
-    def count(self, data: Json) -> None:
-        """Tell when the list is full, which only a poll's can be."""
-        if not self.truncated and len(dicts_of(data, "events")) >= self.limit:
-            self.truncated = True
-            self.say(f"the service lists only the first {self.limit} events of a run; later ones are not shown")
 
     def stream(self, exchange: Exchange) -> Generator[Json, None, Tuple[bool, bool]]:
         """A stream until it ends or is silent, or the run seems to have ended; values as of ``snapshot``."""
@@ -1689,10 +1685,9 @@ class _Tail:
             kind = RateLimitedError if self.only_limited else UnavailableError
             raise kind(f"gave up after {now - self.good_at:.0f} s without a good answer; the last was: {error}",
                        code="GAVE_UP", retry_after_s=error.retry_after_s) from error
-        asked_s = error.retry_after_s if error.retry_after_s is not None and error.retry_after_s <= 3600 else 0.0
-        wait_s = max(asked_s, backoff_s(self.failures, self.random()))
-        if isinstance(error, UnauthorizedError):
-            wait_s += 5.0
+        asked_s = error.retry_after_s or 0.0
+        wait_s = max(asked_s if asked_s <= 3600 else 0.0, backoff_s(self.failures, self.random()))
+        wait_s += 5.0 if isinstance(error, UnauthorizedError) else 0.0
         if limited:
             self.pace.refused()
             wait_s += self.pace.interval_s(self.random()) * self.random()  # not all at once when it is over
@@ -1710,9 +1705,8 @@ class _Tail:
     def lost(self, connection: str, retry_at: float, error: MogplexError) -> None:
         """Say so once, not at each failure."""
         known, self.connection, self.retry_at = self.connection == connection, connection, retry_at
+        what = "rate limited" if connection == "limited" else "no answer" if self.good_at is None else "connection lost"
         wait = format_duration(max(1.0, retry_at - self.clock()))
-        what = "connection lost" if self.good_at is not None else "no answer"
-        what = "rate limited" if connection == "limited" else what
         self.say("" if known else f"{what}: {error}; trying again in {wait}")
 
     def wait(self, wait_s: float) -> None:
