@@ -1232,9 +1232,11 @@ class Client:
         tries: int = 0, examine: Callable[[MogplexError], None] = lambda error: None,
     ) -> Json:
         attempt, delivered = 1, False
+        # What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
+        sent = {name: str(value).encode("utf-8", "replace") for name, value in (params or {}).items()}
         while True:
             try:
-                with self._open(method, self._url(path), params=params, json=body, key=key, attempt=attempt) as answer:
+                with self._open(method, self._url(path), params=sent, json=body, key=key, attempt=attempt) as answer:
                     return answer.data()
             except MogplexError as error:
                 delivered = error.delivered = error.delivered or delivered
@@ -1550,7 +1552,9 @@ class _Tail:
                 news, judged = yield from self.snapshot(data)
                 if len(dicts_of(data, "events")) >= self.limit and not self.truncated:
                     self.truncated = True
-                    self.say(f"the service lists only the first {self.limit} events of a run; later ones are not shown")
+                    asked = self.limit < MAX_LIMIT
+                    self.say(f"only the first {self.limit} events were asked for; later ones are not shown" if asked else
+                             f"the service lists only the first {self.limit} events of a run; later ones are not shown")
         if not judged:
             with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
                 run = dict_of(answer.data(), "run")
@@ -1729,7 +1733,7 @@ class _Tail:
         self.ticked_at = now
         self.say("")
         if self.remaining_s() <= 0:
-            self.final = TailTimeout(f"timed out after {self.timeout_s:g}s waiting for terminal status", code="TIMEOUT")
+            self.final = TailTimeout(f"timed out after {self.timeout_s:.12g}s waiting for terminal status", code="TIMEOUT")
             raise self.final
 
     def say(self, message: str) -> None:

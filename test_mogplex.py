@@ -1231,6 +1231,12 @@ def test_a_start_is_repeated_under_its_key_whatever_became_of_its_answer() -> No
             one.start_run({}, key)
 
 
+def test_a_query_of_bytes_that_are_no_text_is_sent_with_replacements() -> None:
+    with RawServer(lambda *_: ok({"repos": []})) as server, client(server.url) as asking:
+        assert asking.repos(query="\udcff \u00e9", limit=3) == []
+    assert server.requests[0].split()[1].endswith("/repos?q=%3F+%C3%A9&limit=3")
+
+
 def test_a_start_that_may_have_arrived_says_so_though_a_later_try_did_not() -> None:
     with RawServer(steps(reset_after(b""), refusal(400, "BAD_REQUEST", "no"))) as server, client(server.url) as one:
         with pytest.raises(mogplex.MogplexError, match="HTTP 400") as error:
