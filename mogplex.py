@@ -1552,9 +1552,8 @@ class _Tail:
                 news, judged = yield from self.snapshot(data)
                 if len(dicts_of(data, "events")) >= self.limit and not self.truncated:
                     self.truncated = True
-                    asked = self.limit < MAX_LIMIT
-                    self.say(f"only the first {self.limit} events were asked for; later ones are not shown" if asked else
-                             f"the service lists only the first {self.limit} events of a run; later ones are not shown")
+                    whose = "the service lists" if self.limit >= MAX_LIMIT else "--limit asks for"
+                    self.say(f"{whose} only the first {self.limit} events of a run; later ones are not shown")
         if not judged:
             with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
                 run = dict_of(answer.data(), "run")
@@ -1733,7 +1732,8 @@ class _Tail:
         self.ticked_at = now
         self.say("")
         if self.remaining_s() <= 0:
-            self.final = TailTimeout(f"timed out after {self.timeout_s:.12g}s waiting for terminal status", code="TIMEOUT")
+            words = f"timed out after {self.timeout_s:.12g}s waiting for terminal status"
+            self.final = TailTimeout(words, code="TIMEOUT")
             raise self.final
 
     def say(self, message: str) -> None:
