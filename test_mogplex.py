@@ -1491,7 +1491,8 @@ def test_ten_tails_on_one_token(seed: int, task: str) -> None:
         for thread in threads:
             thread.join(60)
         clock.now += 1000
-        run = mogplex.Client(server.token, server.url).events(run_id)
+        with mogplex.Client(server.token, server.url) as asking:
+            run = asking.events(run_id)
     wanted = [event["message"] for event in run["events"]]
     for at, items in ended.values():
         assert items[-1].status == ("success" if task == "x" else "failed") and 117 < at < 118 + 45
@@ -1979,7 +1980,8 @@ def test_run_follow_starts_one_run_and_follows_it_through_faults(cli: Callable[.
         result = cli("run", "--repo", mogplex.DEMO_WEB, "--follow", "--json", "hi", env=service(server.url, demo.token))
     started, *events, end = map(json.loads, result.out.splitlines())
     assert result.code == 0 and len(demo.service.runs) == before + 1 and end["status"] == "success" and end["runId"] == started["runId"]
-    assert events == mogplex.Client(demo.token, demo.url).events(started["runId"])["events"]
+    with mogplex.Client(demo.token, demo.url) as asking:
+        assert events == asking.events(started["runId"])["events"]
 
 
 # ---------------------------------------------------------------- 6. Output
@@ -2639,6 +2641,9 @@ class Terminal:
     def ended(self, code: int) -> str:
         """What the program leaves: its exit code, sane modes, and the text of the screen."""
         assert self.process.wait(15) == code, self.text()
+        end = b"\x1b[?9999l"  # means nothing, and comes behind all that the program wrote
+        os.write(self.child, end)
+        self.until(lambda: self.output.endswith(end))
         assert termios.tcgetattr(self.child) == self.modes
         assert self.on() == set()
         return self.text()
