@@ -1211,11 +1211,11 @@ class Client:
             answer = {}
         return exchange.status, answer if isinstance(answer, dict) else {}
 
-    def open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
+    def _open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
         return self._open("GET", self._url(f"/runs/{_segment(run_id)}"), tick=tick, renew=renew)
 
-    def open_events(
+    def _open_events(
         self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str, idle_s: float,
     ) -> Exchange:
         """The same for a run's events, in whichever form the service gives them."""
@@ -1540,7 +1540,7 @@ class _Tail:
     def read(self) -> Generator[Json, None, float]:
         """One look at the run and what it brings; answers how long to wait for the next."""
         sent_at, asked, least_s = time.monotonic(), 1, 0.0
-        with self.client.open_events(
+        with self.client._open_events(
                 self.run_id, self.tick, not self.refusals, self.limit, self.last_event_id, self.idle_s) as exchange:
             self.latency_ms = (time.monotonic() - sent_at) * 1000
             if exchange.streams:
@@ -1555,7 +1555,7 @@ class _Tail:
                     whose = "the service lists" if self.limit >= MAX_LIMIT else "--limit asks for"
                     self.say(f"{whose} only the first {self.limit} events of a run; later ones are not shown")
         if not judged:
-            with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
+            with self.client._open_run(self.run_id, self.tick, not self.refusals) as answer:
                 run = dict_of(answer.data(), "run")
             self.good()
             news, asked = self.judge(run) or news, 2

@@ -1040,7 +1040,7 @@ def test_a_silent_dns_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     def tick() -> None:
         raise KeyboardInterrupt  # as Ctrl+C does
 
-    with pytest.raises(KeyboardInterrupt), client("http://127.0.0.1:1").open_run("x", tick):
+    with pytest.raises(KeyboardInterrupt), client("http://127.0.0.1:1")._open_run("x", tick):
         pass
     answered.set()
 
@@ -1323,7 +1323,7 @@ def test_connections_are_kept_and_a_bad_one_is_not() -> None:
     with RawServer(converse) as server, client(server.url) as one:
         for _ in range(3):
             assert one.repos() == REPOS["repos"] and len(connections) == 1
-        with one.open_run("x", lambda: None):
+        with one._open_run("x", lambda: None):
             pass  # left in the middle: nobody knows where the next answer would begin
         one._used_at -= 60  # what has been idle for long is closed by the service
         for _ in range(3):
@@ -4143,8 +4143,6 @@ Client.create_sandbox (self, body)
 Client.events (self, run_id, limit=None)
 Client.mcp_servers (self)
 Client.models (self)
-Client.open_events (self, run_id, tick, renew, limit, last_event_id, idle_s)
-Client.open_run (self, run_id, tick, renew=True)
 Client.post_form (self, url, form)
 Client.repos (self, query='', repo_id='', limit=None)
 Client.run (self, run_id)
