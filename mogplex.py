@@ -2084,6 +2084,7 @@ class State(NamedTuple):
     height: int = 24
     signed_in: bool = True
     sign_in_url: str = ""       # while a browser is open for it
+    waiting: str = ""           # what stood in the composer when the sign-in came up: no token, and not to be lost
     lapses_at: Optional[float] = None
     focus: str = "composer"     # or "timeline", "rail", "filter"
     text: str = ""
@@ -2251,9 +2252,17 @@ def watch(state: State, run_id: str, run: Json) -> State:
         top=0, follow=True, filter="", drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
 
 
+def signed_out(state: State, text: str = "") -> State:
+    """The sign-in on the screen, and the composer free for a token."""
+    waiting = state.text if state.signed_in else state.waiting
+    state = state._replace(signed_in=False, sign_in_url="", drawer=None, waiting=waiting).write("")
+    return state.say(text, "warn") if text else state
+
+
 def connected(state: State) -> State:
     """With everything asked for anew: the credential, the lists, and the shown run."""
-    state = state._replace(stale=True, signed_in=True, sign_in_url="").ask("connect")
+    state = state if state.signed_in else state.write(state.waiting)
+    state = state._replace(stale=True, signed_in=True, sign_in_url="", waiting="").ask("connect")
     state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
     return state.ask("watch", state.run_id) if state.run_id else state
 
@@ -2334,7 +2343,7 @@ COMMANDS: Dict[str, Tuple[str, str, Union[str, Callable[[State, str], State]]]] 
     "open": ("", "the pull request, else the preview, else the web page", lambda state, _: state.ask(
         "open", target_url(state))),
     "export": ("[FORMAT] [FILE]", "the shown run and its events as json, jsonl or markdown", export),
-    "login": ("", "sign in", lambda state, _: state._replace(signed_in=False).write("")),
+    "login": ("", "sign in", lambda state, _: signed_out(state)),
     "logout": ("", "forget the stored sign-in", lambda state, _: state.ask("logout")),
     "help": ("", "every key and every command", "help"),
     "palette": ("", "find anything by a few letters", "palette"),
@@ -3051,7 +3060,7 @@ MESSAGES: Dict[str, Callable[..., State]] = {
     "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
-    "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
+    "signed out": lambda state, text: signed_out(state, text) if state.signed_in else state.say(text, "warn"),
     "signed in": on_signed_in,
 }
 

@@ -2776,6 +2776,14 @@ def test_a_token_is_pasted_on_the_first_screen(cockpit: Callable[..., Terminal],
     terminal.ended(0)
 
 
+def test_words_that_wait_are_no_token_and_outlive_the_sign_in(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
+) -> None:
+    terminal = cockpit("fix", "it", SIGNED_OUT="1").until("Sign in to Mogplex").until(" ›\n")
+    terminal.send(demo.token).until("••••").send("\r").until("acme/web ⎇ main").until("› fix it").send("\x03\x03\x03")
+    terminal.ended(0)
+
+
 def test_a_sign_in_says_when_the_environment_goes_before_it(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
     terminal = cockpit(SIGNED_OUT="1", MOGPLEX_API_KEY=demo.token).until("acme/web ⎇ main").send("/login\r")
     terminal.until("Sign in to Mogplex").send(f"{demo.token}\r").until("MOGPLEX_API_KEY is set and stays in force")
