@@ -3312,6 +3312,8 @@ class Desk:
         return None
 
     def do_connect(self) -> None:
+        if self.connection is not None:
+            self.connection.close()  # now: what the garbage collector says of it would land on the screen
         self.connection = None
 
     def do_watch(self, run_id: str) -> None:

@@ -2756,7 +2756,7 @@ def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Term
         terminal = cockpit(attach="x", url=server.url, width=120).until("first").until("日本語").until("acme/web")
         terminal.send("\t\r").until("EVENT").send("\x1b").until("TIMELINE").send("q")
         terminal.ended(0)
-    ours = rb"\x1b\[[0-9;]*[Hm]|\x1b\[[JK]|\x1b\[2J|\x1b\[\?(?:25|12|1|1049|1000|1006|2004|2026)[hl]|\x1b[=>]|\x1b\(B|\x1b\[2[23];0;0t"
+    ours = rb"\x1b\[[0-9;]*[Hm]|\x1b\[[JK]|\x1b\[2J|\x1b\[\?(?:25|12|1|1049|1000|1006|2004|2026|9999)[hl]|\x1b[=>]|\x1b\(B|\x1b\[2[23];0;0t"
     assert b"\x1b" not in re.sub(ours, b"", terminal.output)
     assert not re.search("[\x80-\x9f]", terminal.output.decode())
 
@@ -3689,35 +3689,49 @@ def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled
     assert (b"cancellation requested for run R" if cancelled else b"mogplex runs cancel R") in err
 
 
+class Interrupting(Dict[str, str]):
+    """An environment in which Ctrl+C or SIGTERM comes when one variable is asked for."""
+
+    def __init__(self, variables: Dict[str, str], name: str, raised: BaseException) -> None:
+        super().__init__(variables)
+        self.name, self.raised = name, raised
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if name == self.name:
+            raise self.raised
+        return super().get(name, default)
+
+
 @pytest.mark.parametrize("raised, code", [(mogplex.Terminated(), 143), (KeyboardInterrupt(), 130)])
 @pytest.mark.parametrize("flags, cancelled", [(["--follow"], False), (["--follow", "--cancel-on-interrupt"], True), ([], False)])
 def test_an_interrupt_between_the_start_of_a_run_and_its_tail(
-    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, flags: List[str], cancelled: bool,
+    capsys: pytest.CaptureFixture[str], raised: BaseException, code: int, flags: List[str], cancelled: bool,
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise raised
-
-    monkeypatch.setattr(mogplex, "remember", interrupt)
     with RawServer(lambda _, request, __: ok({"run": RUN, **RUN})) as server:
-        result = cli("run", "--repo", "r", "x", *flags, env=service(server.url))
-    assert (result.code, result.out) == (code, "")
+        # MOGPLEX_NO_HISTORY is asked for when the run has been started and is to be remembered.
+        environ = Interrupting(service(server.url), "MOGPLEX_NO_HISTORY", raised)
+        context = mogplex.Context(environ, sys.stdin, sys.stdout, sys.stderr)
+        assert mogplex.rescue(context, lambda: mogplex.dispatch(context, ["run", "--repo", "r", "x", *flags])) == code
+    out, err = capsys.readouterr()
+    assert out == "" and ("cancellation requested for run run-uuid" if cancelled else "run run-uuid goes on") in err
     assert [request.split(" ")[1].rpartition("/")[2] for request in server.requests] == ["runs", *(["cancel"] * cancelled)]
-    assert ("cancellation requested for run run-uuid" if cancelled else "run run-uuid goes on") in result.err
 
 
-def test_an_interrupt_that_ended_the_reader_too_still_cancels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_interrupt_that_ended_the_reader_too_still_cancels(capsys: pytest.CaptureFixture[str]) -> None:
     """Ctrl+C in ``mogplex ... | tee log`` is for both of them."""
-    def tail(*_: object, **more: object) -> Iterator[mogplex.Json]:
-        yield {"type": "log", "message": "here"}
-        raise KeyboardInterrupt
+    class Interrupted(io.StringIO):
+        def write(self, text: str) -> int:
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(mogplex, "tail", tail)
-    with RawServer(lambda *_: ok({})) as server:
-        broken = open("/dev/full", "w") if os.path.exists("/dev/full") else io.StringIO()
-        context = mogplex.Context(service(server.url), None, broken, sys.stderr)
+        def flush(self) -> None:
+            raise BrokenPipeError
+
+    answer = ok({"run": {"status": "streaming"}, "events": [{"id": "e", "type": "log", "message": "here"}]})
+    with RawServer(lambda *_: answer) as server:
+        context = mogplex.Context(service(server.url), sys.stdin, Interrupted(), sys.stderr)
         with context.client() as one, pytest.raises(KeyboardInterrupt):
             mogplex.Follower(context, one, "R", False, cancel_on_interrupt=True).run(None)
-    assert ["/runs/R/cancel" in request for request in server.requests] == [True]
+    assert ["/runs/R/cancel" in request for request in server.requests] == [False, True]
     assert "cancellation requested for run R" in capsys.readouterr().err
 
 
