@@ -154,24 +154,25 @@ def error_class(status: int) -> type[MogplexError]:
 
 # ---------------------------------------------------------------- 2. Values
 
+# Patterns are compiled by their first use: most commands need few of them, and compiling takes time at every start.
 # Strings (OSC, DCS, ...) only when terminated: an unterminated one would swallow the rest of
 # the text. Every class stops at ESC and at C1, so that the search stays linear on any input.
-_ESCAPES = re.compile(
+_ESCAPES = (
     "(?:\x1b[\\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\\\|\x9c)"
     "|(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]?"
     "|\x1b[ -/]*[0-~]?"
 )
-_NEWLINES = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
-_CONTROLS = re.compile(
+_NEWLINES = "\r\n|[\n\r\v\f\x85\u2028\u2029]"
+_CONTROLS = (
     "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
     "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
 )
-_CI_LINE_START = re.compile(r"(?m)^(\s*):(?=:)")
-_CI_ANYWHERE = re.compile(r"(?i)##(?=\[|vso\[)")
-_TIME = re.compile(
+_CI_LINE_START = r"(?m)^(\s*):(?=:)"
+_CI_ANYWHERE = r"(?i)##(?=\[|vso\[)"
+_TIME = (
     r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?\s*(Z|z|[+-]\d\d(?::?\d\d)?)?\Z"
 )
-_UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+_UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z"
 
 
 def sanitize(text: object, newline: str = " \u23ce ") -> str:
@@ -183,11 +184,11 @@ def sanitize(text: object, newline: str = " \u23ce ") -> str:
     """
     line = text if isinstance(text, str) else "" if text is None else str(text)
     if not line.isascii() or not line.isprintable():
-        line = _CONTROLS.sub("", _NEWLINES.sub("\n", _ESCAPES.sub("", line)).replace("\t", " "))
+        line = re.sub(_CONTROLS, "", re.sub(_NEWLINES, "\n", re.sub(_ESCAPES, "", line)).replace("\t", " "))
     if "::" in line:
-        line = _CI_LINE_START.sub(r"\1: ", line)
+        line = re.sub(_CI_LINE_START, r"\1: ", line)
     if "##" in line:
-        line = _CI_ANYWHERE.sub("# #", line)
+        line = re.sub(_CI_ANYWHERE, "# #", line)
     return line.strip("\n").replace("\n", newline) if "\n" in line else line
 
 
@@ -222,7 +223,7 @@ def dicts_of(record: object, key: str) -> List[Json]:
 
 def is_uuid(text: str) -> bool:
     """Whether ``text`` is spelled as a UUID, which all ids of the service are today."""
-    return bool(_UUID.match(text))
+    return bool(re.match(_UUID, text))
 
 
 def is_loopback(host: Optional[str]) -> bool:
@@ -268,7 +269,7 @@ def parse_time(text: object) -> Optional[float]:
 
     Not datetime.fromisoformat: before Python 3.11 it refuses ``Z`` and five-digit fractions.
     """
-    match = _TIME.match(text) if isinstance(text, str) else None
+    match = re.match(_TIME, text) if isinstance(text, str) else None
     if not match:
         return None
     import datetime
@@ -1210,11 +1211,11 @@ class Client:
             answer = {}
         return exchange.status, answer if isinstance(answer, dict) else {}
 
-    def open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
+    def _open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
         return self._open("GET", self._url(f"/runs/{_segment(run_id)}"), tick=tick, renew=renew)
 
-    def open_events(
+    def _open_events(
         self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str, idle_s: float,
     ) -> Exchange:
         """The same for a run's events, in whichever form the service gives them."""
@@ -1231,9 +1232,11 @@ class Client:
         tries: int = 0, examine: Callable[[MogplexError], None] = lambda error: None,
     ) -> Json:
         attempt, delivered = 1, False
+        # What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
+        sent = {name: str(value).encode("utf-8", "replace") for name, value in (params or {}).items()}
         while True:
             try:
-                with self._open(method, self._url(path), params=params, json=body, key=key, attempt=attempt) as answer:
+                with self._open(method, self._url(path), params=sent, json=body, key=key, attempt=attempt) as answer:
                     return answer.data()
             except MogplexError as error:
                 delivered = error.delivered = error.delivered or delivered
@@ -1538,7 +1541,7 @@ class _Tail:
     def read(self) -> Generator[Json, None, float]:
         """One look at the run and what it brings; answers how long to wait for the next."""
         sent_at, asked, least_s = time.monotonic(), 1, 0.0
-        with self.client.open_events(
+        with self.client._open_events(
                 self.run_id, self.tick, not self.refusals, self.limit, self.last_event_id, self.idle_s) as exchange:
             self.latency_ms = (time.monotonic() - sent_at) * 1000
             if exchange.streams:
@@ -1550,9 +1553,10 @@ class _Tail:
                 news, judged = yield from self.snapshot(data)
                 if len(dicts_of(data, "events")) >= self.limit and not self.truncated:
                     self.truncated = True
-                    self.say(f"the service lists only the first {self.limit} events of a run; later ones are not shown")
+                    whose = "the service lists" if self.limit >= MAX_LIMIT else "--limit asks for"
+                    self.say(f"{whose} only the first {self.limit} events of a run; later ones are not shown")
         if not judged:
-            with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
+            with self.client._open_run(self.run_id, self.tick, not self.refusals) as answer:
                 run = dict_of(answer.data(), "run")
             self.good()
             news, asked = self.judge(run) or news, 2
@@ -1729,7 +1733,8 @@ class _Tail:
         self.ticked_at = now
         self.say("")
         if self.remaining_s() <= 0:
-            self.final = TailTimeout(f"timed out after {self.timeout_s:g}s waiting for terminal status", code="TIMEOUT")
+            words = f"timed out after {self.timeout_s:.12g}s waiting for terminal status"
+            self.final = TailTimeout(words, code="TIMEOUT")
             raise self.final
 
     def say(self, message: str) -> None:
@@ -1804,7 +1809,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional
     import tabulate
     cells = [list(row) for row in rows]
     widths = [  # tabulate makes a column at least two wider than its header
-        max([text_width(header) + 2, *(text_width(_ESCAPES.sub("", row[at])) for row in cells)])
+        max([text_width(header) + 2, *(text_width(re.sub(_ESCAPES, "", row[at])) for row in cells)])
         for at, header in enumerate(headers)]
     while width is not None and sum(widths) + 2 * len(widths) - 2 > width:
         over = sum(widths) + 2 * len(widths) - 2 - width
@@ -1867,8 +1872,9 @@ def started_text(run: Json, colour: bool) -> str:
     run_id, status = sanitize(text_of(run, "runId")), paint(sanitize(text_of(run, "status")), colour)
     rows = [(key, sanitize(text_of(run, field))) for key, field in (("repo", "repoId"), ("harness", "harness"))]
     first = "matched existing run" if run.get("replayed") is True else "started run"
-    return "\n".join([f"{first} {run_id} ({status})", block([*rows, ("branch", branch_text(run))]),
-                      f"tail events: mogplex runs events {run_id} --follow"])
+    lines = [f"{first} {run_id} ({status})", block([*rows, ("branch", branch_text(run))]),
+             f"tail events: mogplex runs events {run_id} --follow"]
+    return "\n".join(line for line in lines if line)
 
 
 def run_text(run: Json, colour: bool) -> str:
@@ -1981,9 +1987,10 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 # State is a value, update() makes the next one, view() draws it, paint() finds what differs: all pure. Only
 # Screen touches the terminal, and only the two Desks, each a thread, touch the network.
 Segment = Tuple[str, str]  # text, and the name of its style
-Row = Tuple[Segment, ...]
+Line = Sequence[Segment]   # of any width
+Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
 Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
-Effect = Tuple[Any, ...]   # what shall be done about it: a name in JOBS or a method of Shell, and its arguments
+Effect = Tuple[Any, ...]   # what shall be done about it: the NAME of a do_NAME in Shell or Desk, and its arguments
 
 STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "": ("", "", ""), "dim": ("38;5;245", "2", "2"), "bold": ("1", "1", "1"), "line": ("38;5;239", "2", "2"),
@@ -2026,6 +2033,7 @@ HINTS = {
 width_of = functools.lru_cache(8192)(text_width)  # every frame measures mostly what the last one did
 fitted = functools.lru_cache(8192)(fit)
 MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
+EXPORTS = {"json": "one object: the run and its events", "jsonl": "one event a line", "markdown": "a page to read"}
 FETCHES: Dict[str, Callable[[Client, str], Any]] = {  # what can be read, most of it for the drawer of this name
     "repos": lambda client, _: client.repos(limit=MAX_LIMIT), "run": lambda client, run_id: client.run(run_id),
     "sandboxes": lambda client, _: client.sandboxes(), "logs": lambda client, name: client.sandbox_logs(name),
@@ -2121,7 +2129,6 @@ class State(NamedTuple):
     effects: Tuple[Effect, ...] = ()
 
     def ask(self, *effect: Any) -> State:
-        """With one effect more."""
         return self._replace(effects=self.effects + (effect,))
 
     def say(self, text: str, style: str = "", for_s: float = 8.0) -> State:
@@ -2129,11 +2136,9 @@ class State(NamedTuple):
         return self._replace(notice=(harmless(text), style, self.now + (9e9 if style == "bad" else for_s)))
 
     def write(self, text: str, cursor: Optional[int] = None) -> State:
-        """With this text in the composer."""
         return self._replace(text=text, cursor=len(text) if cursor is None else cursor, focus="composer")
 
     def shift(self, **changes: Any) -> State:
-        """With the open drawer changed."""
         return self._replace(drawer=self.drawer and self.drawer._replace(**changes))
 
     def open(self, kind: str, argument: str = "", data: Any = None) -> State:
@@ -2146,7 +2151,7 @@ class State(NamedTuple):
 
 
 def status_of(record: Json) -> Tuple[str, str, str]:
-    """(glyph, word, style) of a run or a sandbox."""
+    """(glyph, word, style) of a run or a sandbox; health_of has the same of the transport."""
     word = harmless(record.get("status"), 20)
     glyph, style = STATUSES.get(word, ("○", "dim"))
     return glyph, word, style
@@ -2182,11 +2187,10 @@ def listed(state: State) -> List[Tuple[str, Json]]:
     return [("/attach", run) for run in state.runs] + [("/logs", sandbox) for sandbox in state.sandboxes]
 
 
-def search(items: Iterable[Item], query: str) -> List[Item]:
-    """The items with the letters of ``query`` in this order, first those where they lie closest."""
-    letters, found = "".join(query.lower().split()), []
-    pattern = re.compile(".*?".join(map(re.escape, letters)))
-    for position, item in enumerate(items):
+def found_in(drawer: Drawer) -> List[Item]:
+    """The items with the letters of the query in this order, first those where they lie closest."""
+    pattern, found = re.compile(".*?".join(map(re.escape, "".join(drawer.query.lower().split())))), []
+    for position, item in enumerate(drawer.items):
         spans = [match.end() - match.start() for match in pattern.finditer(item.text.lower())]
         if spans:
             found.append((min(spans), position, item))
@@ -2194,18 +2198,14 @@ def search(items: Iterable[Item], query: str) -> List[Item]:
 
 
 def health_of(state: State) -> Tuple[str, str, str]:
-    """(glyph, words, style) of the transport."""
-    if not state.signed_in:
-        return "○", "signed out", "dim"
-    if state.held_until > state.now:
-        return "◌", f"reconnect {state.held_until - state.now:.0f}s", "warn"
-    if state.failures >= 3 or "resolve" in state.trouble:
-        return "✗", "offline", "bad"
-    if state.failures:
-        return "◌", "reconnect", "warn"
-    if state.refused or state.truncated or state.latency_ms > 2000:
-        return "○", "degraded" + (" refused" if state.refused else f" {state.latency_ms:.0f}ms"), "warn"
-    return ("●", f"nominal {state.latency_ms:.0f}ms", "ok") if state.latency_ms else ("◌", "connecting", "dim")
+    wait_s, latency = state.held_until - state.now, f"{state.latency_ms:.0f}ms"
+    cases = (
+        (not state.signed_in, "○", "signed out", "dim"), (wait_s > 0, "◌", f"reconnect {wait_s:.0f}s", "warn"),
+        (state.failures >= 3 or "resolve" in state.trouble, "✗", "offline", "bad"),
+        (state.failures, "◌", "reconnect", "warn"), (state.refused, "○", "degraded refused", "warn"),
+        (state.truncated or state.latency_ms > 2000, "○", f"degraded {latency}", "warn"),
+        (state.latency_ms, "●", f"nominal {latency}", "ok"), (True, "◌", "connecting", "dim"))
+    return next((glyph, words, style) for applies, glyph, words, style in cases if applies)
 
 
 def alerts_of(state: State) -> List[Tuple[str, str]]:
@@ -2229,7 +2229,6 @@ def target_url(state: State) -> str:
 
 
 def export_text(state: State, form: str) -> str:
-    """The shown run and its events as json, jsonl or markdown."""
     events = [entry.event for entry in state.entries]
     if form == "json":
         return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
@@ -2249,14 +2248,14 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False,
-        pushed="", pull_request="", at=0, top=0, follow=True, filter="", drawer=None, alerts=alerts,
-    ).ask("watch", run_id)
+        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False, at=0,
+        top=0, follow=True, filter="", drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
 
 
 def connected(state: State) -> State:
     """With everything asked for anew: the credential, the lists, and the shown run."""
-    state = state._replace(stale=True).ask("connect").ask("fetch", "repos", "").ask("poll", "sandboxes", "")
+    state = state._replace(stale=True, signed_in=True, sign_in_url="").ask("connect")
+    state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
     return state.ask("watch", state.run_id) if state.run_id else state
 
 
@@ -2307,7 +2306,7 @@ def export(state: State, words: str) -> State:
     form, _, path = words.partition(" ")
     if not state.run_id:
         return state.say("No run is shown that could be exported.", "warn")
-    if form not in ("json", "jsonl", "markdown"):
+    if form not in EXPORTS:
         return state.open("export")
     name = re.sub("[^0-9A-Za-z-]", "", state.run_id)[:8]
     path = path.strip() or f"mogplex-{name}.{'md' if form == 'markdown' else form}"
@@ -2328,8 +2327,8 @@ COMMANDS: Dict[str, Tuple[str, str, Union[str, Callable[[State, str], State]]]] 
     "kill": ("", "cancel the shown run, after a yes", kill),
     "runs": ("", "the runs that this machine remembers", "runs"),
     "sandboxes": ("", "the sandboxes in the cloud", "sandboxes"),
-    "logs": ("[SANDBOX]", "the logs of a sandbox", lambda state, name: state.open(*(("logs", name) if name else (
-        "sandboxes",)))),
+    "logs": ("[SANDBOX]", "the logs of a sandbox", lambda state, name: state.open(
+        "logs" if name else "sandboxes", name)),
     "agents": ("", "the agents of the account", "agents"),
     "model": ("", "the models that the service knows", "models"),
     "mcp": ("", "the MCP servers: names, and whether enabled", "mcp"),
@@ -2372,7 +2371,7 @@ def completions(state: State) -> List[str]:
     if not space:
         return [f"/{command}{' ' * bool(COMMANDS[command][0])}" for command in COMMANDS if command.startswith(name)]
     choices = {"repo": [harmless(repo.get("full_name")) for repo in state.repos], "harness": HARNESSES,
-               "attach": [harmless(run.get("id")) for run in state.runs], "export": ("json", "jsonl", "markdown"),
+               "attach": [harmless(run.get("id")) for run in state.runs], "export": EXPORTS,
                "logs": [harmless(sandbox.get("id")) for sandbox in state.sandboxes]}
     return [f"/{name} {choice}" for choice in choices.get(name, ()) if choice.lower().startswith(argument.lower())]
 
@@ -2391,7 +2390,6 @@ def insert(state: State, text: str) -> State:
 
 
 def cut(state: State, start: int, end: int) -> State:
-    """Without the composer's characters from ``start`` to ``end``."""
     return state.write(state.text[:max(0, start)] + state.text[end:], max(0, start))
 
 
@@ -2417,8 +2415,7 @@ def vertical(state: State, step: int) -> State:
 
 def complete(state: State) -> State:
     """Tab: as far as all completions agree; where there is nothing to complete, to the next pane."""
-    options = completions(state)
-    common = os.path.commonprefix(options)
+    common = os.path.commonprefix(completions(state))
     if not state.text.startswith("/"):
         return state._replace(focus="timeline")
     return state.write(common) if len(common) > len(state.text) else state
@@ -2437,18 +2434,16 @@ def send(state: State) -> State:
 
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
-    if not state.signed_in:
-        return state._replace(sign_in_url="").ask("stop") if state.sign_in_url else connected(state)
+    if not state.signed_in:  # no answer ends this screen by itself: a token being typed would become a task
+        return state._replace(sign_in_url="").ask("stop") if state.sign_in_url else connected(state.write(""))
     return state._replace(alerts=state.alerts[1:], filter="" if not state.alerts else state.filter)
 
 
 def move(state: State, step: int) -> State:
-    """The selection moved by ``step`` lines, as far as there are any."""
     def within(at: int, count: int) -> int:
         return max(0, min(at + step, count - 1))
     if state.drawer:
-        count = len(search(state.drawer.items, state.drawer.query))
-        return state.shift(at=within(state.drawer.at, count))
+        return state.shift(at=within(state.drawer.at, len(found_in(state.drawer))))
     if state.focus == "rail":
         return state._replace(rail_at=within(state.rail_at, len(listed(state))))
     at = within(selected(state), len(passing(state)))
@@ -2456,9 +2451,8 @@ def move(state: State, step: int) -> State:
 
 
 def choose(state: State) -> State:
-    """Enter in a drawer or a pane."""
     if state.drawer:
-        found = search(state.drawer.items, state.drawer.query)
+        found = found_in(state.drawer)
         does = found[state.drawer.at].does if state.drawer.at < len(found) else ""
         if does.endswith(" "):
             return state._replace(drawer=None).write(does)
@@ -2506,8 +2500,8 @@ ANYWHERE: Keys = {
         "Mouse off: the terminal selects text." if state.mouse else "Mouse on: the wheel scrolls, a click selects."),
 }
 MOVES: Keys = {
-    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1),
-    "home": lambda state: move(state, -10**9), "end": lambda state: move(state, 10**9), "enter": choose,
+    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1), "enter": choose,
+    "home": lambda state: move(state, -10**9), "end": lambda state: move(state, 10**9),
     "pgup": lambda state: move(state, 9 - state.height), "pgdown": lambda state: move(state, state.height - 9),
 }
 PANE: Keys = {
@@ -2548,7 +2542,6 @@ COMPOSER.update({"^a": COMPOSER["home"], "^e": COMPOSER["end"], "^j": COMPOSER["
 
 
 def on_key(state: State, name: str) -> State:
-    """A key that is no text, or one that a pane takes."""
     state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
     if state.question[0]:
         question, state = state.question, state._replace(question=("", ()))
@@ -2588,25 +2581,22 @@ def remembering(state: State, run: Json, task: str, repo: str) -> State:
 def noted(state: State, run_id: str, run: Json) -> State:
     """With what an answer says of a run: in the rail, and in an alert when it has just ended badly."""
     status, error = harmless(run.get("status"), 20), harmless(run.get("error"), 200)
-    was = next((text_of(one, "status") for one in state.runs if one.get("id") == run_id), None)
     if not status:
         return state
-    if run_id == state.run_id:
-        was = was if was is not None else text_of(state.run, "status")
-        state = state._replace(run=run)
-    if status == "failed" and was not in ("", "failed", None):
+    shown, known = run_id == state.run_id, [one for one in state.runs if one.get("id") == run_id]
+    was = text_of((known + [state.run if shown else {}])[0], "status")
+    state = state._replace(run=run) if shown else state
+    if status == "failed" and was not in ("", "failed"):
         text = f"run {harmless(run_id, 8)} failed" + (f": {error}" if error else "")
         state = state._replace(alerts=(*(one for one in state.alerts if one[0] != run_id), (run_id, text)))
-    if run_id == state.run_id and not any(one.get("id") == run_id for one in state.runs):
+    if shown and not known:
         repo = next((repo for repo in state.repos if repo.get("id") == run.get("repoId")), {})
         state = remembering(state, run, "", text_of(repo, "full_name"))
     return state._replace(runs=tuple(
         {**one, "status": status, "error": error} if one.get("id") == run_id else one for one in state.runs))
 
 
-def on_event(state: State, run_id: str, event: Json) -> State:
-    if run_id != state.run_id:
-        return state
+def on_event(state: State, _: str, event: Json) -> State:
     seconds, payload = parse_time(event.get("createdAt")), dict_of(event, "payload")
     clock = time.strftime("%H:%M:%S", time.localtime(seconds)) if seconds and 0 < seconds < 4e9 else ""
     entry = Entry(clock, harmless(event.get("type"), 40) or "event", event_text(event)[:2000], event)
@@ -2621,8 +2611,6 @@ def on_event(state: State, run_id: str, event: Json) -> State:
 
 def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
     """How the tail of the shown run gets on; ``wait_s`` until it tries again."""
-    if run_id != state.run_id:
-        return state
     was, held = state.failures, state.now + wait_s if progress.connection == "limited" else state.held_until
     state = state._replace(failures=progress.failures, trouble=harmless(progress.message) * bool(progress.failures),
                            latency_ms=progress.latency_ms or state.latency_ms, held_until=held)
@@ -2631,15 +2619,8 @@ def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) ->
     return noted(state, run_id, progress.run)
 
 
-def on_verdict(state: State, run_id: str, verdict: Verdict) -> State:
-    if run_id != state.run_id:
-        return state
-    return noted(state._replace(over=True, truncated=verdict.truncated), run_id, verdict.run)
-
-
 def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: float) -> State:
-    """An answer to something that was read: of a poll, or for a drawer."""
-    state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms, signed_in=True)
+    state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms)
     if source == "run":
         state = noted(state, argument, data)
         if argument == state.run_id and state.over and text_of(data, "status") not in TERMINAL_STATUSES:
@@ -2679,6 +2660,13 @@ def on_started(state: State, run: Json, task: str, repo: str) -> State:
     """A run that was just started: it is shown, and the branch it continues stays the one to continue."""
     state = remembering(watch(state, text_of(run, "runId"), run), run, task, repo)
     return state.say("That run had been started before." if run.get("replayed") is True else "Run started.", "ok")
+
+
+def on_signed_in(state: State, overruled: bool) -> State:
+    """A sign-in was stored; ``overruled``: MOGPLEX_API_KEY is used all the same."""
+    state = connected(state._replace(refused=""))
+    return state.say("Signed in.", "ok") if not overruled else state.say(
+        "The sign-in is stored, but MOGPLEX_API_KEY is set and stays in force: unset it to use that.", "warn", 60.0)
 
 
 def on_tick(state: State) -> State:
@@ -2727,7 +2715,6 @@ def scrolled(at: int, top: int, rows: int) -> int:
 
 
 def folded(text: str, width: int) -> Iterator[Item]:
-    """The lines of a long text, folded to ``width``."""
     for line in sanitize(text, "\n").split("\n"):
         while text_width(line) > width:
             part = fit(line, width, "") or line[:1]
@@ -2737,7 +2724,6 @@ def folded(text: str, width: int) -> Iterator[Item]:
 
 
 def logs_text(data: Any) -> str:
-    """Error, install log, dev log and lifecycle of a sandbox."""
     parts = [f"── {name} ──\n{text_of(data, 'sandbox', name) or '(empty)'}"
              for name in ("error", "install_log", "dev_log")]
     events = [(format_time(event.get("created_at")), text_of(event, "event_type"), text_of(event, "decision_code"))
@@ -2745,9 +2731,10 @@ def logs_text(data: Any) -> str:
     return "\n".join(parts + ["── lifecycle ──", *map("  ".join, events)])
 
 
-def event_page(data: Any) -> str:
-    message = text_of(data, "message")
-    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(data, indent=2, ensure_ascii=False)
+def event_page(event: Json) -> str:
+    """All of an event; a message of many lines stands before it as it is."""
+    message = text_of(event, "message")
+    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(event, indent=2, ensure_ascii=False)
 
 
 def branches(state: State) -> List[Json]:
@@ -2780,19 +2767,17 @@ TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple
         ("full_name", 40), ("default_branch", 30)), "/repo "),
     "branches": ("BRANCH", lambda state, _: branches(state), (("id", 80),), "/branch "),
     "harnesses": ("HARNESS", lambda state, _: [{"id": name} for name in HARNESSES], (("id", 80),), "/harness "),
-    "agents": ("AGENTS", lambda _, data: data or (), (("name", 22), ("model", 26), ("description", 90)), None),
-    "models": ("MODELS", lambda _, data: data or (), (("id", 34), ("provider", 14), ("name", 60)), None),
+    "agents": ("AGENTS", lambda _, data: data, (("name", 22), ("model", 26), ("description", 90)), None),
+    "models": ("MODELS", lambda _, data: data, (("id", 34), ("provider", 14), ("name", 60)), None),
     "mcp": ("MCP SERVERS", lambda _, data: [  # never a config: it holds live secrets
         {"id": text_of(server, "name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
-        for server in data or ()], (("status", 12), ("id", 80)), None),
-    "export": ("EXPORT", lambda state, _: [
-        {"id": "json", "does": "one object: the run and its events"}, {"id": "jsonl", "does": "one event a line"},
-        {"id": "markdown", "does": "a page to read"}], (("id", 10), ("does", 60)), "/export "),
+        for server in data], (("status", 12), ("id", 80)), None),
+    "export": ("EXPORT", lambda state, _: [{"id": form, "does": does} for form, does in EXPORTS.items()], (
+        ("id", 10), ("does", 60)), "/export "),
 }
 
 
 def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
-    """One line of a table."""
     line = ""
     for key, width in columns:
         text = " ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key))
@@ -2813,7 +2798,7 @@ def filled(state: State) -> State:
         _, records, columns, does = TABLES[drawer.kind]
         items = tuple(
             Item(columned(record, columns), "" if does is None else does + harmless(record.get("id")),
-                 status_of(record)[2] if "status" in record else "") for record in records(state, drawer.data))
+                 status_of(record)[2] if "status" in record else "") for record in records(state, drawer.data or ()))
     return state.shift(items=items, at=max(0, min(drawer.at, len(items) - 1)))
 
 
@@ -2830,14 +2815,19 @@ def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -
     return (*row, (" " * room, style or "")) if room else tuple(row)
 
 
-def ends(left: Sequence[Segment], right: Sequence[Segment], width: int, style: Optional[str] = None) -> Row:
+def padded(lines: Iterable[Line], width: int, rows: int) -> List[Row]:
+    """Exactly ``rows`` rows: the lines, and blank ones."""
+    filled_up = [fill(line, width) for line in lines]
+    return filled_up + [fill([], width)] * (rows - len(filled_up))
+
+
+def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Row:
     """``left`` cut and padded, and ``right`` at the end of the row."""
     room = width - sum(width_of(text) for text, _ in right)
     return (*fill(left, room, style), *right) if room > 0 else fill(left, width, style)
 
 
 def header(state: State, width: int) -> Row:
-    """Program, repository and branch, harness, status of the run, health of the transport."""
     bar, glyph, words, style = (" │ ", "line"), *health_of(state)
     row: List[Segment] = [(" mogplex", "brand")] if width >= 40 else []
     if width >= 60:
@@ -2857,16 +2847,16 @@ def header(state: State, width: int) -> Row:
     return ends([(" ", ""), *row] if width < 40 else row, [bar, (f"{glyph} {words} ", style)], width)
 
 
-def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
+def rail(state: State, width: int, rows: int) -> List[Tuple[int, Line]]:
     """(position in listed() or -1, row) of each row of the rail."""
     active = sum(run.get("status") not in (*TERMINAL_STATUSES, None, "unknown") for run in state.runs)
     focused = state.focus == "rail" and not state.drawer
     title = "key" if focused else "bold"
-    lines: List[Tuple[int, Row]] = [
-        (-1, fill([(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")], width))]
+    lines: List[Tuple[int, Line]] = [
+        (-1, [(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")])]
     for position, (does, record) in enumerate(listed(state)):
         if position == len(state.runs):
-            lines.append((-1, fill([(f" SANDBOXES {len(state.sandboxes)}", title)], width)))
+            lines.append((-1, [(f" SANDBOXES {len(state.sandboxes)}", title)]))
         glyph, word, style = status_of(record)
         left, age = [(f"  {glyph} ", style), (branch_of(record), "")], ""
         if does == "/attach":
@@ -2878,7 +2868,7 @@ def rail(state: State, width: int, rows: int) -> List[Tuple[int, Row]]:
         lines.append((position, fill(row, width, "select") if focused and position == state.rail_at else row))
     at = next((line for line, (position, _) in enumerate(lines) if position == state.rail_at), 0)
     top = scrolled(at, 0, rows)
-    return lines[top:top + rows] + [(-1, fill([], width))] * (rows - len(lines))
+    return lines[top:top + rows]
 
 
 def strip(state: State, width: int) -> Row:
@@ -2913,25 +2903,23 @@ def entry_row(entry: Entry, width: int) -> List[Segment]:
     return [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, wide - 1):{wide}} ", style), (entry.text, loud)]
 
 
-def timeline(state: State, width: int, rows: int) -> List[Row]:
+def timeline(state: State, width: int, rows: int) -> List[Line]:
     """Title, entries, and a last line: of what goes on, or of how many are newer."""
     entries, at, focused = passing(state), selected(state), state.focus == "timeline"
     kinds = f"filter: {state.filter}" if state.filter else "all types"
-    lines = [fill([(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
-                   ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"),
-                   (f" · {kinds} · {len(entries)} events", "dim")], width)]
-    shown = rows - 2
-    top = scrolled(at, state.top, shown)
+    lines: List[Line] = [
+        [(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
+         ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"), (f" · {kinds} · {len(entries)} events", "dim")]]
+    shown, top = rows - 2, scrolled(at, state.top, rows - 2)
     lines += [fill(entry_row(entry, width), width, "select" if focused and position == at else None)
               for position, entry in enumerate(entries[top:top + shown], top)]
     newer, indent = len(entries) - top - shown, " " * (11 if width >= 60 else 1)
     text = f"▼ {newer} newer (End) " if newer > 0 else "▼ End follows "
-    lines.append(fill([(indent, ""), *outcome(state)], width) if state.follow else ends([], [(text, "warn")], width))
-    return lines + [fill([], width)] * (rows - len(lines))
+    return lines + [[(indent, ""), *outcome(state)] if state.follow else ends([], [(text, "warn")], width)]
 
 
 def welcome(state: State, width: int) -> List[Segment]:
-    """What the body says without a run, or while nobody is signed in."""
+    """What the body says without a run, or while nobody is signed in; a segment a line."""
     blank, link, where = ("", ""), state.sign_in_url, "(/repo says where)."
     if state.repo:
         where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}."
@@ -2951,35 +2939,32 @@ def welcome(state: State, width: int) -> List[Segment]:
             ("/help     every key and command", "")]
 
 
-def drawer_rows(state: State, drawer: Drawer, width: int, rows: int) -> List[Row]:
-    """Title with the search, what is wrong, and the items that are found."""
-    found, fetched = search(drawer.items, drawer.query), drawer.kind in FETCHES
-    title = TABLES[drawer.kind][0] if drawer.kind in TABLES else TEXTS[drawer.kind][0]
+def drawer_lines(drawer: Drawer, width: int, rows: int) -> List[Line]:
+    found, title = found_in(drawer), {**TEXTS, **TABLES}[drawer.kind][0]
     sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
-    lines = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
-                  [(f"{min(drawer.at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
+    lines: List[Line] = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
+                              [(f"{min(drawer.at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
     if drawer.error:
-        lines.append(fill([(f" {drawer.error} · trying again by itself", "bad")], width))
+        lines.append([(f" {drawer.error} · trying again by itself", "bad")])
     elif not found:
         word = "nothing has these letters" if drawer.query else "nothing here"
-        lines.append(fill([(" loading…" if fetched and drawer.data is None else f" {word}", "dim")], width))
+        lines.append([(" loading…" if drawer.kind in FETCHES and drawer.data is None else f" {word}", "dim")])
     top = scrolled(drawer.at, 0, rows - len(lines))
     lines += [fill([(f" {item.text}", item.style)], width, "select" if position == drawer.at else None)
               for position, item in enumerate(found[top:top + rows - len(lines)], top)]
-    return lines + [fill([], width)] * (rows - len(lines))
+    return lines
 
 
-def body(state: State, width: int, rows: int) -> List[Row]:
+def body(state: State, width: int, rows: int) -> List[Line]:
     if state.drawer:
-        return drawer_rows(state, state.drawer, width, rows)
+        return drawer_lines(state.drawer, width, rows)
     if state.run_id and state.signed_in:
         return timeline(state, width, rows)
     lines = welcome(state, width)[:rows]
-    lines = [("", "")] * ((rows - len(lines)) // 3) + lines
-    return [fill([("   "[:width // 20], ""), line], width) for line in lines] + [fill([], width)] * (rows - len(lines))
+    return [[]] * ((rows - len(lines)) // 3) + [[("   "[:width // 20], ""), line] for line in lines]
 
 
-def composer(state: State, width: int, rows: int) -> List[Row]:
+def composer(state: State, width: int, rows: int) -> Sequence[Line]:
     """What is being typed, as much as fits around the cursor: that is an empty segment of style "cursor"."""
     text, cursor, room, here = state.text, state.cursor, max(1, width - 4), (0, 0)
     if state.focus == "filter":
@@ -2997,30 +2982,30 @@ def composer(state: State, width: int, rows: int) -> List[Row]:
         mark = "  " if row else "/ " if state.focus == "filter" else "› "
         parts = [(line[:here[1]], ""), ("", "cursor"), (line[here[1]:], "")]
         parts = parts if active and row == here[0] else [(line, "")]
-        output.append(fill([(f" {mark}", "key" if active else "dim"), *parts], width))
-    return output + [fill([], width)] * (rows - len(output))
+        output.append([(f" {mark}", "key" if active else "dim"), *parts])
+    return output
 
 
-def hints(state: State, width: int) -> Row:
+def hints(state: State) -> Line:
     """The last row: a question, a notice, what can be completed, else the keys."""
     found = completions(state) if state.focus == "composer" and not state.drawer else []
     if state.question[0]:
-        return fill([(f" {state.question[0]}", "alert")], width)
+        return [(f" {state.question[0]}", "alert")]
     if state.notice[2] > state.now:
-        return fill([(f" {state.notice[0]}", state.notice[1])], width)
+        return [(f" {state.notice[0]}", state.notice[1])]
     if len(found) == 1 or state.text[1:] in COMMANDS:
         name = state.text[1:] if state.text[1:] in COMMANDS else found[0][1:].split(" ")[0]
-        return fill([(f" /{name} {COMMANDS[name][0]}  ", "key"), (COMMANDS[name][1], "dim")], width)
+        return [(f" /{name} {COMMANDS[name][0]}  ", "key"), (COMMANDS[name][1], "dim")]
     if found:
-        return fill([(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)], width)
+        return [(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)]
     where = "drawer" if state.drawer else state.focus if state.signed_in else "signed out"
-    return fill([(f" {HINTS[where]}", "dim")], width)
+    return [(f" {HINTS[where]}", "dim")]
 
 
 def view(state: State, width: int, height: int) -> List[Row]:
     """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
     if width < 30 or height < 8:
-        return [fill([("enlarge the window" * (row == height // 2), "warn")], width) for row in range(height)]
+        return padded([[]] * (height // 2) + [[("enlarge the window", "warn")]], width, height)
     where, rows, alerts = layout(state, width, height), [header(state, width)], alerts_of(state)
     if alerts:
         more = f" (+{len(alerts) - 1})" * (len(alerts) > 1)
@@ -3028,12 +3013,14 @@ def view(state: State, width: int, height: int) -> List[Row]:
         rows.append(ends([(f" !! {alerts[0][1]}{more}", "")], [(keys, "alert")], width, "alert"))
     if where.strip:
         rows.append(strip(state, width))
-    main, line = body(state, width - where.rail, where.rows), "─" * width
+    main = padded(body(state, width - where.rail, where.rows), width - where.rail, where.rows)
+    line = "─" * width
     if where.rail:
-        side = rail(state, where.rail - 1, where.rows)
-        main = [(*left, ("│", "line"), *right) for (_, left), right in zip(side, main)]
+        side = padded((row for _, row in rail(state, where.rail - 1, where.rows)), where.rail - 1, where.rows)
+        main = [(*left, ("│", "line"), *right) for left, right in zip(side, main)]
         line = "─" * (where.rail - 1) + "┴" + "─" * (width - where.rail)
-    return [*rows, *main, ((line, "line"),), *composer(state, width, where.composer), hints(state, width)]
+    below = padded(composer(state, width, where.composer), width, where.composer)
+    return [*rows, *main, ((line, "line"),), *below, fill(hints(state), width)]
 
 
 # -- Update
@@ -3052,27 +3039,31 @@ def on_mouse(state: State, button: int, column: int, row: int) -> State:
         top = scrolled(state.drawer.at, 0, rows)
         return choose(state.shift(at=top + line))
     if here.focus == "rail":
-        position = rail(state, where.rail - 1, where.rows)[line + 1][0]
-        return choose(here._replace(rail_at=position)) if position >= 0 else here
+        places = [position for position, _ in rail(state, where.rail - 1, where.rows)][line + 1:]
+        return choose(here._replace(rail_at=places[0])) if places and places[0] >= 0 else here
     return here._replace(follow=False, at=max(0, min(state.top + line, len(passing(state)) - 1)))
 
 
 MESSAGES: Dict[str, Callable[..., State]] = {
     "key": on_key, "text": on_text, "paste": on_paste, "mouse": on_mouse, "tick": on_tick, "event": on_event,
     "resize": lambda state, width, height: state._replace(width=width, height=height), "progress": on_progress,
-    "verdict": on_verdict, "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
+    "verdict": lambda state, run_id, verdict: noted(
+        state._replace(over=True, truncated=verdict.truncated), run_id, verdict.run),
+    "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
     "signed out": lambda state, text: state._replace(signed_in=False, sign_in_url="", drawer=None).say(text, "warn"),
-    "signed in": lambda state: connected(state._replace(signed_in=True, sign_in_url="", refused="").say(
-        "Signed in.", "ok")),
+    "signed in": on_signed_in,
 }
 
 
 def update(state: State, message: Message) -> State:
     """The state after one message; what shall be done about it stands in its ``effects``."""
-    state = MESSAGES[message[0]](state._replace(effects=()), *message[1:])
-    state = state if message[0] == "event" else filled(state)
+    name, *arguments = message
+    state = state._replace(effects=())
+    if name not in ("event", "progress", "verdict") or arguments[0] == state.run_id:  # else of a run shown before
+        state = MESSAGES[name](state, *arguments)
+    state = state if name == "event" else filled(state)
     return state._replace(top=scrolled(selected(state), state.top, layout(state, state.width, state.height).rows - 2))
 
 
@@ -3176,8 +3167,10 @@ class Screen:
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         import codecs
+        import select
         import termios
         self.term, self.termios, self.saved = self._terminal(environ), termios, termios.tcgetattr(0)
+        self.select = select.select
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.active, self.mouse, self.pending, self.rows = False, True, "", []  # type: bool, bool, str, List[Row]
         colours = self.term.number_of_colors
@@ -3221,26 +3214,26 @@ class Screen:
 
     def restore(self) -> None:
         """The terminal as it was. May be called twice, and when the terminal is gone or stuck."""
-        import select
         if self.active:
             self.active = False
             with contextlib.suppress(OSError, self.termios.error):
-                if select.select([], [1], [], 0.1)[1]:
+                if self.select([], [1], [], 0.1)[1]:
                     self.write(f"\x1b[?2026l{MOUSE[False]}\x1b[?2004l{self.term.normal}{self.term.rmkx}"
                                f"{self.term.normal_cursor}{self.term.exit_fullscreen or self.term.clear}")
                 self.termios.tcsetattr(0, self.termios.TCSANOW, self.saved)
 
     def write(self, text: str) -> None:
-        import select
         data = text.encode("utf-8", "replace")
         while data:
             try:
                 data = data[os.write(1, data):]
             except BlockingIOError:  # who had the terminal before may have left it so
-                select.select([], [1], [], 1.0)
+                self.select([], [1], [], 1.0)
 
     def draw(self, rows: List[Row]) -> None:
-        """One frame, in one write: what differs from the last."""
+        """One frame, in one write: what differs from the last; nothing once an excepthook has restored."""
+        if not self.active:
+            return
         if self.ascii:
             rows = [tuple((to_ascii(text), style) for text, style in row) for row in rows]
         clear = "" if self.rows else f"{self.styles['']}{self.term.clear}\x1b[?25l"
@@ -3251,9 +3244,8 @@ class Screen:
 
     def read(self) -> List[Message]:
         """What was typed. Esc is a key of its own when nothing follows it at once."""
-        import select
         sent = ""
-        while len(sent) < 1 << 20 and select.select([0], [], [], 0)[0]:
+        while len(sent) < 1 << 20 and self.select([0], [], [], 0)[0]:
             data = os.read(0, 1 << 16)
             if not data:
                 raise OSError("the terminal is gone")
@@ -3261,7 +3253,7 @@ class Screen:
         if sent == "\x03" and self.pending:  # a paste whose end was lost must not eat Ctrl+C
             self.pending = ""
         messages, self.pending = sliced(self.pending + sent, False, self.resolve)
-        if self.pending and not self.pending.startswith("\x1b[200~") and not select.select([0], [], [], 0.05)[0]:
+        if self.pending and not self.pending.startswith("\x1b[200~") and not self.select([0], [], [], 0.05)[0]:
             rest, self.pending = sliced(self.pending, True, self.resolve)
             messages += rest
         return messages
@@ -3272,7 +3264,7 @@ class Switch(Exception):
 
 
 class Desk:
-    """A worker thread: its jobs, its own Client, and where to say what came of them."""
+    """A worker thread: its jobs, its own Client, and where to say what came of them. ``do_NAME`` does the job NAME."""
 
     def __init__(self, post: Callable[..., None], **facts: Any) -> None:
         import queue
@@ -3290,18 +3282,15 @@ class Desk:
         return self.connection
 
     def work(self) -> None:
-        """One job after another, for ever; an error that is no MogplexError is a bug, and ends the cockpit."""
+        """One job after another; an error that is no MogplexError is a bug, and ends the cockpit: see run_cockpit."""
         job = None
-        try:
-            while True:
-                job = self.do(*(job or self.jobs.get()))
-        except BaseException as error:
-            self.post("crash", error)
+        while True:
+            job = self.do(*(job or self.jobs.get()))
 
     def do(self, name: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
         """Do one job, and post what it answers; the job that it was left for, if any."""
         try:
-            message = self.facts["jobs"][name](self, *arguments)
+            message = getattr(self, f"do_{name}")(*arguments)
             if message:
                 self.post(*message)
         except Switch as switch:
@@ -3314,88 +3303,77 @@ class Desk:
                 self.post("error", *what, error)
         return None
 
+    def do_connect(self) -> None:
+        self.connection = None
 
-def follow(desk: Desk, run_id: str) -> None:
-    """Follow a run until its verdict; polls that come meanwhile are done between two looks at it."""
-    import queue
+    def do_watch(self, run_id: str) -> None:
+        """Follow a run until its verdict; polls that come meanwhile are done between two looks at it."""
+        import queue
 
-    def between(progress: Progress) -> None:
-        wait_s = 0.0 if progress.retry_at is None else progress.retry_at - time.monotonic()
-        desk.post("progress", run_id, progress, wait_s)
-        with contextlib.suppress(queue.Empty):
-            while True:
-                job = desk.jobs.get_nowait()
-                if job[0] != "poll":
-                    raise Switch(*job)
-                desk.do(*job)
+        def between(progress: Progress) -> None:
+            wait_s = 0.0 if progress.retry_at is None else progress.retry_at - time.monotonic()
+            self.post("progress", run_id, progress, wait_s)
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    job = self.jobs.get_nowait()
+                    if job[0] != "poll":
+                        raise Switch(*job)
+                    self.do(*job)
 
-    for item in tail(desk.client(), run_id, on_progress=between):
-        desk.post("verdict" if isinstance(item, Verdict) else "event", run_id, item)
+        for item in tail(self.client(), run_id, on_progress=between):
+            self.post("verdict" if isinstance(item, Verdict) else "event", run_id, item)
 
+    def do_fetch(self, source: str, argument: str) -> Message:
+        client, began = self.client(), time.monotonic()
+        data = FETCHES[source](client, argument)
+        return "fetched", source, argument, data, (time.monotonic() - began) * 1000
 
-def fetch(desk: Desk, source: str, argument: str) -> Message:
-    client, began = desk.client(), time.monotonic()
-    data = FETCHES[source](client, argument)
-    return "fetched", source, argument, data, (time.monotonic() - began) * 1000
+    do_poll = do_fetch
 
+    def do_start(self, task: str, body: Json, repo: str) -> Message:
+        import uuid
+        return "started", self.client().start_run(body, str(uuid.uuid4())), task, repo
 
-def start_run(desk: Desk, task: str, body: Json, repo: str) -> Message:
-    import uuid
-    return "started", desk.client().start_run(body, str(uuid.uuid4())), task, repo
+    def do_remember(self, record: Json) -> None:
+        if not self.facts["environ"].get("MOGPLEX_NO_HISTORY"):
+            remember_run(self.facts["home"], record, lambda text: self.post("say", text, "warn"))
 
+    def do_cancel(self, run_id: str) -> Message:
+        answer = self.client().cancel(run_id)
+        over = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
+        return "say", "The run was over already." if over else "Cancellation requested.", "warn"
 
-def keep(desk: Desk, record: Json) -> None:
-    if not desk.facts["environ"].get("MOGPLEX_NO_HISTORY"):
-        remember_run(desk.facts["home"], record, lambda text: desk.post("say", text, "warn"))
+    def do_export(self, path: str, content: str) -> Message:
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(content)
+        except (OSError, ValueError) as error:
+            return "say", f"Nothing was written to {path}: {getattr(error, 'strerror', error)}", "bad"
+        return "say", f"Exported to {os.path.abspath(path)}", "ok"
 
+    def do_open(self, url: str) -> Message:
+        opened = self.facts["run_browser"] and self.facts["run_browser"](url) is not False
+        return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
 
-def cancel(desk: Desk, run_id: str) -> Message:
-    answer = desk.client().cancel(run_id)
-    over = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
-    return "say", "The run was over already." if over else "Cancellation requested.", "warn"
+    def store(self, entry: Json) -> Message:
+        store_credential(self.facts["home"], entry)
+        return "signed in", self.facts["overruled"]
 
+    def do_login(self) -> Message:
+        self.stopped, base_url = False, self.facts["base_url"]
+        with Client("", base_url) as client:
+            return self.store(sign_in(
+                base_url, client.post_form, announce=lambda url: self.post("announced", url),
+                open_browser=self.facts["run_browser"], stopped=lambda: self.stopped))
 
-def write_export(desk: Desk, path: str, content: str) -> Message:
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(content)
-    except (OSError, ValueError) as error:
-        return "say", f"Nothing was written to {path}: {getattr(error, 'strerror', error)}", "bad"
-    return "say", f"Exported to {os.path.abspath(path)}", "ok"
+    def do_token(self, token: str) -> Message:
+        return self.store({"token": check_token(token, "the token"), "base_url": self.facts["base_url"]})
 
-
-def browse(desk: Desk, url: str) -> Message:
-    opened = desk.facts["run_browser"] and desk.facts["run_browser"](url) is not False
-    return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
-
-
-def sign_in_here(desk: Desk) -> Message:
-    base_url, desk.stopped = desk.facts["base_url"], False
-    with Client("", base_url) as client:
-        entry = sign_in(base_url, client.post_form, announce=lambda url: desk.post("announced", url),
-                        open_browser=desk.facts["run_browser"], stopped=lambda: desk.stopped)
-    store_credential(desk.facts["home"], entry)
-    return ("signed in",)
-
-
-def take_token(desk: Desk, token: str) -> Message:
-    entry = {"token": check_token(token, "the token"), "base_url": desk.facts["base_url"]}
-    store_credential(desk.facts["home"], entry)
-    return ("signed in",)
-
-
-def sign_out(desk: Desk) -> Message:
-    forget_credential(desk.facts["home"])
-    if desk.facts["environ"].get("MOGPLEX_API_KEY"):
-        return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
-    return "signed out", "Signed out: the stored sign-in is forgotten."
-
-
-JOBS: Dict[str, Callable[..., Optional[Message]]] = {
-    "watch": follow, "poll": fetch, "fetch": fetch, "start": start_run, "remember": keep, "cancel": cancel,
-    "export": write_export, "open": browse, "login": sign_in_here, "token": take_token, "logout": sign_out,
-    "connect": lambda desk: setattr(desk, "connection", None),
-}
+    def do_logout(self) -> Message:
+        forget_credential(self.facts["home"])
+        if self.facts["overruled"]:
+            return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
+        return "signed out", "Signed out: the stored sign-in is forgotten."
 
 
 class Shell:
@@ -3407,7 +3385,8 @@ class Shell:
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
-        self.poller, self.actions = (Desk(self.post, jobs=JOBS, **facts) for _ in range(2))
+        poller, self.actions = Desk(self.post, **facts), Desk(self.post, **facts)
+        self.desks = {"watch": [poller], "poll": [poller], "connect": [poller, self.actions]}
 
     def post(self, *message: Any) -> None:
         """A message from any thread, or from a signal handler."""
@@ -3417,11 +3396,10 @@ class Shell:
 
     def loop(self) -> None:
         """Until SystemExit is raised: draw, wait, take every message that there is."""
-        import select
         while True:
             self.screen.draw(view(self.state, *self.screen.size))
             self.effects()  # after the frame: the threads import what takes longer than to draw it
-            ready = select.select([0, self.wake_in], [], [], 1.0 - time.time() % 1.0)[0]
+            ready = self.screen.select([0, self.wake_in], [], [], 1.0 - time.time() % 1.0)[0]
             if self.wake_in in ready:
                 os.read(self.wake_in, 1 << 16)
             messages = self.screen.read() if 0 in ready else []
@@ -3435,14 +3413,14 @@ class Shell:
                 self.state = update(self.state._replace(now=time.time()), message)
 
     def effects(self) -> None:
-        """Do what the state asks for, or give it to the thread that does."""
         asked, self.state = self.state.effects, self.state._replace(effects=())
         for name, *arguments in asked:
             here = getattr(self, f"do_{name}", None)
             if here:
                 here(*arguments)
             else:
-                (self.poller if name in ("watch", "poll") else self.actions).jobs.put((name, *arguments))
+                for desk in self.desks.get(name, [self.actions]):
+                    desk.jobs.put((name, *arguments))
 
     def do_leave(self) -> None:
         raise SystemExit(Exit.OK)
@@ -3460,10 +3438,6 @@ class Shell:
 
     def do_stop(self) -> None:
         self.actions.stopped = True
-
-    def do_connect(self) -> None:
-        for desk in (self.poller, self.actions):
-            desk.jobs.put(("connect",))
 
     def do_suspend(self) -> None:
         """Ctrl+Z: the terminal goes back to the shell, and the whole job stops, as the shell expects."""
@@ -3515,24 +3489,36 @@ def run_cockpit(
     """
     import atexit
     import signal
+    import threading
     if environ.get("TERM", "dumb") in ("", "dumb") or not (os.isatty(0) and os.isatty(1)):
         raise UsageError("the cockpit needs a terminal, and TERM that names its kind",
                          hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands")
     screen = Screen(environ)
-    shell = Shell(screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url,
-                  home=home, environ=environ, run_browser=run_browser)
+    shell = Shell(
+        screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url, home=home,
+        environ=environ, run_browser=run_browser, overruled=bool(environ.get("MOGPLEX_API_KEY", "").strip()))
 
     def end(number: int, _: object) -> None:
         for one in fatal:
             signal.signal(one, signal.SIG_IGN)  # a second one must not cut the restoring short
         raise SystemExit(128 + number)
 
+    def fail(*error: Any) -> None:
+        screen.restore()
+        hooks[0](*error)
+
+    def fail_thread(failure: Any) -> None:
+        screen.restore()
+        shell.post("crash", failure.exc_value)  # the loop raises it, which prints it and ends the rest
+
+    hooks = sys.excepthook, threading.excepthook
     fatal, code = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), int(Exit.HANGUP)
     handlers: Dict[int, Any] = dict.fromkeys(fatal, end)
     handlers.update({signal.SIGWINCH: lambda *_: shell.resize(), signal.SIGCONT: lambda *_: shell.resume(),
                      signal.SIGTSTP: signal.SIG_DFL})
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     atexit.register(screen.restore)
+    sys.excepthook, threading.excepthook = fail, fail_thread
     try:
         shell.resume()
         shell.loop()
@@ -3543,6 +3529,7 @@ def run_cockpit(
     finally:
         screen.restore()
         atexit.unregister(screen.restore)
+        sys.excepthook, threading.excepthook = hooks
         for number, handler in previous.items():
             signal.signal(number, handler)
         if shell.state.run_id:  # leaving never stops a run
@@ -4097,6 +4084,7 @@ class Context:
         self.environ, self.stdin, self.stdout, self.stderr = environ, stdin, stdout, stderr
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
         self.no_color = False
+        self.credential: Optional[Credential] = None
         self.demo_browser: Optional[Callable[[str], object]] = None
         for stream in (stdout, stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding can't spell becomes ?, and is no crash
@@ -4123,7 +4111,8 @@ class Context:
     def client(self, **settings: Any) -> Client:
         """A Client with the credential in force; UnauthorizedError when there is none."""
         base_url = self.base_url
-        return Client(resolve_credential(self.environ, base_url, self.note), base_url, **self.transport(), **settings)
+        self.credential = resolve_credential(self.environ, base_url, self.note)
+        return Client(self.credential, base_url, **self.transport(), **settings)
 
     def transport(self) -> Json:
         """What the environment says of proxies, certificates and debugging."""
@@ -4146,8 +4135,9 @@ class Context:
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
 
     def note(self, line: str) -> None:
-        """One harmless line to stderr."""
-        self.say(sanitize(line) + "\n")
+        """One harmless line to stderr, without the token: an error can be the service's echo of it."""
+        token = self.credential.token if self.credential else ""
+        self.say(redact(sanitize(line), token if len(token) > 16 else "") + "\n")
 
     def say(self, text: str) -> None:
         """``text`` to stderr as it is; a stderr that is gone is no error."""
@@ -4186,11 +4176,16 @@ def now_on(stream: Any) -> Optional[float]:
     return time.time() if is_terminal(stream) else None
 
 
-def resolve_run_id(ctx: Context, given: str, implicit: bool = True) -> str:
-    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run."""
-    if given and given != "@last":
+def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
+    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run.
+
+    An empty id is one that a script has lost, and means no run at all.
+    """
+    if given is not None and not given.strip():
+        raise UsageError(f"'{sanitize(given)}' is no id")
+    if given is not None and given != "@last":
         return given
-    if implicit and not given and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
+    if given is None and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
         ctx.note(f"run {ctx.environ['MOGPLEX_RUN_ID'].strip()} (MOGPLEX_RUN_ID)")
         return ctx.environ["MOGPLEX_RUN_ID"].strip()
     remembered = remembered_runs(ctx.home, ctx.base_url)
@@ -4270,12 +4265,14 @@ def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
     return "ci-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def start(ctx: Context, client: Client, body: Json, key: str) -> Json:
+def start(ctx: Context, client: Client, body: Json, key: Optional[str]) -> Json:
     """Start a run; when it may have started all the same, say how to find out."""
     import uuid
-    key = ci_idempotency_key(ctx.environ, body) if key == "ci" else key or str(uuid.uuid4())
+    key = str(uuid.uuid4()) if key is None else ci_idempotency_key(ctx.environ, body) if key == "ci" else key
     try:
         run = client.start_run(body, key)
+        if not text_of(run, "runId"):
+            raise InvalidResponseError("the answer to the start has no run's id in it", delivered=True)
     except (MogplexError, KeyboardInterrupt) as error:
         if getattr(error, "delivered", True):
             ctx.note(f"the run may have started; to find out without paying twice, add --idempotency-key {key}")
@@ -4285,7 +4282,7 @@ def start(ctx: Context, client: Client, body: Json, key: str) -> Json:
 
 def remember(ctx: Context, run: Json, repo: str, task: str) -> None:
     """Add a run to the list that the service does not keep."""
-    if text_of(run, "runId") and ctx.environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0"):
+    if ctx.environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0"):
         remember_run(ctx.home, {
             "id": text_of(run, "runId"), "service": ctx.base_url, "repo": repo or text_of(run, "repoId"),
             "branch": text_of(run, "branch", "working"), "task": sanitize(task, " ")[:80],
@@ -4344,7 +4341,8 @@ class Follower:
         except TailTimeout as error:
             raise TailTimeout(f"--follow {error.message}", hint=f"resume: {self.again}") from None
         except KeyboardInterrupt:
-            self.flush()
+            with contextlib.suppress(BrokenPipeError, MogplexError):  # Ctrl+C ended the reader too
+                self.flush()
             self.interrupted()
             raise
         finally:
@@ -4425,13 +4423,17 @@ class Follower:
                 return self.ctx.note(f"cancellation requested for run {self.run_id}")
             except MogplexError as error:
                 self.ctx.note(f"the run could not be cancelled: {error}")
+        self.goes_on()
+
+    def goes_on(self) -> None:
+        """Say so, and what to do about it."""
         cancel = f"mogplex runs cancel {self.run_id}"
         self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: {cancel}")
 
 
 def cmd_run(
     ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
-    create_branch: bool, root: Optional[str], idempotency_key: str, follow: bool, timeout_s: Optional[float],
+    create_branch: bool, root: Optional[str], idempotency_key: Optional[str], follow: bool, timeout_s: Optional[float],
     quiet: bool, cancel_on_interrupt: bool, as_json: bool,
 ) -> int:
     repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
@@ -4448,11 +4450,17 @@ def cmd_run(
         if root is not None:
             body["rootDirectory"] = root
         run = start(ctx, client, body, idempotency_key)
-        remember(ctx, run, text_of(found, "full_name"), prompt)
-        ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
-        if not follow:
-            return Exit.OK
-        return Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt).run(timeout_s)
+        follower = Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt)
+        try:
+            remember(ctx, run, text_of(found, "full_name"), prompt)
+            ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
+        except KeyboardInterrupt:
+            follower.interrupted()
+            raise
+        except MogplexError:  # of stdout: the id must not be lost with it
+            follower.goes_on()
+            raise
+        return follower.run(timeout_s) if follow else Exit.OK
 
 
 def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
@@ -4462,17 +4470,19 @@ def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
         [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
 
 
-def cmd_runs_get(ctx: Context, *, run_id: str, as_json: bool) -> int:
+def cmd_runs_get(ctx: Context, *, run_id: Optional[str], as_json: bool) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         run = client.run(run_id)
+    if not run:
+        raise InvalidResponseError("the answer has no run in it")
     ctx.emit(ndjson(run) if as_json else run_text(run, ctx.colour))
     return Exit.OK
 
 
 def cmd_runs_events(
-    ctx: Context, *, run_id: str, limit: Optional[int], follow: bool, timeout_s: Optional[float], quiet: bool,
-    cancel_on_interrupt: bool, as_json: bool,
+    ctx: Context, *, run_id: Optional[str], limit: Optional[int], follow: bool, timeout_s: Optional[float],
+    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
 ) -> int:
     only_following(follow, timeout_s, quiet, cancel_on_interrupt)
     run_id = resolve_run_id(ctx, run_id)
@@ -4492,7 +4502,7 @@ def cmd_runs_events(
 
 
 def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
-    run_id = resolve_run_id(ctx, run_id, implicit=False)
+    run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         answer = client.cancel(run_id)
     if as_json:
@@ -4587,7 +4597,8 @@ def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: fl
     if with_token:
         token = check_token(read_token(ctx), "login --with-token")
         entry: Json = {"token": token, "base_url": ctx.base_url}
-        with Client(token, ctx.base_url, **ctx.transport()) as client:
+        ctx.credential = Credential(token)
+        with Client(ctx.credential, ctx.base_url, **ctx.transport()) as client:
             client.repos(limit=1)
     else:
         with Client("", ctx.base_url, **ctx.transport()) as client:
@@ -4603,6 +4614,7 @@ def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
     """Which credential is in force, and what the service says of it; its error when it is not accepted."""
     path, hidden, state = os.path.join(ctx.home, "auth.json"), "", "accepted"
     credential, problem = resolve_credential(ctx.environ, ctx.base_url, ctx.note), None
+    ctx.credential = credential
     if credential.source == "environment":
         with contextlib.suppress(UnauthorizedError):
             resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)
@@ -4685,7 +4697,8 @@ def commands() -> List[Command]:
 
     as_json = switch("--json", "machine-readable output, one object a line", dest="as_json")
     newest = "the run; @last is the newest started here"
-    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?")
+    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?",
+                    default=None)
     sandbox_id = option("sandbox_id", "id", "the sandbox, as listed")
     tailing = [
         switch("--follow", "print events as they come, until the run has ended"),
@@ -4708,7 +4721,7 @@ def commands() -> List[Command]:
             switch("--create-branch", "create the working branch"),
             option("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
             option("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
-                   "(default: random)"),
+                   "(default: random)", default=None),
             option("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
         ], ['mogplex run --repo acme/web "Fix the flaky cookie test"',
             "mogplex run --repo acme/web --follow - < task.md"]),

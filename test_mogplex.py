@@ -1040,7 +1040,7 @@ def test_a_silent_dns_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     def tick() -> None:
         raise KeyboardInterrupt  # as Ctrl+C does
 
-    with pytest.raises(KeyboardInterrupt), client("http://127.0.0.1:1").open_run("x", tick):
+    with pytest.raises(KeyboardInterrupt), client("http://127.0.0.1:1")._open_run("x", tick):
         pass
     answered.set()
 
@@ -1231,6 +1231,12 @@ def test_a_start_is_repeated_under_its_key_whatever_became_of_its_answer() -> No
             one.start_run({}, key)
 
 
+def test_a_query_of_bytes_that_are_no_text_is_sent_with_replacements() -> None:
+    with RawServer(lambda *_: ok({"repos": []})) as server, client(server.url) as asking:
+        assert asking.repos(query="\udcff \u00e9", limit=3) == []
+    assert server.requests[0].split()[1].endswith("/repos?q=%3F+%C3%A9&limit=3")
+
+
 def test_a_start_that_may_have_arrived_says_so_though_a_later_try_did_not() -> None:
     with RawServer(steps(reset_after(b""), refusal(400, "BAD_REQUEST", "no"))) as server, client(server.url) as one:
         with pytest.raises(mogplex.MogplexError, match="HTTP 400") as error:
@@ -1317,7 +1323,7 @@ def test_connections_are_kept_and_a_bad_one_is_not() -> None:
     with RawServer(converse) as server, client(server.url) as one:
         for _ in range(3):
             assert one.repos() == REPOS["repos"] and len(connections) == 1
-        with one.open_run("x", lambda: None):
+        with one._open_run("x", lambda: None):
             pass  # left in the middle: nobody knows where the next answer would begin
         one._used_at -= 60  # what has been idle for long is closed by the service
         for _ in range(3):
@@ -1485,7 +1491,8 @@ def test_ten_tails_on_one_token(seed: int, task: str) -> None:
         for thread in threads:
             thread.join(60)
         clock.now += 1000
-        run = mogplex.Client(server.token, server.url).events(run_id)
+        with mogplex.Client(server.token, server.url) as asking:
+            run = asking.events(run_id)
     wanted = [event["message"] for event in run["events"]]
     for at, items in ended.values():
         assert items[-1].status == ("success" if task == "x" else "failed") and 117 < at < 118 + 45
@@ -1973,7 +1980,8 @@ def test_run_follow_starts_one_run_and_follows_it_through_faults(cli: Callable[.
         result = cli("run", "--repo", mogplex.DEMO_WEB, "--follow", "--json", "hi", env=service(server.url, demo.token))
     started, *events, end = map(json.loads, result.out.splitlines())
     assert result.code == 0 and len(demo.service.runs) == before + 1 and end["status"] == "success" and end["runId"] == started["runId"]
-    assert events == mogplex.Client(demo.token, demo.url).events(started["runId"])["events"]
+    with mogplex.Client(demo.token, demo.url) as asking:
+        assert events == asking.events(started["runId"])["events"]
 
 
 # ---------------------------------------------------------------- 6. Output
@@ -2450,6 +2458,7 @@ def test_what_words_and_keys_do(keys: List[Tuple[Any, ...]], expected: str) -> N
     ([("key", "^z")], [("suspend",)]), ([("key", "^t")], [("mouse", False)]), ([("key", "^l")], [("repaint",)]),
     (typed("/attach abc"), [("watch", "abc")]), ([("mouse", 64, 60, 5)], []), (typed("/login") + [("key", "enter")], [("login",)]),
     (typed("/login") + typed("mog_x"), [("token", "mog_x")]), (typed("/logout"), [("logout",)]),
+    (typed("/login") + [("fetched", "sandboxes", "", SANDBOXES, 9.0)] + typed("mog_x"), [("token", "mog_x")]),
 ])
 def test_what_is_asked_of_the_shell(keys: List[Tuple[Any, ...]], effects: List[Tuple[Any, ...]]) -> None:
     assert list(played(*BUSY, *keys).effects) == effects
@@ -2549,10 +2558,20 @@ def test_what_a_terminal_sends(sent: str, messages: List[Tuple[Any, ...]]) -> No
 
 
 COCKPIT = """
-import os, sys, mogplex
+import os, sys, threading, mogplex
 url, token, attach = sys.argv[1:4]
+def crash(*_):
+    1 / 0
+def hooked(*_):
+    try:
+        crash()
+    except ZeroDivisionError:
+        sys.excepthook(*sys.exc_info())
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
+crashes = {"job": crash, "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
 if "CRASH" in os.environ:
-    mogplex.JOBS["export"] = lambda *_: 1 / 0
+    mogplex.Desk.do_export = crashes.get(os.environ["CRASH"], crash)
 given = token if "SIGNED_OUT" not in os.environ else ""
 connect = lambda: mogplex.Client(given or mogplex.resolve_credential(os.environ, url, lambda text: None), url)
 sys.exit(mogplex.run_cockpit(connect, base_url=url, home=os.environ["MOGPLEX_HOME"], environ=os.environ, attach=attach,
@@ -2622,6 +2641,9 @@ class Terminal:
     def ended(self, code: int) -> str:
         """What the program leaves: its exit code, sane modes, and the text of the screen."""
         assert self.process.wait(15) == code, self.text()
+        end = b"\x1b[?9999l"  # means nothing, and comes behind all that the program wrote
+        os.write(self.child, end)
+        self.until(lambda: self.output.endswith(end))
         assert termios.tcgetattr(self.child) == self.modes
         assert self.on() == set()
         return self.text()
@@ -2700,11 +2722,12 @@ def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
 
 
 @pytest.mark.parametrize("how, code", [
-    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("exception", 1)], ids=str)
+    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("job", 1), ("thread", 1), ("hook", 1)],
+    ids=str)
 def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Terminal], how: Any, code: int) -> None:
-    terminal = cockpit(attach="nope", CRASH="1").until("TIMELINE")
+    terminal = cockpit(attach="nope", CRASH=str(how)).until("TIMELINE")
     assert {"1049", "2004", "1000"} < terminal.on() and termios.tcgetattr(terminal.child) != terminal.modes
-    if how == "exception":
+    if code == 1:
         terminal.send("/export json\r")
     else:
         terminal.process.send_signal(how)
@@ -2750,6 +2773,13 @@ def test_a_token_is_pasted_on_the_first_screen(cockpit: Callable[..., Terminal],
     terminal.send("\r").until("acme/web ⎇ main").until("Signed in.").send("/logout\r").until("Sign in to Mogplex")
     assert demo.token not in terminal.text()
     terminal.send("\x03\x03")
+    terminal.ended(0)
+
+
+def test_a_sign_in_says_when_the_environment_goes_before_it(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
+    terminal = cockpit(SIGNED_OUT="1", MOGPLEX_API_KEY=demo.token).until("acme/web ⎇ main").send("/login\r")
+    terminal.until("Sign in to Mogplex").send(f"{demo.token}\r").until("MOGPLEX_API_KEY is set and stays in force")
+    terminal.until("acme/web ⎇ main").send("\x03\x03")
     terminal.ended(0)
 
 
@@ -3232,6 +3262,8 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["run", "--repo", "r", "x", "--idempotency-key", "ci"],
      "error: run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key"),
+    (["run", "--repo", "r", "x", "--idempotency-key", ""],
+     "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["runs", "events", "r", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
     (["runs", "events", "r", "--follow", "--timeout", "never"],
      "error: 'never' is no duration: seconds, or a number with s, m or h, such as 90s or 30m"),
@@ -3239,6 +3271,8 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["runs", "get", "@last"], "error: no run is remembered for this service: give a run's id"),
     (["runs", "cancel"], "error: runs cancel: the following arguments are required: id"),
     (["runs", "get", ".."], "error: '..' is no id"), (["runs", "get", " "], "error: ' ' is no id"),
+    (["runs", "get", ""], "error: '' is no id"), (["runs", "events", "", "--follow"], "error: '' is no id"),
+    (["runs", "cancel", ""], "error: '' is no id"),
     (["runs", "get", "a", "b"], "error: runs get: unrecognized arguments: b"),
     (["runs", "get", "a", "--", "b"], "error: runs get: nothing can follow --"),
     (["repos", "list", "--limit", "0"], "error: --limit takes a whole number from 1 to 200, not '0'"),
@@ -3307,6 +3341,24 @@ def test_run_prints_exactly_these_lines_and_sends_only_what_was_asked(cli: Calla
         {"repoId": mogplex.DEMO_WEB, "prompt": "Fix", "baseBranch": "m", "workingBranch": "b", "createBranch": True, "rootDirectory": "web"}]
     keys = [re.search(r"(?i)\nidempotency-key: (.*)\r", request).group(1) for request in server.requests]  # type: ignore
     assert mogplex.is_uuid(keys[0]) and keys[1] == "key 1"
+
+
+@pytest.mark.parametrize("argv", [["run", "--repo", "r", "x"], ["run", "--repo", "r", "x", "--follow"], ["runs", "get", "R"]])
+@pytest.mark.parametrize("data", [{}, {"runId": None, "run": None}, {"runId": "", "run": []}])
+def test_an_answer_without_a_run_is_no_success(cli: Callable[..., Result], argv: List[str], data: Dict[str, Any]) -> None:
+    with one_answer(ok(data)) as server:
+        result = cli(*argv, env=service(server.url))
+        assert (result.code, result.out) == (1, "") and len(server.requests) == 1
+        assert ("add --idempotency-key" in result.err) is (argv[0] == "run")
+        assert cli(*argv, "--json", env=service(server.url))[:2] == (1, "")
+
+
+def test_a_token_that_the_service_echoes_is_not_shown(cli: Callable[..., Result]) -> None:
+    for echo in (refusal(400, f"X {TOKEN}", f"bad Bearer {TOKEN}"), answer(302, "", Location=f"https://x.invalid/{TOKEN}")):
+        with one_answer(echo) as server:
+            for argv in (["repos", "list"], ["repos", "list", "--debug"], ["login", "status"], ["login", "--with-token"]):
+                result = cli(*argv, env=service(server.url), stdin=TOKEN)
+                assert result.code == 1 and TOKEN not in result.out + result.err and "***" in result.err
 
 
 @pytest.mark.parametrize("argv, stdin, prompt", [
@@ -3436,6 +3488,8 @@ def test_remembered_runs(run_demo: Callable[..., Result], tmp_path: Any, demo: m
     assert chosen.err == f"run {ids[0]} (MOGPLEX_RUN_ID)\n" and chosen.code == 0
     assert ids[1] in run_demo("runs", "cancel", "@last").out
     assert run_demo("runs", "cancel", MOGPLEX_RUN_ID=ids[0]).code == 2
+    for words in (["get", ""], ["events", ""], ["cancel", ""], ["cancel", " "]):  # "$RUN_ID", and nothing in it
+        assert run_demo("runs", *words, MOGPLEX_RUN_ID=ids[0]).code == 2
     run_demo("run", "--repo", mogplex.DEMO_WEB, "x", MOGPLEX_NO_HISTORY="1")
     assert len(run_demo("runs", "list", "--json").out.splitlines()) == 2
     assert oct((tmp_path / "home" / "runs.jsonl").stat().st_mode & 0o777) == "0o600"
@@ -3627,6 +3681,38 @@ def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled
     assert (b"cancellation requested for run R" if cancelled else b"mogplex runs cancel R") in err
 
 
+@pytest.mark.parametrize("raised, code", [(mogplex.Terminated(), 143), (KeyboardInterrupt(), 130)])
+@pytest.mark.parametrize("flags, cancelled", [(["--follow"], False), (["--follow", "--cancel-on-interrupt"], True), ([], False)])
+def test_an_interrupt_between_the_start_of_a_run_and_its_tail(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, flags: List[str], cancelled: bool,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(mogplex, "remember", interrupt)
+    with RawServer(lambda _, request, __: ok({"run": RUN, **RUN})) as server:
+        result = cli("run", "--repo", "r", "x", *flags, env=service(server.url))
+    assert (result.code, result.out) == (code, "")
+    assert [request.split(" ")[1].rpartition("/")[2] for request in server.requests] == ["runs", *(["cancel"] * cancelled)]
+    assert ("cancellation requested for run run-uuid" if cancelled else "run run-uuid goes on") in result.err
+
+
+def test_an_interrupt_that_ended_the_reader_too_still_cancels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ctrl+C in ``mogplex ... | tee log`` is for both of them."""
+    def tail(*_: object, **more: object) -> Iterator[mogplex.Json]:
+        yield {"type": "log", "message": "here"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mogplex, "tail", tail)
+    with RawServer(lambda *_: ok({})) as server:
+        broken = open("/dev/full", "w") if os.path.exists("/dev/full") else io.StringIO()
+        context = mogplex.Context(service(server.url), None, broken, sys.stderr)
+        with context.client() as one, pytest.raises(KeyboardInterrupt):
+            mogplex.Follower(context, one, "R", False, cancel_on_interrupt=True).run(None)
+    assert ["/runs/R/cancel" in request for request in server.requests] == [True]
+    assert "cancellation requested for run R" in capsys.readouterr().err
+
+
 def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
     served = threading.Event()
 
@@ -3653,6 +3739,15 @@ def test_a_stdout_that_takes_nothing(demo: mogplex.DemoServer, shell: str, code:
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60,
                           env={**os.environ, **service(demo.url, demo.token)})
     assert done.returncode in ((code,) if code is not None else (0, 141)) and done.stderr.decode().strip() == told
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+def test_the_id_of_a_run_is_not_lost_with_stdout() -> None:
+    with one_answer(ok(RUN)) as server, open("/dev/full", "wb") as full:
+        process = run_file("run", "--repo", "r", "x", url=server.url, stdout=full)
+        told = process.communicate(timeout=60)[1].decode().splitlines()
+    assert process.returncode == 1 and told[0].startswith("run run-uuid goes on; follow it: ")
+    assert told[1:] == ["error: cannot write to stdout: No space left on device"]
 
 
 def test_an_encoding_that_lacks_a_character_gets_a_replacement(demo: mogplex.DemoServer) -> None:
@@ -4048,8 +4143,6 @@ Client.create_sandbox (self, body)
 Client.events (self, run_id, limit=None)
 Client.mcp_servers (self)
 Client.models (self)
-Client.open_events (self, run_id, tick, renew, limit, last_event_id, idle_s)
-Client.open_run (self, run_id, tick, renew=True)
 Client.post_form (self, url, form)
 Client.repos (self, query='', repo_id='', limit=None)
 Client.run (self, run_id)
