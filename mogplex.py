@@ -1382,7 +1382,8 @@ class SSEDecoder:
                 self.last_event_id, self.held = self._id, len(self._line)
                 if data:
                     text = data[0] if len(data) == 1 else "\n".join(data)
-                    events.append(ServerSentEvent(self._event or "message", self._id, text, self._retry))
+                    fields = self._event or "message", self._id, text, self._retry
+                    events.append(tuple.__new__(ServerSentEvent, fields))  # its own __new__ takes twice as long
                     data.clear()
                 self._event, self._retry = "", None
         return events
