@@ -31,7 +31,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 import mogplex
 if os.environ.get("CRASH"):
-    mogplex.JOBS["open"] = lambda *_: 1 / 0
+    mogplex.Desk.do_open = lambda *_: 1 / 0
 sys.exit(mogplex.run_cockpit(lambda: mogplex.Client("mog_" + "x" * 32, sys.argv[2]), base_url=sys.argv[2],
                              home=os.environ["MOGPLEX_HOME"], environ=os.environ, attach="run"))
 """
