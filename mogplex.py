@@ -42,10 +42,14 @@ import os
 import re
 import sys
 import time
-from typing import (
-    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple,
-    Optional, Sequence, Set, Tuple, Union,
-)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # for mypy alone: with the classes that need it, typing takes a quarter of a short command's time
+    from typing import (
+        Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple as Record,
+        Optional, Sequence, Set, Tuple, Union,
+    )
+    Json = Dict[str, Any]
 
 __version__ = "1.0.0"
 __all__ = [
@@ -54,7 +58,6 @@ __all__ = [
     "UnauthorizedError", "UnavailableError", "UsageError", "Verdict", "sanitize", "tail",
 ]
 
-Json = Dict[str, Any]
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
 HARNESSES = ("codex", "claude-code")
@@ -153,6 +156,38 @@ def error_class(status: int) -> type[MogplexError]:
 
 
 # ---------------------------------------------------------------- 2. Values
+
+
+if not TYPE_CHECKING:  # to mypy it is a NamedTuple, which has all that this has
+
+    class Record:
+        """A value with the fields that its class annotates and the defaults given there: made anew, never changed."""
+
+        def __init_subclass__(cls):
+            cls._fields = tuple(cls.__annotations__)
+            cls._defaults = {name: cls.__dict__[name] for name in cls._fields if name in cls.__dict__}
+
+        def __init__(self, *values, **named):
+            self.__dict__.update(self._defaults, **dict(zip(self._fields, values)), **named)
+            if self.__dict__.keys() != set(self._fields) or len(values) > len(self._fields):
+                raise TypeError(f"{type(self).__name__} has the fields {', '.join(self._fields)}")
+
+        def _replace(self, **changes):
+            made = object.__new__(type(self))
+            made.__dict__.update(self.__dict__, **changes)
+            if len(made.__dict__) != len(self._fields):
+                raise TypeError(f"{type(self).__name__} has the fields {', '.join(self._fields)}")
+            return made
+
+        def __iter__(self):
+            return iter([self.__dict__[name] for name in self._fields])
+
+        def __eq__(self, other):
+            return type(self) is type(other) and self.__dict__ == other.__dict__
+
+        def __repr__(self):
+            return f"{type(self).__name__}({', '.join(f'{name}={self.__dict__[name]!r}' for name in self._fields)})"
+
 
 # Patterns are compiled by their first use: most commands need few of them, and compiling takes time at every start.
 # Strings (OSC, DCS, ...) only when terminated: an unterminated one would swallow the rest of
@@ -375,9 +410,10 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 
 # ---------------------------------------------------------------- 3. Auth
 
-Warn = Callable[[str], None]
-# POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
-PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
+if TYPE_CHECKING:
+    Warn = Callable[[str], None]
+    # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
+    PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
 LOGIN_PORTS = (24816, 24818)  # the only two that the service redirects to
 AUTHORIZE_PATH, TOKEN_PATH = "/api/auth/mcp/authorize", "/api/auth/mcp/token"
 _TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
@@ -1324,7 +1360,7 @@ class Client:
 # ---------------------------------------------------------------- 5. Tail
 
 
-class ServerSentEvent(NamedTuple):
+class ServerSentEvent(Record):
     """One dispatched event: its type, the last event id at that moment, its data, its block's own retry."""
 
     event: str
@@ -1367,41 +1403,36 @@ class SSEDecoder:
         if self._first:
             self._first, head = False, head[3:] if head.startswith(b"\xef\xbb\xbf") else head
         # Not splitlines, which on str splits at VT, FF, FS, NEL, U+2028 and more.
-        return self._dispatch(head.decode("utf-8", "replace").split("\n"))
+        return self._read(head.decode("utf-8", "replace").split("\n"))
 
-    def _dispatch(self, lines: List[str]) -> List[ServerSentEvent]:
-        events, data = [], self._data
+    def _read(self, lines: List[str]) -> List[ServerSentEvent]:
+        events: List[ServerSentEvent] = []
+        data, identifier, kind, retry = self._data, self._id, self._event, self._retry
         for line in lines:
-            if line[:6] == "data: ":
-                data.append(line[6:])
-            elif line[:4] == "id: " and "\0" not in line:  # these two could do without, and are most of what comes
-                self._id = line[4:]
-            elif line:
-                self._field(line)
-            else:
-                self.last_event_id, self.held = self._id, len(self._line)
+            name, space, value = line.partition(": ")
+            if not space or ":" in name:
+                name, _, value = line.partition(":")
+            if name == "data":
+                data.append(value)
+            elif not line:
+                self.last_event_id, self.held = identifier, len(self._line)
                 if data:
-                    text = data[0] if len(data) == 1 else "\n".join(data)
-                    fields = self._event or "message", self._id, text, self._retry
-                    events.append(tuple.__new__(ServerSentEvent, fields))  # its own __new__ takes twice as long
-                    data.clear()
-                self._event, self._retry = "", None
+                    event = object.__new__(ServerSentEvent)  # its constructor takes as long as all this
+                    event.__dict__ = {
+                        "event": kind or "message", "id": identifier, "data": "\n".join(data), "retry": retry}
+                    events.append(event)
+                data, kind, retry = [], "", None
+            elif name == "id":
+                identifier = identifier if "\0" in value else value
+            elif name == "event":
+                kind = value
+            elif name == "retry" and re.match("[0-9]+\\Z", value):  # too many digits for Python are for ever too
+                retry = self.retry_ms = int(value.lstrip("0")[:600] or "0")
+        self._data, self._id, self._event, self._retry = data, identifier, kind, retry
         return events
 
-    def _field(self, line: str) -> None:
-        name, _, value = line.partition(":")
-        value = value[1:] if value[:1] == " " else value
-        if name == "id":
-            self._id = self._id if "\0" in value else value
-        elif name == "data":
-            self._data.append(value)
-        elif name == "event":
-            self._event = value
-        elif name == "retry" and re.match("[0-9]+\\Z", value):  # too many digits for Python are for ever too
-            self._retry = self.retry_ms = int(value.lstrip("0")[:600] or "0")
 
-
-class Event(Dict[str, Any]):
+class Event(dict):  # type: ignore[type-arg]
     """An event of a stream, with the very ``text`` that it came as."""
 
     __slots__ = ("text",)
@@ -1413,7 +1444,7 @@ class Event(Dict[str, Any]):
         return text if text.isascii() and "\n" not in text and "NaN" not in text and "Infinity" not in text else ""
 
 
-class Progress(NamedTuple):
+class Progress(Record):
     """How a tail stands: given before each wait, at least twice a second, and at each change.
 
     ``connection`` is connecting, connected, lost or limited (429). Times are of the tail's
@@ -1431,7 +1462,7 @@ class Progress(NamedTuple):
     run: Json
 
 
-class Verdict(NamedTuple):
+class Verdict(Record):
     """How a run ended; ``truncated``: the service listed only its first events; times in seconds."""
 
     run_id: str
@@ -1986,11 +2017,12 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 
 # State is a value, update() makes the next one, view() draws it, paint() finds what differs: all pure. Only
 # Screen touches the terminal, and only the two Desks, each a thread, touch the network.
-Segment = Tuple[str, str]  # text, and the name of its style
-Line = Sequence[Segment]   # of any width
-Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
-Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
-Effect = Tuple[Any, ...]   # what shall be done about it: the NAME of a do_NAME in Shell or Desk, and its arguments
+if TYPE_CHECKING:
+    Segment = Tuple[str, str]  # text, and the name of its style
+    Line = Sequence[Segment]   # of any width
+    Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
+    Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
+    Effect = Tuple[Any, ...]   # what shall be done about it: the NAME of a do_NAME in Shell or Desk, and its arguments
 
 STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "": ("", "", ""), "dim": ("38;5;245", "2", "2"), "bold": ("1", "1", "1"), "line": ("38;5;239", "2", "2"),
@@ -2047,7 +2079,7 @@ def harmless(value: object, most: int = 500) -> str:
     return sanitize((value if isinstance(value, str) else text_of({"": value}, ""))[:most * 4])[:most]
 
 
-class Entry(NamedTuple):
+class Entry(Record):
     """One event, made harmless and short when it arrives."""
 
     time: str
@@ -2056,7 +2088,7 @@ class Entry(NamedTuple):
     event: Json
 
 
-class Item(NamedTuple):
+class Item(Record):
     """One line of a drawer, and the words that Enter on it puts through the composer."""
 
     text: str
@@ -2064,7 +2096,7 @@ class Item(NamedTuple):
     style: str = ""
 
 
-class Drawer(NamedTuple):
+class Drawer(Record):
     """A list in place of the timeline; ``data`` is the last good answer of its source."""
 
     kind: str
@@ -2076,7 +2108,7 @@ class Drawer(NamedTuple):
     items: Tuple[Item, ...] = ()
 
 
-class State(NamedTuple):
+class State(Record):
     """All that the cockpit knows. Times are epoch seconds; ``effects`` is what the last message asks for."""
 
     base_url: str = DEFAULT_URL
@@ -2501,7 +2533,8 @@ def focus(name: str) -> Callable[[State], State]:
     return lambda state: state._replace(focus=name, drawer=None)
 
 
-Keys = Dict[str, Callable[[State], State]]
+if TYPE_CHECKING:
+    Keys = Dict[str, Callable[[State], State]]
 ANYWHERE: Keys = {
     "^c": interrupt, "^p": lambda state: state.open("palette"), "f1": lambda state: state.open("help"),
     "^f": focus("filter"), "^l": lambda state: state.ask("repaint"), "^z": lambda state: state.ask("suspend"),
@@ -2700,7 +2733,7 @@ def on_tick(state: State) -> State:
 # -- Drawers: tables of records, and texts
 
 
-class Layout(NamedTuple):
+class Layout(Record):
     """Where things are: the body, which is the timeline or a drawer with its title, and the rail beside it."""
 
     rail: int      # columns of the rail, its edge included; 0: there is none
@@ -3590,7 +3623,8 @@ DEMO_ANY = "delivered idle long failed running cancelled"
 DEMO_STATUS = {  # what a type of event makes of the status, and how many seconds later
     "status_changed": ("streaming", 0.0), "cancel_requested": ("cancelled", 0.0),
     "finished": ("success", 0.6), "failed": ("failed", 0.6)}
-DemoStep = Tuple[float, str, Optional[str], str, Json]  # seconds into the run, type, toolName, message, payload
+if TYPE_CHECKING:
+    DemoStep = Tuple[float, str, Optional[str], str, Json]  # seconds into the run, type, toolName, message, payload
 DEMO_SCRIPT: List[Tuple[str, float, str, Optional[str], str, Json]] = [  # the endings that show it, and a step
     (DEMO_ANY, 0.0, "started", None, "External Mogplex run accepted",
      {"external_run_id": "$id", "harness_id": "$harness", "working_branch": "$working"}),
@@ -3634,7 +3668,7 @@ def demo_refusal(status: int, code: str, message: str, **headers: str) -> DemoAn
     return DemoAnswer(status, {"ok": False, "error": {"code": code, "message": message}}, **headers)
 
 
-class DemoRequest(NamedTuple):
+class DemoRequest(Record):
     """What a route is told of a request."""
 
     id: str  # the one in the path, or ""
@@ -4681,10 +4715,11 @@ def one_of(flag: str, words: Sequence[str]) -> Json:
     return {"type": check, "choices": (*words, "")}  # the choices are for shell completion: check speaks first
 
 
-Argument = Tuple[str, Json]  # a flag or a position's name, and the keywords of add_argument
+if TYPE_CHECKING:
+    Argument = Tuple[str, Json]  # a flag or a position's name, and the keywords of add_argument
 
 
-class Command(NamedTuple):
+class Command(Record):
     """One command: its words, its function, one line of purpose, its arguments, two examples."""
 
     name: str
