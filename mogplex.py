@@ -46,8 +46,8 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # for mypy alone: with the classes that need it, typing takes a quarter of a short command's time
     from typing import (
-        Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple as Record,
-        Optional, Sequence, Set, Tuple, Union,
+        Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, Optional,
+        Sequence, Set, Tuple, Union,
     )
     Json = Dict[str, Any]
 
@@ -158,8 +158,9 @@ def error_class(status: int) -> type[MogplexError]:
 # ---------------------------------------------------------------- 2. Values
 
 
-if not TYPE_CHECKING:  # to mypy it is a NamedTuple, which has all that this has
-
+if TYPE_CHECKING:
+    from typing import NamedTuple as Record  # which has all that ours has
+else:
     class Record:
         """A value with the fields that its class annotates and the defaults given there: made anew, never changed."""
 
@@ -1360,13 +1361,19 @@ class Client:
 # ---------------------------------------------------------------- 5. Tail
 
 
-class ServerSentEvent(Record):
+class ServerSentEvent:
     """One dispatched event: its type, the last event id at that moment, its data, its block's own retry."""
 
-    event: str
-    id: str
-    data: str
-    retry: Optional[int]
+    __slots__ = ("event", "id", "data", "retry")
+
+    def __init__(self, event: str, id: str, data: str, retry: Optional[int]) -> None:
+        self.event, self.id, self.data, self.retry = event, id, data, retry
+
+    def __eq__(self, other: object) -> bool:
+        return repr(self) == repr(other)
+
+    def __repr__(self) -> str:
+        return f"ServerSentEvent({self.event!r}, {self.id!r}, {self.data!r}, {self.retry!r})"
 
 
 class SSEDecoder:
@@ -1417,10 +1424,7 @@ class SSEDecoder:
             elif not line:
                 self.last_event_id, self.held = identifier, len(self._line)
                 if data:
-                    event = object.__new__(ServerSentEvent)  # its constructor takes as long as all this
-                    event.__dict__ = {
-                        "event": kind or "message", "id": identifier, "data": "\n".join(data), "retry": retry}
-                    events.append(event)
+                    events.append(ServerSentEvent(kind or "message", identifier, "\n".join(data), retry))
                 data, kind, retry = [], "", None
             elif name == "id":
                 identifier = identifier if "\0" in value else value
@@ -1430,18 +1434,6 @@ class SSEDecoder:
                 retry = self.retry_ms = int(value.lstrip("0")[:600] or "0")
         self._data, self._id, self._event, self._retry = data, identifier, kind, retry
         return events
-
-
-class Event(dict):  # type: ignore[type-arg]
-    """An event of a stream, with the very ``text`` that it came as."""
-
-    __slots__ = ("text",)
-    text: str
-
-    def line(self) -> str:
-        """Its text, where that is a line of ASCII JSON; "" elsewhere."""
-        text = self.text
-        return text if text.isascii() and "\n" not in text and "NaN" not in text and "Infinity" not in text else ""
 
 
 class Progress(Record):
@@ -1534,8 +1526,9 @@ class _Tail:
 
     def __init__(
         self, client: Client, run_id: str, timeout_s: Optional[float], limit: int,
-        on_progress: Callable[[Progress], None], interval_s: float, idle_s: float,
-        clock: Callable[[], float], sleep: Callable[[float], None], random: Callable[[], float],
+        on_progress: Callable[[Progress], None], interval_s: float = 1.5, idle_s: float = 60.0,
+        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+        random: Callable[[], float] = random_unit,
     ) -> None:
         import collections
         self.client, self.run_id, self.limit, self.idle_s = client, run_id, min(limit, MAX_LIMIT), idle_s
@@ -1555,7 +1548,8 @@ class _Tail:
         self.only_limited, self.refusals, self.puzzled = True, 0, False
         self.terminal_at, self.confirmed_at = None, None  # type: Tuple[Optional[float], Optional[float]]
 
-    def items(self) -> Iterator[Union[Json, Verdict]]:
+    def items(self) -> Iterator[Tuple[Union[Json, Verdict], str]]:
+        """The events, and last the verdict; with each the very text that it came as, where it came in a stream."""
         while self.verdict is None:
             self.polled_at = self.clock()
             self.pace.polled(self.polled_at)
@@ -1567,9 +1561,9 @@ class _Tail:
                 wait_s = self.failed(error)
             if self.verdict is None:
                 self.wait(wait_s)
-        yield self.verdict
+        yield self.verdict, ""
 
-    def read(self) -> Generator[Json, None, float]:
+    def read(self) -> Generator[Tuple[Json, str], None, float]:
         """One look at the run and what it brings; answers how long to wait for the next."""
         sent_at, asked, least_s = time.monotonic(), 1, 0.0
         with self.client._open_events(
@@ -1598,17 +1592,17 @@ class _Tail:
             return interval_s  # the event that says why may come any moment; and no sooner than in one interval
         return max(least_s, self.polled_at + interval_s - now)
 
-    def snapshot(self, data: Json) -> Generator[Json, None, Tuple[bool, bool]]:
+    def snapshot(self, data: Json) -> Generator[Tuple[Json, str], None, Tuple[bool, bool]]:
         """The events of ``{run, events}`` that are new; then whether there was news, and a status."""
         events, news = dicts_of(data, "events"), False
         for event in events:
             if self.accept(event):
-                news = True
-                yield event
+                news, self.last_event_at = True, self.clock()
+                yield event, ""
         run = dict_of(data, "run")
         return self.judge(run) or news, bool(text_of(run, "status"))
 
-    def stream(self, exchange: Exchange) -> Generator[Json, None, Tuple[bool, bool]]:
+    def stream(self, exchange: Exchange) -> Generator[Tuple[Json, str], None, Tuple[bool, bool]]:
         """A stream until it ends or is silent, or the run seems to have ended; values as of ``snapshot``."""
         decoder, news, judged = SSEDecoder(self.last_event_id), False, False
         opened_at, leave_at = self.clock(), float("inf")
@@ -1627,14 +1621,15 @@ class _Tail:
                 raise InvalidResponseError(f"an event of over {MAX_BODY >> 20} MiB", code="TOO_LARGE")
             if messages or now - opened_at >= 10.0:  # comments alone make no good stream, but in the long run they do
                 self.good()
+            now, parse, accept = self.clock(), self.parse, self.accept
             for message in messages:
-                data = self.parse(message.data)
+                data = parse(message.data)
                 if "type" not in data and ("run" in data or "events" in data):
                     told, known = yield from self.snapshot(data)
                     news, judged = news or told, judged or known
-                elif data and self.accept(data):
-                    news = True
-                    yield data
+                elif data and accept(data):
+                    news, self.last_event_at = True, now
+                    yield data, message.data
             if decoder.retry_ms is not None:
                 self.retry_s = min(30000, max(500, decoder.retry_ms)) / 1000
         return news, judged
@@ -1645,9 +1640,7 @@ class _Tail:
         except ValueError:
             data = None
         if isinstance(data, dict):
-            event = Event(data)
-            event.text = text
-            return event
+            return data
         if not self.puzzled:
             self.puzzled = True
             self.say("the stream sent something that is no event; it was left out")
@@ -1655,7 +1648,9 @@ class _Tail:
 
     def accept(self, event: Json) -> bool:
         """Whether ``event`` is new; what it tells about the run is kept."""
-        key = event_key(event)
+        key = event.get("id")
+        if not isinstance(key, str) or not key:
+            key = event_key(event)
         if key in self.seen or key in self.seen_before:
             return False
         self.seen.add(key)
@@ -1670,7 +1665,6 @@ class _Tail:
         error = text_of(payload, "error")[:4000] if "error" in payload else ""
         self.recent.append((message[:4000] if isinstance(message, str) else "", error))
         self.ending = event.get("type") in _ENDING_TYPES
-        self.last_event_at = self.clock()
         return True
 
     def judge(self, run: Json) -> bool:
@@ -1790,7 +1784,8 @@ def tail(
     once it has had an answer. TailTimeout after ``timeout_s``; other MogplexErrors when the
     service refuses, or stays away. ``on_progress`` may raise to end it.
     """
-    yield from _Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random).items()
+    state = _Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random)
+    return (item for item, _ in state.items())
 
 
 # ==== Everything above this line can be copied out and used as a library. ====
@@ -1825,10 +1820,18 @@ _COMPACT = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # json
 def ndjson(record: object) -> str:
     """One line of ASCII JSON, the record as it came; ``##`` is spelled so that a CI runner sees no ``##[`` in it."""
     try:
-        line = isinstance(record, Event) and record.line() or _COMPACT.encode(record)
-        return line.replace("##", "#\\u0023")
+        return _COMPACT.encode(record).replace("##", "#\\u0023")
     except RecursionError:
         raise InvalidResponseError("an object nested too deeply to be printed") from None
+
+
+def ndjson_lines(records: Sequence[Tuple[object, str]]) -> str:
+    """A line of each record; its JSON text as it came is taken where that is known, and all are lines of ASCII JSON."""
+    lines = "\n".join([text for _, text in records])
+    if not lines.isascii() or lines.count("\n") >= len(records) or "NaN" in lines or "Infinity" in lines \
+            or not all([text for _, text in records]):
+        return "\n".join([ndjson(record) for record, _ in records])
+    return lines.replace("##", "#\\u0023")
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional[int], free: Sequence[str]) -> str:
@@ -4370,18 +4373,20 @@ class Follower:
         self.newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
         self.drawn, self.drawn_at, self.spoke_at = "", -1.0, clock()
         self.last_lines: List[str] = []
-        self.lines: List[str] = []  # of what came together: a flush for each would cost more than all the rest
+        # What came together is written together: a write for each would cost more than all the rest.
+        self.events: List[Tuple[Json, str]] = []
         self.held, self.in_section, self.in_github = 0, False, ctx.environ.get("GITHUB_ACTIONS") == "true"
 
     def run(self, timeout_s: Optional[float], limit: int = MAX_LIMIT) -> int:
         """Follow to the end; the exit code."""
         self.mark_section(True)
         try:
-            for item in tail(self.client, self.run_id, timeout_s=timeout_s or DEFAULT_TIMEOUT_S, limit=limit,
-                             on_progress=self.progress, clock=self.clock):
+            state = _Tail(self.client, self.run_id, timeout_s or DEFAULT_TIMEOUT_S, limit, self.progress,
+                          clock=self.clock)
+            for item, text in state.items():
                 if isinstance(item, Verdict):
                     return self.finish(item)
-                self.show(item)
+                self.show(item, text)
             raise AssertionError("a tail ends with its verdict")
         except TailTimeout as error:
             raise TailTimeout(f"--follow {error.message}", hint=f"resume: {self.again}") from None
@@ -4423,21 +4428,21 @@ class Follower:
             self.ctx.note(silence_line(progress, now))
             self.spoke_at = now
 
-    def show(self, event: Json) -> None:
+    def show(self, event: Json, text: str) -> None:
         """An event's line: it is out before the tail waits for more."""
-        line = ndjson(event) if self.as_json else event_line(event, self.newline)
         if self.in_github:
             self.last_lines = [*self.last_lines[-9:], event_line(event)[:300]]
-        self.lines.append(line)
-        self.held += len(line)
+        self.events.append((event, text))
+        self.held += len(text) or 65536  # what came in a poll can be of any length
         if self.held > 65536:
             self.flush()
 
     def flush(self) -> None:
-        if self.lines:
-            lines, self.lines, self.held = self.lines, [], 0
+        if self.events:
+            events, self.events, self.held = self.events, [], 0
             self.erase()
-            self.ctx.emit("\n".join(lines))
+            self.ctx.emit(ndjson_lines(events) if self.as_json else
+                          "\n".join([event_line(event, self.newline) for event, _ in events]))
 
     def erase(self) -> None:
         """Take the status line away before something else is written."""
