@@ -2090,7 +2090,7 @@ class State(NamedTuple):
     recalled: int = 0           # how far back in the history; 0 is the line being typed, which is
     draft: str = ""             # kept here meanwhile
     notice: Tuple[str, str, float] = ("", "", 0.0)  # text, style, and until when
-    question: Tuple[str, Effect] = ("", ())
+    killing: str = ""           # the run that is cancelled if the next key is y
     armed_until: float = 0.0    # a second Ctrl+C before this leaves
     mouse: bool = True
     wanted: str = ""            # the repository to take once the list is here: its id or name
@@ -2273,8 +2273,7 @@ def choose_repo(state: State, name: str) -> State:
 def kill(state: State, _: str = "") -> State:
     if not state.run_id or state.over:
         return state.say("No run is shown that could be cancelled.", "warn")
-    words = f"Cancel run {harmless(state.run_id, 8)} in the cloud?  y yes · any other key no"
-    return state._replace(question=(words, ("cancel", state.run_id)))
+    return state._replace(killing=state.run_id)
 
 
 def export_text(state: State, form: str) -> str:
@@ -2283,11 +2282,8 @@ def export_text(state: State, form: str) -> str:
         return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
     if form == "jsonl":
         return "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
-    marks = str.maketrans({mark: "\\" + mark for mark in "\\|`*_<>[]"})
-    lines = [f"# Mogplex run {harmless(state.run_id)}", "", f"{status_of(state.run)[1]}: {target_url(state)}", "",
-             "| time | type | message |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {entry.time} | {entry.kind.translate(marks)} | {entry.text.translate(marks)} |"
-                              for entry in state.entries]) + "\n"
+    lines = [f"# Mogplex run {harmless(state.run_id)}", "", f"{status_of(state.run)[1]}: {target_url(state)}", ""]
+    return "\n".join(lines + [f"    {event_line(event)}" for event in events]) + "\n"  # indented, it is no Markdown
 
 
 def export(state: State, words: str) -> State:
@@ -2326,7 +2322,6 @@ COMMANDS: Dict[str, Tuple[str, str, Handler]] = {  # what follows it, what it do
     "login": ("", "sign in", lambda state, _: signed_out(state)),
     "logout": ("", "forget the stored sign-in", ("logout",)),
     "help": ("", "every key and every command", "help"),
-    "palette": ("", "find anything by a few letters", "palette"),
     "clear": ("", "clear filter, alerts and messages", lambda state, _: state._replace(filter="", alerts=())),
     "quit": ("", "leave; runs go on in the cloud", ("leave",)),
     "exit": ("", "the same as /quit", ("leave",)),
@@ -2388,11 +2383,11 @@ def records(state: State, drawer: Drawer) -> Iterable[Json]:
     """What a table lists."""
     kind, names = drawer.kind, {"harnesses": HARNESSES, "export": EXPORTS}
     if kind in ("help", "palette"):
-        keys = [{"id": key, "does": does} for key, does in HELP] if kind == "help" else []
-        runs = [{"id": line, "line": line, "does": f"{status_of(run)[1]}  {run_label(run)}"} for run in state.runs
-                for line in [f"/attach {text_of(run, 'id')}"]] if kind == "palette" else []
-        return keys + [{"id": f"/{name} {words}", "does": does, "line": f"/{name}" + " " * words.isalpha()}
-                       for name, (words, does, _) in COMMANDS.items()] + runs
+        words = [{"id": f"/{name} {words}", "does": does, "line": f"/{name}" + " " * words.isalpha()}
+                 for name, (words, does, _) in COMMANDS.items()]
+        return [{"id": key, "does": does} for key, does in HELP] + words if kind == "help" else words + [
+            {"id": f"/attach {text_of(run, 'id')[:8]}", "does": f"{status_of(run)[1]}  {run_label(run)}",
+             "line": f"/attach {text_of(run, 'id')}"} for run in state.runs]
     if kind == "sandboxes":
         return [{**one, "branch": branch_of(one), "detail": one.get("error") or one.get("preview_url")}
                 for one in state.sandboxes]
@@ -2624,9 +2619,9 @@ KEYS: Dict[str, Dict[str, Handler]] = {
 
 def on_key(state: State, name: str) -> State:
     state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
-    if state.question[0]:
-        question, state = state.question, state._replace(question=("", ()))
-        return state.ask(*question[1]) if name in ("y", "Y") else state.say("Not cancelled.")
+    if state.killing:
+        run_id, state = state.killing, state._replace(killing="")
+        return state.ask("cancel", run_id) if name in ("y", "Y") else state.say("Not cancelled.")
     keys, page_rows = KEYS["drawer" if state.drawer else state.focus], state.height - 9
     name = ALIASES.get(name, name) if keys is PANE else name
     handler = ANYWHERE.get(name) or keys.get(name)
@@ -2636,7 +2631,7 @@ def on_key(state: State, name: str) -> State:
 
 def on_text(state: State, text: str) -> State:
     """What was typed: words where words are taken, else keys; a word typed in one go never leaves."""
-    if not state.question[0] and (state.drawer or state.focus in ("composer", "filter")):
+    if not state.killing and (state.drawer or state.focus in ("composer", "filter")):
         return on_paste(state, text)
     for char in text:
         state = on_key(state, char) if char != "q" or text == "q" else state
@@ -2645,7 +2640,7 @@ def on_text(state: State, text: str) -> State:
 
 def on_paste(state: State, text: str) -> State:
     """A paste is one text and runs nothing; from a pane it goes to the composer."""
-    return insert(state._replace(notice=("", "", 0.0), armed_until=0.0, question=("", ())), text)
+    return insert(state._replace(notice=("", "", 0.0), armed_until=0.0, killing=""), text)
 
 
 def on_wheel(state: State, step: int, column: int) -> State:
@@ -2699,10 +2694,6 @@ def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) ->
     return noted(state, run_id, progress.run)
 
 
-def on_verdict(state: State, run_id: str, verdict: Verdict) -> State:
-    return noted(state._replace(over=True, adrift=False, truncated=verdict.truncated), run_id, verdict.run)
-
-
 def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: float) -> State:
     state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms)
     if source == "run":
@@ -2748,13 +2739,6 @@ def on_started(state: State, run: Json, task: str) -> State:
     return state.say("That run had been started before." if run.get("replayed") is True else "Run started.", "ok")
 
 
-def on_signed_in(state: State, overruled: bool) -> State:
-    """A sign-in was stored; ``overruled``: MOGPLEX_API_KEY is used all the same."""
-    state = connected(state._replace(refused=""))
-    return state.say("Signed in.", "ok") if not overruled else state.say(
-        "The sign-in is stored, but MOGPLEX_API_KEY is set and stays in force: unset it to use that.", "warn", 60.0)
-
-
 def on_tick(state: State) -> State:
     """Once a second. Beside the tail there is a look at one other thing every 10 s, without a tail every 5 s.
 
@@ -2777,11 +2761,13 @@ def on_tick(state: State) -> State:
 MESSAGES: Dict[str, Callable[..., State]] = {
     "key": on_key, "text": on_text, "paste": on_paste, "wheel": on_wheel, "tick": on_tick, "event": on_event,
     "resize": lambda state, width, height: state._replace(width=width, height=height), "progress": on_progress,
-    "verdict": on_verdict, "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
+    "verdict": lambda state, run_id, verdict: noted(
+        state._replace(over=True, adrift=False, truncated=verdict.truncated), run_id, verdict.run),
+    "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
     "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
     "lapses": lambda state, at: state._replace(lapses_at=at),
     "signed out": lambda state, text: signed_out(state, text) if state.signed_in else state.say(text, "warn"),
-    "signed in": on_signed_in,
+    "signed in": lambda state, text: connected(state._replace(refused="")).say(text, "ok", 60.0),
 }
 
 
@@ -2911,9 +2897,7 @@ def timeline(state: State, width: int, rows: int) -> List[Line]:
 
 def welcome(state: State, width: int) -> List[Segment]:
     """What the body says without a run, or while nobody is signed in; a segment a line."""
-    blank, link, where = ("", ""), state.sign_in_url, "(/repo says where)."
-    if state.repo:
-        where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}."
+    blank, link = ("", ""), state.sign_in_url
     if link:
         return [("Waiting for the browser. If none opened, open this address yourself:", "bold"), blank,
                 *((piece, "accent") for piece in wrapped(link, width - 6)), blank, ("Esc gives up the wait.", "dim")]
@@ -2923,10 +2907,8 @@ def welcome(state: State, width: int) -> List[Segment]:
                 ("paste a token    then Enter; tokens are made at", ""),
                 (f"                 {state.base_url}/settings/api-keys", "accent"), blank,
                 ("Esc tries again with the sign-in that is stored.", "dim")]
-    return [("Nothing is shown yet.", "bold"), blank,
-            ("Type what is to be done and press Enter:", ""), (f"{state.harness} does it in the cloud {where}", ""),
-            blank, ("/repo     another repository", ""), ("/attach   watch a run started elsewhere", ""),
-            ("/help     every key and command", "")]
+    return [("Type what is to be done and press Enter.", "bold"), blank, ("/repo     another repository", ""),
+            ("/attach   watch a run started elsewhere", ""), ("/help     every key and command", "")]
 
 
 def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Line]:
@@ -2977,8 +2959,8 @@ def composer(state: State, width: int, most: int) -> List[Line]:
 def hints(state: State) -> Line:
     """The last row: a question, a notice, what can be completed, else the keys."""
     found = completions(state) if state.focus == "composer" and not state.drawer else []
-    if state.question[0]:
-        return [(f" {state.question[0]}", "alert")]
+    if state.killing:
+        return [(f" Cancel run {harmless(state.killing, 8)} in the cloud?  y yes · any other key no", "alert")]
     if state.notice[2] > state.now:
         return [(f" {state.notice[0]}", state.notice[1])]
     if len(found) == 1 or state.text[1:] in COMMANDS:
@@ -3064,9 +3046,14 @@ SENT_KEYS = {  # as xterm and all that follow it send them, with ESC [ for ESC O
     "\x1b[3~": "delete", "\x1b[5~": "pgup", "\x1b[6~": "pgdown", "\x1b[Z": "btab", "\x1b[P": "f1", "\x1b[11~": "f1",
     "\x1b[[A": "f1",
 }
-_SENT = re.compile(  # the wheel, an old mouse report, a key, an answer of the terminal, text, a control character
-    "\x1b\\[<(6[45]);(\\d+);\\d+M|\x1b\\[M[^\x1b]{3}|\x1b(?:\\[\\[[A-E]|\\[[0-?]*[ -/]*[@-~]|O[ -~]"
-    "|[\\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\\\)|[^\\[O\\]P_^X\x1b]|(?=\x1b))|([^\x00-\x1f\x7f-\x9f]+)|[^\x1b]")
+_SENT = re.compile(  # what is complete of what was sent; a paste that has no end yet is not
+    "(?s)\x1b\\[200~(.*?)\x1b\\[201~"            # a paste
+    "|\x1b\\[<(6[45]);(\\d+);\\d+M"              # the wheel
+    "|\x1b\\[M[^\x1b]{3}"                        # a mouse report of the old kind
+    "|\x1b(?!\\[200~)(?:\\[\\[[A-E]|\\[[0-?]*[ -/]*[@-~]|O[ -~]"  # a key
+    "|[\\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\\\)"     # an answer of the terminal
+    "|[^\\[O\\]P_^X\x1b]|(?=\x1b))"               # Alt and a key; Esc before another sequence
+    "|([^\x00-\x1f\x7f-\x9f]+)|[^\x1b]")         # text; a control character
 
 
 def sliced(sent: str, final: bool) -> Tuple[List[Message], str]:
@@ -3079,22 +3066,17 @@ def sliced(sent: str, final: bool) -> Tuple[List[Message], str]:
     if re.search("[^\x00-\x1f]{2}[\r\n]+[^\r\n\x1b]", sent) and "\x1b" not in sent:
         return [("paste", re.sub("\r\n?", "\n", sent))], ""
     while sent:
-        if sent.startswith("\x1b[200~"):
-            text, end, rest = sent[6:].partition("\x1b[201~")
-            if not end:
-                break
-            messages.append(("paste", re.sub("\r\n?", "\n", text)))
-            sent = rest
-            continue
         match = _SENT.match(sent)
         if not match and not final:
             break
         part = match.group() or "\x1b" if match else "\x1b"
         sent = sent[len(part):]
-        if match and match[3]:
+        if match and match[1] is not None:
+            messages.append(("paste", re.sub("\r\n?", "\n", match[1])))
+        elif match and match[2]:
+            messages.append(("wheel", 3 if match[2] == "65" else -3, int(match[3]) - 1))
+        elif match and match[4]:
             messages.append(("text", part))
-        elif match and match[1]:
-            messages.append(("wheel", 3 if match[1] == "65" else -3, int(match[2]) - 1))
         else:
             control = f"^{chr(ord(part) % 32 + 96)}" if len(part) == 1 else ""
             name = SENT_KEYS.get(part.replace("\x1bO", "\x1b["), control)
@@ -3296,7 +3278,7 @@ class Desk:
 
     def store(self, entry: Json) -> Message:
         store_credential(self.facts["home"], entry)
-        return "signed in", self.facts["overruled"]
+        return "signed in", f"Signed in. {self.facts['overruled']}"
 
     def do_login(self) -> Message:
         self.stopped, base_url = False, self.facts["base_url"]
@@ -3311,7 +3293,7 @@ class Desk:
     def do_logout(self) -> Message:
         forget_credential(self.facts["home"])
         if self.facts["overruled"]:
-            return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
+            return "say", self.facts["overruled"], "warn"
         return "signed out", "Signed out: the stored sign-in is forgotten."
 
 
@@ -3396,16 +3378,15 @@ class Shell:
 
 def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str, run_id: str) -> State:
     """What is known before the first answer: the remembered runs, and the words of the command line."""
-    runs = {text_of(run, "id"): run for run in reversed(remembered_runs(home, base_url))}
-    newest = tuple(reversed(list(runs.values())))
-    wanted = environ.get("MOGPLEX_REPO") or (text_of(newest[0], "repo") if newest else "")
-    tasks = tuple(dict.fromkeys(text_of(run, "task") for run in runs.values() if text_of(run, "task")))
-    state = State(base_url=base_url, now=time.time(), runs=newest, history=tasks, wanted=wanted).write(text)
+    runs = tuple({text_of(run, "id"): run for run in remembered_runs(home, base_url)}.values())
+    wanted = environ.get("MOGPLEX_REPO") or (text_of(runs[0], "repo") if runs else "")
+    tasks = tuple(dict.fromkeys(filter(None, (text_of(run, "task") for run in reversed(runs)))))
+    state = State(base_url=base_url, now=time.time(), runs=runs, history=tasks, wanted=wanted).write(text)
     state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
-    for run in newest[:8]:
+    for run in runs[:8]:
         state = state.ask("poll", "run", text_of(run, "id"))
     if run_id:
-        state = attach(state, text_of(newest[0], "id") if run_id == "@last" and newest else run_id)
+        state = attach(state, text_of(runs[0], "id") if run_id == "@last" and runs else run_id)
     if text:
         import difflib
         near = difflib.get_close_matches((text.split() or [""])[0], SUBCOMMANDS, 1, 0.6)
@@ -3431,7 +3412,8 @@ def run_cockpit(
     screen = Screen(environ)
     shell = Shell(
         screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url, home=home,
-        environ=environ, run_browser=run_browser, overruled=bool(environ.get("MOGPLEX_API_KEY", "").strip()))
+        environ=environ, run_browser=run_browser, overruled="MOGPLEX_API_KEY is set and stays in force: unset it."
+        if environ.get("MOGPLEX_API_KEY", "").strip() else "")
 
     def end(number: int, _: object) -> None:
         for one in fatal:

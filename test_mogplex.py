@@ -2348,14 +2348,14 @@ GOLDEN = {  # each row after a |
 |
 |
 |
-|   Nothing is shown yet.
 |
-|   Type what is to be done and press Enter:
-|   codex does it in the cloud (/repo says where).
+|   Type what is to be done and press Enter.
 |
 |   /repo     another repository
 |   /attach   watch a run started elsewhere
 |   /help     every key and command
+|
+|
 |
 |
 |
