@@ -3434,6 +3434,8 @@ def run_cockpit(
     handlers.update({signal.SIGWINCH: lambda *_: shell.resize(), signal.SIGCONT: lambda *_: shell.resume(),
                      signal.SIGTSTP: signal.SIG_DFL})
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    # The kernel may hand a signal to a worker's thread, and then the loop would sleep on until the next tick.
+    wake_before = signal.set_wakeup_fd(shell.wake_out, warn_on_full_buffer=False)
     atexit.register(screen.restore)
     sys.excepthook, threading.excepthook = fail, fail_thread
     try:
@@ -3447,6 +3449,7 @@ def run_cockpit(
         screen.restore()
         atexit.unregister(screen.restore)
         sys.excepthook, threading.excepthook = hooks
+        signal.set_wakeup_fd(wake_before)
         for number, handler in previous.items():
             signal.signal(number, handler)
         if shell.state.run_id:  # leaving never stops a run
