@@ -2629,6 +2629,11 @@ def on_key(state: State, name: str) -> State:
     return act(state, handler) if handler else move(state, steps[name]) if name in steps else state
 
 
+def on_paste(state: State, text: str) -> State:
+    """A paste is one text and runs nothing; from a pane it goes to the composer."""
+    return insert(state._replace(notice=("", "", 0.0), armed_until=0.0, killing=""), text)
+
+
 def on_text(state: State, text: str) -> State:
     """What was typed: words where words are taken, else keys; a word typed in one go never leaves."""
     if not state.killing and (state.drawer or state.focus in ("composer", "filter")):
@@ -2636,11 +2641,6 @@ def on_text(state: State, text: str) -> State:
     for char in text:
         state = on_key(state, char) if char != "q" or text == "q" else state
     return state
-
-
-def on_paste(state: State, text: str) -> State:
-    """A paste is one text and runs nothing; from a pane it goes to the composer."""
-    return insert(state._replace(notice=("", "", 0.0), armed_until=0.0, killing=""), text)
 
 
 def on_wheel(state: State, step: int, column: int) -> State:
