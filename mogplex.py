@@ -2060,20 +2060,17 @@ HELP = (
 )
 HINTS = {
     "composer": "Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit",
-    "timeline": "j k move · Enter details · f follow · / filter · y copy · o open · x kill · ? help · q quit",
-    "rail": "j k move · Enter open · Tab composer · : palette · ? help · q quit",
+    "pane": "j k move · Enter open · f follow · / filter · y copy · o open · x kill · ? help · q quit",
     "filter": "type to filter · Enter keep · Esc clear", "drawer": "type to search · ↑ ↓ move · Enter open · Esc close",
     "signed out": "Enter open the browser · or paste a token, then Enter · ^C ^C quit",
 }
 width_of = functools.lru_cache(8192)(text_width)  # every frame measures mostly what the last one did
 fitted = functools.lru_cache(8192)(fit)
 MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
-EXPORTS = {"json": "one object: the run and its events", "jsonl": "one event a line", "markdown": "a page to read"}
-FETCHES: Dict[str, Callable[[Client, str], Any]] = {  # what can be read, most of it for the drawer of this name
-    "repos": lambda client, _: client.repos(limit=MAX_LIMIT), "run": lambda client, run_id: client.run(run_id),
-    "sandboxes": lambda client, _: client.sandboxes(), "logs": lambda client, name: client.sandbox_logs(name),
-    "agents": lambda client, _: client.agents(), "models": lambda client, _: client.models(),
-    "mcp": lambda client, _: client.mcp_servers(),
+EXPORTS = ("json", "jsonl", "markdown")
+FETCHES = {  # what can be read, most of it for the drawer of this name, and by which method of the Client
+    "repos": "repos", "run": "run", "sandboxes": "sandboxes", "logs": "sandbox_logs", "agents": "agents",
+    "models": "models", "mcp": "mcp_servers",
 }
 
 
@@ -2108,7 +2105,6 @@ class Drawer(Record):
     query: str = ""
     at: int = 0
     error: str = ""
-    items: Tuple[Item, ...] = ()
 
 
 class State(Record):
@@ -2129,7 +2125,7 @@ class State(Record):
     recalled: int = 0           # how far back in the history; 0 is the line being typed, which is
     draft: str = ""             # kept here meanwhile
     notice: Tuple[str, str, float] = ("", "", 0.0)  # text, style, and until when
-    question: Tuple[str, Effect] = ("", ())
+    killing: str = ""           # the run that is cancelled if the next key is y
     armed_until: float = 0.0    # a second Ctrl+C before this leaves
     mouse: bool = True
     wanted: str = ""            # the repository to take once the list is here: its id or name
@@ -2143,13 +2139,10 @@ class State(Record):
     pull_request: str = ""      # its URL
     pushed: str = ""            # the branch that the shown run really works on
     entries: Tuple[Entry, ...] = ()
-    heard_at: float = 0.0       # when the newest of them happened
     over: bool = False          # the verdict is in
-    adrift: bool = False        # its tail gave up, and is to be tried again
-    stale: bool = False         # its tail began anew: the next event is the first once more
+    adrift: bool = False        # its tail gave up, or begins anew: the next event is the first once more
     truncated: bool = False
     at: int = 0                 # the selected entry, counted among those that pass the filter
-    top: int = 0
     follow: bool = True
     filter: str = ""
     runs: Tuple[Json, ...] = ()  # remembered, newest first, with "status" and "error" once known
@@ -2187,7 +2180,7 @@ class State(Record):
 
 
 def status_of(record: Json) -> Tuple[str, str, str]:
-    """(glyph, word, style) of a run or a sandbox; health_of has the same of the transport."""
+    """(glyph, word, style) of a run or a sandbox; causes() has the same of the transport."""
     word = harmless(record.get("status"), 20)
     glyph, style = STATUSES.get(word, ("○", "dim"))
     return glyph, word, style
@@ -2223,37 +2216,24 @@ def listed(state: State) -> List[Tuple[str, Json]]:
     return [("/attach", run) for run in state.runs] + [("/logs", sandbox) for sandbox in state.sandboxes]
 
 
-def found_in(drawer: Drawer) -> List[Item]:
-    """The items with the letters of the query in this order, first those where they lie closest."""
-    pattern, found = re.compile(".*?".join(map(re.escape, "".join(drawer.query.lower().split())))), []
-    for position, item in enumerate(drawer.items):
-        spans = [match.end() - match.start() for match in pattern.finditer(item.text.lower())]
-        if spans:
-            found.append((min(spans), position, item))
-    return [item for _, _, item in sorted(found)]
-
-
-def health_of(state: State) -> Tuple[str, str, str]:
+def causes(state: State) -> Tuple[Sequence[str], List[Tuple[str, str]]]:
+    """(glyph, word, style) of the transport, and the alerts: (run id or "", text), each there as long as its cause."""
     wait_s, latency = state.held_until - state.now, f"{state.latency_ms:.0f}ms"
-    cases = (
-        (not state.signed_in, "○", "signed out", "dim"), (wait_s > 0, "◌", f"reconnect {wait_s:.0f}s", "warn"),
-        (state.failures >= 3 or "resolve" in state.trouble, "✗", "offline", "bad"),
-        (state.failures, "◌", "reconnect", "warn"), (state.refused, "○", "degraded refused", "warn"),
-        (state.truncated or state.latency_ms > 2000, "○", f"degraded {latency}", "warn"),
-        (state.latency_ms, "●", f"nominal {latency}", "ok"), (True, "◌", "connecting", "dim"))
-    return next((glyph, words, style) for applies, glyph, words, style in cases if applies)
-
-
-def alerts_of(state: State) -> List[Tuple[str, str]]:
-    """(run id or "", text) of what needs a person, the worst first. Each goes when its cause does."""
     lapse_s = 9e9 if state.lapses_at is None else state.lapses_at - state.now
-    wait = format_duration(state.held_until - state.now)
-    causes = (
-        (state.refused and state.signed_in, f"{state.refused} · /login signs in again"),
-        (state.held_until > state.now, f"Rate limited: nothing is polled for {wait}; runs go on in the cloud"),
-        (state.failures >= 3, f"No answer from the service, trying again by itself: {state.trouble}"),
-        (lapse_s < 600, f"The sign-in lapses in {format_duration(lapse_s)} · /login renews it"))
-    return list(state.alerts) + [("", text) for cause, text in causes if cause]
+    cases: Iterable[Tuple[object, str, str, str, str]] = (
+        (not state.signed_in, "○", "signed out", "dim", ""),
+        (wait_s > 0, "◌", f"reconnect {wait_s:.0f}s", "warn",
+         f"Rate limited: nothing is polled for {format_duration(wait_s)}; runs go on in the cloud"),
+        (state.failures >= 3 or "resolve" in state.trouble, "✗", "offline", "bad",
+         f"No answer from the service, trying again by itself: {state.trouble}"),
+        (state.failures, "◌", "reconnect", "warn", ""),
+        (state.refused and state.signed_in, "○", "degraded refused", "warn",
+         f"{state.refused} · /login signs in again"),
+        (state.truncated or state.latency_ms > 2000, "○", f"degraded {latency}", "warn", ""),
+        (state.latency_ms, "●", f"nominal {latency}", "ok", ""), (True, "◌", "connecting", "dim", ""),
+        (lapse_s < 600, "", "", "", f"The sign-in lapses in {format_duration(lapse_s)} · /login renews it"))
+    met = [case for applies, *case in cases if applies]
+    return met[0][:3], [*state.alerts, *(("", alert) for *_, alert in met if alert)]
 
 
 def target_url(state: State) -> str:
@@ -2264,19 +2244,6 @@ def target_url(state: State) -> str:
     return next((url for url in urls if url.startswith("https://")), state.base_url)
 
 
-def export_text(state: State, form: str) -> str:
-    events = [entry.event for entry in state.entries]
-    if form == "json":
-        return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
-    if form == "jsonl":
-        return "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
-    marks = str.maketrans({mark: "\\" + mark for mark in "\\|`*_<>[]"})
-    lines = [f"# Mogplex run {harmless(state.run_id)}", "", f"{status_of(state.run)[1]}: {target_url(state)}", "",
-             "| time | type | message |", "| --- | --- | --- |"]
-    return "\n".join(lines + [f"| {entry.time} | {entry.kind.translate(marks)} | {entry.text.translate(marks)} |"
-                              for entry in state.entries]) + "\n"
-
-
 # -- Words: what a line of the composer does
 
 
@@ -2284,8 +2251,8 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), heard_at=0.0, over=False, adrift=False, stale=False, truncated=False, at=0,
-        top=0, follow=True, filter="", drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
+        run_id=run_id, run=run, entries=(), over=False, adrift=False, truncated=False, follow=True, filter="",
+        drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
 
 
 def signed_out(state: State, text: str = "") -> State:
@@ -2298,7 +2265,7 @@ def signed_out(state: State, text: str = "") -> State:
 def connected(state: State) -> State:
     """With everything asked for anew: the credential, the lists, and the shown run."""
     state = state if state.signed_in else state.write(state.waiting)
-    state = state._replace(stale=True, signed_in=True, sign_in_url="", waiting="").ask("connect")
+    state = state._replace(adrift=True, signed_in=True, sign_in_url="", waiting="").ask("connect")
     state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
     return state.ask("watch", state.run_id) if state.run_id else state
 
@@ -2325,25 +2292,33 @@ def begin(state: State, task: str) -> State:
         body["baseBranch"] = base_branch(state)
     if state.delivered:
         body.update(workingBranch=state.delivered, createBranch=False)
-    return state.ask("start", task, body, harmless(state.repo.get("full_name"))).say("Starting a run…")
+    return state.ask("start", task, body).say("Starting a run…")
 
 
 def choose_repo(state: State, name: str) -> State:
     """The repository of this name or id, or the only one with this in its name; else a picker."""
     exact = [repo for repo in state.repos if name in (text_of(repo, "full_name"), text_of(repo, "id"))]
-    parts = [repo for repo in state.repos if name == text_of(repo, "full_name").rpartition("/")[2]]
-    found = exact or parts or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
+    found = exact or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
     if not name or len(found) != 1:
         return state.open("repos").shift(query=name)
     state = state._replace(repo=found[0], branch="", delivered="")
     return state.say(f"The next run starts on {harmless(found[0].get('full_name'))}, branch {base_branch(state)}.")
 
 
-def kill(state: State, _: str) -> State:
+def kill(state: State, _: str = "") -> State:
     if not state.run_id or state.over:
         return state.say("No run is shown that could be cancelled.", "warn")
-    words = f"Cancel run {harmless(state.run_id, 8)} in the cloud?  y yes · any other key no"
-    return state._replace(question=(words, ("cancel", state.run_id)))
+    return state._replace(killing=state.run_id)
+
+
+def export_text(state: State, form: str) -> str:
+    events = [entry.event for entry in state.entries]
+    if form == "json":
+        return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
+    if form == "jsonl":
+        return "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+    lines = [f"# Mogplex run {harmless(state.run_id)}", "", f"{status_of(state.run)[1]}: {target_url(state)}", ""]
+    return "\n".join(lines + [f"    {event_line(event)}" for event in events]) + "\n"  # indented, it is no Markdown
 
 
 def export(state: State, words: str) -> State:
@@ -2357,8 +2332,9 @@ def export(state: State, words: str) -> State:
     return state.ask("export", path, export_text(state, form))
 
 
-# What follows it, what it does, and how: a function, or the drawer that it opens.
-COMMANDS: Dict[str, Tuple[str, str, Union[str, Callable[[State, str], State]]]] = {
+if TYPE_CHECKING:  # what a word or a key does: a drawer to open, an effect, a function
+    Handler = Union[str, Effect, Callable[..., State]]
+COMMANDS: Dict[str, Tuple[str, str, Handler]] = {  # what follows it, what it does, and how
     "run": ("TASK", "start a run; typing the task alone does the same", begin),
     "repo": ("[NAME]", "choose the repository that runs start on", choose_repo),
     "branch": ("[NAME]", "choose the branch that runs start from", lambda state, name: state._replace(
@@ -2380,13 +2356,18 @@ COMMANDS: Dict[str, Tuple[str, str, Union[str, Callable[[State, str], State]]]] 
         "open", target_url(state))),
     "export": ("[FORMAT] [FILE]", "the shown run and its events as json, jsonl or markdown", export),
     "login": ("", "sign in", lambda state, _: signed_out(state)),
-    "logout": ("", "forget the stored sign-in", lambda state, _: state.ask("logout")),
+    "logout": ("", "forget the stored sign-in", ("logout",)),
     "help": ("", "every key and every command", "help"),
-    "palette": ("", "find anything by a few letters", "palette"),
     "clear": ("", "clear filter, alerts and messages", lambda state, _: state._replace(filter="", alerts=())),
-    "quit": ("", "leave; runs go on in the cloud", lambda state, _: state.ask("leave")),
-    "exit": ("", "the same as /quit", lambda state, _: state.ask("leave")),
+    "quit": ("", "leave; runs go on in the cloud", ("leave",)),
+    "exit": ("", "the same as /quit", ("leave",)),
 }
+
+
+def act(state: State, handler: Handler, *arguments: Any) -> State:
+    if isinstance(handler, str):
+        return state.open(handler)
+    return state.ask(*handler) if isinstance(handler, tuple) else handler(state, *arguments)
 
 
 def perform(state: State, line: str) -> State:
@@ -2396,31 +2377,128 @@ def perform(state: State, line: str) -> State:
     name, argument = (line[1:].split(None, 1) + ["", ""])[:2]
     words, _, handler = COMMANDS.get(name.lower(), ("", "", ""))
     if handler and (words or not argument):
-        state = state._replace(drawer=None)
-        return state.open(handler) if isinstance(handler, str) else handler(state, argument.strip())
+        return act(state._replace(drawer=None), handler, argument.strip())
     if handler or name in NOT_OFFERED:
-        reason = "takes nothing after it" if handler else "is not offered by the hosted API"
-        return state.write(line).say(f"/{name} {reason}. Nothing was sent.", "bad")
-    import difflib
-    near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-    hint = f"did you mean /{near[0]}?" if near else "/help lists them."
-    return state.write(line).say(f"/{fit(name, 30)} is no command; {hint} Nothing was sent.", "bad")
+        problem = "takes nothing after it." if handler else "is not offered by the hosted API."
+    else:
+        import difflib
+        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+        problem = f"is no command; did you mean /{near[0]}?" if near else "is no command; /help lists them."
+    return state.write(line).say(f"/{fit(name, 30)} {problem} Nothing was sent.", "bad")
 
 
 def completions(state: State) -> List[str]:
-    """What the composer's text could become; the words after a command are lists that are on screen."""
+    """What the composer's text could become: a command, or the name of a repository or run after it."""
     name, space, argument = state.text[1:].partition(" ")
     if not state.text.startswith("/") or "\n" in state.text:
         return []
     if not space:
         return [f"/{command}{' ' * bool(COMMANDS[command][0])}" for command in COMMANDS if command.startswith(name)]
-    choices = {"repo": [harmless(repo.get("full_name")) for repo in state.repos], "harness": HARNESSES,
-               "attach": [harmless(run.get("id")) for run in state.runs], "export": EXPORTS,
-               "logs": [harmless(sandbox.get("id")) for sandbox in state.sandboxes]}
+    choices = {"repo": [harmless(repo.get("full_name")) for repo in state.repos],
+               "attach": [harmless(run.get("id")) for run in state.runs]}
     return [f"/{name} {choice}" for choice in choices.get(name, ()) if choice.lower().startswith(argument.lower())]
 
 
-# -- Keys: tables of functions from state to state
+# -- Drawers: tables of records, and texts
+
+
+DRAWERS: Dict[str, Tuple[Optional[str], Dict[str, int]]] = {
+    # what Enter performs with the id of a record (None: nothing; "": its own line), and the widths of its columns
+    "help": ("", {"id": 22, "does": 90}), "palette": ("", {"id": 22, "does": 90}),
+    "runs": ("/attach ", {"id": 8, "status": 11, "repo": 18, "time": 16, "task": 90}),
+    "sandboxes": ("/logs ", {"id": 8, "status": 12, "branch": 24, "detail": 90}),
+    "repos": ("/repo ", {"full_name": 40, "default_branch": 30}), "branches": ("/branch ", {"id": 80}),
+    "harnesses": ("/harness ", {"id": 80}), "export": ("/export ", {"id": 80}),
+    "agents": (None, {"name": 22, "model": 26, "description": 90}),
+    "models": (None, {"id": 34, "provider": 14, "name": 60}), "mcp": (None, {"status": 12, "name": 80}),
+    "logs": (None, {}), "event": (None, {}),
+}
+
+
+def records(state: State, drawer: Drawer) -> Iterable[Json]:
+    """What a table lists."""
+    kind, names = drawer.kind, {"harnesses": HARNESSES, "export": EXPORTS}
+    if kind in ("help", "palette"):
+        words = [{"id": f"/{name} {words}", "does": does, "line": f"/{name}" + " " * words.isalpha()}
+                 for name, (words, does, _) in COMMANDS.items()]
+        return [{"id": key, "does": does} for key, does in HELP] + words if kind == "help" else words + [
+            {"id": f"/attach {text_of(run, 'id')[:8]}", "does": f"{status_of(run)[1]}  {run_label(run)}",
+             "line": f"/attach {text_of(run, 'id')}"} for run in state.runs]
+    if kind == "sandboxes":
+        return [{**one, "branch": branch_of(one), "detail": one.get("error") or one.get("preview_url")}
+                for one in state.sandboxes]
+    if kind == "mcp":  # never a config: it holds live secrets
+        return [{"name": server.get("name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
+                for server in drawer.data or ()]
+    if kind == "branches":
+        here = [branch_of(one) for one in state.sandboxes if one.get("repo_id") == state.repo.get("id")]
+        names[kind] = (state.delivered, base_branch(state), harmless(state.repo.get("default_branch")), *here)
+    if kind in names:
+        return [{"id": name} for name in dict.fromkeys(names[kind]) if name]
+    return drawer.data or {"runs": state.runs, "repos": state.repos}.get(kind, ())
+
+
+def columned(record: Json, columns: Mapping[str, int]) -> str:
+    line = ""
+    for key, width in columns.items():
+        text = " ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key))
+        text = text[:8] if (key, width) == ("id", 8) else fit(text, width)
+        line += text + " " * (width - width_of(text) + 2)
+    return line.rstrip()
+
+
+def page(drawer: Drawer) -> str:
+    """The text of a drawer that is no table: all of an event, after its message of many lines; or a sandbox's logs."""
+    if drawer.kind == "event":
+        message = text_of(drawer.data, "message")
+        return (f"{message}\n\n" if "\n" in message else "") + json.dumps(drawer.data, indent=2, ensure_ascii=False)
+    parts = [f"── {name} ──\n{text_of(drawer.data, 'sandbox', name) or '(empty)'}"
+             for name in ("error", "install_log", "dev_log")]
+    events = [(format_time(event.get("created_at")), text_of(event, "event_type"), text_of(event, "decision_code"))
+              for event in dicts_of(drawer.data, "lifecycle_events")]
+    return "\n".join(parts + ["── lifecycle ──", *map("  ".join, events)])
+
+
+def rail_width(width: int) -> int:
+    """The columns of the rail, its edge included; 0 where there is none."""
+    return 0 if width < 100 else 27 if width < 120 else 34
+
+
+def wrapped(text: str, width: int) -> List[str]:
+    """The lines of ``text``, broken into pieces of at most ``width`` columns."""
+    lines = []
+    for line in text.split("\n"):
+        start = 0
+        while not start or start < len(line):
+            lines.append(fit(line[start:start + width], width, "") or line[start:start + 1])
+            start += len(lines[-1]) or 1
+    return lines
+
+
+def items(state: State) -> List[Item]:
+    """The open drawer's lines with the letters of its query in this order, first those where they lie closest."""
+    drawer = state.drawer
+    if not drawer:
+        return []
+    does, columns = DRAWERS[drawer.kind]
+    if columns:
+        lines = [Item(columned(record, columns),
+                      does + harmless(record.get("id" if does else "line")) if does is not None else "",
+                      status_of(record)[2] if "status" in columns else "") for record in records(state, drawer)]
+    else:
+        width = state.width - rail_width(state.width) - 2
+        lines = [Item(line) for line in wrapped(sanitize(page(drawer), "\n"), width)] if drawer.data else []
+    pattern, found = ".*?".join(map(re.escape, "".join(drawer.query.lower().split()))), []
+    if not pattern:
+        return lines
+    for position, item in enumerate(lines):
+        spans = [match.end() - match.start() for match in re.finditer(pattern, item.text.lower())]
+        if spans:
+            found.append((min(spans), position, item))
+    return [item for _, _, item in sorted(found)]
+
+
+# -- Keys
 
 
 def insert(state: State, text: str) -> State:
@@ -2435,16 +2513,6 @@ def insert(state: State, text: str) -> State:
 
 def cut(state: State, start: int, end: int) -> State:
     return state.write(state.text[:max(0, start)] + state.text[end:], max(0, start))
-
-
-def word_start(state: State) -> int:
-    before = state.text[max(0, state.cursor - 500):state.cursor]
-    return state.cursor - len(before) + len(re.sub(r"\S+\s*\Z", "", before)) if before.strip() else 0
-
-
-def word_end(state: State) -> int:
-    after = state.text[state.cursor:state.cursor + 500]
-    return state.cursor + len(after) - len(re.sub(r"\A\s*\S+", "", after))
 
 
 def vertical(state: State, step: int) -> State:
@@ -2484,10 +2552,11 @@ def dismiss(state: State) -> State:
 
 
 def move(state: State, step: int) -> State:
+    """By so many lines in the drawer, else in the rail where that has the focus, else in the timeline."""
     def within(at: int, count: int) -> int:
         return max(0, min(at + step, count - 1))
     if state.drawer:
-        return state.shift(at=within(state.drawer.at, len(found_in(state.drawer))))
+        return state.shift(at=within(state.drawer.at, len(items(state))))
     if state.focus == "rail":
         return state._replace(rail_at=within(state.rail_at, len(listed(state))))
     at = within(selected(state), len(passing(state)))
@@ -2495,25 +2564,28 @@ def move(state: State, step: int) -> State:
 
 
 def choose(state: State) -> State:
+    """Enter, but in the composer: what is selected is opened, or its line performed."""
+    line, entries = "", passing(state)
     if state.drawer:
-        found = found_in(state.drawer)
-        does = found[state.drawer.at].does if state.drawer.at < len(found) else ""
-        if does.endswith(" "):
-            return state._replace(drawer=None).write(does)
-        return perform(state, does) if does else state
-    if state.focus == "rail":
-        does, record = (listed(state)[state.rail_at:] + [("", {})])[0]
-        return perform(state, f"{does} {text_of(record, 'id')}") if does else state
-    return state.open("event", "", passing(state)[selected(state)].event) if passing(state) else state
+        line = "".join(item.does for item in items(state)[state.drawer.at:][:1])
+    elif state.focus == "rail":
+        line = "".join(f"{does} {text_of(record, 'id')}" for does, record in listed(state)[state.rail_at:][:1])
+    elif entries:
+        return state.open("event", "", entries[selected(state)].event)
+    if line.endswith(" "):
+        return state._replace(drawer=None).write(line)
+    return perform(state, line) if line else state
 
 
 def copy(state: State) -> State:
-    """The selected line, or the id in the rail, to the terminal's clipboard."""
+    """The selected line, or the id in the rail, to the terminal's clipboard (OSC 52)."""
+    import base64
     if state.focus == "rail":
-        text = text_of((listed(state)[state.rail_at:] + [("", {})])[0][1], "id")
+        text = "".join(text_of(record, "id") for _, record in listed(state)[state.rail_at:][:1])
     else:
         text = passing(state)[selected(state)].text if passing(state) else ""
-    return state.ask("copy", text).say("Copied to the clipboard.", "ok") if text else state
+    sequence = f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
+    return state.ask("write", sequence).say("Copied to the clipboard.", "ok") if text else state
 
 
 def interrupt(state: State) -> State:
@@ -2525,9 +2597,14 @@ def interrupt(state: State) -> State:
         "Ctrl+C again within 1.5 s leaves; runs go on in the cloud.", "warn", 1.5)
 
 
+def switch_mouse(state: State) -> State:
+    words = "Mouse off: the terminal selects text." if state.mouse else "Mouse on: the wheel scrolls."
+    return state._replace(mouse=not state.mouse).ask("write", MOUSE[not state.mouse]).say(words)
+
+
 def pane(state: State, step: int) -> State:
     """Tab, Shift+Tab: composer, timeline, and the rail where there is one."""
-    order = ("composer", "timeline", "rail")[:3 if state.width >= 100 and listed(state) else 2]
+    order = ("composer", "timeline", "rail")[:3 if rail_width(state.width) and listed(state) else 2]
     at = order.index(state.focus) if state.focus in order else 0
     return state._replace(focus=order[(at + step) % len(order)], drawer=None)
 
@@ -2536,98 +2613,86 @@ def focus(name: str) -> Callable[[State], State]:
     return lambda state: state._replace(focus=name, drawer=None)
 
 
-if TYPE_CHECKING:
-    Keys = Dict[str, Callable[[State], State]]
-ANYWHERE: Keys = {
-    "^c": interrupt, "^p": lambda state: state.open("palette"), "f1": lambda state: state.open("help"),
-    "^f": focus("filter"), "^l": lambda state: state.ask("repaint"), "^z": lambda state: state.ask("suspend"),
-    "^t": lambda state: state._replace(mouse=not state.mouse).ask("mouse", not state.mouse).say(
-        "Mouse off: the terminal selects text." if state.mouse else "Mouse on: the wheel scrolls, a click selects."),
+ALIASES = {"k": "up", "j": "down", "g": "home", "G": "end", "/": "^f", ":": "^p", "?": "f1"}  # in a pane
+ANYWHERE: Dict[str, Handler] = {
+    "^c": interrupt, "^p": "palette", "f1": "help", "^f": focus("filter"), "^l": ("repaint",), "^z": ("suspend",),
+    "^t": switch_mouse,
 }
-MOVES: Keys = {
-    "up": lambda state: move(state, -1), "down": lambda state: move(state, 1), "enter": choose,
-    "home": lambda state: move(state, -10**9), "end": lambda state: move(state, 10**9),
-    "pgup": lambda state: move(state, 9 - state.height), "pgdown": lambda state: move(state, state.height - 9),
-}
-PANE: Keys = {
-    **MOVES, "k": MOVES["up"], "j": MOVES["down"], "g": MOVES["home"], "G": MOVES["end"], "/": focus("filter"),
-    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state))), "y": copy,
+PANE: Dict[str, Handler] = {
+    "enter": choose, "y": copy, "x": kill, "o": lambda state: perform(state, "/open"), "esc": focus("composer"),
+    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state))),
     "q": lambda state: state.say("The composer holds words; Ctrl+C twice leaves all the same.", "warn")
     if state.text else state.ask("leave"),
-    "o": lambda state: perform(state, "/open"), "x": lambda state: perform(state, "/kill"), "?": ANYWHERE["f1"],
-    ":": ANYWHERE["^p"], "tab": lambda state: pane(state, 1), "btab": lambda state: pane(state, -1),
-    "esc": focus("composer"),
+    "tab": lambda state: pane(state, 1), "btab": lambda state: pane(state, -1),
 }
-DRAWER: Keys = {
-    **MOVES, "esc": lambda state: state._replace(drawer=None),
-    "backspace": lambda state: state.shift(query=state.drawer.query[:-1] if state.drawer else "", at=0),
+KEYS: Dict[str, Dict[str, Handler]] = {
+    "timeline": PANE, "rail": PANE,
+    "drawer": {
+        "enter": choose, "esc": lambda state: state._replace(drawer=None),
+        "backspace": lambda state: state.shift(query=state.drawer.query[:-1], at=0),
+    },
+    "filter": {
+        "enter": focus("timeline"), "tab": focus("timeline"),
+        "esc": lambda state: state._replace(focus="composer", filter=""),
+        "backspace": lambda state: state._replace(filter=state.filter[:-1]),
+    },
+    "composer": {
+        "enter": send, "newline": lambda state: insert(state, "\n"), "^j": lambda state: insert(state, "\n"),
+        "esc": dismiss, "tab": complete, "btab": PANE["btab"],
+        "backspace": lambda state: cut(state, state.cursor - 1, state.cursor),
+        "delete": lambda state: cut(state, state.cursor, state.cursor + 1),
+        "^u": lambda state: cut(state, 0, state.cursor), "^w": lambda state: cut(  # to where the last word starts
+            state, state.text[:state.cursor].replace("\n", " ").rstrip().rfind(" ") + 1, state.cursor),
+        "left": lambda state: state._replace(cursor=max(0, state.cursor - 1)),
+        "right": lambda state: state._replace(cursor=min(len(state.text), state.cursor + 1)),
+        "home": lambda state: state._replace(cursor=state.text.rfind("\n", 0, state.cursor) + 1),
+        "end": lambda state: state._replace(cursor=(state.text + "\n").index("\n", state.cursor)) if state.text
+        else move(state, 10**9),
+        "up": lambda state: vertical(state, -1), "down": lambda state: vertical(state, 1),
+    },
 }
-FILTER: Keys = {
-    **MOVES, "enter": focus("timeline"), "tab": focus("timeline"),
-    "esc": lambda state: state._replace(focus="composer", filter=""),
-    "backspace": lambda state: state._replace(filter=state.filter[:-1]),
-}
-COMPOSER: Keys = {
-    "enter": send, "newline": lambda state: insert(state, "\n"), "esc": dismiss, "tab": complete,
-    "btab": lambda state: pane(state, -1), "pgup": MOVES["pgup"], "pgdown": MOVES["pgdown"],
-    "backspace": lambda state: cut(state, state.cursor - 1, state.cursor),
-    "delete": lambda state: cut(state, state.cursor, state.cursor + 1),
-    "^u": lambda state: cut(state, 0, state.cursor), "^k": lambda state: cut(state, state.cursor, len(state.text)),
-    "^w": lambda state: cut(state, word_start(state), state.cursor),
-    "left": lambda state: state._replace(cursor=max(0, state.cursor - 1)),
-    "right": lambda state: state._replace(cursor=min(len(state.text), state.cursor + 1)),
-    "^left": lambda state: state._replace(cursor=word_start(state)),
-    "^right": lambda state: state._replace(cursor=word_end(state)),
-    "home": lambda state: state._replace(cursor=state.text.rfind("\n", 0, state.cursor) + 1),
-    "end": lambda state: state._replace(cursor=(state.text + "\n").index("\n", state.cursor)) if state.text
-    else move(state, 10**9),
-    "up": lambda state: vertical(state, -1), "down": lambda state: vertical(state, 1),
-}
-COMPOSER.update({"^a": COMPOSER["home"], "^e": COMPOSER["end"], "^j": COMPOSER["newline"]})
 
 
 def on_key(state: State, name: str) -> State:
     state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
-    if state.question[0]:
-        question, state = state.question, state._replace(question=("", ()))
-        return state.ask(*question[1]) if name in ("y", "Y") else state.say("Not cancelled.")
-    keys = DRAWER if state.drawer else {"composer": COMPOSER, "filter": FILTER}.get(state.focus, PANE)
+    if state.killing:
+        run_id, state = state.killing, state._replace(killing="")
+        return state.ask("cancel", run_id) if name in ("y", "Y") else state.say("Not cancelled.")
+    keys, page_rows = KEYS["drawer" if state.drawer else state.focus], state.height - 9
+    name = ALIASES.get(name, name) if keys is PANE else name
     handler = ANYWHERE.get(name) or keys.get(name)
-    return handler(state) if handler else state
+    steps = {"up": -1, "down": 1, "pgup": -page_rows, "pgdown": page_rows, "home": -10**9, "end": 10**9}
+    return act(state, handler) if handler else move(state, steps[name]) if name in steps else state
+
+
+def on_paste(state: State, text: str) -> State:
+    """A paste is one text and runs nothing; from a pane it goes to the composer."""
+    return insert(state._replace(notice=("", "", 0.0), armed_until=0.0, killing=""), text)
 
 
 def on_text(state: State, text: str) -> State:
     """What was typed: words where words are taken, else keys; a word typed in one go never leaves."""
-    if not state.question[0] and (state.drawer or state.focus in ("composer", "filter")):
-        return insert(state._replace(notice=("", "", 0.0), armed_until=0.0), text)
+    if not state.killing and (state.drawer or state.focus in ("composer", "filter")):
+        return on_paste(state, text)
     for char in text:
         state = on_key(state, char) if char != "q" or text == "q" else state
     return state
 
 
-def on_paste(state: State, text: str) -> State:
-    """A paste is one text and runs nothing; from a pane it goes to the composer."""
-    state = state._replace(notice=("", "", 0.0), armed_until=0.0, question=("", ()))
-    return insert(state if state.drawer or state.focus == "filter" else state._replace(focus="composer"), text)
+def on_wheel(state: State, step: int, column: int) -> State:
+    """The wheel scrolls what is under it, wherever the focus is."""
+    under = "rail" if column < rail_width(state.width) else "timeline"
+    return move(state._replace(focus=under), step)._replace(focus=state.focus)
 
 
 # -- Messages of the workers
 
 
-def remembering(state: State, run: Json, task: str, repo: str) -> State:
-    """With the shown run at the head of the list, and in the file of this machine."""
-    record = {"id": state.run_id, "service": state.base_url, "repo": repo, "task": task[:200],
-              "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
-    others = (one for one in state.runs if one.get("id") != state.run_id)
-    runs = ({**record, "status": text_of(run, "status")}, *others)
-    return state._replace(runs=runs).ask("remember", record)
-
-
-def noted(state: State, run_id: str, run: Json) -> State:
-    """With what an answer says of a run: in the rail, and in an alert when it has just ended badly."""
-    status, error = harmless(run.get("status"), 20), harmless(run.get("error"), 200)
-    if not status:
+def noted(state: State, run_id: str, run: Json, task: str = "") -> State:
+    """With what an answer says of a run: in the rail, and in an alert when it just failed; a new one is remembered."""
+    if not run:
         return state
+    status, error = harmless(run.get("status"), 20) or "unknown", harmless(run.get("error"), 200)
     shown, known = run_id == state.run_id, [one for one in state.runs if one.get("id") == run_id]
     was = text_of((known + [state.run if shown else {}])[0], "status")
     state = state._replace(run=run) if shown else state
@@ -2636,7 +2701,9 @@ def noted(state: State, run_id: str, run: Json) -> State:
         state = state._replace(alerts=(*(one for one in state.alerts if one[0] != run_id), (run_id, text)))
     if shown and not known:
         repo = next((repo for repo in state.repos if repo.get("id") == run.get("repoId")), {})
-        state = remembering(state, run, "", text_of(repo, "full_name"))
+        record = {"id": run_id, "service": state.base_url, "repo": text_of(repo, "full_name"), "task": task[:200],
+                  "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
+        state = state._replace(runs=(record, *state.runs)).ask("remember", record)
     return state._replace(runs=tuple(
         {**one, "status": status, "error": error} if one.get("id") == run_id else one for one in state.runs))
 
@@ -2650,8 +2717,7 @@ def on_event(state: State, _: str, event: Json) -> State:
         url = text_of(payload, "pull_request_url")
         state = state._replace(pushed=pushed, pull_request=url or state.pull_request,
                                delivered=pushed if url or payload.get("changed") is True else state.delivered)
-    known = () if state.stale else state.entries
-    return state._replace(entries=(*known, entry), stale=False, heard_at=seconds or state.now)
+    return state._replace(entries=(*(() if state.adrift else state.entries), entry), adrift=False)
 
 
 def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
@@ -2681,8 +2747,8 @@ def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: 
     return state
 
 
-def on_error(state: State, source: str, argument: str, error: MogplexError) -> State:
-    """A request that failed: ``source`` is a job or what was to be read."""
+def on_error(state: State, job: str, arguments: Sequence[Any], error: MogplexError) -> State:
+    """A job that failed."""
     text = harmless(str(error)) + (f" · {harmless(error.hint)}" if error.hint else "")
     if isinstance(error, RateLimitedError):
         state = state._replace(held_until=state.now + (error.retry_after_s or 60.0))
@@ -2690,28 +2756,23 @@ def on_error(state: State, source: str, argument: str, error: MogplexError) -> S
         state = state._replace(refused=text)
     elif isinstance(error, UnavailableError):
         state = state._replace(failures=state.failures + 1, trouble=text)
-    if source == "watch":
-        return state._replace(adrift=True).say(text, "bad")
-    if source == "poll" and not isinstance(error, (UnavailableError, RateLimitedError)):
-        state = noted(state, argument, {"status": "unknown"})
-    if source == "start" and not state.text:
-        state = state.write(argument)
-    if state.drawer and state.drawer.kind == source:
+    if job == "watch":
+        state = state._replace(adrift=True)
+    elif job == "start" and not state.text:
+        state = state.write(arguments[0])
+    elif job == "fetch" and state.drawer and state.drawer.kind == arguments[0]:
         return state.shift(error=text)
-    return state if source == "poll" else state.say(text, "bad")
+    elif job == "poll":
+        gone = arguments[0] == "run" and not isinstance(error, (UnavailableError, RateLimitedError))
+        return noted(state, arguments[1], {"status": "unknown"}) if gone else state
+    return state.say(text, "bad")
 
 
-def on_started(state: State, run: Json, task: str, repo: str) -> State:
+def on_started(state: State, run: Json, task: str) -> State:
     """A run that was just started: it is shown, and the branch it continues stays the one to continue."""
-    state = remembering(watch(state, text_of(run, "runId"), run), run, task, repo)
+    run_id = text_of(run, "runId")
+    state = noted(watch(state, run_id, run), run_id, run, task)
     return state.say("That run had been started before." if run.get("replayed") is True else "Run started.", "ok")
-
-
-def on_signed_in(state: State, overruled: bool) -> State:
-    """A sign-in was stored; ``overruled``: MOGPLEX_API_KEY is used all the same."""
-    state = connected(state._replace(refused=""))
-    return state.say("Signed in.", "ok") if not overruled else state.say(
-        "The sign-in is stored, but MOGPLEX_API_KEY is set and stays in force: unset it to use that.", "warn", 60.0)
 
 
 def on_tick(state: State) -> State:
@@ -2724,8 +2785,8 @@ def on_tick(state: State) -> State:
         return state
     if drawer and drawer.error:
         state = state.ask("fetch", drawer.kind, drawer.argument)
-    if state.adrift:
-        state = state._replace(adrift=False, stale=True).ask("watch", state.run_id)
+    if state.adrift and state.run_id:
+        state = state.ask("watch", state.run_id)
     if beat % 2 == 0:
         others = [("run", text_of(run, "id")) for run in state.runs[:20]
                   if run.get("status") not in (*TERMINAL_STATUSES, "unknown") and run.get("id") != state.run_id]
@@ -2733,118 +2794,26 @@ def on_tick(state: State) -> State:
     return state if busy or not state.run_id else state.ask("poll", "run", state.run_id)
 
 
-# -- Drawers: tables of records, and texts
-
-
-class Layout(Record):
-    """Where things are: the body, which is the timeline or a drawer with its title, and the rail beside it."""
-
-    rail: int      # columns of the rail, its edge included; 0: there is none
-    strip: bool    # runs and sandboxes in one row above the body
-    top: int       # the body's first row
-    rows: int      # rows of the body
-    composer: int  # rows of the composer
-
-
-def layout(state: State, width: int, height: int) -> Layout:
-    lines = state.text.count("\n") + 1 + len(state.text) // max(1, width - 4)
-    rail, composer = 0 if width < 100 else 27 if width < 120 else 34, max(1, min(lines, height // 4, 8))
-    strip = not rail and height >= 12
-    top = 1 + strip + bool(alerts_of(state))
-    return Layout(rail, strip, top, height - top - composer - 2, composer)
-
-
-def scrolled(at: int, top: int, rows: int) -> int:
-    """The first line to show, so that line ``at`` is among ``rows``; moved no further than needed."""
-    return max(0, at - max(1, rows) + 1, min(top, at))
-
-
-def folded(text: str, width: int) -> Iterator[Item]:
-    for line in sanitize(text, "\n").split("\n"):
-        while text_width(line) > width:
-            part = fit(line, width, "") or line[:1]
-            yield Item(part)
-            line = line[len(part):]
-        yield Item(line)
-
-
-def logs_text(data: Any) -> str:
-    parts = [f"── {name} ──\n{text_of(data, 'sandbox', name) or '(empty)'}"
-             for name in ("error", "install_log", "dev_log")]
-    events = [(format_time(event.get("created_at")), text_of(event, "event_type"), text_of(event, "decision_code"))
-              for event in dicts_of(data, "lifecycle_events")]
-    return "\n".join(parts + ["── lifecycle ──", *map("  ".join, events)])
-
-
-def event_page(event: Json) -> str:
-    """All of an event; a message of many lines stands before it as it is."""
-    message = text_of(event, "message")
-    return (f"{message}\n\n" if "\n" in message else "") + json.dumps(event, indent=2, ensure_ascii=False)
-
-
-def branches(state: State) -> List[Json]:
-    here = [sandbox for sandbox in state.sandboxes if sandbox.get("repo_id") == state.repo.get("id")]
-    names = [state.delivered, base_branch(state), harmless(state.repo.get("default_branch")), *map(branch_of, here)]
-    return [{"id": name} for name in dict.fromkeys(names) if name]
-
-
-def everything(state: State) -> List[Json]:
-    """What the palette finds: each command, and each run."""
-    found = [{"id": f"/{name}{' ' * (words[:1] not in ('', '['))}", "does": does}
-             for name, (words, does, _) in COMMANDS.items()]
-    return found + [{"id": f"/attach {text_of(run, 'id')}", "does": f"{status_of(run)[1]}  {run_label(run)}"}
-                    for run in state.runs]
-
-
-TEXTS: Dict[str, Tuple[str, Callable[[Any], str]]] = {"logs": ("LOGS", logs_text), "event": ("EVENT", event_page)}
-TABLES: Dict[str, Tuple[str, Callable[[State, Any], Iterable[Json]], Tuple[Tuple[str, int], ...], Optional[str]]] = {
-    # title, records, columns and their widths, and what Enter performs with the id of the record behind it
-    "help": ("HELP", lambda state, _: [{"id": keys, "does": does} for keys, does in HELP] + [
-        {"id": f"/{name} {words}", "does": does} for name, (words, does, _) in COMMANDS.items()],
-        (("id", 22), ("does", 90)), None),
-    "palette": ("PALETTE", lambda state, _: everything(state), (("id", 16), ("does", 90)), ""),
-    "runs": ("RUNS", lambda state, _: state.runs, (
-        ("id", 8), ("status", 11), ("repo", 18), ("time", 16), ("task", 90)), "/attach "),
-    "sandboxes": ("SANDBOXES", lambda state, _: [
-        {**one, "branch": branch_of(one), "detail": one.get("error") or one.get("preview_url")}
-        for one in state.sandboxes], (("id", 8), ("status", 12), ("branch", 24), ("detail", 90)), "/logs "),
-    "repos": ("REPOSITORY", lambda state, data: data or state.repos, (
-        ("full_name", 40), ("default_branch", 30)), "/repo "),
-    "branches": ("BRANCH", lambda state, _: branches(state), (("id", 80),), "/branch "),
-    "harnesses": ("HARNESS", lambda state, _: [{"id": name} for name in HARNESSES], (("id", 80),), "/harness "),
-    "agents": ("AGENTS", lambda _, data: data, (("name", 22), ("model", 26), ("description", 90)), None),
-    "models": ("MODELS", lambda _, data: data, (("id", 34), ("provider", 14), ("name", 60)), None),
-    "mcp": ("MCP SERVERS", lambda _, data: [  # never a config: it holds live secrets
-        {"id": text_of(server, "name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
-        for server in data], (("status", 12), ("id", 80)), None),
-    "export": ("EXPORT", lambda state, _: [{"id": form, "does": does} for form, does in EXPORTS.items()], (
-        ("id", 10), ("does", 60)), "/export "),
+MESSAGES: Dict[str, Callable[..., State]] = {
+    "key": on_key, "text": on_text, "paste": on_paste, "wheel": on_wheel, "tick": on_tick, "event": on_event,
+    "resize": lambda state, width, height: state._replace(width=width, height=height), "progress": on_progress,
+    "verdict": lambda state, run_id, verdict: noted(
+        state._replace(over=True, adrift=False, truncated=verdict.truncated), run_id, verdict.run),
+    "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
+    "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
+    "lapses": lambda state, at: state._replace(lapses_at=at),
+    "signed out": lambda state, text: signed_out(state, text) if state.signed_in else state.say(text, "warn"),
+    "signed in": lambda state, text: connected(state._replace(refused="")).say(text, "ok", 60.0),
 }
 
 
-def columned(record: Json, columns: Iterable[Tuple[str, int]]) -> str:
-    line = ""
-    for key, width in columns:
-        text = " ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key))
-        text = text[:8] if (key, width) == ("id", 8) else fit(text, width)
-        line += text + " " * (width - width_of(text) + 2)
-    return line.rstrip()
-
-
-def filled(state: State) -> State:
-    """With the lines of the open drawer as they are now."""
-    drawer = state.drawer
-    if not drawer:
-        return state
-    if drawer.kind in TEXTS:
-        width = state.width - layout(state, state.width, state.height).rail - 2
-        items = tuple(folded(TEXTS[drawer.kind][1](drawer.data), width)) if drawer.data else ()
-    else:
-        _, records, columns, does = TABLES[drawer.kind]
-        items = tuple(
-            Item(columned(record, columns), "" if does is None else does + harmless(record.get("id")),
-                 status_of(record)[2] if "status" in record else "") for record in records(state, drawer.data or ()))
-    return state.shift(items=items, at=max(0, min(drawer.at, len(items) - 1)))
+def update(state: State, message: Message) -> State:
+    """The state after one message; what shall be done about it stands in its ``effects``."""
+    name, *arguments = message
+    state = state._replace(effects=())
+    if name in ("event", "progress", "verdict") and arguments[0] != state.run_id:
+        return state  # of a run shown before
+    return MESSAGES[name](state, *arguments)
 
 
 # -- View: the state as rows of styled text
@@ -2872,8 +2841,8 @@ def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Ro
     return (*fill(left, room, style), *right) if room > 0 else fill(left, width, style)
 
 
-def header(state: State, width: int) -> Row:
-    bar, glyph, words, style = (" │ ", "line"), *health_of(state)
+def header(state: State, health: Sequence[str], width: int) -> Row:
+    bar, (glyph, words, style) = (" │ ", "line"), health
     row: List[Segment] = [(" mogplex", "brand")] if width >= 40 else []
     if width >= 60:
         branch = state.pushed or state.delivered or base_branch(state)
@@ -2892,16 +2861,15 @@ def header(state: State, width: int) -> Row:
     return ends([(" ", ""), *row] if width < 40 else row, [bar, (f"{glyph} {words} ", style)], width)
 
 
-def rail(state: State, width: int, rows: int) -> List[Tuple[int, Line]]:
-    """(position in listed() or -1, row) of each row of the rail."""
+def rail(state: State, width: int, rows: int) -> List[Line]:
     active = sum(run.get("status") not in (*TERMINAL_STATUSES, None, "unknown") for run in state.runs)
-    focused = state.focus == "rail" and not state.drawer
+    focused, at = state.focus == "rail" and not state.drawer, 0
     title = "key" if focused else "bold"
-    lines: List[Tuple[int, Line]] = [
-        (-1, [(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")])]
+    lines: List[Line] = [[(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")]]
     for position, (does, record) in enumerate(listed(state)):
         if position == len(state.runs):
-            lines.append((-1, [(f" SANDBOXES {len(state.sandboxes)}", title)]))
+            lines.append([(f" SANDBOXES {len(state.sandboxes)}", title)])
+        at = len(lines) if position == state.rail_at else at
         glyph, word, style = status_of(record)
         left, age = [(f"  {glyph} ", style), (branch_of(record), "")], ""
         if does == "/attach":
@@ -2910,10 +2878,8 @@ def rail(state: State, width: int, rows: int) -> List[Tuple[int, Line]]:
             left = [(" ▸" if shown else "  ", "accent"), (f"{glyph} ", style),
                     (harmless(record.get("id"), 4) + " ", "dim"), (run_label(record), "bold" if shown else "")]
         row = ends(left, [(f" {word}", style), (age + " ", "dim")], width)
-        lines.append((position, fill(row, width, "select") if focused and position == state.rail_at else row))
-    at = next((line for line, (position, _) in enumerate(lines) if position == state.rail_at), 0)
-    top = scrolled(at, 0, rows)
-    return lines[top:top + rows]
+        lines.append(fill(row, width, "select") if focused and position == state.rail_at else row)
+    return lines[max(0, at - rows + 1):][:rows]
 
 
 def strip(state: State, width: int) -> Row:
@@ -2931,8 +2897,9 @@ def strip(state: State, width: int) -> Row:
 def outcome(state: State) -> List[Segment]:
     """The line after the newest entry: that the agent is at work, or how the run ended."""
     if not state.over and state.run.get("status") not in TERMINAL_STATUSES:
-        quiet = f", last event {format_age(state.now - state.heard_at)} ago" if state.heard_at else ""
-        return [("… agent working" + quiet if quiet else "… waiting for the first event", "dim")]
+        heard_at = parse_time(state.entries[-1].event.get("createdAt")) if state.entries else None
+        quiet = f", last event {format_age(state.now - heard_at)} ago" if heard_at else ""
+        return [("… agent working" + quiet if state.entries else "… waiting for the first event", "dim")]
     glyph, word, style = status_of(state.run)
     url = target_url(state)
     more = " · the service lists no later events of this run" if state.truncated else ""
@@ -2955,87 +2922,81 @@ def timeline(state: State, width: int, rows: int) -> List[Line]:
     lines: List[Line] = [
         [(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
          ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"), (f" · {kinds} · {len(entries)} events", "dim")]]
-    shown, top = rows - 2, scrolled(at, state.top, rows - 2)
+    top, end = max(0, at - rows + 3), max(at + 1, rows - 2)  # the selected one is among them
     lines += [fill(entry_row(entry, width), width, "select" if focused and position == at else None)
-              for position, entry in enumerate(entries[top:top + shown], top)]
-    newer, indent = len(entries) - top - shown, " " * (11 if width >= 60 else 1)
-    text = f"▼ {newer} newer (End) " if newer > 0 else "▼ End follows "
-    return lines + [[(indent, ""), *outcome(state)] if state.follow else ends([], [(text, "warn")], width)]
+              for position, entry in enumerate(entries[top:end], top)]
+    if state.follow:
+        return lines + [[(" " * (11 if width >= 60 else 1), ""), *outcome(state)]]
+    text = f"▼ {len(entries) - end} newer (End) " if end < len(entries) else "▼ End follows "
+    return lines + [ends([], [(text, "warn")], width)]
 
 
 def welcome(state: State, width: int) -> List[Segment]:
     """What the body says without a run, or while nobody is signed in; a segment a line."""
-    blank, link, where = ("", ""), state.sign_in_url, "(/repo says where)."
-    if state.repo:
-        where = f"on {harmless(state.repo.get('full_name'))}, branch {base_branch(state)}."
+    blank, link = ("", ""), state.sign_in_url
     if link:
         return [("Waiting for the browser. If none opened, open this address yourself:", "bold"), blank,
-                *((link[at:at + width - 6], "accent") for at in range(0, len(link), max(1, width - 6))), blank,
-                ("Esc gives up the wait.", "dim")]
+                *((piece, "accent") for piece in wrapped(link, width - 6)), blank, ("Esc gives up the wait.", "dim")]
     if not state.signed_in:
         return [("Sign in to Mogplex", "bold"), (state.base_url, "accent"), blank,
                 ("Enter            opens your browser, and comes back here by itself", ""),
                 ("paste a token    then Enter; tokens are made at", ""),
                 (f"                 {state.base_url}/settings/api-keys", "accent"), blank,
                 ("Esc tries again with the sign-in that is stored.", "dim")]
-    return [("Nothing is shown yet.", "bold"), blank,
-            ("Type what is to be done and press Enter:", ""), (f"{state.harness} does it in the cloud {where}", ""),
-            blank, ("/repo     another repository", ""), ("/attach   watch a run started elsewhere", ""),
-            ("/help     every key and command", "")]
+    return [("Type what is to be done and press Enter.", "bold"), blank, ("/repo     another repository", ""),
+            ("/attach   watch a run started elsewhere", ""), ("/help     every key and command", "")]
 
 
-def drawer_lines(drawer: Drawer, width: int, rows: int) -> List[Line]:
-    found, title = found_in(drawer), {**TEXTS, **TABLES}[drawer.kind][0]
+def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Line]:
+    found, at = items(state), drawer.at
     sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
-    lines: List[Line] = [ends([(f" {title} {harmless(drawer.argument, 8)} ", "key"), sought],
-                              [(f"{min(drawer.at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
+    lines: List[Line] = [ends([(f" {drawer.kind.upper()} {harmless(drawer.argument, 8)} ", "key"), sought],
+                              [(f"{min(at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
     if drawer.error:
         lines.append([(f" {drawer.error} · trying again by itself", "bad")])
     elif not found:
         word = "nothing has these letters" if drawer.query else "nothing here"
         lines.append([(" loading…" if drawer.kind in FETCHES and drawer.data is None else f" {word}", "dim")])
-    top = scrolled(drawer.at, 0, rows - len(lines))
-    lines += [fill([(f" {item.text}", item.style)], width, "select" if position == drawer.at else None)
-              for position, item in enumerate(found[top:top + rows - len(lines)], top)]
-    return lines
+    room = rows - len(lines)
+    top = max(0, at - room + 1)
+    return lines + [fill([(f" {item.text}", item.style)], width, "select" if position == at else None)
+                    for position, item in enumerate(found[top:top + room], top)]
 
 
 def body(state: State, width: int, rows: int) -> List[Line]:
     if state.drawer:
-        return drawer_lines(state.drawer, width, rows)
+        return drawer_lines(state, state.drawer, width, rows)
     if state.run_id and state.signed_in:
         return timeline(state, width, rows)
     lines = welcome(state, width)[:rows]
     return [[]] * ((rows - len(lines)) // 3) + [[("   "[:width // 20], ""), line] for line in lines]
 
 
-def composer(state: State, width: int, rows: int) -> Sequence[Line]:
+def composer(state: State, width: int, most: int) -> List[Line]:
     """What is being typed, as much as fits around the cursor: that is an empty segment of style "cursor"."""
-    text, cursor, room, here = state.text, state.cursor, max(1, width - 4), (0, 0)
+    text, cursor, room = state.text, state.cursor, width - 4
     if state.focus == "filter":
         text, cursor = state.filter, len(state.filter)
     elif not state.signed_in and not text.startswith("/"):
         text = "•" * len(text)
-    start, lines = max(0, cursor - room * rows), [""]
-    for position, char in enumerate(text[start:cursor + room * rows] + " ", start):
-        if text_width(lines[-1] + char) > room:
-            lines.append("")
-        here = (len(lines) - 1, len(lines[-1])) if position == cursor else here
-        lines[-1:] = [lines[-1], ""] if char == "\n" else [lines[-1] + char]
-    active, top, output = not state.drawer and state.focus in ("composer", "filter"), scrolled(here[0], 0, rows), []
-    for row, line in enumerate(lines[top:top + rows], top):
+    start = max(0, cursor - room * most)
+    before, lines = (wrapped(text[start:end].replace("\n", " \n") + " ", room)  # each line has a place for the cursor
+                     for end in (cursor, cursor + room * most))
+    output: List[Line] = []
+    at, column = len(before) - 1, len(before[-1]) - 1
+    active, top = not state.drawer and state.focus in ("composer", "filter"), max(0, at - most + 1)
+    for row, line in enumerate(lines[top:top + most], top):
         mark = "  " if row else "/ " if state.focus == "filter" else "› "
-        parts = [(line[:here[1]], ""), ("", "cursor"), (line[here[1]:], "")]
-        parts = parts if active and row == here[0] else [(line, "")]
-        output.append([(f" {mark}", "key" if active else "dim"), *parts])
+        parts = [(line[:column], ""), ("", "cursor"), (line[column:], "")]
+        output.append([(f" {mark}", "key" if active else "dim"), *(parts if active and row == at else [(line, "")])])
     return output
 
 
 def hints(state: State) -> Line:
     """The last row: a question, a notice, what can be completed, else the keys."""
     found = completions(state) if state.focus == "composer" and not state.drawer else []
-    if state.question[0]:
-        return [(f" {state.question[0]}", "alert")]
+    if state.killing:
+        return [(f" Cancel run {harmless(state.killing, 8)} in the cloud?  y yes · any other key no", "alert")]
     if state.notice[2] > state.now:
         return [(f" {state.notice[0]}", state.notice[1])]
     if len(found) == 1 or state.text[1:] in COMMANDS:
@@ -3044,72 +3005,29 @@ def hints(state: State) -> Line:
     if found:
         return [(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)]
     where = "drawer" if state.drawer else state.focus if state.signed_in else "signed out"
-    return [(f" {HINTS[where]}", "dim")]
+    return [(f" {HINTS.get(where) or HINTS['pane']}", "dim")]
 
 
 def view(state: State, width: int, height: int) -> List[Row]:
     """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
     if width < 30 or height < 8:
         return padded([[]] * (height // 2) + [[("enlarge the window", "warn")]], width, height)
-    where, rows, alerts = layout(state, width, height), [header(state, width)], alerts_of(state)
+    side, (health, alerts), line = rail_width(width), causes(state), "─" * width
+    rows = [header(state, health, width)]
     if alerts:
         more = f" (+{len(alerts) - 1})" * (len(alerts) > 1)
         keys = " [Enter] open  [Esc] dismiss " if alerts[0][0] and width >= 60 else " "
         rows.append(ends([(f" !! {alerts[0][1]}{more}", "")], [(keys, "alert")], width, "alert"))
-    if where.strip:
+    if not side and height >= 12:
         rows.append(strip(state, width))
-    main = padded(body(state, width - where.rail, where.rows), width - where.rail, where.rows)
-    line = "─" * width
-    if where.rail:
-        side = padded((row for _, row in rail(state, where.rail - 1, where.rows)), where.rail - 1, where.rows)
-        main = [(*left, ("│", "line"), *right) for left, right in zip(side, main)]
-        line = "─" * (where.rail - 1) + "┴" + "─" * (width - where.rail)
-    below = padded(composer(state, width, where.composer), width, where.composer)
-    return [*rows, *main, ((line, "line"),), *below, fill(hints(state), width)]
-
-
-# -- Update
-
-
-def on_mouse(state: State, button: int, column: int, row: int) -> State:
-    """The wheel scrolls what is under it; a click selects, and opens in a drawer or the rail."""
-    where = layout(state, state.width, state.height)
-    line, rows = row - where.top - 1, where.rows - 1
-    here = state if state.drawer else state._replace(focus="rail" if column < where.rail else "timeline")
-    if not 0 <= line < rows or button not in (0, 64, 65):
-        return state
-    if button:
-        return move(here, 3 if button == 65 else -3)._replace(focus=state.focus)
-    if state.drawer:
-        top = scrolled(state.drawer.at, 0, rows)
-        return choose(state.shift(at=top + line))
-    if here.focus == "rail":
-        places = [position for position, _ in rail(state, where.rail - 1, where.rows)][line + 1:]
-        return choose(here._replace(rail_at=places[0])) if places and places[0] >= 0 else here
-    return here._replace(follow=False, at=max(0, min(state.top + line, len(passing(state)) - 1)))
-
-
-MESSAGES: Dict[str, Callable[..., State]] = {
-    "key": on_key, "text": on_text, "paste": on_paste, "mouse": on_mouse, "tick": on_tick, "event": on_event,
-    "resize": lambda state, width, height: state._replace(width=width, height=height), "progress": on_progress,
-    "verdict": lambda state, run_id, verdict: noted(
-        state._replace(over=True, truncated=verdict.truncated), run_id, verdict.run),
-    "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
-    "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
-    "lapses": lambda state, at: state._replace(lapses_at=at),
-    "signed out": lambda state, text: signed_out(state, text) if state.signed_in else state.say(text, "warn"),
-    "signed in": on_signed_in,
-}
-
-
-def update(state: State, message: Message) -> State:
-    """The state after one message; what shall be done about it stands in its ``effects``."""
-    name, *arguments = message
-    state = state._replace(effects=())
-    if name not in ("event", "progress", "verdict") or arguments[0] == state.run_id:  # else of a run shown before
-        state = MESSAGES[name](state, *arguments)
-    state = state if name == "event" else filled(state)
-    return state._replace(top=scrolled(selected(state), state.top, layout(state, state.width, state.height).rows - 2))
+    below = [fill(one, width) for one in (*composer(state, width, max(1, min(height // 4, 8))), hints(state))]
+    left = height - len(rows) - len(below) - 1
+    main = padded(body(state, width - side, left), width - side, left)
+    if side:
+        main = [(*one, ("│", "line"), *other)
+                for one, other in zip(padded(rail(state, side - 1, left), side - 1, left), main)]
+        line = "─" * (side - 1) + "┴" + "─" * (width - side)
+    return [*rows, *main, ((line, "line"),), *below]
 
 
 # -- The shell: what touches the terminal and the network
@@ -3127,23 +3045,20 @@ def cells(row: Row) -> List[Tuple[int, str, str]]:
 def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str:
     """What changes one row: only the segments that differ are written, blanks at the end are erased.
 
-    Terminals disagree on the width of what is not ASCII: what follows such text is placed by its column.
+    Terminals disagree on the width of what is not ASCII: where such text changes, all that follows is written anew.
     """
-    new, old, start = cells(row), cells(before), 0
-    while start < min(len(new), len(old)) and new[start] == old[start]:
-        start += 1
-    end, spare = len(new), len(old)
-    while end > start and spare > start and new[end - 1] == old[spare - 1]:
-        end, spare = end - 1, spare - 1
-    if not all(text.isascii() for _, text, _ in new[start:end] + old[start:spare]):
-        end = len(new)
-    output, lost, worn = "", True, None
-    for index, (x, text, style) in enumerate(new[start:end], start):
-        if index == len(new) - 1 and style in ("", "dim") and text.endswith(" "):
-            text = text.rstrip(" ") + "\x1b[K"
-        if text:
+    new, output, lost, worn = cells(row), "", True, None
+    changed = set(new).symmetric_difference(cells(before))
+    plain, start = all(text.isascii() for _, text, _ in changed), min(changed)[0]
+    for cell in new:
+        x, text, style = cell
+        if cell in changed or x > start and not plain:
+            if cell is new[-1] and style in ("", "dim") and text.endswith(" "):
+                text = text.rstrip(" ") + "\x1b[K"
             output += (f"\x1b[{y + 1};{x + 1}H" if lost else "") + (styles[style] if worn != style else "") + text
             lost, worn = not text.isascii(), style
+        else:
+            lost = lost or bool(text)
     return output
 
 
@@ -3159,44 +3074,48 @@ def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -
     return f"\x1b[?2026h{output}{cursor}\x1b[?2026l"
 
 
-SENT_KEYS = {
-    "\r": "enter", "\t": "tab", "\x7f": "backspace", "\x08": "backspace", "\x1b": "esc", "\x1b\r": "newline",
-    "\x1b\n": "newline", "\x1b[13;2u": "newline", "\x1b[27;2;13~": "newline", "\x1b[1;5C": "^right", "\x1bf": "^right",
-    "\x1b[1;5D": "^left", "\x1bb": "^left", "\x1b\x7f": "^w", "\x1b[1~": "home", "\x1b[4~": "end", "\x1b[11~": "f1",
+SENT_KEYS = {  # as xterm and all that follow it send them, with ESC [ for ESC O; what is not here is no key of ours
+    "\r": "enter", "\n": "newline", "\t": "tab", "\x7f": "backspace", "\x08": "backspace", "\x1b": "esc",
+    "\x01": "home", "\x05": "end", "\x1b\r": "newline", "\x1b\n": "newline", "\x1b[13;2u": "newline",
+    "\x1b[27;2;13~": "newline", "\x1b[A": "up", "\x1b[B": "down", "\x1b[C": "right", "\x1b[D": "left",
+    "\x1b[H": "home", "\x1b[1~": "home", "\x1b[7~": "home", "\x1b[F": "end", "\x1b[4~": "end", "\x1b[8~": "end",
+    "\x1b[3~": "delete", "\x1b[5~": "pgup", "\x1b[6~": "pgdown", "\x1b[Z": "btab", "\x1b[P": "f1", "\x1b[11~": "f1",
     "\x1b[[A": "f1",
 }
-_SENT = re.compile(  # a mouse report, an old one, a key, an answer of the terminal, text, a control character
-    "\x1b\\[<(\\d+);(\\d+);(\\d+)([Mm])|\x1b\\[M[^\x1b]{3}|\x1b(?:\\[\\[[A-E]|\\[[0-?]*[ -/]*[@-~]|O[ -~]"
-    "|[\\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\\\)|[^\\[O\\]P_^X\x1b]|(?=\x1b))|([^\x00-\x1f\x7f-\x9f]+)|[^\x1b]")
+_SENT = re.compile(  # what is complete of what was sent; a paste that has no end yet is not
+    "(?s)\x1b\\[200~(.*?)\x1b\\[201~"            # a paste
+    "|\x1b\\[<(6[45]);(\\d+);\\d+M"              # the wheel
+    "|\x1b\\[M[^\x1b]{3}"                        # a mouse report of the old kind
+    "|\x1b(?!\\[200~)(?:\\[\\[[A-E]|\\[[0-?]*[ -/]*[@-~]|O[ -~]"  # a key
+    "|[\\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\\\)"     # an answer of the terminal
+    "|[^\\[O\\]P_^X\x1b]|(?=\x1b))"               # Alt and a key; Esc before another sequence
+    "|([^\x00-\x1f\x7f-\x9f]+)|[^\x1b]")         # text; a control character
 
 
-def sliced(sent: str, final: bool, resolve: Callable[[str], str]) -> Tuple[List[Message], str]:
+def sliced(sent: str, final: bool) -> Tuple[List[Message], str]:
     """(messages, what is not complete yet) of what the terminal sent; ``final``: nothing followed for a while.
 
-    ``resolve`` names the key of an escape sequence. Text with a newline inside, in one go, was pasted.
+    Text with a newline inside, in one go, was pasted. Not by blessed's inkey, which takes time by the square of
+    what is there, and makes a key of a late answer.
     """
     messages: List[Message] = []
     if re.search("[^\x00-\x1f]{2}[\r\n]+[^\r\n\x1b]", sent) and "\x1b" not in sent:
         return [("paste", re.sub("\r\n?", "\n", sent))], ""
     while sent:
-        if sent.startswith("\x1b[200~"):
-            text, end, rest = sent[6:].partition("\x1b[201~")
-            if not end:
-                break
-            messages.append(("paste", re.sub("\r\n?", "\n", text)))
-            sent = rest
-            continue
         match = _SENT.match(sent)
         if not match and not final:
             break
         part = match.group() or "\x1b" if match else "\x1b"
         sent = sent[len(part):]
-        if match and match[5]:
+        if match and match[1] is not None:
+            messages.append(("paste", re.sub("\r\n?", "\n", match[1])))
+        elif match and match[2]:
+            messages.append(("wheel", 3 if match[2] == "65" else -3, int(match[3]) - 1))
+        elif match and match[4]:
             messages.append(("text", part))
-        elif match and match[1]:
-            messages += [("mouse", int(match[1]), int(match[2]) - 1, int(match[3]) - 1)] * (match[4] == "M")
         else:
-            name = SENT_KEYS.get(part) or (resolve(part) if len(part) > 1 else f"^{chr(ord(part) % 32 + 96)}")
+            control = f"^{chr(ord(part) % 32 + 96)}" if len(part) == 1 else ""
+            name = SENT_KEYS.get(part.replace("\x1bO", "\x1b["), control)
             messages += [("key", name)] * bool(name)
     return messages, sent
 
@@ -3217,7 +3136,7 @@ class Screen:
         self.term, self.termios, self.saved = self._terminal(environ), termios, termios.tcgetattr(0)
         self.select = select.select
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self.active, self.mouse, self.pending, self.rows = False, True, "", []  # type: bool, bool, str, List[Row]
+        self.active, self.pending, self.rows = False, "", []  # type: bool, str, List[Row]
         colours = self.term.number_of_colors
         depth = 2 if environ.get("NO_COLOR") or colours < 8 else int(colours < 256)
         self.styles = {name: f"\x1b[0;{sgr[depth]}m".replace(";m", "m") for name, sgr in STYLES.items()}
@@ -3242,20 +3161,12 @@ class Screen:
         finally:
             os.environ.update(hidden)
 
-    def resolve(self, sequence: str) -> str:
-        """The name of the key that sends this; "" for what is none."""
-        self.term.ungetch(sequence)
-        key = self.term.inkey(timeout=0, esc_delay=0)
-        while self.term.inkey(timeout=0, esc_delay=0):
-            pass
-        return str(key.name or "").replace("KEY_", "").lower() if key == sequence else ""
-
-    def enter(self) -> None:
+    def enter(self, mouse: bool) -> None:
         """Raw mode, the other screen, bracketed paste and mouse. The last two by hand: blessed asks first."""
         import tty
         self.active, self.rows = True, []
         tty.setraw(0, self.termios.TCSANOW)
-        self.write(f"{self.term.enter_fullscreen}{self.term.smkx}\x1b[?2004h\x1b[?25l" + MOUSE[self.mouse])
+        self.write(f"{self.term.enter_fullscreen}{self.term.smkx}\x1b[?2004h\x1b[?25l{MOUSE[mouse]}")
 
     def restore(self) -> None:
         """The terminal as it was. May be called twice, and when the terminal is gone or stuck."""
@@ -3277,14 +3188,12 @@ class Screen:
 
     def draw(self, rows: List[Row]) -> None:
         """One frame, in one write: what differs from the last; nothing once an excepthook has restored."""
-        if not self.active:
-            return
         if self.ascii:
             rows = [tuple((to_ascii(text), style) for text, style in row) for row in rows]
         clear = "" if self.rows else f"{self.styles['']}{self.term.clear}\x1b[?25l"
         text = clear + repaint(self.rows, rows, self.styles)
-        self.rows = rows
-        if text:
+        if text and self.active:
+            self.rows = rows
             self.write(text)
 
     def read(self) -> List[Message]:
@@ -3297,9 +3206,9 @@ class Screen:
             sent += self.decode(data)
         if sent == "\x03" and self.pending:  # a paste whose end was lost must not eat Ctrl+C
             self.pending = ""
-        messages, self.pending = sliced(self.pending + sent, False, self.resolve)
+        messages, self.pending = sliced(self.pending + sent, False)
         if self.pending and not self.pending.startswith("\x1b[200~") and not self.select([0], [], [], 0.05)[0]:
-            rest, self.pending = sliced(self.pending, True, self.resolve)
+            rest, self.pending = sliced(self.pending, True)
             messages += rest
         return messages
 
@@ -3344,8 +3253,7 @@ class Desk:
             if isinstance(error, UnauthorizedError) and self.connection is None:
                 self.post("signed out", str(error))
             else:
-                what = {"fetch": arguments, "poll": (name, *arguments[1:])}.get(name, (name, *arguments, ""))[:2]
-                self.post("error", *what, error)
+                self.post("error", name, arguments, error)
         return None
 
     def do_connect(self) -> None:
@@ -3363,23 +3271,25 @@ class Desk:
             with contextlib.suppress(queue.Empty):
                 while True:
                     job = self.jobs.get_nowait()
-                    if job[0] != "poll":
+                    if job[0] == "poll":
+                        self.do(*job)
+                    elif job != ("watch", run_id):  # which is being done
                         raise Switch(*job)
-                    self.do(*job)
 
         for item in tail(self.client(), run_id, on_progress=between):
             self.post("verdict" if isinstance(item, Verdict) else "event", run_id, item)
 
     def do_fetch(self, source: str, argument: str) -> Message:
         client, began = self.client(), time.monotonic()
-        data = FETCHES[source](client, argument)
+        data = getattr(client, FETCHES[source])(
+            *[argument] * bool(argument), **{"limit": MAX_LIMIT} if source == "repos" else {})
         return "fetched", source, argument, data, (time.monotonic() - began) * 1000
 
     do_poll = do_fetch
 
-    def do_start(self, task: str, body: Json, repo: str) -> Message:
+    def do_start(self, task: str, body: Json) -> Message:
         import uuid
-        return "started", self.client().start_run(body, str(uuid.uuid4())), task, repo
+        return "started", self.client().start_run(body, str(uuid.uuid4())), task
 
     def do_remember(self, record: Json) -> None:
         if not self.facts["environ"].get("MOGPLEX_NO_HISTORY"):
@@ -3400,11 +3310,11 @@ class Desk:
 
     def do_open(self, url: str) -> Message:
         opened = self.facts["run_browser"] and self.facts["run_browser"](url) is not False
-        return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}", ""
+        return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}"
 
     def store(self, entry: Json) -> Message:
         store_credential(self.facts["home"], entry)
-        return "signed in", self.facts["overruled"]
+        return "signed in", f"Signed in. {self.facts['overruled']}"
 
     def do_login(self) -> Message:
         self.stopped, base_url = False, self.facts["base_url"]
@@ -3419,7 +3329,7 @@ class Desk:
     def do_logout(self) -> Message:
         forget_credential(self.facts["home"])
         if self.facts["overruled"]:
-            return "say", "MOGPLEX_API_KEY is set and stays in force: unset it to be signed out.", "warn"
+            return "say", self.facts["overruled"], "warn"
         return "signed out", "Signed out: the stored sign-in is forgotten."
 
 
@@ -3460,6 +3370,7 @@ class Shell:
                 self.state = update(self.state._replace(now=time.time()), message)
 
     def effects(self) -> None:
+        """Do what the state asks for: here what needs the terminal, at the desks the rest."""
         asked, self.state = self.state.effects, self.state._replace(effects=())
         for name, *arguments in asked:
             here = getattr(self, f"do_{name}", None)
@@ -3475,13 +3386,8 @@ class Shell:
     def do_repaint(self) -> None:
         self.screen.rows = []
 
-    def do_mouse(self, on: bool) -> None:
-        self.screen.mouse = on
-        self.screen.write(MOUSE[on])
-
-    def do_copy(self, text: str) -> None:
-        import base64
-        self.screen.write(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07")
+    def do_write(self, text: str) -> None:
+        self.screen.write(text)
 
     def do_stop(self) -> None:
         self.actions.stopped = True
@@ -3498,7 +3404,7 @@ class Shell:
         """After fg, also from a stop that nobody announced."""
         import signal
         signal.signal(signal.SIGTSTP, lambda *_: self.post("key", "^z"))
-        self.screen.enter()
+        self.screen.enter(self.state.mouse)
         self.resize()
 
     def resize(self) -> None:
@@ -3508,16 +3414,15 @@ class Shell:
 
 def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str, run_id: str) -> State:
     """What is known before the first answer: the remembered runs, and the words of the command line."""
-    runs = {text_of(run, "id"): run for run in reversed(remembered_runs(home, base_url))}
-    newest = tuple(reversed(list(runs.values())))
-    wanted = environ.get("MOGPLEX_REPO") or (text_of(newest[0], "repo") if newest else "")
-    tasks = tuple(dict.fromkeys(text_of(run, "task") for run in runs.values() if text_of(run, "task")))
-    state = State(base_url=base_url, now=time.time(), runs=newest, history=tasks, wanted=wanted).write(text)
+    runs = tuple({text_of(run, "id"): run for run in remembered_runs(home, base_url)}.values())
+    wanted = environ.get("MOGPLEX_REPO") or (text_of(runs[0], "repo") if runs else "")
+    tasks = tuple(dict.fromkeys(filter(None, (text_of(run, "task") for run in reversed(runs)))))
+    state = State(base_url=base_url, now=time.time(), runs=runs, history=tasks, wanted=wanted).write(text)
     state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
-    for run in newest[:8]:
+    for run in runs[:8]:
         state = state.ask("poll", "run", text_of(run, "id"))
     if run_id:
-        state = attach(state, text_of(newest[0], "id") if run_id == "@last" and newest else run_id)
+        state = attach(state, text_of(runs[0], "id") if run_id == "@last" and runs else run_id)
     if text:
         import difflib
         near = difflib.get_close_matches((text.split() or [""])[0], SUBCOMMANDS, 1, 0.6)
@@ -3543,7 +3448,8 @@ def run_cockpit(
     screen = Screen(environ)
     shell = Shell(
         screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url, home=home,
-        environ=environ, run_browser=run_browser, overruled=bool(environ.get("MOGPLEX_API_KEY", "").strip()))
+        environ=environ, run_browser=run_browser, overruled="MOGPLEX_API_KEY is set and stays in force: unset it."
+        if environ.get("MOGPLEX_API_KEY", "").strip() else "")
 
     def end(number: int, _: object) -> None:
         for one in fatal:
@@ -3564,6 +3470,8 @@ def run_cockpit(
     handlers.update({signal.SIGWINCH: lambda *_: shell.resize(), signal.SIGCONT: lambda *_: shell.resume(),
                      signal.SIGTSTP: signal.SIG_DFL})
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    # The kernel may hand a signal to a worker's thread, and then the loop would sleep on until the next tick.
+    wake_before = signal.set_wakeup_fd(shell.wake_out, warn_on_full_buffer=False)
     atexit.register(screen.restore)
     sys.excepthook, threading.excepthook = fail, fail_thread
     try:
@@ -3577,6 +3485,7 @@ def run_cockpit(
         screen.restore()
         atexit.unregister(screen.restore)
         sys.excepthook, threading.excepthook = hooks
+        signal.set_wakeup_fd(wake_before)
         for number, handler in previous.items():
             signal.signal(number, handler)
         if shell.state.run_id:  # leaving never stops a run
