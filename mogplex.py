@@ -3554,7 +3554,6 @@ def run_cockpit(
 DEMO_TOKEN, DEMO_READ_TOKEN = "mog_" + "Demo" * 8, "mog_" + "Read" * 8
 DEMO_WEB, DEMO_API = "8f3a2b1c-1234-4abc-9def-1234567890ab", "2d6f0c7e-5b1a-4c3d-8e9f-0a1b2c3d4e5f"  # repos
 DEMO_DOCS, DEMO_BARE = "c41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19", "5a7b9c1d-3e2f-4a80-91b4-d7c6b5a49382"
-DEMO_FOREIGN_REPO = "f0e1d2c3-b4a5-4968-8776-655443322110"  # another user's: 404, where an unknown id is 503
 DEMO_SECRET = "not-a-real-secret-0123456789"  # in the MCP servers' config, which a client must drop
 DEMO_ERROR = "Harness exited with code 1: 3 of 148 tests failed"
 DEMO_REPOS: Dict[str, Json] = {row[0]: dict(zip(
@@ -3639,14 +3638,8 @@ class DemoRequest(NamedTuple):
 
     id: str  # the one in the path, or ""
     query: Dict[str, str]
-    form: Dict[str, str]  # the body, read as a form
-    json: Json  # the body, read as JSON; {} for anything but an object
+    body: Json  # a JSON object or a form; {} for anything else
     key: str  # idempotency key
-
-    def limited(self, records: List[Json]) -> List[Json]:
-        """As many as ``limit`` says, which is clamped and never refused."""
-        limit = self.query.get("limit", "")
-        return records[:max(1, min(MAX_LIMIT, int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100))]
 
 
 def demo_id(name: str) -> str:
@@ -3655,11 +3648,10 @@ def demo_id(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
-def demo_time(seconds: float, digits: int = 3) -> str:
-    """Seconds since the epoch in one of the spellings that the service mixes."""
-    whole, micros = divmod(int(seconds * 1_000_000 + 0.5), 1_000_000)
-    fraction = "." + f"{micros:06d}"[:digits] if digits else ""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + fraction + ("Z" if digits == 3 else "+00:00")
+def demo_time(seconds: float) -> str:
+    """Seconds since the epoch as the service writes most times."""
+    whole, ms = divmod(round(seconds * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{ms:03d}Z"
 
 
 def demo_steps(ending: str, facts: Json, pushed: str) -> List[DemoStep]:
@@ -3673,15 +3665,6 @@ def demo_steps(ending: str, facts: Json, pushed: str) -> List[DemoStep]:
         "number": 100 + int(run_id[:4], 16) % 900}
     script = json.dumps([step for endings, *step in DEMO_SCRIPT if ending in endings.split()])
     return [(at, *step) for at, *step in json.loads(string.Template(script).substitute(words))]
-
-
-def demo_shown(steps: List[DemoStep], elapsed_s: float) -> Tuple[str, List[DemoStep]]:
-    """Status and events of a run so many seconds (at speed 1) after its start."""
-    status = "pending"
-    for at, kind, *_ in steps:
-        after, later_s = DEMO_STATUS.get(kind, ("", 0.0))
-        status = after if after and at + later_s <= elapsed_s else status
-    return status, [step for step in steps if step[0] <= elapsed_s]
 
 
 def demo_problem(key: str, body: Json, default_branch: str) -> str:
@@ -3705,48 +3688,39 @@ def demo_problem(key: str, body: Json, default_branch: str) -> str:
 class DemoService:
     """What the demo knows and answers, without a socket. ``clock`` gives seconds since the epoch.
 
-    For tests: ``requests``, ``refusals`` (429s) and ``refreshes`` are counts, ``issued`` the OAuth access
-    tokens in order, ``token_lifetime_s`` how long the next one lives; ``tokens.pop(token)`` revokes one.
+    For tests: ``requests`` counts, and ``tokens`` are those in force, with their scopes.
     """
 
-    def __init__(self, clock: Callable[[], float], speed: float, rate_limit: bool) -> None:
+    def __init__(self, clock: Callable[[], float], speed: float) -> None:
         import threading
-        self.clock, self.speed, self.rate_limit, self.lock = clock, speed, rate_limit, threading.Lock()
-        self.requests = self.refusals = self.refreshes = 0
-        self.token_lifetime_s, self.issued = 3600.0, []  # type: Tuple[float, List[str]]
-        self.tokens = {DEMO_TOKEN: (float("inf"), "read write"), DEMO_READ_TOKEN: (float("inf"), "read")}
-        self.refresh_tokens: Dict[str, Tuple[float, str]] = {}  # as tokens: until when, and scopes
-        self.codes: Dict[str, Tuple[float, Dict[str, str]]] = {}  # until when, and what authorize was asked
-        self.recent: Dict[str, List[float]] = {}  # token -> when its requests of the last minute came
+        self.clock, self.speed, self.lock, self.requests = clock, speed, threading.Lock(), 0
+        self.tokens = {DEMO_TOKEN: "read write", DEMO_READ_TOKEN: "read"}
+        self.grants: Dict[str, Json] = {}  # codes and refresh tokens: what authorize was asked
         self.keys: Dict[str, Tuple[Json, str]] = {}  # idempotency key -> body, run id
         self.runs: Dict[str, Tuple[Json, float, List[DemoStep]]] = {}  # lasting fields, start, script
         self.sandboxes: Dict[str, Json] = {}
         for record_id, name, repo, status, branch, age_s, error in DEMO_SANDBOXES:
             body = {"repoId": repo, "workingBranch": branch}
-            self._add_sandbox(body, age_s, id=record_id, sandbox_id=name, status=status, error=error)
+            self._add_sandbox(body, age_s, status, id=record_id, sandbox_id=name, error=error)
         for run_id, repo, harness, ending, age_s, _ in DEMO_RUNS:
-            sandbox = self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
-            sandbox["status"] = "" if ending == "running" else "stopped"
+            self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
 
     def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> DemoAnswer:
         """The answer to a request; ``headers`` in lower case."""
         import urllib.parse
-        path, mark, query = target.partition("?")
+        path, _, query = target.partition("?")
         bearer = headers.get("authorization", "")
+        if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", bearer):
+            return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(path, safe=""))
+        try:
+            data = dict_of({"body": json.loads(body)}, "body")
+        except ValueError:
+            data = dict(urllib.parse.parse_qsl(body.decode("latin-1")))
+        fields, key = dict(urllib.parse.parse_qsl(query)), headers.get("idempotency-key", "").strip()
         with self.lock:
             self.requests += 1
-            if path != "/" and (path.endswith("/") or "//" in path):
-                return DemoAnswer(308, Location=re.sub("//+", "/", path).rstrip("/") + mark + query)
-            if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", bearer):
-                return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(path, safe=""))
-            fields, form = [dict(urllib.parse.parse_qsl(text)) for text in (query, body.decode("latin-1"))]
             try:
-                data = dict_of({"body": json.loads(body)}, "body")
-            except ValueError:
-                data = {}
-            request = DemoRequest("", fields, form, data, headers.get("idempotency-key", "").strip())
-            try:
-                return self._route(method, path, bearer[7:], request)
+                return self._route(method, path, bearer[7:], DemoRequest("", fields, data, key))
             except DemoAnswer as answer:
                 return answer
 
@@ -3755,7 +3729,7 @@ class DemoService:
         answer = DemoAnswer(404, "<!DOCTYPE html><title>404: This page could not be found.</title>")
         for verb, pattern, scope, status, handler in self.ROUTES:
             match = re.match(pattern + r"\Z", path)
-            if match and verb in ("", method):
+            if match and verb == method:
                 if scope:
                     self._admit(token, scope)
                 record_id = urllib.parse.unquote("".join(match.groups())).lower()
@@ -3765,16 +3739,9 @@ class DemoService:
         return answer
 
     def _admit(self, token: str, scope: str) -> None:
-        now = self.clock()
-        until, scopes = self.tokens.get(token, (0.0, ""))
-        if until <= now:
+        if token not in self.tokens:
             raise demo_refusal(401, "UNAUTHORIZED", "Unauthorized")
-        recent = self.recent[token] = [at for at in self.recent.get(token, []) if at > now - 60]
-        if self.rate_limit and token.startswith("mog_") and len(recent) >= 60:
-            self.refusals += 1
-            raise demo_refusal(429, "RATE_LIMITED", "Rate limit exceeded", Retry_After="60")
-        recent.append(now)
-        if scope not in scopes.split():
+        if scope not in self.tokens[token].split():
             raise demo_refusal(403, "FORBIDDEN", f"Missing required scope: {scope}. Issue a new token with "
                                f"the '{scope}' scope at /settings/api-keys.")
 
@@ -3785,61 +3752,55 @@ class DemoService:
             raise demo_refusal(404, "NOT_FOUND", f"{name} not found")
         return records[record_id]
 
-    def _having(self, records: Iterable[Json], key: str, wanted: str) -> List[Json]:
+    def _listed(self, request: DemoRequest, records: Iterable[Json], key: str = "") -> List[Json]:
+        """As many as ``limit`` says, which is clamped and never refused, of those with the asked-for id in ``key``."""
+        wanted, limit = request.query.get(key, "").lower(), request.query.get("limit", "")
         if wanted:
             self._find({wanted: None}, wanted, "")
-        return [one for one in records if wanted.lower() in ("", one[key])]
+        found = [one for one in records if not wanted or one[key] == wanted]
+        return found[:max(1, min(MAX_LIMIT, int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100))]
 
     def list_repos(self, request: DemoRequest) -> Json:
         like = "".join({"%": ".*", "_": "."}.get(char, re.escape(char)) for char in request.query.get("q", ""))
         found = [repo for repo in DEMO_REPOS.values() if re.search(like, repo["full_name"], re.I)]
-        return {"repos": request.limited(self._having(found, "id", request.query.get("id", "")))}
+        return {"repos": self._listed(request, found, "id")}
 
     def list_sandboxes(self, request: DemoRequest) -> Json:
         newest = sorted(self.sandboxes.values(), key=lambda one: str(one["last_active_at"]), reverse=True)
-        wanted = request.query.get("status", "")
-        found = [one for one in map(self._sandbox, newest) if wanted in ("", one["status"])]
-        return {"sandboxes": request.limited(self._having(found, "repo_id", request.query.get("repo_id", "")))}
+        found = [one for one in newest if request.query.get("status", "") in ("", one["status"])]
+        return {"sandboxes": self._listed(request, found, "repo_id")}
 
     def sandbox_logs(self, request: DemoRequest) -> Json:
-        sandbox = self._sandbox(self._find(self.sandboxes, request.id, "Sandbox"))
+        sandbox = self._find(self.sandboxes, request.id, "Sandbox")
         logs = dict(sandbox, install_log="added 1208 packages in 31s\n", dev_log=sandbox["error"])
         return {"sandbox": logs, "lifecycle_events": [{
             "id": demo_id("event " + request.id), "event_type": "sandbox_created", "decision_code": None,
             "worker_run_id": None, "payload": {}, "created_at": sandbox["created_at"]}]}
 
     def create_sandbox(self, request: DemoRequest) -> Json:
-        if not text_of(request.json, "repoId"):
+        if not text_of(request.body, "repoId"):
             raise demo_refusal(400, "BAD_REQUEST", "repoId is required")
-        self._find(DEMO_REPOS, text_of(request.json, "repoId"), "Repo")
-        return {"sandbox": self._sandbox(self._add_sandbox(request.json, 0.0))}
+        self._find(DEMO_REPOS, text_of(request.body, "repoId"), "Repo")
+        return {"sandbox": self._add_sandbox(request.body, 0.0, "running")}
 
-    def _add_sandbox(self, body: Json, age_s: float, **facts: Any) -> Json:
+    def _add_sandbox(self, body: Json, age_s: float, status: str, **facts: Any) -> Json:
         repo, created = DEMO_REPOS[body["repoId"]], demo_time(self.clock() - age_s / self.speed)
         base = body.get("baseBranch") or repo["default_branch"] or "main"
+        name = demo_id(f"sandbox {len(self.sandboxes)}")
         sandbox: Json = {
-            "id": demo_id(f"sandbox {len(self.sandboxes)}"), "sandbox_id": "pending", "repo_id": repo["id"],
-            "status": "", "base_branch": base, "working_branch": body.get("workingBranch") or base,
-            "root_directory": body.get("rootDirectory", repo["root_directory"]), "preview_url": None,
+            "id": name, "sandbox_id": f"sbx_{name[:8]}", "repo_id": repo["id"], "status": status,
+            "base_branch": base, "working_branch": body.get("workingBranch") or base,
+            "root_directory": body.get("rootDirectory", repo["root_directory"]),
+            "preview_url": f"https://{name[:8]}-3000.preview.example" if status == "running" else None,
             "created_at": created, "last_active_at": created, "error": None, **facts}
         self.sandboxes[sandbox["id"]] = sandbox
         return sandbox
 
-    def _sandbox(self, sandbox: Json) -> Json:
-        """The object as it is now: one without a status of its own is set up within six seconds."""
-        age_s, name = (self.clock() - (parse_time(sandbox["created_at"]) or 0.0)) * self.speed, sandbox["id"][:8]
-        status = sandbox["status"] or ("creating" if age_s < 2 else "installing" if age_s < 6 else "running")
-        made = f"sbx_{name}" if sandbox["sandbox_id"] == "pending" and age_s >= 2 else sandbox["sandbox_id"]
-        preview = f"https://{name}-3000.preview.example" if status == "running" else None
-        return dict(sandbox, status=status, sandbox_id=made, preview_url=preview)
-
     def start_run(self, request: DemoRequest) -> Json:
-        body, repo_id = request.json, text_of(request.json, "repoId").lower()
+        body, repo_id = request.body, text_of(request.body, "repoId").lower()
         problem = demo_problem(request.key, body, DEMO_REPOS.get(repo_id, {}).get("default_branch") or "main")
         if problem:
             raise demo_refusal(400, "BAD_REQUEST", problem)
-        if repo_id == DEMO_FOREIGN_REPO:
-            raise demo_refusal(404, "BAD_REQUEST", "Repo not found")
         if repo_id not in DEMO_REPOS:
             text = "External Mogplex run rate limit unavailable"
             raise demo_refusal(503, "SERVICE_UNAVAILABLE", text, Retry_After="60")
@@ -3852,9 +3813,8 @@ class DemoService:
             self._add_run(run_id, dict(body, repoId=repo_id), ending, 0.0)
         return dict(self._run(run_id)[0], replayed=replayed)
 
-    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> Json:
-        """Its sandbox."""
-        sandbox, created = self._add_sandbox(body, age_s), self.clock() - age_s / self.speed
+    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> None:
+        sandbox = self._add_sandbox(body, age_s, "stopped" if age_s and ending != "running" else "running")
         base, working = sandbox["base_branch"], sandbox["working_branch"]
         facts = {
             "runId": run_id, "aiCallId": demo_id("call " + run_id), "sandboxRecordId": sandbox["id"],
@@ -3863,14 +3823,16 @@ class DemoService:
             "rootDirectory": sandbox["root_directory"], "eventsUrl": f"{API_PATH}/runs/{run_id}/events",
             "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel", "createdAt": sandbox["created_at"]}
         pushed = f"mogplex/agent-{run_id[:8]}" if working == base else working
-        self.runs[run_id] = (facts, created, demo_steps(ending, facts, pushed))
-        return sandbox
+        self.runs[run_id] = (facts, self.clock() - age_s / self.speed, demo_steps(ending, facts, pushed))
 
     def _run(self, run_id: str) -> Tuple[Json, float, List[DemoStep]]:
         """The run object as it is now, its age in seconds at speed 1, and the steps that it has shown."""
         facts, created, script = self._find(self.runs, run_id, "Run")
-        age_s = (self.clock() - created) * self.speed
-        status, steps = demo_shown(script, age_s)
+        age_s, status = (self.clock() - created) * self.speed, "pending"
+        for at, kind, *_ in script:
+            after, later_s = DEMO_STATUS.get(kind, ("", 0.0))
+            status = after if after and at + later_s <= age_s else status
+        steps = [step for step in script if step[0] <= age_s]
         name = None if status == "pending" else f"sbx_{facts['sandboxRecordId'][:8]}"
         return dict(
             facts, status=status, updatedAt=demo_time(created + steps[-1][0] / self.speed),
@@ -3880,9 +3842,9 @@ class DemoService:
     def run_events(self, request: DemoRequest) -> Json:
         run, _, steps = self._run(request.id)
         created = self.runs[request.id][1]
-        return {"run": run, "events": request.limited([
+        return {"run": run, "events": self._listed(request, [
             {"id": demo_id(f"event {i} {request.id}"), "type": kind, "toolName": tool, "message": message,
-             "payload": payload, "createdAt": demo_time(created + at / self.speed, (3, 6, 0, 5, 4, 2, 1)[i % 7])}
+             "payload": payload, "createdAt": demo_time(created + at / self.speed)}
             for i, (at, kind, tool, message, payload) in enumerate(steps)])}
 
     def cancel_run(self, request: DemoRequest) -> Json:
@@ -3890,8 +3852,8 @@ class DemoService:
         ended = run["status"] in TERMINAL_STATUSES
         if not ended:
             facts, created, _ = self.runs[request.id]
-            for _, kind, tool, message, payload in demo_steps("cancelled", facts, "")[-2:]:
-                steps.append((age_s + (kind == "cancelled"), kind, tool, message, payload))
+            for at, kind, tool, message, payload in demo_steps("cancelled", facts, "")[-2:]:
+                steps.append((age_s + (at - 97), kind, tool, message, payload))
             self.runs[request.id] = (facts, created, steps)
         run = self._run(request.id)[0]
         return {"run": run, "status": run["status"], "alreadyTerminal": ended}
@@ -3900,46 +3862,28 @@ class DemoService:
         """The page that a browser opens: whoever asks is signed in, and is sent back at once."""
         import secrets
         import urllib.parse
-        query, code, target = request.query, secrets.token_urlsafe(24), request.query.get("redirect_uri", "")
-        known = re.match(r"http://127\.0\.0\.1:2481[68]/auth/callback\Z", target)
-        if not known or query.get("client_id") != "mogplex-cli":
-            return DemoAnswer(401, {"error": "invalid_client", "error_description": "invalid client or redirect"})
-        kind = query.get("response_type"), query.get("code_challenge_method"), bool(query.get("code_challenge"))
-        if kind != ("code", "S256", True):  # as the service sends it: no state, and spaces as they are
-            return DemoAnswer(302, Location=f"{target}?error=invalid_request&error_description=pkce is required")
-        self.codes[code] = (self.clock() + 600, query)
-        fields = urllib.parse.urlencode({"code": code, "state": query.get("state", "")})
+        code, target = secrets.token_urlsafe(24), request.query.get("redirect_uri", "")
+        if not re.match(r"http://127\.0\.0\.1:2481[68]/auth/callback\Z", target):
+            return DemoAnswer(401, {"error": "invalid_client", "error_description": "invalid redirect"})
+        self.grants[code] = request.query
+        fields = urllib.parse.urlencode({"code": code, "state": request.query.get("state", "")})
         return DemoAnswer(302, Location=f"{target}?{fields}")
 
     def token(self, request: DemoRequest) -> DemoAnswer:
-        """Tokens for a code, which works once, or for a refresh token, which is replaced."""
+        """Tokens for a code, whose verifier must fit, or for a refresh token; either works once."""
         import base64
         import hashlib
         import secrets
-        form, error, scope = request.form, "invalid_grant", ""
-        if form.get("client_id") != "mogplex-cli":
-            error = "invalid_client"
-        elif form.get("grant_type") == "refresh_token":
-            until, scope = self.refresh_tokens.pop(form.get("refresh_token", ""), (0.0, ""))
-            error = "" if until > self.clock() else error
-            self.refreshes += not error
-        else:
-            until, asked = self.codes.pop(form.get("code", ""), (0.0, {}))
-            digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
-            if until > self.clock():
-                scope, challenge = asked.get("scope", ""), base64.urlsafe_b64encode(digest).decode().rstrip("=")
-                error = "" if challenge == asked["code_challenge"] else "invalid_request"
-                error = error if form.get("redirect_uri") == asked["redirect_uri"] else "invalid_client"
-        if error:
-            return DemoAnswer(401, {"error": error, "error_description": error.replace("_", " ")})
-        access, lifetime_s, pair = secrets.token_hex(24), self.token_lifetime_s, {}
-        self.issued.append(access)
-        self.tokens[access] = (self.clock() + lifetime_s, scope)
-        if "offline_access" in scope.split():
-            pair["refresh_token"] = secrets.token_hex(24)
-            self.refresh_tokens[pair["refresh_token"]] = (self.clock() + 30 * 86400, scope)
-        return DemoAnswer(200, dict(
-            pair, access_token=access, token_type="Bearer", expires_in=int(lifetime_s), scope=scope))
+        form = request.body
+        asked = self.grants.pop(form.get("code") or form.get("refresh_token", ""), None)
+        digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+        challenge = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+        if asked is None or "code" in form and asked.get("code_challenge") != challenge:
+            return DemoAnswer(401, {"error": "invalid_grant", "error_description": "invalid grant"})
+        access, refresh, scope = secrets.token_hex(24), secrets.token_hex(24), asked.get("scope", "")
+        self.tokens[access], self.grants[refresh] = scope, {"scope": scope}
+        return DemoAnswer(200, {"access_token": access, "token_type": "Bearer", "expires_in": 3600,
+                                "refresh_token": refresh, "scope": scope})
 
     RUN = API_PATH + "/runs/([^/]+)"
     ROUTES: Tuple[Tuple[str, str, str, int, Callable[[Any, DemoRequest], Union[Json, DemoAnswer]]], ...] = (
@@ -3953,8 +3897,7 @@ class DemoService:
         ("GET", API_PATH + "/agents", "read", 200, lambda *_: DEMO_AGENTS),
         ("GET", API_PATH + "/models", "read", 200, lambda *_: DEMO_MODELS),
         ("GET", API_PATH + "/mcp/servers", "read", 200, lambda *_: DEMO_SERVERS),
-        ("GET", "/api/auth/mcp/authorize", "", 200, authorize), ("POST", "/api/auth/mcp/token", "", 200, token),
-        ("", "/login", "", 200, lambda *_: DemoAnswer(200, "<!DOCTYPE html><title>Sign in</title>")))
+        ("GET", AUTHORIZE_PATH, "", 200, authorize), ("POST", TOKEN_PATH, "", 200, token))
 
 
 class DemoServer:
@@ -3965,26 +3908,26 @@ class DemoServer:
     when the port (0: any free one) cannot be had.
     """
 
-    def __init__(self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0,
-                 rate_limit: bool = False) -> None:
+    token, read_token = DEMO_TOKEN, DEMO_READ_TOKEN
+
+    def __init__(self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0) -> None:
         import threading
-        self.token, self.read_token = DEMO_TOKEN, DEMO_READ_TOKEN
-        self.service, self._closing = DemoService(clock, speed, rate_limit), False
+        self.service = DemoService(clock, speed)
         try:
             self._listener = self._listen(port)
         except (OSError, OverflowError) as error:
             raise UsageError(f"the demo cannot listen on 127.0.0.1:{port}: {error}") from None
-        self._thread = threading.Thread(target=self._serve, daemon=True)
         self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
         self.seeded_runs: List[Json] = [
             {"id": seed[0], "service": self.url, "repo": DEMO_REPOS[seed[1]]["full_name"],
              "branch": run["branch"]["working"], "time": run["createdAt"], "task": seed[-1]}
             for seed in DEMO_RUNS for run in [self.service.runs[seed[0]][0]]]
+        threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
 
     def _listen(self, port: int) -> Any:
         import http.server
         import socketserver
-        demo = self
+        service = self.service
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version, timeout = "HTTP/1.1", 5.0  # idle connections are closed, as the service does
@@ -3996,9 +3939,7 @@ class DemoServer:
             def converse(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                answer = demo.service.answer(self.command, self.requestline.split()[1], headers, body)
-                if demo._closing:
-                    raise ConnectionAbortedError
+                answer = service.answer(self.command, self.requestline.split()[1], headers, body)
                 text, kind = answer.body, "text/html; charset=utf-8"
                 if not isinstance(text, str):
                     text, kind = json.dumps(text, ensure_ascii=False), "application/json"
@@ -4011,7 +3952,7 @@ class DemoServer:
                 for part in [data[at:at + 8192] for at in range(0, len(data), 8192)] + [b""]:
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = converse
+            do_GET = do_POST = do_DELETE = converse
 
         class Listener(socketserver.ThreadingTCPServer):  # an HTTPServer looks its own name up in the DNS
             daemon_threads, request_queue_size, allow_reuse_address = True, 64, os.name != "nt"
@@ -4021,28 +3962,23 @@ class DemoServer:
 
         return Listener(("127.0.0.1", port), Handler)
 
-    def _serve(self) -> None:
-        with self._listener:
-            while not self._closing:
-                self._listener.handle_request()
-
-    def start(self) -> DemoServer:
-        self._thread.start()
+    def __enter__(self) -> DemoServer:
         return self
 
-    def close(self, *_: object) -> None:
-        """Stop answering, at once and for good."""
-        import socket
-        self._closing = True
-        if self._thread.is_alive():
-            try:
-                socket.create_connection(self._listener.server_address, 1.0).close()  # wakes the accepting thread
-            except OSError:
-                pass  # it has woken by itself
-            self._thread.join(1.0)
+    def __exit__(self, *_: object) -> None:
+        """Accept no more; connections that are there end with their clients."""
+        self._listener.shutdown()
         self._listener.server_close()
 
-    __enter__, __exit__ = start, close
+
+@contextlib.contextmanager
+def demo_environment(port: int = 0) -> Iterator[Dict[str, str]]:
+    """The variables that lead to a demo service of their own, and to a home that remembers its runs."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, lambda text: None)
+        yield {"MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
 
 
 # ---------------------------------------------------------------- 9. Commands and main
@@ -4829,21 +4765,12 @@ def overview(prefix: str = "") -> str:
     return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
 
 
-def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
-    """The caller's environment with the demo service in the place of theirs."""
-    kept = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
-    return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
-
-
 def serve_demo(ctx: Context, argv: List[str]) -> int:
     """Keep a demo service running until it is interrupted."""
-    import tempfile
     if len(argv) > 1 or (argv and not re.match(r"[0-9]{1,5}\Z", argv[0])) or (argv and int(argv[0]) > 65535):
         raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(int(argv[0]) if argv else 0) as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        for name, value in demo_environment({}, demo, home).items():
+    with demo_environment(int(argv[0]) if argv else 0) as variables:
+        for name, value in variables.items():
             ctx.emit(f"export {name}={value}")
         ctx.emit("unset NODE_ENV")
         ctx.note("demo service running; paste the lines above into another shell; Ctrl+C ends it")
@@ -4919,11 +4846,9 @@ def visit(url: str) -> None:
 
 def with_demo(ctx: Context, argv: List[str]) -> int:
     """Run a command line against an embedded service, with a home of its own."""
-    import tempfile
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
+    kept = {name: text for name, text in ctx.environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
+    with demo_environment() as variables:
+        ctx.environ, ctx.demo_browser = {**kept, **variables}, visit
         return run(ctx, argv)
 
 

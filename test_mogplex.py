@@ -1473,7 +1473,7 @@ class SharedClock:
 @pytest.mark.parametrize("seed, task", [(1, "x"), (2, "fail"), (3, "fail")])
 def test_ten_tails_on_one_token(seed: int, task: str) -> None:
     clock, ended = SharedClock(10), {}  # type: Tuple[SharedClock, Dict[int, Tuple[float, List[Any]]]]
-    with mogplex.DemoServer(clock=clock, rate_limit=True) as server:
+    with limited(mogplex.DemoServer(clock=clock)) as server:
         run_id = mogplex.Client(server.token, server.url).start_run({**WEB, "prompt": task}, "k")["runId"]
         facts, began, script = server.service.runs[run_id]  # two minutes, of which the agent says nothing for most
         server.service.runs[run_id] = (facts, began, [(step[0] + 110 * (number > 6), *step[1:]) for number, step in enumerate(script)])
@@ -2811,7 +2811,7 @@ class Still:
 
     def __init__(self, **options: Any) -> None:
         self.now = 1_795_000_000.25
-        self.server = mogplex.DemoServer(clock=lambda: self.now, **options).start()
+        self.server = mogplex.DemoServer(clock=lambda: self.now, **options)
         self.connection = http.client.HTTPConnection(self.server.url[7:], timeout=10)
 
     def __enter__(self) -> Still:
@@ -2819,7 +2819,7 @@ class Still:
 
     def __exit__(self, *_: object) -> None:
         self.connection.close()
-        self.server.close()
+        self.server.__exit__()
 
     def ask(self, method: str, path: str, body: Any = None, token: str = mogplex.DEMO_TOKEN,
             **headers: str) -> Tuple[int, Any, http.client.HTTPMessage]:
@@ -2892,20 +2892,6 @@ def test_demo_refuses(still: Still, method: str, path: str, headers: Dict[str, s
         assert body == "" if status != 404 else body.startswith("<!DOCTYPE html>")
 
 
-@pytest.mark.parametrize("path, location", [
-    ("/repos/?q=a", "/repos?q=a"), ("//repos", "/repos"), ("/runs//x/", "/runs/x"),
-    (f"/runs/{RUN_LONG}/", f"/runs/{RUN_LONG}"),
-])
-def test_demo_has_no_trailing_or_double_slashes(still: Still, path: str, location: str) -> None:
-    status, body, headers = still.ask("GET", path, token="")
-    assert (status, body, headers["Location"]) == (308, "", mogplex.API_PATH + location)
-
-
-def test_demo_login_page_answers_a_followed_post(still: Still) -> None:
-    status, body, _ = still.ask("POST", "../login?next=x", "{}", token="")
-    assert status == 200 and "<title>" in body
-
-
 def test_demo_scopes(still: Still) -> None:
     read = mogplex.DEMO_READ_TOKEN
     assert still.ask("GET", "/mcp/servers", token=read)[0] == 200
@@ -2932,7 +2918,6 @@ WEB = {"repoId": mogplex.DEMO_WEB, "prompt": "x"}
     ("k", dict(WEB, rootDirectory="../x"), 400, "Invalid root directory"),
     ("k", dict(WEB, workingBranch="main", createBranch=True), 400,
      "Working branch must differ from base branch when createBranch is true"),
-    ("k", dict(WEB, repoId=mogplex.DEMO_FOREIGN_REPO), 404, "Repo not found"),
     ("k", dict(WEB, repoId=NOWHERE), 503, "External Mogplex run rate limit unavailable"),
     ("k", dict(WEB, repoId="nope"), 503, "External Mogplex run rate limit unavailable"),
     ("k", "{", 400, "repoId is required"),
@@ -2974,10 +2959,9 @@ def test_demo_sandboxes(still: Still) -> None:
         assert bool(one["error"]) == (one["status"] == "error")
     made = still.data("POST", "/sandboxes", {"repoId": mogplex.DEMO_DOCS})["sandbox"]
     assert (made["status"], made["sandbox_id"], made["base_branch"], made["root_directory"]) == (
-        "creating", "pending", "trunk", "website")
-    still.now += 6
+        "running", f"sbx_{made['id'][:8]}", "trunk", "website")
     now = still.data("GET", f"/sandboxes?repo_id={mogplex.DEMO_DOCS}&status=running&limit=1")["sandboxes"]
-    assert [one["id"] for one in now] == [made["id"]] and now[0]["preview_url"]
+    assert now == [made]
     logs = still.data("GET", f"/sandboxes/{made['id']}/logs")
     assert {"id", "install_log", "dev_log"} <= set(logs["sandbox"]) and logs["lifecycle_events"][0]["event_type"]
     assert still.ask("POST", "/sandboxes", {})[1]["error"]["message"] == "repoId is required"
@@ -3054,8 +3038,6 @@ def test_demo_lists_the_first_events_only(still: Still) -> None:
     still.now += 1e6
     data = still.data("GET", path + "?limit=200")
     assert data["events"] == everything and data["run"]["status"] == "success"  # though no finished event is listed
-    spellings = {re.sub(r".*:\d\d", "", event["createdAt"].replace("+00:00", "+")) for event in everything}
-    assert {len(text) - 1 for text in spellings} - {0} == {2, 3, 4, 5, 6, 7} - {0} and "+" in spellings
     times = [mogplex.parse_time(event["createdAt"]) or 0.0 for event in everything]
     assert times == sorted(times) and times[0] > 0
 
@@ -3072,17 +3054,21 @@ def test_demo_seeds(still: Still) -> None:
     assert status == "streaming" and len(after) > len(before)
 
 
-def test_demo_rate_limit() -> None:
-    with Still(rate_limit=True) as still:
-        assert [still.ask("GET", "/repos")[0] for _ in range(60)] == [200] * 60
-        status, body, headers = still.ask("GET", "/repos")
-        assert (status, body["error"]["code"], headers["Retry-After"]) == (429, "RATE_LIMITED", "60")
-        assert still.ask("GET", "/repos", token=mogplex.DEMO_READ_TOKEN)[0] == 200  # each token has its own
-        still.now += 59.9
-        assert still.ask("GET", "/repos")[0] == 429
-        still.now += 0.1
-        assert still.ask("GET", "/repos")[0] == 200  # refused ones did not count
-        assert (still.server.service.refusals, still.server.service.requests) == (2, 64)
+def limited(server: Any) -> mogplex.DemoServer:
+    """The server, with the service's limit: 60 requests of a token in any 60 s; what is refused does not count."""
+    service, recent = server.service, {}  # type: Any, Dict[str, List[float]]
+    admit, service.refusals = service._admit, 0
+
+    def limited_admit(token: str, scope: str) -> None:
+        now = service.clock()
+        times = recent[token] = [at for at in recent.get(token, []) if at > now - 60]
+        if len(times) >= 60:
+            service.refusals += 1
+            raise mogplex.demo_refusal(429, "RATE_LIMITED", "Rate limit exceeded", Retry_After="60")
+        times.append(now)
+        admit(token, scope)
+    service._admit = limited_admit
+    return server  # type: ignore[no-any-return]
 
 
 def authorize(still: Still, **changes: str) -> Dict[str, str]:
@@ -3103,65 +3089,39 @@ def redeem(still: Still, code: str, **changes: str) -> Tuple[int, Any]:
                                   code_verifier="verifier"), **changes))
 
 
-def test_demo_signs_in() -> None:
-    with Still(rate_limit=True) as still:
-        still.server.service.token_lifetime_s = 100.0
-        answered = authorize(still)
-        assert answered["state"] == "a b&c"
-        status, pair = redeem(still, answered["code"])
-        assert (status, pair["token_type"], pair["expires_in"]) == (200, "Bearer", 100)
-        token = pair["access_token"]
-        assert not token.startswith("mog_") and still.server.service.issued == [token]
-        assert {still.ask("GET", "/repos", token=token)[0] for _ in range(61)} == {200}  # it has no rate limit
-        assert redeem(still, answered["code"])[1]["error"] == "invalid_grant"  # a code works once
-        still.now += 100
-        assert still.ask("GET", "/repos", token=token)[0] == 401
-        renew = {"grant_type": "refresh_token", "refresh_token": pair["refresh_token"]}
-        status, newer = still.form(**renew)
-        assert status == 200 and newer["refresh_token"] != pair["refresh_token"]
-        status, used = still.form(**renew)
-        assert (status, used["error"], still.server.service.refreshes) == (401, "invalid_grant", 1)
-        assert still.ask("POST", f"/runs/{RUN_STREAMING}/cancel", token=newer["access_token"])[0] == 200
-        still.now += 31 * 86400
-        assert still.form(grant_type="refresh_token", refresh_token=newer["refresh_token"])[0] == 401
+def test_demo_signs_in(still: Still) -> None:
+    answered = authorize(still)
+    assert answered["state"] == "a b&c"
+    status, pair = redeem(still, answered["code"])
+    assert (status, pair["token_type"], pair["expires_in"]) == (200, "Bearer", 3600)
+    assert not pair["access_token"].startswith("mog_") and still.ask("GET", "/repos", token=pair["access_token"])[0] == 200
+    assert redeem(still, answered["code"])[1]["error"] == "invalid_grant"  # a code works once
+    renew = {"grant_type": "refresh_token", "refresh_token": pair["refresh_token"]}
+    status, newer = still.form(**renew)
+    assert status == 200 and newer["refresh_token"] != pair["refresh_token"]
+    assert still.form(**renew)[1]["error"] == "invalid_grant"
+    assert still.ask("POST", f"/runs/{RUN_STREAMING}/cancel", token=newer["access_token"])[0] == 200
+    read = redeem(still, authorize(still, scope="read")["code"])[1]["access_token"]
+    assert still.ask("POST", "/sandboxes", {}, token=read)[0] == 403
 
 
-def test_demo_sign_in_scopes(still: Still) -> None:
-    pair = redeem(still, authorize(still, scope="read")["code"])[1]
-    assert "refresh_token" not in pair
-    assert still.ask("POST", "/sandboxes", {}, token=pair["access_token"])[0] == 403
-
-
-@pytest.mark.parametrize("changes, error", [
-    ({"code_verifier": "other"}, "invalid_request"), ({"redirect_uri": DEMO_CALLBACK + "x"}, "invalid_client"),
-    ({"client_id": "other"}, "invalid_client"), ({"code": "other"}, "invalid_grant"),
-    ({"grant_type": "refresh_token"}, "invalid_grant"),
-])
-def test_demo_refuses_an_exchange(still: Still, changes: Dict[str, str], error: str) -> None:
+@pytest.mark.parametrize("changes", [
+    {"code_verifier": "other"}, {"code": "other"}, {"code": "", "grant_type": "refresh_token"}])
+def test_demo_refuses_an_exchange(still: Still, changes: Dict[str, str]) -> None:
     code = authorize(still)["code"]
-    status, body = redeem(still, **dict(dict(code=code), **changes))
-    assert (status, body["error"]) == (401, error) and body["error_description"]
-    burnt = error == "invalid_request"
-    if burnt:
-        assert redeem(still, code)[1]["error"] == "invalid_grant"
+    status, body = redeem(still, **{"code": code, **changes})
+    assert (status, body["error"]) == (401, "invalid_grant") and body["error_description"]
 
 
-def test_demo_refuses_to_authorize(still: Still) -> None:
-    assert authorize(still, client_id="other") == authorize(still, redirect_uri="http://127.0.0.1:1/auth/callback") == {}
-    for changes in ({"code_challenge_method": "plain"}, {"code_challenge": ""}, {"response_type": "token"}):
-        answered = authorize(still, **changes)
-        assert answered["error"] == "invalid_request" and " " in answered["error_description"]
-        assert "state" not in answered
-    code = authorize(still)["code"]
-    still.now += 601
-    assert redeem(still, code)[1]["error"] == "invalid_grant"
+def test_demo_sends_nobody_elsewhere(still: Still) -> None:
+    assert authorize(still, redirect_uri="http://127.0.0.1:1/auth/callback") == {}
 
 
 def test_demo_keeps_connections_and_sends_chunks(still: Still) -> None:
     headers = still.ask("GET", f"/runs/{RUN_LONG}/events?limit=200")[2]
     assert headers["Transfer-Encoding"] == "chunked" and headers["Content-Length"] is None
     kept = still.connection.sock
-    for path in ("/repos", "/nothing", "/runs", "/repos/"):
+    for path in ("/repos", "/nothing", "/runs"):
         still.ask("GET", path)
     assert kept is not None and still.connection.sock is kept
 
@@ -3189,7 +3149,7 @@ def test_demo_starts_one_run_for_twenty_threads_with_one_key(still: Still) -> No
         assert len(set(pool.map(start, range(20)))) == 1
 
 
-def test_demo_closes_at_once_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+def test_demo_ends_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     still = Still()
     still.ask("GET", "/repos")
     port = int(still.server.url.rpartition(":")[2])
@@ -3201,16 +3161,11 @@ def test_demo_closes_at_once_and_prints_nothing(capfd: pytest.CaptureFixture[str
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(65536):
                 pass
-    still.server.close()
-    with pytest.raises((OSError, http.client.HTTPException)):
-        still.ask("GET", "/repos")  # on the connection that was kept
+    still.__exit__()
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port))
     with mogplex.DemoServer(port) as second:
         assert second.url == still.server.url
-    second.close()
-    mogplex.DemoServer().close()  # never started
-    still.connection.close()
     assert capfd.readouterr() == ("", "")
 
 
@@ -4262,7 +4217,7 @@ def test_a_client_with_a_session_of_the_embedder_s_on_two_threads(demo: mogplex.
         for thread in threads:
             thread.join(60)
     assert len(answers) == 40 and all(answer == answers[0] for answer in answers) and answers[0][1] == "success"
-    assert session.closed == 0 and session.get(demo.url + "/login").status_code == 200
+    assert session.closed == 0 and session.get(demo.url).status_code == 404
     session.close()
 
 
