@@ -3990,16 +3990,7 @@ EXIT_CODES = (
 PURPOSE = "Start, follow, inspect and stop cloud coding-agent runs."
 DEFAULT_TIMEOUT_S = 1800.0
 MAX_PROMPT_UNITS = 100_000
-GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")
 GLOBAL_FLAGS = ("--demo", "--debug", "--no-color")
-OPTIONS = {
-    "--demo": "use an embedded demo service: no account, no network",
-    "--demo-server [PORT]": "keep the demo service running for your own scripts",
-    "--attach RUN": "open the cockpit on a run started elsewhere",
-    "--logout": "forget the stored sign-in before anything else",
-    "--debug": "a line per request on stderr", "--no-color": "no colour", "--version": "print the version",
-    "-h, --help": "this, and the help of every command",
-}
 
 
 class Terminated(KeyboardInterrupt):
@@ -4008,20 +3999,13 @@ class Terminated(KeyboardInterrupt):
 
 def discard(stream: Any) -> None:
     """Point a stream that can't be written to nowhere: the interpreter flushes it once more at its end."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    except (OSError, ValueError, AttributeError):
-        pass
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_terminal(stream: Any) -> bool:
     """Whether a stream, which can be None or closed, is a terminal."""
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):
-        return False
+    return stream is not None and not stream.closed and bool(stream.isatty())
 
 
 class Context:
@@ -4030,9 +4014,8 @@ class Context:
     def __init__(self, environ: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any) -> None:
         self.environ, self.stdin, self.stdout, self.stderr = environ, stdin, stdout, stderr
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
-        self.no_color = False
+        self.as_json = self.no_color = self.in_demo = False
         self.credential: Optional[Credential] = None
-        self.demo_browser: Optional[Callable[[str], object]] = None
         for stream in (stdout, stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding can't spell becomes ?, and is no crash
                 stream.reconfigure(errors="replace")
@@ -4055,18 +4038,28 @@ class Context:
             return False
         return self.environ.get("FORCE_COLOR", "0") not in ("", "0") or is_terminal(self.stdout)
 
-    def client(self, **settings: Any) -> Client:
-        """A Client with the credential in force; UnauthorizedError when there is none."""
-        base_url = self.base_url
-        self.credential = resolve_credential(self.environ, base_url, self.note)
-        return Client(self.credential, base_url, **self.transport(), **settings)
+    @property
+    def now(self) -> Optional[float]:
+        """The time where ages read better than times: on a terminal."""
+        return time.time() if is_terminal(self.stdout) else None
 
-    def transport(self) -> Json:
-        """What the environment says of proxies, certificates and debugging."""
+    def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
+        """A Client with ``credential``, or with the one in force; UnauthorizedError when there is none."""
+        self.credential = credential or resolve_credential(self.environ, self.base_url, self.note)
         names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
         bundles = [self.environ[name] for name in names if self.environ.get(name)]
-        return {"trust_env": True, "verify": bundles[0] if bundles else True,
-                "log": (lambda line: self.note(f"debug: {line}")) if self.debug else None}
+        return Client(self.credential, self.base_url, trust_env=True, verify=bundles[0] if bundles else True,
+                      log=(lambda line: self.note(f"debug: {line}")) if self.debug else None, **settings)
+
+    def browse(self, url: str) -> object:
+        """Open a page in the person's browser; with the demo service be the browser, and open nothing else."""
+        if not self.in_demo:
+            import webbrowser
+            return webbrowser.open(url)
+        import urllib.request
+        if url.startswith(self.base_url):
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
+        return url.startswith(self.base_url)
 
     def emit(self, line: str) -> None:
         """One line, or block, of data; at once."""
@@ -4081,6 +4074,31 @@ class Context:
             discard(self.stdout)
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
 
+    def emit_record(self, record: Json, text: str) -> int:
+        """A record, with --json as it came and else as ``text``; the exit code."""
+        self.emit(ndjson(record) if self.as_json else text)
+        return Exit.OK
+
+    def emit_list(
+        self, records: Sequence[Json], empty: str, headers: Sequence[str], rows: Iterable[Sequence[str]],
+        free: Sequence[str],
+    ) -> int:
+        """Records: NDJSON, a table (tab-separated where tabulate is missing), or for none a sentence; the exit code."""
+        if self.as_json:
+            for record in records:
+                self.emit(ndjson(record))
+        elif not records:
+            self.note(empty)
+        else:
+            import shutil
+            cells, width = list(rows), shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
+            try:
+                self.emit(table(headers, cells, width, free))
+            except ImportError:
+                self.note("the package 'tabulate' is missing: tab-separated values instead of a table")
+                self.emit(tab_separated(headers, cells))
+        return Exit.OK
+
     def note(self, line: str) -> None:
         """One harmless line to stderr, without the token: an error can be the service's echo of it."""
         token = self.credential.token if self.credential else ""
@@ -4088,39 +4106,19 @@ class Context:
 
     def say(self, text: str) -> None:
         """``text`` to stderr as it is; a stderr that is gone is no error."""
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stderr.write(text)
             self.stderr.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
-
-    def emit_table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], free: Sequence[str]) -> None:
-        """A table; as tab-separated values where tabulate is missing."""
-        import shutil
-        width = shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
-        try:
-            self.emit(table(headers, rows, width, free))
-        except ImportError:
-            self.note("the package 'tabulate' is missing: tab-separated values instead of a table")
-            self.emit(tab_separated(headers, rows))
 
 
 def reader_left(stream: Any) -> bool:
     """Whether the reader of a pipe has gone, which writing would only tell at the next line."""
     import select
-    if not hasattr(select, "poll"):
-        return False
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file descriptor, or no poll() on this system
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         return any(happened & (select.POLLERR | select.POLLHUP) for _, happened in poll.poll(0))
-    except (OSError, ValueError, AttributeError):  # a stream without a file descriptor
-        return False
-
-
-def now_on(stream: Any) -> Optional[float]:
-    """The time where ages read better than times: on a terminal."""
-    return time.time() if is_terminal(stream) else None
+    return False
 
 
 def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
@@ -4128,18 +4126,18 @@ def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
 
     An empty id is one that a script has lost, and means no run at all.
     """
-    if given is not None and not given.strip():
-        raise UsageError(f"'{sanitize(given)}' is no id")
-    if given is not None and given != "@last":
-        return given
-    if given is None and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
-        ctx.note(f"run {ctx.environ['MOGPLEX_RUN_ID'].strip()} (MOGPLEX_RUN_ID)")
-        return ctx.environ["MOGPLEX_RUN_ID"].strip()
-    remembered = remembered_runs(ctx.home, ctx.base_url)
-    if not remembered:
-        raise UsageError("no run is remembered for this service: give a run's id")
-    run_id = text_of(remembered[0], "id")
-    ctx.note(f"run {run_id} (the newest started here)")
+    run_id, source = given, ""
+    if given is None:
+        run_id, source = ctx.environ.get("MOGPLEX_RUN_ID", "").strip() or "@last", "MOGPLEX_RUN_ID"
+    if run_id == "@last":
+        remembered = remembered_runs(ctx.home, ctx.base_url)
+        if not remembered:
+            raise UsageError("no run is remembered for this service: give a run's id")
+        run_id, source = text_of(remembered[0], "id"), "the newest started here"
+    if not run_id or not run_id.strip():
+        raise UsageError(f"'{sanitize(run_id)}' is no id")
+    if source:
+        ctx.note(f"run {run_id} ({source})")
     return run_id
 
 
@@ -4154,45 +4152,24 @@ def resolve_repo(client: Client, given: str) -> Json:
                        hint="find IDs via `mogplex repos list`")
 
 
-def emit_list(ctx: Context, records: List[Json], as_json: bool, empty: str, show: Callable[[], None]) -> int:
-    """A list: NDJSON, a table, or a sentence when there is nothing in it."""
-    if as_json:
-        for record in records:
-            ctx.emit(ndjson(record))
-    elif records:
-        show()
-    else:
-        ctx.note(empty)
-    return Exit.OK
-
-
-def cmd_repos_list(ctx: Context, *, query: str, limit: Optional[int], as_json: bool) -> int:
-    with ctx.client() as client:
-        repos = client.repos(query=query, limit=limit)
-    return emit_list(ctx, repos, as_json, "no repos; link one in the web app", lambda: ctx.emit_table(
-        ("ID", "REPO", "BRANCH", "ROOT"), [repo_row(repo) for repo in repos], ("REPO", "BRANCH", "ROOT")))
-
-
-def read_prompt(ctx: Context, words: List[str], prompt_file: str) -> str:
+def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
     """The task, from exactly one of the three places it can stand in; UsageError for none, two, or a bad one."""
-    if bool(words) == bool(prompt_file) or (words[:1] == ["-"] and words[1:]):
+    if bool(words) == bool(prompt_file) or (words and words[0] == "-" and len(words) > 1):
         raise UsageError("run: give the task once: as words, as - for stdin, or with --prompt-file")
     most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
     try:
         if prompt_file:
             with open(prompt_file, "rb") as file:
                 data = file.read(most)
-        elif words == ["-"]:
-            data = getattr(ctx.stdin, "buffer", ctx.stdin).read(most)
+        elif words[0] == "-":
+            data = ctx.stdin.buffer.read(most)
         else:
             data = " ".join(words).encode("utf-8", "surrogateescape")
-        prompt = data.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        if len(data) < most or error.start < most - 4:
-            raise UsageError("run: the task is not valid UTF-8") from None
-        prompt = "x" * (MAX_PROMPT_UNITS + 1)  # cut in the middle of a character, and too long anyway
-    except (OSError, AttributeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it cannot be read"
+        prompt = data.decode("utf-8-sig").rstrip("\r\n") if len(data) < most else data.decode("latin-1")
+    except UnicodeDecodeError:
+        raise UsageError("run: the task is not valid UTF-8") from None
+    except (OSError, AttributeError) as error:  # a stdin that is closed is None
+        reason = getattr(error, "strerror", "it cannot be read")
         raise UsageError(f"run: {prompt_file or 'stdin'}: {reason}") from None
     if not prompt.strip():
         raise UsageError("run: the task is empty")
@@ -4235,12 +4212,6 @@ def remember(ctx: Context, run: Json, repo: str, task: str) -> None:
             "branch": text_of(run, "branch", "working"), "task": sanitize(task, " ")[:80],
             "time": text_of(run, "createdAt") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }, ctx.note)
-
-
-def only_following(follow: bool, *others: object) -> None:
-    """Options that mean something with --follow alone."""
-    if not follow and any(others):
-        raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
 
 
 def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
@@ -4378,15 +4349,22 @@ class Follower:
         self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: {cancel}")
 
 
+def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
+    with ctx.client() as client:
+        repos = client.repos(query=query, limit=limit)
+    return ctx.emit_list(repos, "no repos; link one in the web app", ("ID", "REPO", "BRANCH", "ROOT"),
+                         map(repo_row, repos), ("REPO", "BRANCH", "ROOT"))
+
+
 def cmd_run(
-    ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
-    create_branch: bool, root: Optional[str], idempotency_key: Optional[str], follow: bool, timeout_s: Optional[float],
-    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
+    ctx: Context, *words: str, repo: str = "", harness: str = "", base_branch: str = "", branch: str = "",
+    create_branch: bool = False, root: Optional[str] = None, prompt_file: str = "",
+    idempotency_key: Optional[str] = None, follow: bool = False, timeout: Optional[float] = None,
+    quiet: bool = False, cancel_on_interrupt: bool = False,
 ) -> int:
     repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
     if not repo:
         raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
-    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
     prompt = read_prompt(ctx, words, prompt_file)
     with ctx.client() as client:
         found = resolve_repo(client, repo)
@@ -4397,100 +4375,89 @@ def cmd_run(
         if root is not None:
             body["rootDirectory"] = root
         run = start(ctx, client, body, idempotency_key)
-        follower = Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt)
+        follower = Follower(ctx, client, text_of(run, "runId"), ctx.as_json, quiet, cancel_on_interrupt, prompt)
         try:
             remember(ctx, run, text_of(found, "full_name"), prompt)
-            ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
+            ctx.emit_record(run, started_text(run, ctx.colour))
         except KeyboardInterrupt:
             follower.interrupted()
             raise
         except MogplexError:  # of stdout: the id must not be lost with it
             follower.goes_on()
             raise
-        return follower.run(timeout_s) if follow else Exit.OK
+        return follower.run(timeout) if follow else Exit.OK
 
 
-def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
-    records = remembered_runs(ctx.home, ctx.base_url)[:limit or MAX_LIMIT]
-    return emit_list(ctx, records, as_json, "no runs started from here yet", lambda: ctx.emit_table(
-        ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
-        [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
+def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
+    records = remembered_runs(ctx.home, ctx.base_url)[:limit]
+    return ctx.emit_list(
+        records, "no runs started from here yet", ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
+        (remembered_row(record, ctx.now) for record in records), ("BRANCH", "TASK"))
 
 
-def cmd_runs_get(ctx: Context, *, run_id: Optional[str], as_json: bool) -> int:
+def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         run = client.run(run_id)
     if not run:
         raise InvalidResponseError("the answer has no run in it")
-    ctx.emit(ndjson(run) if as_json else run_text(run, ctx.colour))
-    return Exit.OK
+    return ctx.emit_record(run, run_text(run, ctx.colour))
 
 
 def cmd_runs_events(
-    ctx: Context, *, run_id: Optional[str], limit: Optional[int], follow: bool, timeout_s: Optional[float],
-    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
+    ctx: Context, run_id: Optional[str] = None, *, limit: int = MAX_LIMIT, follow: bool = False,
+    timeout: Optional[float] = None, quiet: bool = False, cancel_on_interrupt: bool = False,
 ) -> int:
-    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         if follow:
-            follower = Follower(ctx, client, run_id, as_json, quiet, cancel_on_interrupt)
-            return follower.run(timeout_s, limit or MAX_LIMIT)
-        events = dicts_of(client.events(run_id, limit=limit or MAX_LIMIT), "events")
+            return Follower(ctx, client, run_id, ctx.as_json, quiet, cancel_on_interrupt).run(timeout, limit)
+        events = dicts_of(client.events(run_id, limit=limit), "events")
     newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
     for event in events:
-        ctx.emit(ndjson(event) if as_json else event_line(event, newline))
+        ctx.emit_record(event, event_line(event, newline))
     if not events:
         ctx.note("no events yet")
-    elif len(events) >= (limit or MAX_LIMIT):
+    elif len(events) >= limit:
         ctx.note(f"only the first {len(events)} events are listed; there may be more")
     return Exit.OK
 
 
-def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
+def cmd_runs_cancel(ctx: Context, run_id: str) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         answer = client.cancel(run_id)
-    if as_json:
-        ctx.emit(ndjson(answer))
-        return Exit.OK
-    status = sanitize(text_of(answer, "run", "status") or text_of(answer, "status"))
-    if answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal":
-        ctx.emit(f"run {sanitize(run_id)} is already {paint(status, ctx.colour)}")
-    else:
-        ctx.emit(f"cancellation requested for run {sanitize(run_id)}\nstatus: {paint(status, ctx.colour)}")
-    return Exit.OK
+    status = paint(sanitize(text_of(answer, "run", "status") or text_of(answer, "status")), ctx.colour)
+    ended = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
+    return ctx.emit_record(answer, f"run {sanitize(run_id)} is already {status}" if ended else
+                           f"cancellation requested for run {sanitize(run_id)}\nstatus: {status}")
 
 
-def cmd_sandboxes_list(ctx: Context, *, repo: str, status: str, limit: Optional[int], as_json: bool) -> int:
+def cmd_sandboxes_list(ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT) -> int:
     with ctx.client() as client:
         wanted = resolve_repo(client, repo) if repo else {}
         sandboxes = client.sandboxes(repo_id=text_of(wanted, "id"), status=status, limit=limit)
     names = {text_of(wanted, "id"): text_of(wanted, "full_name")} if text_of(wanted, "full_name") else {}
-    rows = [sandbox_row(sandbox, names, now_on(ctx.stdout), ctx.colour) for sandbox in sandboxes]
-    return emit_list(ctx, sandboxes, as_json, "no sandboxes", lambda: ctx.emit_table(
-        ("ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST ACTIVE", "ERROR"), rows,
-        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else []))))
+    return ctx.emit_list(
+        sandboxes, "no sandboxes", ("ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST ACTIVE", "ERROR"),
+        (sandbox_row(sandbox, names, ctx.now, ctx.colour) for sandbox in sandboxes),
+        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else [])))
 
 
-def cmd_sandboxes_logs(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
+def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:
     with ctx.client() as client:
         logs = client.sandbox_logs(sandbox_id)
-    if as_json:
-        ctx.emit(ndjson(logs))
-        return Exit.OK
+    lines = []
     for name in ("install_log", "dev_log"):
         text = text_of(logs, "sandbox", name)
-        for line in ([f"--- {name} ---"] + re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))) if text else []:
-            ctx.emit(sanitize(line))
+        lines += [f"--- {name} ---", *re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))] if text else []
     for event in dicts_of(logs, "lifecycle_events"):
-        ctx.emit("  ".join((format_time(event.get("created_at")), sanitize(text_of(event, "event_type")),
-                            sanitize(text_of(event, "decision_code")))).rstrip())
-    return Exit.OK
+        lines.append("  ".join((format_time(event.get("created_at")), text_of(event, "event_type"),
+                                text_of(event, "decision_code"))).rstrip())
+    return ctx.emit_record(logs, "\n".join(map(sanitize, lines)))
 
 
-def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
+def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
     with ctx.client() as client:
         try:
             answer = client.stop_sandbox(sandbox_id)
@@ -4500,73 +4467,65 @@ def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
             where = f"stop it under Sandboxes at {client.base_url}"
             raise UnavailableError(f"the API does not offer stopping a sandbox yet; {where}") from None
     status = sanitize(text_of(answer, "sandbox", "status") or text_of(answer, "status"))
-    ctx.emit(ndjson(answer) if as_json else f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
-    return Exit.OK
+    return ctx.emit_record(answer, f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
 
 
 def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
     """Sign in through the browser of this machine, or whichever one the URL is taken to."""
-    remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
-    browser = None if no_browser else ctx.demo_browser
-    if not (browser or remote or no_browser):
-        import webbrowser
-        browser = webbrowser.open
+    elsewhere = no_browser or bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
 
     def announce(url: str) -> None:
         ctx.note(f"to sign in to {ctx.base_url}, open this page:")
         ctx.note(url)
-        if no_browser or remote:
+        if elsewhere:
             port = url.partition("127.0.0.1%3A")[2][:5]
             ctx.note(f"if your browser is on another machine, run there: ssh -L {port}:127.0.0.1:{port} <this host>")
             ctx.note(f"or use a token from {ctx.base_url}/settings/api-keys, with `mogplex login --with-token`")
         ctx.note(f"waiting for up to {format_duration(timeout_s)}; Ctrl+C ends the wait")
+    browser = None if no_browser or elsewhere and not ctx.in_demo else ctx.browse
     return sign_in(ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
 
 
 def read_token(ctx: Context) -> str:
     """A token from stdin, or from a prompt that does not show it; UsageError for none."""
-    try:
+    token = ""
+    with contextlib.suppress(OSError, EOFError, ValueError, AttributeError):
         if is_terminal(ctx.stdin):
             import getpass
             token = getpass.getpass("token: ", ctx.stderr).strip()
         else:
             token = ctx.stdin.read(65536).strip()
-    except (OSError, EOFError, ValueError, AttributeError):
-        token = ""
     if not token:
         hint = f"create one at {ctx.base_url}/settings/api-keys"
         raise UsageError("login --with-token: no token came from stdin", hint=hint)
     return token
 
 
-def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: float, as_json: bool) -> int:
+def cmd_login(ctx: Context, *, with_token: bool = False, no_browser: bool = False, timeout: float = 300.0) -> int:
     """Get a credential, in a browser or from stdin, and store it."""
-    if with_token:
-        token = check_token(read_token(ctx), "login --with-token")
-        entry: Json = {"token": token, "base_url": ctx.base_url}
-        ctx.credential = Credential(token)
-        with Client(ctx.credential, ctx.base_url, **ctx.transport()) as client:
+    credential = Credential(check_token(read_token(ctx), "login --with-token") if with_token else "")
+    with ctx.client(credential) as client:
+        if with_token:
             client.repos(limit=1)
-    else:
-        with Client("", ctx.base_url, **ctx.transport()) as client:
-            entry = browser_entry(ctx, client, no_browser, timeout_s)
+            entry: Json = {"token": credential.token, "base_url": ctx.base_url}
+        else:
+            entry = browser_entry(ctx, client, no_browser, timeout)
     path = store_credential(ctx.home, entry)
-    ctx.emit(ndjson({"service": ctx.base_url, "path": path}) if as_json else f"signed in to {ctx.base_url}")
+    ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
     return Exit.OK
 
 
-def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
+def cmd_login_status(ctx: Context) -> int:
     """Which credential is in force, and what the service says of it; its error when it is not accepted."""
-    path, hidden, state = os.path.join(ctx.home, "auth.json"), "", "accepted"
-    credential, problem = resolve_credential(ctx.environ, ctx.base_url, ctx.note), None
-    ctx.credential = credential
+    path, hidden, state, problem = os.path.join(ctx.home, "auth.json"), "", "accepted", None
+    credential = resolve_credential(ctx.environ, ctx.base_url, ctx.note)
     if credential.source == "environment":
         with contextlib.suppress(UnauthorizedError):
             resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)
             hidden = path
-    with Client(credential, ctx.base_url, **ctx.transport()) as client:
+    with ctx.client(credential) as client:
         try:
             client.repos(limit=1)
         except MogplexError as error:
@@ -4578,27 +4537,94 @@ def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
         ("hides", hidden), ("kind", "personal access token" if token.startswith("mog_") else "sign-in"),
         ("token", token[:8] if len(token) > 16 else ""),  # so that it is never the whole
         ("expires", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at)) if ends_at else ""), ("state", state)]
-    ctx.emit(ndjson({label: value or None for label, value in rows}) if as_json else block(rows))
+    ctx.emit_record({label: value or None for label, value in rows}, block(rows))
     if problem:
         raise problem
     return Exit.OK
 
 
-def cmd_logout(ctx: Context, *, as_json: bool) -> int:
+def cmd_logout(ctx: Context) -> int:
     """Forget the stored credential; the service has no way to revoke it."""
     forgotten = forget_credential(ctx.home)
-    words = "signed out" if forgotten else "there was no stored sign-in"
-    ctx.emit(ndjson({"forgotten": forgotten}) if as_json else words)
+    ctx.emit_record({"forgotten": forgotten}, "signed out" if forgotten else "there was no stored sign-in")
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set, and still applies")
     return Exit.OK
 
 
-def limit_argument(text: str) -> int:
-    """1 to 200; UsageError."""
-    if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
-        raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
-    return int(text)
+class Command(NamedTuple):
+    """A command of the table below."""
+
+    function: Callable[..., int]  # takes the plain words, and the options as keywords
+    purpose: str
+    takes: str  # words and options; one in brackets may be left out
+    examples: Tuple[str, str]
+
+
+TAILING = "--follow --timeout --quiet --cancel-on-interrupt"
+# The parser, the help and the shell completions are made from these two tables.
+COMMAND_TABLE = {
+    "repos list": Command(cmd_repos_list, "List your cloud-linked repos.", "--query --limit", (
+        "repos list --query acme", "repos list --json | jq -r .id")),
+    "run": Command(
+        cmd_run, "Start an agent run.", "[PROMPT...] --repo --harness --base-branch --branch --create-branch --root "
+        "--idempotency-key --prompt-file " + TAILING,
+        ('run --repo acme/web "Fix the flaky cookie test"', "run --repo acme/web --follow - < task.md")),
+    "runs list": Command(cmd_runs_list, "List the runs started from here, newest first.", "--limit", (
+        "runs list", "runs list --limit 1 --json | jq -r .id")),
+    "runs get": Command(cmd_runs_get, "Get a run's current state.", "[RUN]", (
+        "runs get @last", "runs get --json | jq -r .status")),
+    "runs events": Command(cmd_runs_events, "List or tail a run's events.", "[RUN] --limit " + TAILING, (
+        "runs events @last --follow", "runs events --follow --timeout 30m --json")),
+    "runs cancel": Command(cmd_runs_cancel, "Request a run's cancellation.", "RUN", (
+        "runs cancel @last", 'runs cancel "$RUN_ID" --json')),
+    "sandboxes list": Command(
+        cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", "--repo --status --limit", (
+            "sandboxes list --status running", "sandboxes list --repo acme/web --json")),
+    "sandboxes logs": Command(cmd_sandboxes_logs, "Print a sandbox's logs.", "SANDBOX", (
+        'sandboxes logs "$ID"', 'sandboxes logs "$ID" --json | jq .lifecycle_events')),
+    "sandboxes stop": Command(cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", "SANDBOX", (
+        'sandboxes stop "$ID"', 'sandboxes stop "$ID" --json')),
+    "login": Command(
+        cmd_login, "Sign in with a browser; for CI set MOGPLEX_API_KEY instead.",
+        "--with-token --no-browser --timeout", ("login", "login --with-token < token.txt")),
+    "login status": Command(cmd_login_status, "Show the credential in force and whether it is accepted.", "", (
+        "login status", "login status --json | jq -r .expires")),
+    "logout": Command(cmd_logout, "Forget the stored sign-in.", "", ("logout", "logout --json")),
+}
+GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMAND_TABLE))
+CHOICES = {"--harness": HARNESSES, "--status": SANDBOX_STATUSES}
+PROGRAM_FLAGS = ("--demo", "--demo-server", "--attach", "--logout", "--debug", "--no-color", "--version", "--help")
+OPTIONS = {  # what its value is called, "" for none, and what it means
+    "[PROMPT...]": ("", "the task; - reads it from stdin"),
+    "RUN": ("", "the run's id; @last is the newest started here"),
+    "[RUN]": ("", "the run's id; @last is the newest started here, as is none without MOGPLEX_RUN_ID"),
+    "SANDBOX": ("", "the sandbox's id, as listed"),
+    "--query": ("TEXT", "only names with TEXT in them (default: all)"),
+    "--limit": ("N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})"),
+    "--repo": ("R", "the repo: an id or owner/name (default: in lists all, for run MOGPLEX_REPO)"),
+    "--status": ("S", "only with this status: " + ", ".join(SANDBOX_STATUSES) + " (default: all)"),
+    "--harness": ("H", f"{' or '.join(HARNESSES)} (default: the service's)"),
+    "--base-branch": ("B", "start from branch B (default: the repo's)"),
+    "--branch": ("B", "work on branch B (default: the service's choice)"),
+    "--create-branch": ("", "create the working branch"),
+    "--root": ("DIR", "work in DIR of the repo (default: the repo's)"),
+    "--idempotency-key": ("K", "the same key starts the same run once; ci makes one of the CI job (default: random)"),
+    "--prompt-file": ("FILE", "read the task from FILE"),
+    "--follow": ("", "print events as they come, until the run has ended"),
+    "--timeout": ("S", "give up after S seconds, or 90s, 30m, 2h (default: 1800; for login 300)"),
+    "--quiet": ("", "with --follow, no signs of life on stderr"),
+    "--cancel-on-interrupt": ("", "with --follow, cancel the run on Ctrl+C or SIGTERM"),
+    "--with-token": ("", "read a token from stdin, or ask for it, instead of opening a browser"),
+    "--no-browser": ("", "print the URL and open nothing"),
+    "--json": ("", "machine-readable output, one object a line"),
+    "--demo": ("", "use an embedded demo service: no account, no network"),
+    "--demo-server": ("[PORT]", "keep the demo service running for your own scripts"),
+    "--attach": ("RUN", "open the cockpit on a run started elsewhere"),
+    "--logout": ("", "forget the stored sign-in before anything else"),
+    "--debug": ("", "a line per request on stderr"), "--no-color": ("", "no colour"),
+    "--version": ("", "print the version"), "--help": ("", "this; every command has one; also -h"),
+}
 
 
 def did_you_mean(text: str, words: Iterable[str]) -> str:
@@ -4608,168 +4634,106 @@ def did_you_mean(text: str, words: Iterable[str]) -> str:
     return f", did you mean '{near[0]}'?" if near else ""
 
 
-def one_of(flag: str, words: Sequence[str]) -> Json:
-    """Keywords of add_argument for one of ``words``, or none; the nearest is named for any other."""
-    def check(text: str) -> str:
-        if text and text not in words:
-            raise UsageError(f"{flag} takes one of {', '.join(words)}, not '{text}'{did_you_mean(text, words)}")
-        return text
-    return {"type": check, "choices": (*words, "")}  # the choices are for shell completion: check speaks first
+def taken_by(name: str) -> List[str]:
+    """The words and options of a command, in the order of its help; of the program for ""."""
+    if not name:
+        return list(PROGRAM_FLAGS)
+    return [*COMMAND_TABLE[name].takes.split(), "--json", *GLOBAL_FLAGS] if name in COMMAND_TABLE else []
 
 
-Argument = Tuple[str, Json]  # a flag or a position's name, and the keywords of add_argument
+def value_of(flag: str, text: str) -> Any:
+    """An option's value as its command wants it; UsageError for one that makes no sense."""
+    if flag == "--timeout":
+        return parse_duration(text)
+    if flag == "--limit":
+        if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
+            raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
+        return int(text)
+    words = CHOICES.get(flag)
+    if text and words and text not in words:
+        raise UsageError(f"{flag} takes one of {', '.join(words)}, not '{text}'{did_you_mean(text, words)}")
+    return text
 
 
-class Command(NamedTuple):
-    """One command: its words, its function, one line of purpose, its arguments, two examples."""
-
-    name: str
-    function: Callable[..., int]
-    purpose: str
-    arguments: Sequence[Argument]
-    examples: Sequence[str]
-
-
-def commands() -> List[Command]:
-    """All of them; the parser, the help and the shell completions are made from this."""
-    def option(flag: str, metavar: str, help: str, **more: Any) -> Argument:
-        return flag, {"metavar": metavar, "default": "", "help": help, **more}
-
-    def switch(flag: str, help: str, **more: Any) -> Argument:
-        return flag, {"action": "store_true", "help": help, **more}
-
-    def limit(default: int) -> Argument:
-        help = f"list at most N, 1 to 200 (default: {default})"
-        return option("--limit", "N", help, type=limit_argument, default=None)
-
-    as_json = switch("--json", "machine-readable output, one object a line", dest="as_json")
-    newest = "the run; @last is the newest started here"
-    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?",
-                    default=None)
-    sandbox_id = option("sandbox_id", "id", "the sandbox, as listed")
-    tailing = [
-        switch("--follow", "print events as they come, until the run has ended"),
-        option("--timeout", "S", "with --follow, give up after S seconds, or 90s, 30m, 2h (default: 1800)",
-               dest="timeout_s", type=parse_duration, default=None),
-        switch("--quiet", "with --follow, no signs of life on stderr"),
-        switch("--cancel-on-interrupt", "with --follow, cancel the run on Ctrl+C or SIGTERM"),
-    ]
-    return [
-        Command("repos list", cmd_repos_list, "List your cloud-linked repos.", [
-            option("--query", "TEXT", "only names with TEXT in them (default: all)"), limit(100), as_json,
-        ], ["mogplex repos list --query acme", "mogplex repos list --json | jq -r .id"]),
-        Command("run", cmd_run, "Start an agent run.", [
-            option("words", "PROMPT", "the task; - reads it from stdin", nargs="*"),
-            option("--repo", "R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"),
-            option("--harness", "H", f"{' or '.join(HARNESSES)} (default: the service's)",
-                   **one_of("--harness", HARNESSES)),
-            option("--base-branch", "B", "start from branch B (default: the repo's)"),
-            option("--branch", "B", "work on branch B (default: the service's choice)"),
-            switch("--create-branch", "create the working branch"),
-            option("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
-            option("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
-                   "(default: random)", default=None),
-            option("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
-        ], ['mogplex run --repo acme/web "Fix the flaky cookie test"',
-            "mogplex run --repo acme/web --follow - < task.md"]),
-        Command("runs list", cmd_runs_list, "List the runs started from here, newest first.", [limit(200), as_json],
-                ["mogplex runs list", "mogplex runs list --limit 1 --json | jq -r .id"]),
-        Command("runs get", cmd_runs_get, "Get a run's current state.", [run_id, as_json],
-                ["mogplex runs get @last", "mogplex runs get --json | jq -r .status"]),
-        Command("runs events", cmd_runs_events, "List or tail a run's events.", [
-            run_id, limit(200), *tailing, as_json,
-        ], ["mogplex runs events @last --follow", "mogplex runs events --follow --timeout 30m --json"]),
-        Command("runs cancel", cmd_runs_cancel, "Request a run's cancellation.", [
-            option("run_id", "id", newest), as_json,
-        ], ["mogplex runs cancel @last", 'mogplex runs cancel "$RUN_ID" --json']),
-        Command("sandboxes list", cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", [
-            option("--repo", "R", "only of this repo: an id or owner/name (default: all)"),
-            option("--status", "S", f"{', '.join(SANDBOX_STATUSES[:-1])} or {SANDBOX_STATUSES[-1]} (default: all)",
-                   **one_of("--status", SANDBOX_STATUSES)), limit(100), as_json,
-        ], ["mogplex sandboxes list --status running", "mogplex sandboxes list --repo acme/web --json"]),
-        Command("sandboxes logs", cmd_sandboxes_logs, "Print a sandbox's logs.", [sandbox_id, as_json],
-                ['mogplex sandboxes logs "$ID"', 'mogplex sandboxes logs "$ID" --json | jq .lifecycle_events']),
-        Command("sandboxes stop", cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", [
-            sandbox_id, as_json,
-        ], ['mogplex sandboxes stop "$ID"', 'mogplex sandboxes stop "$ID" --json']),
-        Command("login", cmd_login, "Sign in with a browser; for CI set MOGPLEX_API_KEY instead.", [
-            switch("--with-token", "read a token from stdin, or ask for it, instead of opening a browser"),
-            switch("--no-browser", "print the URL and open nothing"),
-            option("--timeout", "S", "wait for the browser for S seconds, or 90s, 5m (default: 300)",
-                   dest="timeout_s", type=parse_duration, default=300.0), as_json,
-        ], ["mogplex login", "mogplex login --with-token < token.txt"]),
-        Command("login status", cmd_login_status, "Show the credential in force and whether it is accepted.", [
-            as_json,
-        ], ["mogplex login status", "mogplex login status --json | jq -r .expires"]),
-        Command("logout", cmd_logout, "Forget the stored sign-in.", [as_json],
-                ["mogplex logout", "mogplex logout --json"]),
-    ]
+def parse_options(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
+    """A command's plain words, and its options as keywords; all that follows ``--`` is words."""
+    words, options, rest = [], {}, iter(argv)  # type: List[str], Json, Iterator[str]
+    flags = [flag for flag in taken_by(name) if flag.startswith("--")]
+    for word in rest:
+        flag, mark, value = word.partition("=")
+        if word == "--":
+            words.extend(rest)
+        elif word == "-" or not word.startswith("-"):
+            words.append(word)
+        elif flag not in flags:
+            raise UsageError(f"{name}: unknown option '{flag}'{did_you_mean(flag, flags)}",
+                             hint=f"see: mogplex {name} --help")
+        elif not OPTIONS[flag][0]:
+            options[flag[2:].replace("-", "_")] = True
+        else:
+            value = value if mark else next(rest, "--")
+            if not mark and value.startswith("--"):  # a variable of a script that is not set
+                raise UsageError(f"{name}: {flag} needs a value")
+            options[flag[2:].replace("-", "_")] = value_of(flag, value)
+    return words, options
 
 
-def command_parser(command: Command) -> Any:
-    """The argparse parser of one command."""
-    import argparse
+def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
+    """As ``parse_options``; UsageError for words that are missing or too many, and for what needs --follow."""
+    words, options = parse_options(name, argv)
+    wanted = [word for word in COMMAND_TABLE[name].takes.split() if not word.startswith("--")]
+    if len(words) < len([word for word in wanted if word[0] != "["]):
+        raise UsageError(f"{name}: {wanted[0]} is missing", hint=f"see: mogplex {name} --help")
+    if len(words) > len(wanted) and "[PROMPT...]" not in wanted:
+        raise UsageError(f"{name}: too many words: {' '.join(words[len(wanted):])}")
+    if name != "login" and "follow" not in options and options.keys() & {"timeout", "quiet", "cancel_on_interrupt"}:
+        raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
+    return words, options
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            unknown = re.search(r"unrecognized arguments: (-\S+)", message)
-            near = did_you_mean(unknown.group(1), self._option_string_actions) if unknown else ""
-            raise UsageError(f"{command.name}: {message}{near}", hint=f"see: mogplex {command.name} --help")
 
-    examples = "\n".join(f"  {example}" for example in command.examples)
-    parser = Parser(
-        prog=f"mogplex {command.name}", description=command.purpose, allow_abbrev=False,
-        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80))
-    parser.color = False  # type: ignore[attr-defined]  # Python 3.14 would colour its help
-    for flags, keywords in command.arguments:
-        parser.add_argument(flags, **keywords)
-    for flag, help in zip(GLOBAL_FLAGS, ("use the embedded demo service", "a line per request on stderr", "no colour")):
-        parser.add_argument(flag, action="store_true", help=help)
-    return parser
+def help_text(name: str) -> str:
+    """The help of a command, of a group of commands such as ``runs``, or of the program for ""."""
+    import textwrap
+    command, taken = COMMAND_TABLE.get(name), taken_by(name)
+    shown = {one: each for one, each in COMMAND_TABLE.items() if not name or f"{one} ".startswith(f"{name} ")}
+    usage = " ".join(["usage: mogplex", *name.split(), *([] if command else ["<command>"]), "[options]",
+                      *(word for word in taken if not word.startswith("--"))])
+    purpose = f"Commands of mogplex {name}." if name else f"{PURPOSE}\nWithout a command, on a terminal: the cockpit."
+    parts = [usage, command.purpose if command else purpose]
+    if not command:
+        parts.append("\n".join(["commands:", *(f"  {one:<16} {each.purpose}" for one, each in shown.items())]))
+    if taken:
+        parts.append("\n".join(["options:", *(textwrap.fill(
+            OPTIONS[one][1], 80, initial_indent=f"  {f'{one} {OPTIONS[one][0]}':<23} ", subsequent_indent=" " * 26)
+            for one in taken)]))
+    examples = command.examples if command else [line for each in shown.values() for line in each.examples][:2]
+    return "\n\n".join([*parts, "\n".join(["examples:", *(f"  mogplex {line}" for line in examples)]), EXIT_CODES])
 
 
 def make_parser() -> Any:
-    """Every command in one parser: what shell completions are generated from."""
+    """Every command and option as argparse knows them: what shell completions are generated from."""
     import argparse
-    parser = argparse.ArgumentParser(prog="mogplex", description=PURPOSE)
-    for flag, help in OPTIONS.items():
-        if flag.startswith("--"):  # -h is argparse's own
-            name, _, value = flag.partition(" ")
-            parser.add_argument(name, help=help, action="store" if value else "store_true")
-    parsers, words = {"": parser}, {"": parser.add_subparsers()}
-    for command in commands():
-        group, _, word = command.name.rpartition(" ")
-        if group not in parsers:
-            parsers[group] = words[""].add_parser(group, help=f"Commands of mogplex {group}.")  # shtab wants one
-        if group not in words:
-            words[group] = parsers[group].add_subparsers()
-        parsers[command.name] = words[group].add_parser(
-            word, parents=[command_parser(command)], add_help=False, help=command.purpose)
-    return parser
-
-
-def overview(prefix: str = "") -> str:
-    """The help of the program, or of one group of commands."""
-    shown = [command for command in commands() if command.name.startswith(prefix)]
-    lines = [f"  {command.name:<16} {command.purpose}" for command in shown]
-    if prefix:
-        purpose, usage = f"Commands of mogplex {prefix}.", f"mogplex {prefix} <command> [options]"
-        rest = []
-    else:
-        purpose, usage = PURPOSE, "mogplex [<command>] [options]"
-        rest = ["", "options:", *(f"  {flag:<22} {help}" for flag, help in OPTIONS.items())]
-    examples = [f"  {example}" for command in shown for example in command.examples][:2]
-    cockpit = [] if prefix else ["Without a command, on a terminal: the cockpit."]
-    head = [f"usage: {usage}", "", purpose, *cockpit, ""]
-    return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
+    parsers: Dict[str, Any] = {"": argparse.ArgumentParser(prog="mogplex", description=PURPOSE)}
+    below: Dict[str, Any] = {}
+    for name in dict.fromkeys(("", *GROUPS, *COMMAND_TABLE)):
+        if name:
+            group, _, word = name.rpartition(" ")
+            below[group] = below.get(group) or parsers[group].add_subparsers()
+            purpose = COMMAND_TABLE[name].purpose if name in COMMAND_TABLE else f"Commands of mogplex {name}."
+            parsers[name] = below[group].add_parser(word, help=purpose)  # shtab leaves out what has no help
+        for flag in taken_by(name):
+            if flag.startswith("--") and flag != "--help":  # which is argparse's own
+                value, help = OPTIONS[flag]
+                how: Json = {"choices": CHOICES.get(flag)} if value else {"action": "store_true"}
+                parsers[name].add_argument(flag, help=help, **how)
+    return parsers[""]
 
 
 def serve_demo(ctx: Context, argv: List[str]) -> int:
     """Keep a demo service running until it is interrupted."""
-    if len(argv) > 1 or (argv and not re.match(r"[0-9]{1,5}\Z", argv[0])) or (argv and int(argv[0]) > 65535):
+    if len(argv) > 1 or not re.match(r"[0-9]{0,5}\Z", "".join(argv)):
         raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
-    with demo_environment(int(argv[0]) if argv else 0) as variables:
+    with demo_environment(int("".join(argv) or 0)) as variables:
         for name, value in variables.items():
             ctx.emit(f"export {name}={value}")
         ctx.emit("unset NODE_ENV")
@@ -4787,73 +4751,45 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
             raise UsageError("--attach takes a run's id, or @last")
     word = words[0] if words and words[0] != "--" else ""
     if word.startswith("-"):
-        near = did_you_mean(word, [flag.split()[0] for flag in OPTIONS])
-        raise UsageError(f"unknown option '{word}'{near}", hint="see: mogplex --help")
+        raise UsageError(f"unknown option '{word}'{did_you_mean(word, PROGRAM_FLAGS)}", hint="see: mogplex --help")
     if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
         if word:
             raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
         raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
-    import webbrowser
-    environ = {**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ
     return run_cockpit(
-        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=environ, text=" ".join(words[word == "":]),
-        attach=attach, run_browser=ctx.demo_browser or webbrowser.open)
+        ctx.client, base_url=ctx.base_url, home=ctx.home, text=" ".join(words[word == "":]), attach=attach,
+        environ={**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ, run_browser=ctx.browse)
 
 
 def run_command(ctx: Context, argv: List[str]) -> int:
-    """Parse a command's arguments into keywords, and call it."""
-    known = {command.name: command for command in commands()}
-    name = argv[0] if argv[0] in known and " ".join(argv[:2]) not in known else " ".join(argv[:2])
-    end = argv.index("--") if "--" in argv else len(argv)
-    wants_help = any(word in ("-h", "--help") for word in argv[:end])
-    if name not in known:
-        verbs = [other.split(" ")[1] for other in known if other.startswith(argv[0] + " ")]
-        if wants_help:
-            ctx.emit(overview(argv[0]))
-            return Exit.OK
-        if len(argv) < 2:
-            raise UsageError(f"{argv[0]} needs one of: {', '.join(verbs)}")
-        raise UsageError(f"unknown subcommand '{argv[0]} {argv[1]}'{did_you_mean(argv[1], verbs)}",
-                         hint=f"see: mogplex {argv[0]} --help")
-    parser = command_parser(known[name])
-    if wants_help:
-        ctx.emit(parser.format_help().rstrip("\n"))
+    """The command that ``argv`` begins with, or its help."""
+    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMAND_TABLE else argv[0]
+    if {"-h", "--help"} & set(argv[:argv.index("--") if "--" in argv else len(argv)]):
+        ctx.emit(help_text(name))
         return Exit.OK
-    keywords = vars(parser.parse_intermixed_args(argv[len(name.split(" ")):end]))
-    keywords = {key: value for key, value in keywords.items() if f"--{key.replace('_', '-')}" not in GLOBAL_FLAGS}
-    if argv[end + 1:]:
-        if "words" not in keywords:
-            raise UsageError(f"{name}: nothing can follow --")
-        keywords["words"] = [*keywords["words"], *argv[end + 1:]]
-    return known[name].function(ctx, **keywords)
+    if name not in COMMAND_TABLE:
+        verbs = [other.split()[1] for other in COMMAND_TABLE if other.startswith(name + " ")]
+        if len(argv) < 2:
+            raise UsageError(f"{name} needs one of: {', '.join(verbs)}")
+        raise UsageError(f"unknown subcommand '{name} {argv[1]}'{did_you_mean(argv[1], verbs)}",
+                         hint=f"see: mogplex {name} --help")
+    words, options = parse_command(name, argv[len(name.split()):])
+    ctx.as_json = options.pop("json", False)
+    return COMMAND_TABLE[name].function(ctx, *words, **options)
 
 
 def run(ctx: Context, argv: List[str]) -> int:
     """A command, or the cockpit; ``--logout`` comes before either."""
     if argv[:1] == ["--logout"]:
-        cmd_logout(ctx, as_json=False)
-        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-            return run(ctx, argv[1:])
-        return Exit.OK
+        cmd_logout(ctx)
+        argv = argv[1:]
+        if not (argv or is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+            return Exit.OK
     return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 
-def visit(url: str) -> None:
-    """Be the browser that a sign-in with the demo service needs."""
-    import urllib.request
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
-
-
-def with_demo(ctx: Context, argv: List[str]) -> int:
-    """Run a command line against an embedded service, with a home of its own."""
-    kept = {name: text for name, text in ctx.environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
-    with demo_environment() as variables:
-        ctx.environ, ctx.demo_browser = {**kept, **variables}, visit
-        return run(ctx, argv)
-
-
 def dispatch(ctx: Context, argv: List[str]) -> int:
-    """Find the command that ``argv`` names and run it."""
+    """Heed the flags that may stand anywhere, and those that stand alone; then run the rest."""
     end = argv.index("--") if "--" in argv else len(argv)
     flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
     argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
@@ -4862,13 +4798,16 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
         ctx.emit(f"mogplex {__version__}")
         return Exit.OK
     if argv[:1] in (["-h"], ["--help"]):
-        ctx.emit(overview())
+        ctx.emit(help_text(""))
         return Exit.OK
     if argv[:1] == ["--demo-server"]:
         return serve_demo(ctx, argv[1:])
-    if "--demo" in flags:
-        return with_demo(ctx, argv)
-    return run(ctx, argv)
+    if "--demo" not in flags:
+        return run(ctx, argv)
+    with demo_environment() as variables:  # in the place of the caller's service, token and files
+        kept = [name for name in ctx.environ if not name.startswith("MOGPLEX_") and name != "NODE_ENV"]
+        ctx.environ, ctx.in_demo = {**{name: ctx.environ[name] for name in kept}, **variables}, True
+        return run(ctx, argv)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
@@ -4900,10 +4839,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         raise Terminated
 
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread
-        return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
     finally:
