@@ -4447,13 +4447,16 @@ def cmd_sandboxes_list(ctx: Context, *, repo: str = "", status: str = "", limit:
 def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:
     with ctx.client() as client:
         logs = client.sandbox_logs(sandbox_id)
-    lines = []
+    lines: List[str] = []
     for name in ("install_log", "dev_log"):
         text = text_of(logs, "sandbox", name)
         lines += [f"--- {name} ---", *re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))] if text else []
     for event in dicts_of(logs, "lifecycle_events"):
         lines.append("  ".join((format_time(event.get("created_at")), text_of(event, "event_type"),
                                 text_of(event, "decision_code"))).rstrip())
+    if not (lines or ctx.as_json):
+        ctx.note("no logs yet")
+        return Exit.OK
     return ctx.emit_record(logs, "\n".join(map(sanitize, lines)))
 
 
@@ -4627,11 +4630,12 @@ OPTIONS = {  # what its value is called, "" for none, and what it means
 }
 
 
-def did_you_mean(text: str, words: Iterable[str]) -> str:
-    """``, did you mean 'runs'?``, or "": letters swapped come first, then what is alike."""
+def unknown(what: str, word: str, known: Sequence[str], see: str = "") -> UsageError:
+    """The error for a word that is none of those known; it names the nearest: letters swapped, else what is alike."""
     import difflib
-    near = [word for word in words if sorted(word) == sorted(text)] or difflib.get_close_matches(text, list(words), 1)
-    return f", did you mean '{near[0]}'?" if near else ""
+    near = [one for one in known if sorted(one) == sorted(word)] or difflib.get_close_matches(word, known, 1)
+    hint = " ".join(["see: mogplex", *see.split(), "--help"])
+    return UsageError(f"{what} '{word}'" + (f", did you mean '{near[0]}'?" if near else ""), hint=hint)
 
 
 def taken_by(name: str) -> List[str]:
@@ -4651,14 +4655,14 @@ def value_of(flag: str, text: str) -> Any:
         return int(text)
     words = CHOICES.get(flag)
     if text and words and text not in words:
-        raise UsageError(f"{flag} takes one of {', '.join(words)}, not '{text}'{did_you_mean(text, words)}")
+        raise unknown(f"{flag} takes one of {', '.join(words)}, not", text, words)
     return text
 
 
 def parse_options(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
     """A command's plain words, and its options as keywords; all that follows ``--`` is words."""
     words, options, rest = [], {}, iter(argv)  # type: List[str], Json, Iterator[str]
-    flags = [flag for flag in taken_by(name) if flag.startswith("--")]
+    flags = [one for one in taken_by(name) if one.startswith("--")]
     for word in rest:
         flag, mark, value = word.partition("=")
         if word == "--":
@@ -4666,8 +4670,7 @@ def parse_options(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
         elif word == "-" or not word.startswith("-"):
             words.append(word)
         elif flag not in flags:
-            raise UsageError(f"{name}: unknown option '{flag}'{did_you_mean(flag, flags)}",
-                             hint=f"see: mogplex {name} --help")
+            raise unknown(f"{name}: unknown option", flag, flags, name)
         elif not OPTIONS[flag][0]:
             options[flag[2:].replace("-", "_")] = True
         else:
@@ -4751,10 +4754,10 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
             raise UsageError("--attach takes a run's id, or @last")
     word = words[0] if words and words[0] != "--" else ""
     if word.startswith("-"):
-        raise UsageError(f"unknown option '{word}'{did_you_mean(word, PROGRAM_FLAGS)}", hint="see: mogplex --help")
+        raise unknown("unknown option", word, PROGRAM_FLAGS)
     if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
         if word:
-            raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
+            raise unknown("unknown subcommand", word, GROUPS)
         raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
     return run_cockpit(
         ctx.client, base_url=ctx.base_url, home=ctx.home, text=" ".join(words[word == "":]), attach=attach,
@@ -4771,8 +4774,7 @@ def run_command(ctx: Context, argv: List[str]) -> int:
         verbs = [other.split()[1] for other in COMMAND_TABLE if other.startswith(name + " ")]
         if len(argv) < 2:
             raise UsageError(f"{name} needs one of: {', '.join(verbs)}")
-        raise UsageError(f"unknown subcommand '{name} {argv[1]}'{did_you_mean(argv[1], verbs)}",
-                         hint=f"see: mogplex {name} --help")
+        raise unknown(f"{name}: unknown subcommand", argv[1], verbs, name)
     words, options = parse_command(name, argv[len(name.split()):])
     ctx.as_json = options.pop("json", False)
     return COMMAND_TABLE[name].function(ctx, *words, **options)

@@ -3197,7 +3197,7 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
 @pytest.mark.parametrize("argv, message", [
     (["rusn"], "error: unknown subcommand 'rusn', did you mean 'runs'?"),
     (["xyzzy"], "error: unknown subcommand 'xyzzy'"),
-    (["runs", "gte"], "error: unknown subcommand 'runs gte', did you mean 'get'?"),
+    (["runs", "gte"], "error: runs: unknown subcommand 'gte', did you mean 'get'?"),
     (["runs"], "error: runs needs one of: list, get, events, cancel"),
     ([], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
     (["--versoin"], "error: unknown option '--versoin', did you mean '--version'?"),
@@ -3510,11 +3510,15 @@ def test_stopping_a_sandbox_is_not_offered_until_it_is(run_demo: Callable[..., R
         assert cli("sandboxes", "stop", "s-1", env=service(server.url)).code == 1
 
 
-def test_sandbox_logs(run_demo: Callable[..., Result]) -> None:
+def test_sandbox_logs(run_demo: Callable[..., Result], cli: Callable[..., Result]) -> None:
     sandbox_id = mogplex.DEMO_SANDBOXES[0][0]
     shown = run_demo("sandboxes", "logs", sandbox_id)
     assert shown.code == 0 and shown.out.startswith("--- install_log ---\n") and "sandbox_created" in shown.out
     assert "lifecycle_events" in json.loads(run_demo("sandboxes", "logs", sandbox_id, "--json").out)
+    with one_answer(ok({"sandbox": {"install_log": "a\r\n\x1b[2Jb\n"}, "lifecycle_events": [{"event_type": "c\nd"}]})) as server:
+        assert cli("sandboxes", "logs", "s", env=service(server.url)).out == "--- install_log ---\na\nb\n  c \u23ce d\n"
+    with one_answer(ok({"sandbox": None})) as server:
+        assert cli("sandboxes", "logs", "s", env=service(server.url)) == Result(0, "", "no logs yet\n")
 
 
 def test_a_token_without_the_scope(run_demo: Callable[..., Result], demo: mogplex.DemoServer) -> None:
