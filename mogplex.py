@@ -4671,25 +4671,27 @@ def parse_options(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
             words.append(word)
         elif flag not in flags:
             raise unknown(f"{name}: unknown option", flag, flags, name)
-        elif not OPTIONS[flag][0]:
-            options[flag[2:].replace("-", "_")] = True
-        else:
+        elif OPTIONS[flag][0]:
             value = value if mark else next(rest, "--")
             if not mark and value.startswith("--"):  # a variable of a script that is not set
                 raise UsageError(f"{name}: {flag} needs a value")
             options[flag[2:].replace("-", "_")] = value_of(flag, value)
+        elif mark:
+            raise UsageError(f"{name}: {flag} takes no value")
+        else:
+            options[flag[2:].replace("-", "_")] = True
     return words, options
 
 
 def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
     """As ``parse_options``; UsageError for words that are missing or too many, and for what needs --follow."""
-    words, options = parse_options(name, argv)
-    wanted = [word for word in COMMAND_TABLE[name].takes.split() if not word.startswith("--")]
+    (words, options), takes = parse_options(name, argv), COMMAND_TABLE[name].takes
+    wanted = [word for word in takes.split() if not word.startswith("--")]
     if len(words) < len([word for word in wanted if word[0] != "["]):
         raise UsageError(f"{name}: {wanted[0]} is missing", hint=f"see: mogplex {name} --help")
     if len(words) > len(wanted) and "[PROMPT...]" not in wanted:
         raise UsageError(f"{name}: too many words: {' '.join(words[len(wanted):])}")
-    if name != "login" and "follow" not in options and options.keys() & {"timeout", "quiet", "cancel_on_interrupt"}:
+    if TAILING in takes and "follow" not in options and options.keys() & {"timeout", "quiet", "cancel_on_interrupt"}:
         raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
     return words, options
 

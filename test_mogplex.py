@@ -1473,7 +1473,7 @@ class SharedClock:
 @pytest.mark.parametrize("seed, task", [(1, "x"), (2, "fail"), (3, "fail")])
 def test_ten_tails_on_one_token(seed: int, task: str) -> None:
     clock, ended = SharedClock(10), {}  # type: Tuple[SharedClock, Dict[int, Tuple[float, List[Any]]]]
-    with limited(mogplex.DemoServer(clock=clock)) as server:
+    with metered(mogplex.DemoServer(clock=clock)) as server:
         run_id = mogplex.Client(server.token, server.url).start_run({**WEB, "prompt": task}, "k")["runId"]
         facts, began, script = server.service.runs[run_id]  # two minutes, of which the agent says nothing for most
         server.service.runs[run_id] = (facts, began, [(step[0] + 110 * (number > 6), *step[1:]) for number, step in enumerate(script)])
@@ -3054,12 +3054,12 @@ def test_demo_seeds(still: Still) -> None:
     assert status == "streaming" and len(after) > len(before)
 
 
-def limited(server: Any) -> mogplex.DemoServer:
+def metered(server: Any) -> mogplex.DemoServer:
     """The server, with the service's limit: 60 requests of a token in any 60 s; what is refused does not count."""
     service, recent = server.service, {}  # type: Any, Dict[str, List[float]]
     admit, service.refusals = service._admit, 0
 
-    def limited_admit(token: str, scope: str) -> None:
+    def admit_within(token: str, scope: str) -> None:
         now = service.clock()
         times = recent[token] = [at for at in recent.get(token, []) if at > now - 60]
         if len(times) >= 60:
@@ -3067,7 +3067,7 @@ def limited(server: Any) -> mogplex.DemoServer:
             raise mogplex.demo_refusal(429, "RATE_LIMITED", "Rate limit exceeded", Retry_After="60")
         times.append(now)
         admit(token, scope)
-    service._admit = limited_admit
+    service._admit = admit_within
     return server  # type: ignore[no-any-return]
 
 
@@ -3219,6 +3219,8 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: --harness takes one of codex, claude-code, not 'codx', did you mean 'codex'?"),
     (["run", "--repo", "r", "x", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
     (["run", "--repo", "r", "x", "--folow"], "error: run: unknown option '--folow', did you mean '--follow'?"),
+    (["runs", "events", "r", "--follow=no"], "error: runs events: --follow takes no value"),
+    (["runs", "list", "--demo=yes"], "error: runs list: --demo takes no value"),
     (["run", "--repo", "--follow", "x"], "error: run: --repo needs a value"), (["run", "x", "--repo"], "error: run: --repo needs a value"),
     (["run", "--repo", "r", "x", "--idempotency-key", "k\u00e9y"],
      "error: an idempotency key has 1 to 200 printable ASCII characters"),
