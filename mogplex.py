@@ -3777,12 +3777,6 @@ class DemoService:
             "id": demo_id("event " + request.id), "event_type": "sandbox_created", "decision_code": None,
             "worker_run_id": None, "payload": {}, "created_at": sandbox["created_at"]}]}
 
-    def create_sandbox(self, request: DemoRequest) -> Json:
-        if not text_of(request.body, "repoId"):
-            raise demo_refusal(400, "BAD_REQUEST", "repoId is required")
-        self._find(DEMO_REPOS, text_of(request.body, "repoId"), "Repo")
-        return {"sandbox": self._add_sandbox(request.body, 0.0, "running")}
-
     def _add_sandbox(self, body: Json, age_s: float, status: str, **facts: Any) -> Json:
         repo, created = DEMO_REPOS[body["repoId"]], demo_time(self.clock() - age_s / self.speed)
         base = body.get("baseBranch") or repo["default_branch"] or "main"
@@ -3889,7 +3883,6 @@ class DemoService:
     ROUTES: Tuple[Tuple[str, str, str, int, Callable[[Any, DemoRequest], Union[Json, DemoAnswer]]], ...] = (
         ("GET", API_PATH + "/repos", "read", 200, list_repos),
         ("GET", API_PATH + "/sandboxes", "read", 200, list_sandboxes),
-        ("POST", API_PATH + "/sandboxes", "write", 202, create_sandbox),
         ("GET", API_PATH + "/sandboxes/([^/]+)/logs", "read", 200, sandbox_logs),
         ("POST", API_PATH + "/runs", "write", 202, start_run),
         ("GET", RUN, "read", 200, lambda self, request: {"run": self._run(request.id)[0]}),

@@ -2895,7 +2895,7 @@ def test_demo_refuses(still: Still, method: str, path: str, headers: Dict[str, s
 def test_demo_scopes(still: Still) -> None:
     read = mogplex.DEMO_READ_TOKEN
     assert still.ask("GET", "/mcp/servers", token=read)[0] == 200
-    for path in ("/runs", "/sandboxes", f"/runs/{RUN_STREAMING}/cancel"):
+    for path in ("/runs", f"/runs/{RUN_STREAMING}/cancel"):
         status, body, _ = still.ask("POST", path, {}, token=read)
         assert (status, body["error"]) == (403, {
             "code": "FORBIDDEN", "message":
@@ -2957,14 +2957,11 @@ def test_demo_sandboxes(still: Still) -> None:
     for one in listed:
         assert bool(one["preview_url"]) == (one["status"] == "running")
         assert bool(one["error"]) == (one["status"] == "error")
-    made = still.data("POST", "/sandboxes", {"repoId": mogplex.DEMO_DOCS})["sandbox"]
-    assert (made["status"], made["sandbox_id"], made["base_branch"], made["root_directory"]) == (
-        "running", f"sbx_{made['id'][:8]}", "trunk", "website")
-    now = still.data("GET", f"/sandboxes?repo_id={mogplex.DEMO_DOCS}&status=running&limit=1")["sandboxes"]
-    assert now == [made]
-    logs = still.data("GET", f"/sandboxes/{made['id']}/logs")
+    still.start()
+    made = still.data("GET", f"/sandboxes?repo_id={mogplex.DEMO_WEB}&status=running&limit=1")["sandboxes"]
+    assert [(one["base_branch"], one["sandbox_id"]) for one in made] == [("main", f"sbx_{made[0]['id'][:8]}")]
+    logs = still.data("GET", f"/sandboxes/{made[0]['id']}/logs")
     assert {"id", "install_log", "dev_log"} <= set(logs["sandbox"]) and logs["lifecycle_events"][0]["event_type"]
-    assert still.ask("POST", "/sandboxes", {})[1]["error"]["message"] == "repoId is required"
 
 
 def test_demo_plays_a_run_that_delivers(still: Still) -> None:
@@ -3102,7 +3099,7 @@ def test_demo_signs_in(still: Still) -> None:
     assert still.form(**renew)[1]["error"] == "invalid_grant"
     assert still.ask("POST", f"/runs/{RUN_STREAMING}/cancel", token=newer["access_token"])[0] == 200
     read = redeem(still, authorize(still, scope="read")["code"])[1]["access_token"]
-    assert still.ask("POST", "/sandboxes", {}, token=read)[0] == 403
+    assert still.ask("POST", "/runs", {}, token=read)[0] == 403
 
 
 @pytest.mark.parametrize("changes", [
