@@ -3499,7 +3499,6 @@ def run_cockpit(
 DEMO_TOKEN, DEMO_READ_TOKEN = "mog_" + "Demo" * 8, "mog_" + "Read" * 8
 DEMO_WEB, DEMO_API = "8f3a2b1c-1234-4abc-9def-1234567890ab", "2d6f0c7e-5b1a-4c3d-8e9f-0a1b2c3d4e5f"  # repos
 DEMO_DOCS, DEMO_BARE = "c41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19", "5a7b9c1d-3e2f-4a80-91b4-d7c6b5a49382"
-DEMO_FOREIGN_REPO = "f0e1d2c3-b4a5-4968-8776-655443322110"  # another user's: 404, where an unknown id is 503
 DEMO_SECRET = "not-a-real-secret-0123456789"  # in the MCP servers' config, which a client must drop
 DEMO_ERROR = "Harness exited with code 1: 3 of 148 tests failed"
 DEMO_REPOS: Dict[str, Json] = {row[0]: dict(zip(
@@ -3585,14 +3584,8 @@ class DemoRequest(Record):
 
     id: str  # the one in the path, or ""
     query: Dict[str, str]
-    form: Dict[str, str]  # the body, read as a form
-    json: Json  # the body, read as JSON; {} for anything but an object
+    body: Json  # a JSON object or a form; {} for anything else
     key: str  # idempotency key
-
-    def limited(self, records: List[Json]) -> List[Json]:
-        """As many as ``limit`` says, which is clamped and never refused."""
-        limit = self.query.get("limit", "")
-        return records[:max(1, min(MAX_LIMIT, int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100))]
 
 
 def demo_id(name: str) -> str:
@@ -3601,11 +3594,10 @@ def demo_id(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
-def demo_time(seconds: float, digits: int = 3) -> str:
-    """Seconds since the epoch in one of the spellings that the service mixes."""
-    whole, micros = divmod(int(seconds * 1_000_000 + 0.5), 1_000_000)
-    fraction = "." + f"{micros:06d}"[:digits] if digits else ""
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + fraction + ("Z" if digits == 3 else "+00:00")
+def demo_time(seconds: float) -> str:
+    """Seconds since the epoch as the service writes most times."""
+    whole, ms = divmod(round(seconds * 1000), 1000)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{ms:03d}Z"
 
 
 def demo_steps(ending: str, facts: Json, pushed: str) -> List[DemoStep]:
@@ -3619,15 +3611,6 @@ def demo_steps(ending: str, facts: Json, pushed: str) -> List[DemoStep]:
         "number": 100 + int(run_id[:4], 16) % 900}
     script = json.dumps([step for endings, *step in DEMO_SCRIPT if ending in endings.split()])
     return [(at, *step) for at, *step in json.loads(string.Template(script).substitute(words))]
-
-
-def demo_shown(steps: List[DemoStep], elapsed_s: float) -> Tuple[str, List[DemoStep]]:
-    """Status and events of a run so many seconds (at speed 1) after its start."""
-    status = "pending"
-    for at, kind, *_ in steps:
-        after, later_s = DEMO_STATUS.get(kind, ("", 0.0))
-        status = after if after and at + later_s <= elapsed_s else status
-    return status, [step for step in steps if step[0] <= elapsed_s]
 
 
 def demo_problem(key: str, body: Json, default_branch: str) -> str:
@@ -3651,48 +3634,39 @@ def demo_problem(key: str, body: Json, default_branch: str) -> str:
 class DemoService:
     """What the demo knows and answers, without a socket. ``clock`` gives seconds since the epoch.
 
-    For tests: ``requests``, ``refusals`` (429s) and ``refreshes`` are counts, ``issued`` the OAuth access
-    tokens in order, ``token_lifetime_s`` how long the next one lives; ``tokens.pop(token)`` revokes one.
+    For tests: ``requests`` counts, and ``tokens`` are those in force, with their scopes.
     """
 
-    def __init__(self, clock: Callable[[], float], speed: float, rate_limit: bool) -> None:
+    def __init__(self, clock: Callable[[], float], speed: float) -> None:
         import threading
-        self.clock, self.speed, self.rate_limit, self.lock = clock, speed, rate_limit, threading.Lock()
-        self.requests = self.refusals = self.refreshes = 0
-        self.token_lifetime_s, self.issued = 3600.0, []  # type: Tuple[float, List[str]]
-        self.tokens = {DEMO_TOKEN: (float("inf"), "read write"), DEMO_READ_TOKEN: (float("inf"), "read")}
-        self.refresh_tokens: Dict[str, Tuple[float, str]] = {}  # as tokens: until when, and scopes
-        self.codes: Dict[str, Tuple[float, Dict[str, str]]] = {}  # until when, and what authorize was asked
-        self.recent: Dict[str, List[float]] = {}  # token -> when its requests of the last minute came
+        self.clock, self.speed, self.lock, self.requests = clock, speed, threading.Lock(), 0
+        self.tokens = {DEMO_TOKEN: "read write", DEMO_READ_TOKEN: "read"}
+        self.grants: Dict[str, Json] = {}  # codes and refresh tokens: what authorize was asked
         self.keys: Dict[str, Tuple[Json, str]] = {}  # idempotency key -> body, run id
         self.runs: Dict[str, Tuple[Json, float, List[DemoStep]]] = {}  # lasting fields, start, script
         self.sandboxes: Dict[str, Json] = {}
         for record_id, name, repo, status, branch, age_s, error in DEMO_SANDBOXES:
             body = {"repoId": repo, "workingBranch": branch}
-            self._add_sandbox(body, age_s, id=record_id, sandbox_id=name, status=status, error=error)
+            self._add_sandbox(body, age_s, status, id=record_id, sandbox_id=name, error=error)
         for run_id, repo, harness, ending, age_s, _ in DEMO_RUNS:
-            sandbox = self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
-            sandbox["status"] = "" if ending == "running" else "stopped"
+            self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
 
     def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> DemoAnswer:
         """The answer to a request; ``headers`` in lower case."""
         import urllib.parse
-        path, mark, query = target.partition("?")
+        path, _, query = target.partition("?")
         bearer = headers.get("authorization", "")
+        if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", bearer):
+            return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(path, safe=""))
+        try:
+            data = dict_of({"body": json.loads(body)}, "body")
+        except ValueError:
+            data = dict(urllib.parse.parse_qsl(body.decode("latin-1")))
+        fields, key = dict(urllib.parse.parse_qsl(query)), headers.get("idempotency-key", "").strip()
         with self.lock:
             self.requests += 1
-            if path != "/" and (path.endswith("/") or "//" in path):
-                return DemoAnswer(308, Location=re.sub("//+", "/", path).rstrip("/") + mark + query)
-            if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", bearer):
-                return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(path, safe=""))
-            fields, form = [dict(urllib.parse.parse_qsl(text)) for text in (query, body.decode("latin-1"))]
             try:
-                data = dict_of({"body": json.loads(body)}, "body")
-            except ValueError:
-                data = {}
-            request = DemoRequest("", fields, form, data, headers.get("idempotency-key", "").strip())
-            try:
-                return self._route(method, path, bearer[7:], request)
+                return self._route(method, path, bearer[7:], DemoRequest("", fields, data, key))
             except DemoAnswer as answer:
                 return answer
 
@@ -3701,7 +3675,7 @@ class DemoService:
         answer = DemoAnswer(404, "<!DOCTYPE html><title>404: This page could not be found.</title>")
         for verb, pattern, scope, status, handler in self.ROUTES:
             match = re.match(pattern + r"\Z", path)
-            if match and verb in ("", method):
+            if match and verb == method:
                 if scope:
                     self._admit(token, scope)
                 record_id = urllib.parse.unquote("".join(match.groups())).lower()
@@ -3711,16 +3685,9 @@ class DemoService:
         return answer
 
     def _admit(self, token: str, scope: str) -> None:
-        now = self.clock()
-        until, scopes = self.tokens.get(token, (0.0, ""))
-        if until <= now:
+        if token not in self.tokens:
             raise demo_refusal(401, "UNAUTHORIZED", "Unauthorized")
-        recent = self.recent[token] = [at for at in self.recent.get(token, []) if at > now - 60]
-        if self.rate_limit and token.startswith("mog_") and len(recent) >= 60:
-            self.refusals += 1
-            raise demo_refusal(429, "RATE_LIMITED", "Rate limit exceeded", Retry_After="60")
-        recent.append(now)
-        if scope not in scopes.split():
+        if scope not in self.tokens[token].split():
             raise demo_refusal(403, "FORBIDDEN", f"Missing required scope: {scope}. Issue a new token with "
                                f"the '{scope}' scope at /settings/api-keys.")
 
@@ -3731,61 +3698,49 @@ class DemoService:
             raise demo_refusal(404, "NOT_FOUND", f"{name} not found")
         return records[record_id]
 
-    def _having(self, records: Iterable[Json], key: str, wanted: str) -> List[Json]:
+    def _listed(self, request: DemoRequest, records: Iterable[Json], key: str = "") -> List[Json]:
+        """As many as ``limit`` says, which is clamped and never refused, of those with the asked-for id in ``key``."""
+        wanted, limit = request.query.get(key, "").lower(), request.query.get("limit", "")
         if wanted:
             self._find({wanted: None}, wanted, "")
-        return [one for one in records if wanted.lower() in ("", one[key])]
+        found = [one for one in records if not wanted or one[key] == wanted]
+        return found[:max(1, min(MAX_LIMIT, int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100))]
 
     def list_repos(self, request: DemoRequest) -> Json:
         like = "".join({"%": ".*", "_": "."}.get(char, re.escape(char)) for char in request.query.get("q", ""))
         found = [repo for repo in DEMO_REPOS.values() if re.search(like, repo["full_name"], re.I)]
-        return {"repos": request.limited(self._having(found, "id", request.query.get("id", "")))}
+        return {"repos": self._listed(request, found, "id")}
 
     def list_sandboxes(self, request: DemoRequest) -> Json:
         newest = sorted(self.sandboxes.values(), key=lambda one: str(one["last_active_at"]), reverse=True)
-        wanted = request.query.get("status", "")
-        found = [one for one in map(self._sandbox, newest) if wanted in ("", one["status"])]
-        return {"sandboxes": request.limited(self._having(found, "repo_id", request.query.get("repo_id", "")))}
+        found = [one for one in newest if request.query.get("status", "") in ("", one["status"])]
+        return {"sandboxes": self._listed(request, found, "repo_id")}
 
     def sandbox_logs(self, request: DemoRequest) -> Json:
-        sandbox = self._sandbox(self._find(self.sandboxes, request.id, "Sandbox"))
+        sandbox = self._find(self.sandboxes, request.id, "Sandbox")
         logs = dict(sandbox, install_log="added 1208 packages in 31s\n", dev_log=sandbox["error"])
         return {"sandbox": logs, "lifecycle_events": [{
             "id": demo_id("event " + request.id), "event_type": "sandbox_created", "decision_code": None,
             "worker_run_id": None, "payload": {}, "created_at": sandbox["created_at"]}]}
 
-    def create_sandbox(self, request: DemoRequest) -> Json:
-        if not text_of(request.json, "repoId"):
-            raise demo_refusal(400, "BAD_REQUEST", "repoId is required")
-        self._find(DEMO_REPOS, text_of(request.json, "repoId"), "Repo")
-        return {"sandbox": self._sandbox(self._add_sandbox(request.json, 0.0))}
-
-    def _add_sandbox(self, body: Json, age_s: float, **facts: Any) -> Json:
+    def _add_sandbox(self, body: Json, age_s: float, status: str, **facts: Any) -> Json:
         repo, created = DEMO_REPOS[body["repoId"]], demo_time(self.clock() - age_s / self.speed)
         base = body.get("baseBranch") or repo["default_branch"] or "main"
+        name = demo_id(f"sandbox {len(self.sandboxes)}")
         sandbox: Json = {
-            "id": demo_id(f"sandbox {len(self.sandboxes)}"), "sandbox_id": "pending", "repo_id": repo["id"],
-            "status": "", "base_branch": base, "working_branch": body.get("workingBranch") or base,
-            "root_directory": body.get("rootDirectory", repo["root_directory"]), "preview_url": None,
+            "id": name, "sandbox_id": f"sbx_{name[:8]}", "repo_id": repo["id"], "status": status,
+            "base_branch": base, "working_branch": body.get("workingBranch") or base,
+            "root_directory": body.get("rootDirectory", repo["root_directory"]),
+            "preview_url": f"https://{name[:8]}-3000.preview.example" if status == "running" else None,
             "created_at": created, "last_active_at": created, "error": None, **facts}
         self.sandboxes[sandbox["id"]] = sandbox
         return sandbox
 
-    def _sandbox(self, sandbox: Json) -> Json:
-        """The object as it is now: one without a status of its own is set up within six seconds."""
-        age_s, name = (self.clock() - (parse_time(sandbox["created_at"]) or 0.0)) * self.speed, sandbox["id"][:8]
-        status = sandbox["status"] or ("creating" if age_s < 2 else "installing" if age_s < 6 else "running")
-        made = f"sbx_{name}" if sandbox["sandbox_id"] == "pending" and age_s >= 2 else sandbox["sandbox_id"]
-        preview = f"https://{name}-3000.preview.example" if status == "running" else None
-        return dict(sandbox, status=status, sandbox_id=made, preview_url=preview)
-
     def start_run(self, request: DemoRequest) -> Json:
-        body, repo_id = request.json, text_of(request.json, "repoId").lower()
+        body, repo_id = request.body, text_of(request.body, "repoId").lower()
         problem = demo_problem(request.key, body, DEMO_REPOS.get(repo_id, {}).get("default_branch") or "main")
         if problem:
             raise demo_refusal(400, "BAD_REQUEST", problem)
-        if repo_id == DEMO_FOREIGN_REPO:
-            raise demo_refusal(404, "BAD_REQUEST", "Repo not found")
         if repo_id not in DEMO_REPOS:
             text = "External Mogplex run rate limit unavailable"
             raise demo_refusal(503, "SERVICE_UNAVAILABLE", text, Retry_After="60")
@@ -3798,9 +3753,8 @@ class DemoService:
             self._add_run(run_id, dict(body, repoId=repo_id), ending, 0.0)
         return dict(self._run(run_id)[0], replayed=replayed)
 
-    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> Json:
-        """Its sandbox."""
-        sandbox, created = self._add_sandbox(body, age_s), self.clock() - age_s / self.speed
+    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> None:
+        sandbox = self._add_sandbox(body, age_s, "stopped" if age_s and ending != "running" else "running")
         base, working = sandbox["base_branch"], sandbox["working_branch"]
         facts = {
             "runId": run_id, "aiCallId": demo_id("call " + run_id), "sandboxRecordId": sandbox["id"],
@@ -3809,14 +3763,16 @@ class DemoService:
             "rootDirectory": sandbox["root_directory"], "eventsUrl": f"{API_PATH}/runs/{run_id}/events",
             "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel", "createdAt": sandbox["created_at"]}
         pushed = f"mogplex/agent-{run_id[:8]}" if working == base else working
-        self.runs[run_id] = (facts, created, demo_steps(ending, facts, pushed))
-        return sandbox
+        self.runs[run_id] = (facts, self.clock() - age_s / self.speed, demo_steps(ending, facts, pushed))
 
     def _run(self, run_id: str) -> Tuple[Json, float, List[DemoStep]]:
         """The run object as it is now, its age in seconds at speed 1, and the steps that it has shown."""
         facts, created, script = self._find(self.runs, run_id, "Run")
-        age_s = (self.clock() - created) * self.speed
-        status, steps = demo_shown(script, age_s)
+        age_s, status = (self.clock() - created) * self.speed, "pending"
+        for at, kind, *_ in script:
+            after, later_s = DEMO_STATUS.get(kind, ("", 0.0))
+            status = after if after and at + later_s <= age_s else status
+        steps = [step for step in script if step[0] <= age_s]
         name = None if status == "pending" else f"sbx_{facts['sandboxRecordId'][:8]}"
         return dict(
             facts, status=status, updatedAt=demo_time(created + steps[-1][0] / self.speed),
@@ -3826,9 +3782,9 @@ class DemoService:
     def run_events(self, request: DemoRequest) -> Json:
         run, _, steps = self._run(request.id)
         created = self.runs[request.id][1]
-        return {"run": run, "events": request.limited([
+        return {"run": run, "events": self._listed(request, [
             {"id": demo_id(f"event {i} {request.id}"), "type": kind, "toolName": tool, "message": message,
-             "payload": payload, "createdAt": demo_time(created + at / self.speed, (3, 6, 0, 5, 4, 2, 1)[i % 7])}
+             "payload": payload, "createdAt": demo_time(created + at / self.speed)}
             for i, (at, kind, tool, message, payload) in enumerate(steps)])}
 
     def cancel_run(self, request: DemoRequest) -> Json:
@@ -3836,8 +3792,8 @@ class DemoService:
         ended = run["status"] in TERMINAL_STATUSES
         if not ended:
             facts, created, _ = self.runs[request.id]
-            for _, kind, tool, message, payload in demo_steps("cancelled", facts, "")[-2:]:
-                steps.append((age_s + (kind == "cancelled"), kind, tool, message, payload))
+            for at, kind, tool, message, payload in demo_steps("cancelled", facts, "")[-2:]:
+                steps.append((age_s + (at - 97), kind, tool, message, payload))
             self.runs[request.id] = (facts, created, steps)
         run = self._run(request.id)[0]
         return {"run": run, "status": run["status"], "alreadyTerminal": ended}
@@ -3846,52 +3802,33 @@ class DemoService:
         """The page that a browser opens: whoever asks is signed in, and is sent back at once."""
         import secrets
         import urllib.parse
-        query, code, target = request.query, secrets.token_urlsafe(24), request.query.get("redirect_uri", "")
-        known = re.match(r"http://127\.0\.0\.1:2481[68]/auth/callback\Z", target)
-        if not known or query.get("client_id") != "mogplex-cli":
-            return DemoAnswer(401, {"error": "invalid_client", "error_description": "invalid client or redirect"})
-        kind = query.get("response_type"), query.get("code_challenge_method"), bool(query.get("code_challenge"))
-        if kind != ("code", "S256", True):  # as the service sends it: no state, and spaces as they are
-            return DemoAnswer(302, Location=f"{target}?error=invalid_request&error_description=pkce is required")
-        self.codes[code] = (self.clock() + 600, query)
-        fields = urllib.parse.urlencode({"code": code, "state": query.get("state", "")})
+        code, target = secrets.token_urlsafe(24), request.query.get("redirect_uri", "")
+        if not re.match(r"http://127\.0\.0\.1:2481[68]/auth/callback\Z", target):
+            return DemoAnswer(401, {"error": "invalid_client", "error_description": "invalid redirect"})
+        self.grants[code] = request.query
+        fields = urllib.parse.urlencode({"code": code, "state": request.query.get("state", "")})
         return DemoAnswer(302, Location=f"{target}?{fields}")
 
     def token(self, request: DemoRequest) -> DemoAnswer:
-        """Tokens for a code, which works once, or for a refresh token, which is replaced."""
+        """Tokens for a code, whose verifier must fit, or for a refresh token; either works once."""
         import base64
         import hashlib
         import secrets
-        form, error, scope = request.form, "invalid_grant", ""
-        if form.get("client_id") != "mogplex-cli":
-            error = "invalid_client"
-        elif form.get("grant_type") == "refresh_token":
-            until, scope = self.refresh_tokens.pop(form.get("refresh_token", ""), (0.0, ""))
-            error = "" if until > self.clock() else error
-            self.refreshes += not error
-        else:
-            until, asked = self.codes.pop(form.get("code", ""), (0.0, {}))
-            digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
-            if until > self.clock():
-                scope, challenge = asked.get("scope", ""), base64.urlsafe_b64encode(digest).decode().rstrip("=")
-                error = "" if challenge == asked["code_challenge"] else "invalid_request"
-                error = error if form.get("redirect_uri") == asked["redirect_uri"] else "invalid_client"
-        if error:
-            return DemoAnswer(401, {"error": error, "error_description": error.replace("_", " ")})
-        access, lifetime_s, pair = secrets.token_hex(24), self.token_lifetime_s, {}
-        self.issued.append(access)
-        self.tokens[access] = (self.clock() + lifetime_s, scope)
-        if "offline_access" in scope.split():
-            pair["refresh_token"] = secrets.token_hex(24)
-            self.refresh_tokens[pair["refresh_token"]] = (self.clock() + 30 * 86400, scope)
-        return DemoAnswer(200, dict(
-            pair, access_token=access, token_type="Bearer", expires_in=int(lifetime_s), scope=scope))
+        form = request.body
+        asked = self.grants.pop(form.get("code") or form.get("refresh_token", ""), None)
+        digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+        challenge = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+        if asked is None or "code" in form and asked.get("code_challenge") != challenge:
+            return DemoAnswer(401, {"error": "invalid_grant", "error_description": "invalid grant"})
+        access, refresh, scope = secrets.token_hex(24), secrets.token_hex(24), asked.get("scope", "")
+        self.tokens[access], self.grants[refresh] = scope, {"scope": scope}
+        return DemoAnswer(200, {"access_token": access, "token_type": "Bearer", "expires_in": 3600,
+                                "refresh_token": refresh, "scope": scope})
 
     RUN = API_PATH + "/runs/([^/]+)"
     ROUTES: Tuple[Tuple[str, str, str, int, Callable[[Any, DemoRequest], Union[Json, DemoAnswer]]], ...] = (
         ("GET", API_PATH + "/repos", "read", 200, list_repos),
         ("GET", API_PATH + "/sandboxes", "read", 200, list_sandboxes),
-        ("POST", API_PATH + "/sandboxes", "write", 202, create_sandbox),
         ("GET", API_PATH + "/sandboxes/([^/]+)/logs", "read", 200, sandbox_logs),
         ("POST", API_PATH + "/runs", "write", 202, start_run),
         ("GET", RUN, "read", 200, lambda self, request: {"run": self._run(request.id)[0]}),
@@ -3899,8 +3836,7 @@ class DemoService:
         ("GET", API_PATH + "/agents", "read", 200, lambda *_: DEMO_AGENTS),
         ("GET", API_PATH + "/models", "read", 200, lambda *_: DEMO_MODELS),
         ("GET", API_PATH + "/mcp/servers", "read", 200, lambda *_: DEMO_SERVERS),
-        ("GET", "/api/auth/mcp/authorize", "", 200, authorize), ("POST", "/api/auth/mcp/token", "", 200, token),
-        ("", "/login", "", 200, lambda *_: DemoAnswer(200, "<!DOCTYPE html><title>Sign in</title>")))
+        ("GET", AUTHORIZE_PATH, "", 200, authorize), ("POST", TOKEN_PATH, "", 200, token))
 
 
 class DemoServer:
@@ -3911,26 +3847,26 @@ class DemoServer:
     when the port (0: any free one) cannot be had.
     """
 
-    def __init__(self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0,
-                 rate_limit: bool = False) -> None:
+    token, read_token = DEMO_TOKEN, DEMO_READ_TOKEN
+
+    def __init__(self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0) -> None:
         import threading
-        self.token, self.read_token = DEMO_TOKEN, DEMO_READ_TOKEN
-        self.service, self._closing = DemoService(clock, speed, rate_limit), False
+        self.service = DemoService(clock, speed)
         try:
             self._listener = self._listen(port)
         except (OSError, OverflowError) as error:
             raise UsageError(f"the demo cannot listen on 127.0.0.1:{port}: {error}") from None
-        self._thread = threading.Thread(target=self._serve, daemon=True)
         self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
         self.seeded_runs: List[Json] = [
             {"id": seed[0], "service": self.url, "repo": DEMO_REPOS[seed[1]]["full_name"],
              "branch": run["branch"]["working"], "time": run["createdAt"], "task": seed[-1]}
             for seed in DEMO_RUNS for run in [self.service.runs[seed[0]][0]]]
+        threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
 
     def _listen(self, port: int) -> Any:
         import http.server
         import socketserver
-        demo = self
+        service = self.service
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version, timeout = "HTTP/1.1", 5.0  # idle connections are closed, as the service does
@@ -3942,9 +3878,7 @@ class DemoServer:
             def converse(self) -> None:
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                answer = demo.service.answer(self.command, self.requestline.split()[1], headers, body)
-                if demo._closing:
-                    raise ConnectionAbortedError
+                answer = service.answer(self.command, self.requestline.split()[1], headers, body)
                 text, kind = answer.body, "text/html; charset=utf-8"
                 if not isinstance(text, str):
                     text, kind = json.dumps(text, ensure_ascii=False), "application/json"
@@ -3957,7 +3891,7 @@ class DemoServer:
                 for part in [data[at:at + 8192] for at in range(0, len(data), 8192)] + [b""]:
                     self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
 
-            do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = converse
+            do_GET = do_POST = do_DELETE = converse
 
         class Listener(socketserver.ThreadingTCPServer):  # an HTTPServer looks its own name up in the DNS
             daemon_threads, request_queue_size, allow_reuse_address = True, 64, os.name != "nt"
@@ -3967,28 +3901,23 @@ class DemoServer:
 
         return Listener(("127.0.0.1", port), Handler)
 
-    def _serve(self) -> None:
-        with self._listener:
-            while not self._closing:
-                self._listener.handle_request()
-
-    def start(self) -> DemoServer:
-        self._thread.start()
+    def __enter__(self) -> DemoServer:
         return self
 
-    def close(self, *_: object) -> None:
-        """Stop answering, at once and for good."""
-        import socket
-        self._closing = True
-        if self._thread.is_alive():
-            try:
-                socket.create_connection(self._listener.server_address, 1.0).close()  # wakes the accepting thread
-            except OSError:
-                pass  # it has woken by itself
-            self._thread.join(1.0)
+    def __exit__(self, *_: object) -> None:
+        """Accept no more; connections that are there end with their clients."""
+        self._listener.shutdown()
         self._listener.server_close()
 
-    __enter__, __exit__ = start, close
+
+@contextlib.contextmanager
+def demo_environment(port: int = 0) -> Iterator[Dict[str, str]]:
+    """The variables that lead to a demo service of their own, and to a home that remembers its runs."""
+    import tempfile
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as demo:
+        for record in demo.seeded_runs:
+            remember_run(home, record, lambda text: None)
+        yield {"MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
 
 
 # ---------------------------------------------------------------- 9. Commands and main
@@ -4000,16 +3929,7 @@ EXIT_CODES = (
 PURPOSE = "Start, follow, inspect and stop cloud coding-agent runs."
 DEFAULT_TIMEOUT_S = 1800.0
 MAX_PROMPT_UNITS = 100_000
-GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")
 GLOBAL_FLAGS = ("--demo", "--debug", "--no-color")
-OPTIONS = {
-    "--demo": "use an embedded demo service: no account, no network",
-    "--demo-server [PORT]": "keep the demo service running for your own scripts",
-    "--attach RUN": "open the cockpit on a run started elsewhere",
-    "--logout": "forget the stored sign-in before anything else",
-    "--debug": "a line per request on stderr", "--no-color": "no colour", "--version": "print the version",
-    "-h, --help": "this, and the help of every command",
-}
 
 
 class Terminated(KeyboardInterrupt):
@@ -4018,20 +3938,13 @@ class Terminated(KeyboardInterrupt):
 
 def discard(stream: Any) -> None:
     """Point a stream that can't be written to nowhere: the interpreter flushes it once more at its end."""
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
-    except (OSError, ValueError, AttributeError):
-        pass
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def is_terminal(stream: Any) -> bool:
     """Whether a stream, which can be None or closed, is a terminal."""
-    try:
-        return bool(stream.isatty())
-    except (AttributeError, ValueError):
-        return False
+    return stream is not None and not stream.closed and bool(stream.isatty())
 
 
 class Context:
@@ -4040,9 +3953,8 @@ class Context:
     def __init__(self, environ: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any) -> None:
         self.environ, self.stdin, self.stdout, self.stderr = environ, stdin, stdout, stderr
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
-        self.no_color = False
+        self.as_json = self.no_color = self.in_demo = False
         self.credential: Optional[Credential] = None
-        self.demo_browser: Optional[Callable[[str], object]] = None
         for stream in (stdout, stderr):
             if hasattr(stream, "reconfigure"):  # what an encoding can't spell becomes ?, and is no crash
                 stream.reconfigure(errors="replace")
@@ -4065,18 +3977,28 @@ class Context:
             return False
         return self.environ.get("FORCE_COLOR", "0") not in ("", "0") or is_terminal(self.stdout)
 
-    def client(self, **settings: Any) -> Client:
-        """A Client with the credential in force; UnauthorizedError when there is none."""
-        base_url = self.base_url
-        self.credential = resolve_credential(self.environ, base_url, self.note)
-        return Client(self.credential, base_url, **self.transport(), **settings)
+    @property
+    def now(self) -> Optional[float]:
+        """The time where ages read better than times: on a terminal."""
+        return time.time() if is_terminal(self.stdout) else None
 
-    def transport(self) -> Json:
-        """What the environment says of proxies, certificates and debugging."""
+    def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
+        """A Client with ``credential``, or with the one in force; UnauthorizedError when there is none."""
+        self.credential = credential or resolve_credential(self.environ, self.base_url, self.note)
         names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
         bundles = [self.environ[name] for name in names if self.environ.get(name)]
-        return {"trust_env": True, "verify": bundles[0] if bundles else True,
-                "log": (lambda line: self.note(f"debug: {line}")) if self.debug else None}
+        return Client(self.credential, self.base_url, trust_env=True, verify=bundles[0] if bundles else True,
+                      log=(lambda line: self.note(f"debug: {line}")) if self.debug else None, **settings)
+
+    def browse(self, url: str) -> object:
+        """Open a page in the person's browser; with the demo service be the browser, and open nothing else."""
+        if not self.in_demo:
+            import webbrowser
+            return webbrowser.open(url)
+        import urllib.request
+        if url.startswith(self.base_url):
+            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
+        return url.startswith(self.base_url)
 
     def emit(self, line: str) -> None:
         """One line, or block, of data; at once."""
@@ -4091,6 +4013,31 @@ class Context:
             discard(self.stdout)
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
 
+    def emit_record(self, record: Json, text: str) -> int:
+        """A record, with --json as it came and else as ``text``; the exit code."""
+        self.emit(ndjson(record) if self.as_json else text)
+        return Exit.OK
+
+    def emit_list(
+        self, records: Sequence[Json], empty: str, headers: Sequence[str], rows: Iterable[Sequence[str]],
+        free: Sequence[str],
+    ) -> int:
+        """Records: NDJSON, a table (tab-separated where tabulate is missing), or for none a sentence; the exit code."""
+        if self.as_json:
+            for record in records:
+                self.emit(ndjson(record))
+        elif not records:
+            self.note(empty)
+        else:
+            import shutil
+            cells, width = list(rows), shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
+            try:
+                self.emit(table(headers, cells, width, free))
+            except ImportError:
+                self.note("the package 'tabulate' is missing: tab-separated values instead of a table")
+                self.emit(tab_separated(headers, cells))
+        return Exit.OK
+
     def note(self, line: str) -> None:
         """One harmless line to stderr, without the token: an error can be the service's echo of it."""
         token = self.credential.token if self.credential else ""
@@ -4098,39 +4045,19 @@ class Context:
 
     def say(self, text: str) -> None:
         """``text`` to stderr as it is; a stderr that is gone is no error."""
-        try:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             self.stderr.write(text)
             self.stderr.flush()
-        except (OSError, ValueError, AttributeError):
-            pass
-
-    def emit_table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], free: Sequence[str]) -> None:
-        """A table; as tab-separated values where tabulate is missing."""
-        import shutil
-        width = shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
-        try:
-            self.emit(table(headers, rows, width, free))
-        except ImportError:
-            self.note("the package 'tabulate' is missing: tab-separated values instead of a table")
-            self.emit(tab_separated(headers, rows))
 
 
 def reader_left(stream: Any) -> bool:
     """Whether the reader of a pipe has gone, which writing would only tell at the next line."""
     import select
-    if not hasattr(select, "poll"):
-        return False
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file descriptor, or no poll() on this system
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         return any(happened & (select.POLLERR | select.POLLHUP) for _, happened in poll.poll(0))
-    except (OSError, ValueError, AttributeError):  # a stream without a file descriptor
-        return False
-
-
-def now_on(stream: Any) -> Optional[float]:
-    """The time where ages read better than times: on a terminal."""
-    return time.time() if is_terminal(stream) else None
+    return False
 
 
 def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
@@ -4138,18 +4065,18 @@ def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
 
     An empty id is one that a script has lost, and means no run at all.
     """
-    if given is not None and not given.strip():
-        raise UsageError(f"'{sanitize(given)}' is no id")
-    if given is not None and given != "@last":
-        return given
-    if given is None and ctx.environ.get("MOGPLEX_RUN_ID", "").strip():
-        ctx.note(f"run {ctx.environ['MOGPLEX_RUN_ID'].strip()} (MOGPLEX_RUN_ID)")
-        return ctx.environ["MOGPLEX_RUN_ID"].strip()
-    remembered = remembered_runs(ctx.home, ctx.base_url)
-    if not remembered:
-        raise UsageError("no run is remembered for this service: give a run's id")
-    run_id = text_of(remembered[0], "id")
-    ctx.note(f"run {run_id} (the newest started here)")
+    run_id, source = given, ""
+    if given is None:
+        run_id, source = ctx.environ.get("MOGPLEX_RUN_ID", "").strip() or "@last", "MOGPLEX_RUN_ID"
+    if run_id == "@last":
+        remembered = remembered_runs(ctx.home, ctx.base_url)
+        if not remembered:
+            raise UsageError("no run is remembered for this service: give a run's id")
+        run_id, source = text_of(remembered[0], "id"), "the newest started here"
+    if not run_id or not run_id.strip():
+        raise UsageError(f"'{sanitize(run_id)}' is no id")
+    if source:
+        ctx.note(f"run {run_id} ({source})")
     return run_id
 
 
@@ -4164,45 +4091,24 @@ def resolve_repo(client: Client, given: str) -> Json:
                        hint="find IDs via `mogplex repos list`")
 
 
-def emit_list(ctx: Context, records: List[Json], as_json: bool, empty: str, show: Callable[[], None]) -> int:
-    """A list: NDJSON, a table, or a sentence when there is nothing in it."""
-    if as_json:
-        for record in records:
-            ctx.emit(ndjson(record))
-    elif records:
-        show()
-    else:
-        ctx.note(empty)
-    return Exit.OK
-
-
-def cmd_repos_list(ctx: Context, *, query: str, limit: Optional[int], as_json: bool) -> int:
-    with ctx.client() as client:
-        repos = client.repos(query=query, limit=limit)
-    return emit_list(ctx, repos, as_json, "no repos; link one in the web app", lambda: ctx.emit_table(
-        ("ID", "REPO", "BRANCH", "ROOT"), [repo_row(repo) for repo in repos], ("REPO", "BRANCH", "ROOT")))
-
-
-def read_prompt(ctx: Context, words: List[str], prompt_file: str) -> str:
+def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
     """The task, from exactly one of the three places it can stand in; UsageError for none, two, or a bad one."""
-    if bool(words) == bool(prompt_file) or (words[:1] == ["-"] and words[1:]):
+    if bool(words) == bool(prompt_file) or (words and words[0] == "-" and len(words) > 1):
         raise UsageError("run: give the task once: as words, as - for stdin, or with --prompt-file")
     most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
     try:
         if prompt_file:
             with open(prompt_file, "rb") as file:
                 data = file.read(most)
-        elif words == ["-"]:
-            data = getattr(ctx.stdin, "buffer", ctx.stdin).read(most)
+        elif words[0] == "-":
+            data = ctx.stdin.buffer.read(most)
         else:
             data = " ".join(words).encode("utf-8", "surrogateescape")
-        prompt = data.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        if len(data) < most or error.start < most - 4:
-            raise UsageError("run: the task is not valid UTF-8") from None
-        prompt = "x" * (MAX_PROMPT_UNITS + 1)  # cut in the middle of a character, and too long anyway
-    except (OSError, AttributeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it cannot be read"
+        prompt = data.decode("utf-8-sig").rstrip("\r\n") if len(data) < most else data.decode("latin-1")
+    except UnicodeDecodeError:
+        raise UsageError("run: the task is not valid UTF-8") from None
+    except (OSError, AttributeError) as error:  # a stdin that is closed is None
+        reason = getattr(error, "strerror", "it cannot be read")
         raise UsageError(f"run: {prompt_file or 'stdin'}: {reason}") from None
     if not prompt.strip():
         raise UsageError("run: the task is empty")
@@ -4245,12 +4151,6 @@ def remember(ctx: Context, run: Json, repo: str, task: str) -> None:
             "branch": text_of(run, "branch", "working"), "task": sanitize(task, " ")[:80],
             "time": text_of(run, "createdAt") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }, ctx.note)
-
-
-def only_following(follow: bool, *others: object) -> None:
-    """Options that mean something with --follow alone."""
-    if not follow and any(others):
-        raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
 
 
 def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
@@ -4390,15 +4290,22 @@ class Follower:
         self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: {cancel}")
 
 
+def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
+    with ctx.client() as client:
+        repos = client.repos(query=query, limit=limit)
+    return ctx.emit_list(repos, "no repos; link one in the web app", ("ID", "REPO", "BRANCH", "ROOT"),
+                         map(repo_row, repos), ("REPO", "BRANCH", "ROOT"))
+
+
 def cmd_run(
-    ctx: Context, *, words: List[str], prompt_file: str, repo: str, harness: str, base_branch: str, branch: str,
-    create_branch: bool, root: Optional[str], idempotency_key: Optional[str], follow: bool, timeout_s: Optional[float],
-    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
+    ctx: Context, *words: str, repo: str = "", harness: str = "", base_branch: str = "", branch: str = "",
+    create_branch: bool = False, root: Optional[str] = None, prompt_file: str = "",
+    idempotency_key: Optional[str] = None, follow: bool = False, timeout: Optional[float] = None,
+    quiet: bool = False, cancel_on_interrupt: bool = False,
 ) -> int:
     repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
     if not repo:
         raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
-    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
     prompt = read_prompt(ctx, words, prompt_file)
     with ctx.client() as client:
         found = resolve_repo(client, repo)
@@ -4409,100 +4316,92 @@ def cmd_run(
         if root is not None:
             body["rootDirectory"] = root
         run = start(ctx, client, body, idempotency_key)
-        follower = Follower(ctx, client, text_of(run, "runId"), as_json, quiet, cancel_on_interrupt, prompt)
+        follower = Follower(ctx, client, text_of(run, "runId"), ctx.as_json, quiet, cancel_on_interrupt, prompt)
         try:
             remember(ctx, run, text_of(found, "full_name"), prompt)
-            ctx.emit(ndjson(run) if as_json else started_text(run, ctx.colour))
+            ctx.emit_record(run, started_text(run, ctx.colour))
         except KeyboardInterrupt:
             follower.interrupted()
             raise
         except MogplexError:  # of stdout: the id must not be lost with it
             follower.goes_on()
             raise
-        return follower.run(timeout_s) if follow else Exit.OK
+        return follower.run(timeout) if follow else Exit.OK
 
 
-def cmd_runs_list(ctx: Context, *, limit: Optional[int], as_json: bool) -> int:
-    records = remembered_runs(ctx.home, ctx.base_url)[:limit or MAX_LIMIT]
-    return emit_list(ctx, records, as_json, "no runs started from here yet", lambda: ctx.emit_table(
-        ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
-        [remembered_row(record, now_on(ctx.stdout)) for record in records], ("BRANCH", "TASK")))
+def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
+    records = remembered_runs(ctx.home, ctx.base_url)[:limit]
+    return ctx.emit_list(
+        records, "no runs started from here yet", ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
+        (remembered_row(record, ctx.now) for record in records), ("BRANCH", "TASK"))
 
 
-def cmd_runs_get(ctx: Context, *, run_id: Optional[str], as_json: bool) -> int:
+def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         run = client.run(run_id)
     if not run:
         raise InvalidResponseError("the answer has no run in it")
-    ctx.emit(ndjson(run) if as_json else run_text(run, ctx.colour))
-    return Exit.OK
+    return ctx.emit_record(run, run_text(run, ctx.colour))
 
 
 def cmd_runs_events(
-    ctx: Context, *, run_id: Optional[str], limit: Optional[int], follow: bool, timeout_s: Optional[float],
-    quiet: bool, cancel_on_interrupt: bool, as_json: bool,
+    ctx: Context, run_id: Optional[str] = None, *, limit: int = MAX_LIMIT, follow: bool = False,
+    timeout: Optional[float] = None, quiet: bool = False, cancel_on_interrupt: bool = False,
 ) -> int:
-    only_following(follow, timeout_s, quiet, cancel_on_interrupt)
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         if follow:
-            follower = Follower(ctx, client, run_id, as_json, quiet, cancel_on_interrupt)
-            return follower.run(timeout_s, limit or MAX_LIMIT)
-        events = dicts_of(client.events(run_id, limit=limit or MAX_LIMIT), "events")
+            return Follower(ctx, client, run_id, ctx.as_json, quiet, cancel_on_interrupt).run(timeout, limit)
+        events = dicts_of(client.events(run_id, limit=limit), "events")
     newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
     for event in events:
-        ctx.emit(ndjson(event) if as_json else event_line(event, newline))
+        ctx.emit_record(event, event_line(event, newline))
     if not events:
         ctx.note("no events yet")
-    elif len(events) >= (limit or MAX_LIMIT):
+    elif len(events) >= limit:
         ctx.note(f"only the first {len(events)} events are listed; there may be more")
     return Exit.OK
 
 
-def cmd_runs_cancel(ctx: Context, *, run_id: str, as_json: bool) -> int:
+def cmd_runs_cancel(ctx: Context, run_id: str) -> int:
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         answer = client.cancel(run_id)
-    if as_json:
-        ctx.emit(ndjson(answer))
-        return Exit.OK
-    status = sanitize(text_of(answer, "run", "status") or text_of(answer, "status"))
-    if answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal":
-        ctx.emit(f"run {sanitize(run_id)} is already {paint(status, ctx.colour)}")
-    else:
-        ctx.emit(f"cancellation requested for run {sanitize(run_id)}\nstatus: {paint(status, ctx.colour)}")
-    return Exit.OK
+    status = paint(sanitize(text_of(answer, "run", "status") or text_of(answer, "status")), ctx.colour)
+    ended = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
+    return ctx.emit_record(answer, f"run {sanitize(run_id)} is already {status}" if ended else
+                           f"cancellation requested for run {sanitize(run_id)}\nstatus: {status}")
 
 
-def cmd_sandboxes_list(ctx: Context, *, repo: str, status: str, limit: Optional[int], as_json: bool) -> int:
+def cmd_sandboxes_list(ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT) -> int:
     with ctx.client() as client:
         wanted = resolve_repo(client, repo) if repo else {}
         sandboxes = client.sandboxes(repo_id=text_of(wanted, "id"), status=status, limit=limit)
     names = {text_of(wanted, "id"): text_of(wanted, "full_name")} if text_of(wanted, "full_name") else {}
-    rows = [sandbox_row(sandbox, names, now_on(ctx.stdout), ctx.colour) for sandbox in sandboxes]
-    return emit_list(ctx, sandboxes, as_json, "no sandboxes", lambda: ctx.emit_table(
-        ("ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST ACTIVE", "ERROR"), rows,
-        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else []))))
+    return ctx.emit_list(
+        sandboxes, "no sandboxes", ("ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST ACTIVE", "ERROR"),
+        (sandbox_row(sandbox, names, ctx.now, ctx.colour) for sandbox in sandboxes),
+        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else [])))
 
 
-def cmd_sandboxes_logs(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
+def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:
     with ctx.client() as client:
         logs = client.sandbox_logs(sandbox_id)
-    if as_json:
-        ctx.emit(ndjson(logs))
-        return Exit.OK
+    lines: List[str] = []
     for name in ("install_log", "dev_log"):
         text = text_of(logs, "sandbox", name)
-        for line in ([f"--- {name} ---"] + re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))) if text else []:
-            ctx.emit(sanitize(line))
+        lines += [f"--- {name} ---", *re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))] if text else []
     for event in dicts_of(logs, "lifecycle_events"):
-        ctx.emit("  ".join((format_time(event.get("created_at")), sanitize(text_of(event, "event_type")),
-                            sanitize(text_of(event, "decision_code")))).rstrip())
-    return Exit.OK
+        lines.append("  ".join((format_time(event.get("created_at")), text_of(event, "event_type"),
+                                text_of(event, "decision_code"))).rstrip())
+    if not (lines or ctx.as_json):
+        ctx.note("no logs yet")
+        return Exit.OK
+    return ctx.emit_record(logs, "\n".join(map(sanitize, lines)))
 
 
-def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
+def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
     with ctx.client() as client:
         try:
             answer = client.stop_sandbox(sandbox_id)
@@ -4512,73 +4411,65 @@ def cmd_sandboxes_stop(ctx: Context, *, sandbox_id: str, as_json: bool) -> int:
             where = f"stop it under Sandboxes at {client.base_url}"
             raise UnavailableError(f"the API does not offer stopping a sandbox yet; {where}") from None
     status = sanitize(text_of(answer, "sandbox", "status") or text_of(answer, "status"))
-    ctx.emit(ndjson(answer) if as_json else f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
-    return Exit.OK
+    return ctx.emit_record(answer, f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
 
 
 def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
     """Sign in through the browser of this machine, or whichever one the URL is taken to."""
-    remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
-    browser = None if no_browser else ctx.demo_browser
-    if not (browser or remote or no_browser):
-        import webbrowser
-        browser = webbrowser.open
+    elsewhere = no_browser or bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
 
     def announce(url: str) -> None:
         ctx.note(f"to sign in to {ctx.base_url}, open this page:")
         ctx.note(url)
-        if no_browser or remote:
+        if elsewhere:
             port = url.partition("127.0.0.1%3A")[2][:5]
             ctx.note(f"if your browser is on another machine, run there: ssh -L {port}:127.0.0.1:{port} <this host>")
             ctx.note(f"or use a token from {ctx.base_url}/settings/api-keys, with `mogplex login --with-token`")
         ctx.note(f"waiting for up to {format_duration(timeout_s)}; Ctrl+C ends the wait")
+    browser = None if no_browser or elsewhere and not ctx.in_demo else ctx.browse
     return sign_in(ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
 
 
 def read_token(ctx: Context) -> str:
     """A token from stdin, or from a prompt that does not show it; UsageError for none."""
-    try:
+    token = ""
+    with contextlib.suppress(OSError, EOFError, ValueError, AttributeError):
         if is_terminal(ctx.stdin):
             import getpass
             token = getpass.getpass("token: ", ctx.stderr).strip()
         else:
             token = ctx.stdin.read(65536).strip()
-    except (OSError, EOFError, ValueError, AttributeError):
-        token = ""
     if not token:
         hint = f"create one at {ctx.base_url}/settings/api-keys"
         raise UsageError("login --with-token: no token came from stdin", hint=hint)
     return token
 
 
-def cmd_login(ctx: Context, *, with_token: bool, no_browser: bool, timeout_s: float, as_json: bool) -> int:
+def cmd_login(ctx: Context, *, with_token: bool = False, no_browser: bool = False, timeout: float = 300.0) -> int:
     """Get a credential, in a browser or from stdin, and store it."""
-    if with_token:
-        token = check_token(read_token(ctx), "login --with-token")
-        entry: Json = {"token": token, "base_url": ctx.base_url}
-        ctx.credential = Credential(token)
-        with Client(ctx.credential, ctx.base_url, **ctx.transport()) as client:
+    credential = Credential(check_token(read_token(ctx), "login --with-token") if with_token else "")
+    with ctx.client(credential) as client:
+        if with_token:
             client.repos(limit=1)
-    else:
-        with Client("", ctx.base_url, **ctx.transport()) as client:
-            entry = browser_entry(ctx, client, no_browser, timeout_s)
+            entry: Json = {"token": credential.token, "base_url": ctx.base_url}
+        else:
+            entry = browser_entry(ctx, client, no_browser, timeout)
     path = store_credential(ctx.home, entry)
-    ctx.emit(ndjson({"service": ctx.base_url, "path": path}) if as_json else f"signed in to {ctx.base_url}")
+    ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
     return Exit.OK
 
 
-def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
+def cmd_login_status(ctx: Context) -> int:
     """Which credential is in force, and what the service says of it; its error when it is not accepted."""
-    path, hidden, state = os.path.join(ctx.home, "auth.json"), "", "accepted"
-    credential, problem = resolve_credential(ctx.environ, ctx.base_url, ctx.note), None
-    ctx.credential = credential
+    path, hidden, state, problem = os.path.join(ctx.home, "auth.json"), "", "accepted", None
+    credential = resolve_credential(ctx.environ, ctx.base_url, ctx.note)
     if credential.source == "environment":
         with contextlib.suppress(UnauthorizedError):
             resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)
             hidden = path
-    with Client(credential, ctx.base_url, **ctx.transport()) as client:
+    with ctx.client(credential) as client:
         try:
             client.repos(limit=1)
         except MogplexError as error:
@@ -4590,209 +4481,206 @@ def cmd_login_status(ctx: Context, *, as_json: bool) -> int:
         ("hides", hidden), ("kind", "personal access token" if token.startswith("mog_") else "sign-in"),
         ("token", token[:8] if len(token) > 16 else ""),  # so that it is never the whole
         ("expires", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at)) if ends_at else ""), ("state", state)]
-    ctx.emit(ndjson({label: value or None for label, value in rows}) if as_json else block(rows))
+    ctx.emit_record({label: value or None for label, value in rows}, block(rows))
     if problem:
         raise problem
     return Exit.OK
 
 
-def cmd_logout(ctx: Context, *, as_json: bool) -> int:
+def cmd_logout(ctx: Context) -> int:
     """Forget the stored credential; the service has no way to revoke it."""
     forgotten = forget_credential(ctx.home)
-    words = "signed out" if forgotten else "there was no stored sign-in"
-    ctx.emit(ndjson({"forgotten": forgotten}) if as_json else words)
+    ctx.emit_record({"forgotten": forgotten}, "signed out" if forgotten else "there was no stored sign-in")
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set, and still applies")
     return Exit.OK
 
 
-def limit_argument(text: str) -> int:
-    """1 to 200; UsageError."""
-    if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
-        raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
-    return int(text)
-
-
-def did_you_mean(text: str, words: Iterable[str]) -> str:
-    """``, did you mean 'runs'?``, or "": letters swapped come first, then what is alike."""
-    import difflib
-    near = [word for word in words if sorted(word) == sorted(text)] or difflib.get_close_matches(text, list(words), 1)
-    return f", did you mean '{near[0]}'?" if near else ""
-
-
-def one_of(flag: str, words: Sequence[str]) -> Json:
-    """Keywords of add_argument for one of ``words``, or none; the nearest is named for any other."""
-    def check(text: str) -> str:
-        if text and text not in words:
-            raise UsageError(f"{flag} takes one of {', '.join(words)}, not '{text}'{did_you_mean(text, words)}")
-        return text
-    return {"type": check, "choices": (*words, "")}  # the choices are for shell completion: check speaks first
-
-
-if TYPE_CHECKING:
-    Argument = Tuple[str, Json]  # a flag or a position's name, and the keywords of add_argument
-
-
 class Command(Record):
-    """One command: its words, its function, one line of purpose, its arguments, two examples."""
+    """A command of the table below."""
 
-    name: str
-    function: Callable[..., int]
+    function: Callable[..., int]  # takes the plain words, and the options as keywords
     purpose: str
-    arguments: Sequence[Argument]
-    examples: Sequence[str]
+    takes: str  # words and options; one in brackets may be left out
+    examples: Tuple[str, str]
 
 
-def commands() -> List[Command]:
-    """All of them; the parser, the help and the shell completions are made from this."""
-    def option(flag: str, metavar: str, help: str, **more: Any) -> Argument:
-        return flag, {"metavar": metavar, "default": "", "help": help, **more}
-
-    def switch(flag: str, help: str, **more: Any) -> Argument:
-        return flag, {"action": "store_true", "help": help, **more}
-
-    def limit(default: int) -> Argument:
-        help = f"list at most N, 1 to 200 (default: {default})"
-        return option("--limit", "N", help, type=limit_argument, default=None)
-
-    as_json = switch("--json", "machine-readable output, one object a line", dest="as_json")
-    newest = "the run; @last is the newest started here"
-    run_id = option("run_id", "id", newest + ", as is none without MOGPLEX_RUN_ID", nargs="?",
-                    default=None)
-    sandbox_id = option("sandbox_id", "id", "the sandbox, as listed")
-    tailing = [
-        switch("--follow", "print events as they come, until the run has ended"),
-        option("--timeout", "S", "with --follow, give up after S seconds, or 90s, 30m, 2h (default: 1800)",
-               dest="timeout_s", type=parse_duration, default=None),
-        switch("--quiet", "with --follow, no signs of life on stderr"),
-        switch("--cancel-on-interrupt", "with --follow, cancel the run on Ctrl+C or SIGTERM"),
-    ]
-    return [
-        Command("repos list", cmd_repos_list, "List your cloud-linked repos.", [
-            option("--query", "TEXT", "only names with TEXT in them (default: all)"), limit(100), as_json,
-        ], ["mogplex repos list --query acme", "mogplex repos list --json | jq -r .id"]),
-        Command("run", cmd_run, "Start an agent run.", [
-            option("words", "PROMPT", "the task; - reads it from stdin", nargs="*"),
-            option("--repo", "R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"),
-            option("--harness", "H", f"{' or '.join(HARNESSES)} (default: the service's)",
-                   **one_of("--harness", HARNESSES)),
-            option("--base-branch", "B", "start from branch B (default: the repo's)"),
-            option("--branch", "B", "work on branch B (default: the service's choice)"),
-            switch("--create-branch", "create the working branch"),
-            option("--root", "DIR", "work in DIR of the repo (default: the repo's)", default=None),
-            option("--idempotency-key", "K", "the same key starts the same run once; ci derives it from the CI job "
-                   "(default: random)", default=None),
-            option("--prompt-file", "FILE", "read the task from FILE"), *tailing, as_json,
-        ], ['mogplex run --repo acme/web "Fix the flaky cookie test"',
-            "mogplex run --repo acme/web --follow - < task.md"]),
-        Command("runs list", cmd_runs_list, "List the runs started from here, newest first.", [limit(200), as_json],
-                ["mogplex runs list", "mogplex runs list --limit 1 --json | jq -r .id"]),
-        Command("runs get", cmd_runs_get, "Get a run's current state.", [run_id, as_json],
-                ["mogplex runs get @last", "mogplex runs get --json | jq -r .status"]),
-        Command("runs events", cmd_runs_events, "List or tail a run's events.", [
-            run_id, limit(200), *tailing, as_json,
-        ], ["mogplex runs events @last --follow", "mogplex runs events --follow --timeout 30m --json"]),
-        Command("runs cancel", cmd_runs_cancel, "Request a run's cancellation.", [
-            option("run_id", "id", newest), as_json,
-        ], ["mogplex runs cancel @last", 'mogplex runs cancel "$RUN_ID" --json']),
-        Command("sandboxes list", cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", [
-            option("--repo", "R", "only of this repo: an id or owner/name (default: all)"),
-            option("--status", "S", f"{', '.join(SANDBOX_STATUSES[:-1])} or {SANDBOX_STATUSES[-1]} (default: all)",
-                   **one_of("--status", SANDBOX_STATUSES)), limit(100), as_json,
-        ], ["mogplex sandboxes list --status running", "mogplex sandboxes list --repo acme/web --json"]),
-        Command("sandboxes logs", cmd_sandboxes_logs, "Print a sandbox's logs.", [sandbox_id, as_json],
-                ['mogplex sandboxes logs "$ID"', 'mogplex sandboxes logs "$ID" --json | jq .lifecycle_events']),
-        Command("sandboxes stop", cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", [
-            sandbox_id, as_json,
-        ], ['mogplex sandboxes stop "$ID"', 'mogplex sandboxes stop "$ID" --json']),
-        Command("login", cmd_login, "Sign in with a browser; for CI set MOGPLEX_API_KEY instead.", [
-            switch("--with-token", "read a token from stdin, or ask for it, instead of opening a browser"),
-            switch("--no-browser", "print the URL and open nothing"),
-            option("--timeout", "S", "wait for the browser for S seconds, or 90s, 5m (default: 300)",
-                   dest="timeout_s", type=parse_duration, default=300.0), as_json,
-        ], ["mogplex login", "mogplex login --with-token < token.txt"]),
-        Command("login status", cmd_login_status, "Show the credential in force and whether it is accepted.", [
-            as_json,
-        ], ["mogplex login status", "mogplex login status --json | jq -r .expires"]),
-        Command("logout", cmd_logout, "Forget the stored sign-in.", [as_json],
-                ["mogplex logout", "mogplex logout --json"]),
-    ]
+TAILING = "--follow --timeout --quiet --cancel-on-interrupt"
+# The parser, the help and the shell completions are made from these two tables.
+COMMAND_TABLE = {
+    "repos list": Command(cmd_repos_list, "List your cloud-linked repos.", "--query --limit", (
+        "repos list --query acme", "repos list --json | jq -r .id")),
+    "run": Command(
+        cmd_run, "Start an agent run.", "[PROMPT...] --repo --harness --base-branch --branch --create-branch --root "
+        "--idempotency-key --prompt-file " + TAILING,
+        ('run --repo acme/web "Fix the flaky cookie test"', "run --repo acme/web --follow - < task.md")),
+    "runs list": Command(cmd_runs_list, "List the runs started from here, newest first.", "--limit", (
+        "runs list", "runs list --limit 1 --json | jq -r .id")),
+    "runs get": Command(cmd_runs_get, "Get a run's current state.", "[RUN]", (
+        "runs get @last", "runs get --json | jq -r .status")),
+    "runs events": Command(cmd_runs_events, "List or tail a run's events.", "[RUN] --limit " + TAILING, (
+        "runs events @last --follow", "runs events --follow --timeout 30m --json")),
+    "runs cancel": Command(cmd_runs_cancel, "Request a run's cancellation.", "RUN", (
+        "runs cancel @last", 'runs cancel "$RUN_ID" --json')),
+    "sandboxes list": Command(
+        cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", "--repo --status --limit", (
+            "sandboxes list --status running", "sandboxes list --repo acme/web --json")),
+    "sandboxes logs": Command(cmd_sandboxes_logs, "Print a sandbox's logs.", "SANDBOX", (
+        'sandboxes logs "$ID"', 'sandboxes logs "$ID" --json | jq .lifecycle_events')),
+    "sandboxes stop": Command(cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", "SANDBOX", (
+        'sandboxes stop "$ID"', 'sandboxes stop "$ID" --json')),
+    "login": Command(
+        cmd_login, "Sign in with a browser; for CI set MOGPLEX_API_KEY instead.",
+        "--with-token --no-browser --timeout", ("login", "login --with-token < token.txt")),
+    "login status": Command(cmd_login_status, "Show the credential in force and whether it is accepted.", "", (
+        "login status", "login status --json | jq -r .expires")),
+    "logout": Command(cmd_logout, "Forget the stored sign-in.", "", ("logout", "logout --json")),
+}
+GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMAND_TABLE))
+CHOICES = {"--harness": HARNESSES, "--status": SANDBOX_STATUSES}
+PROGRAM_FLAGS = ("--demo", "--demo-server", "--attach", "--logout", "--debug", "--no-color", "--version", "--help")
+OPTIONS = {  # what its value is called, "" for none, and what it means
+    "[PROMPT...]": ("", "the task; - reads it from stdin"),
+    "RUN": ("", "the run's id; @last is the newest started here"),
+    "[RUN]": ("", "the run's id; @last is the newest started here, as is none without MOGPLEX_RUN_ID"),
+    "SANDBOX": ("", "the sandbox's id, as listed"),
+    "--query": ("TEXT", "only names with TEXT in them (default: all)"),
+    "--limit": ("N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})"),
+    "--repo": ("R", "the repo: an id or owner/name (default: in lists all, for run MOGPLEX_REPO)"),
+    "--status": ("S", "only with this status: " + ", ".join(SANDBOX_STATUSES) + " (default: all)"),
+    "--harness": ("H", f"{' or '.join(HARNESSES)} (default: the service's)"),
+    "--base-branch": ("B", "start from branch B (default: the repo's)"),
+    "--branch": ("B", "work on branch B (default: the service's choice)"),
+    "--create-branch": ("", "create the working branch"),
+    "--root": ("DIR", "work in DIR of the repo (default: the repo's)"),
+    "--idempotency-key": ("K", "the same key starts the same run once; ci makes one of the CI job (default: random)"),
+    "--prompt-file": ("FILE", "read the task from FILE"),
+    "--follow": ("", "print events as they come, until the run has ended"),
+    "--timeout": ("S", "give up after S seconds, or 90s, 30m, 2h (default: 1800; for login 300)"),
+    "--quiet": ("", "with --follow, no signs of life on stderr"),
+    "--cancel-on-interrupt": ("", "with --follow, cancel the run on Ctrl+C or SIGTERM"),
+    "--with-token": ("", "read a token from stdin, or ask for it, instead of opening a browser"),
+    "--no-browser": ("", "print the URL and open nothing"),
+    "--json": ("", "machine-readable output, one object a line"),
+    "--demo": ("", "use an embedded demo service: no account, no network"),
+    "--demo-server": ("[PORT]", "keep the demo service running for your own scripts"),
+    "--attach": ("RUN", "open the cockpit on a run started elsewhere"),
+    "--logout": ("", "forget the stored sign-in before anything else"),
+    "--debug": ("", "a line per request on stderr"), "--no-color": ("", "no colour"),
+    "--version": ("", "print the version"), "--help": ("", "this; every command has one; also -h"),
+}
 
 
-def command_parser(command: Command) -> Any:
-    """The argparse parser of one command."""
-    import argparse
+def unknown(what: str, word: str, known: Sequence[str], see: str = "") -> UsageError:
+    """The error for a word that is none of those known; it names the nearest: letters swapped, else what is alike."""
+    import difflib
+    near = [one for one in known if sorted(one) == sorted(word)] or difflib.get_close_matches(word, known, 1)
+    hint = " ".join(["see: mogplex", *see.split(), "--help"])
+    return UsageError(f"{what} '{word}'" + (f", did you mean '{near[0]}'?" if near else ""), hint=hint)
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            unknown = re.search(r"unrecognized arguments: (-\S+)", message)
-            near = did_you_mean(unknown.group(1), self._option_string_actions) if unknown else ""
-            raise UsageError(f"{command.name}: {message}{near}", hint=f"see: mogplex {command.name} --help")
 
-    examples = "\n".join(f"  {example}" for example in command.examples)
-    parser = Parser(
-        prog=f"mogplex {command.name}", description=command.purpose, allow_abbrev=False,
-        epilog=f"examples:\n{examples}\n\n{EXIT_CODES}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=26, width=80))
-    parser.color = False  # type: ignore[attr-defined]  # Python 3.14 would colour its help
-    for flags, keywords in command.arguments:
-        parser.add_argument(flags, **keywords)
-    for flag, help in zip(GLOBAL_FLAGS, ("use the embedded demo service", "a line per request on stderr", "no colour")):
-        parser.add_argument(flag, action="store_true", help=help)
-    return parser
+def taken_by(name: str) -> List[str]:
+    """The words and options of a command, in the order of its help; of the program for ""."""
+    if not name:
+        return list(PROGRAM_FLAGS)
+    return [*COMMAND_TABLE[name].takes.split(), "--json", *GLOBAL_FLAGS] if name in COMMAND_TABLE else []
+
+
+def value_of(flag: str, text: str) -> Any:
+    """An option's value as its command wants it; UsageError for one that makes no sense."""
+    if flag == "--timeout":
+        return parse_duration(text)
+    if flag == "--limit":
+        if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
+            raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
+        return int(text)
+    words = CHOICES.get(flag)
+    if text and words and text not in words:
+        raise unknown(f"{flag} takes one of {', '.join(words)}, not", text, words)
+    return text
+
+
+def parse_options(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
+    """A command's plain words, and its options as keywords; all that follows ``--`` is words."""
+    words, options, rest = [], {}, iter(argv)  # type: List[str], Json, Iterator[str]
+    flags = [one for one in taken_by(name) if one.startswith("--")]
+    for word in rest:
+        flag, mark, value = word.partition("=")
+        if word == "--":
+            words.extend(rest)
+        elif word == "-" or not word.startswith("-"):
+            words.append(word)
+        elif flag not in flags:
+            raise unknown(f"{name}: unknown option", flag, flags, name)
+        elif OPTIONS[flag][0]:
+            value = value if mark else next(rest, "--")
+            if not mark and value.startswith("--"):  # a variable of a script that is not set
+                raise UsageError(f"{name}: {flag} needs a value")
+            options[flag[2:].replace("-", "_")] = value_of(flag, value)
+        elif mark:
+            raise UsageError(f"{name}: {flag} takes no value")
+        else:
+            options[flag[2:].replace("-", "_")] = True
+    return words, options
+
+
+def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
+    """As ``parse_options``; UsageError for words that are missing or too many, and for what needs --follow."""
+    (words, options), takes = parse_options(name, argv), COMMAND_TABLE[name].takes
+    wanted = [word for word in takes.split() if not word.startswith("--")]
+    if len(words) < len([word for word in wanted if word[0] != "["]):
+        raise UsageError(f"{name}: {wanted[0]} is missing", hint=f"see: mogplex {name} --help")
+    if len(words) > len(wanted) and "[PROMPT...]" not in wanted:
+        raise UsageError(f"{name}: too many words: {' '.join(words[len(wanted):])}")
+    if TAILING in takes and "follow" not in options and options.keys() & {"timeout", "quiet", "cancel_on_interrupt"}:
+        raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
+    return words, options
+
+
+def help_text(name: str) -> str:
+    """The help of a command, of a group of commands such as ``runs``, or of the program for ""."""
+    import textwrap
+    command, taken = COMMAND_TABLE.get(name), taken_by(name)
+    shown = {one: each for one, each in COMMAND_TABLE.items() if not name or f"{one} ".startswith(f"{name} ")}
+    usage = " ".join(["usage: mogplex", *name.split(), *([] if command else ["<command>"]), "[options]",
+                      *(word for word in taken if not word.startswith("--"))])
+    purpose = f"Commands of mogplex {name}." if name else f"{PURPOSE}\nWithout a command, on a terminal: the cockpit."
+    parts = [usage, command.purpose if command else purpose]
+    if not command:
+        parts.append("\n".join(["commands:", *(f"  {one:<16} {each.purpose}" for one, each in shown.items())]))
+    if taken:
+        parts.append("\n".join(["options:", *(textwrap.fill(
+            OPTIONS[one][1], 80, initial_indent=f"  {f'{one} {OPTIONS[one][0]}':<23} ", subsequent_indent=" " * 26)
+            for one in taken)]))
+    examples = command.examples if command else [line for each in shown.values() for line in each.examples][:2]
+    return "\n\n".join([*parts, "\n".join(["examples:", *(f"  mogplex {line}" for line in examples)]), EXIT_CODES])
 
 
 def make_parser() -> Any:
-    """Every command in one parser: what shell completions are generated from."""
+    """Every command and option as argparse knows them: what shell completions are generated from."""
     import argparse
-    parser = argparse.ArgumentParser(prog="mogplex", description=PURPOSE)
-    for flag, help in OPTIONS.items():
-        if flag.startswith("--"):  # -h is argparse's own
-            name, _, value = flag.partition(" ")
-            parser.add_argument(name, help=help, action="store" if value else "store_true")
-    parsers, words = {"": parser}, {"": parser.add_subparsers()}
-    for command in commands():
-        group, _, word = command.name.rpartition(" ")
-        if group not in parsers:
-            parsers[group] = words[""].add_parser(group, help=f"Commands of mogplex {group}.")  # shtab wants one
-        if group not in words:
-            words[group] = parsers[group].add_subparsers()
-        parsers[command.name] = words[group].add_parser(
-            word, parents=[command_parser(command)], add_help=False, help=command.purpose)
-    return parser
-
-
-def overview(prefix: str = "") -> str:
-    """The help of the program, or of one group of commands."""
-    shown = [command for command in commands() if command.name.startswith(prefix)]
-    lines = [f"  {command.name:<16} {command.purpose}" for command in shown]
-    if prefix:
-        purpose, usage = f"Commands of mogplex {prefix}.", f"mogplex {prefix} <command> [options]"
-        rest = []
-    else:
-        purpose, usage = PURPOSE, "mogplex [<command>] [options]"
-        rest = ["", "options:", *(f"  {flag:<22} {help}" for flag, help in OPTIONS.items())]
-    examples = [f"  {example}" for command in shown for example in command.examples][:2]
-    cockpit = [] if prefix else ["Without a command, on a terminal: the cockpit."]
-    head = [f"usage: {usage}", "", purpose, *cockpit, ""]
-    return "\n".join([*head, "commands:", *lines, *rest, "", "examples:", *examples, "", EXIT_CODES])
-
-
-def demo_environment(environ: Mapping[str, str], demo: DemoServer, home: str) -> Dict[str, str]:
-    """The caller's environment with the demo service in the place of theirs."""
-    kept = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_") and name != "NODE_ENV"}
-    return {**kept, "MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
+    parsers: Dict[str, Any] = {"": argparse.ArgumentParser(prog="mogplex", description=PURPOSE)}
+    below: Dict[str, Any] = {}
+    for name in dict.fromkeys(("", *GROUPS, *COMMAND_TABLE)):
+        if name:
+            group, _, word = name.rpartition(" ")
+            below[group] = below.get(group) or parsers[group].add_subparsers()
+            purpose = COMMAND_TABLE[name].purpose if name in COMMAND_TABLE else f"Commands of mogplex {name}."
+            parsers[name] = below[group].add_parser(word, help=purpose)  # shtab leaves out what has no help
+        for flag in taken_by(name):
+            if flag.startswith("--") and flag != "--help":  # which is argparse's own
+                value, help = OPTIONS[flag]
+                how: Json = {"choices": CHOICES.get(flag)} if value else {"action": "store_true"}
+                parsers[name].add_argument(flag, help=help, **how)
+    return parsers[""]
 
 
 def serve_demo(ctx: Context, argv: List[str]) -> int:
     """Keep a demo service running until it is interrupted."""
-    import tempfile
-    if len(argv) > 1 or (argv and not re.match(r"[0-9]{1,5}\Z", argv[0])) or (argv and int(argv[0]) > 65535):
+    if len(argv) > 1 or not re.match(r"[0-9]{0,5}\Z", "".join(argv)):
         raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(int(argv[0]) if argv else 0) as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        for name, value in demo_environment({}, demo, home).items():
+    with demo_environment(int("".join(argv) or 0)) as variables:
+        for name, value in variables.items():
             ctx.emit(f"export {name}={value}")
         ctx.emit("unset NODE_ENV")
         ctx.note("demo service running; paste the lines above into another shell; Ctrl+C ends it")
@@ -4809,75 +4697,44 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
             raise UsageError("--attach takes a run's id, or @last")
     word = words[0] if words and words[0] != "--" else ""
     if word.startswith("-"):
-        near = did_you_mean(word, [flag.split()[0] for flag in OPTIONS])
-        raise UsageError(f"unknown option '{word}'{near}", hint="see: mogplex --help")
+        raise unknown("unknown option", word, PROGRAM_FLAGS)
     if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
         if word:
-            raise UsageError(f"unknown subcommand '{word}'{did_you_mean(word, GROUPS)}", hint="see: mogplex --help")
+            raise unknown("unknown subcommand", word, GROUPS)
         raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
-    import webbrowser
-    environ = {**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ
     return run_cockpit(
-        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=environ, text=" ".join(words[word == "":]),
-        attach=attach, run_browser=ctx.demo_browser or webbrowser.open)
+        ctx.client, base_url=ctx.base_url, home=ctx.home, text=" ".join(words[word == "":]), attach=attach,
+        environ={**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ, run_browser=ctx.browse)
 
 
 def run_command(ctx: Context, argv: List[str]) -> int:
-    """Parse a command's arguments into keywords, and call it."""
-    known = {command.name: command for command in commands()}
-    name = argv[0] if argv[0] in known and " ".join(argv[:2]) not in known else " ".join(argv[:2])
-    end = argv.index("--") if "--" in argv else len(argv)
-    wants_help = any(word in ("-h", "--help") for word in argv[:end])
-    if name not in known:
-        verbs = [other.split(" ")[1] for other in known if other.startswith(argv[0] + " ")]
-        if wants_help:
-            ctx.emit(overview(argv[0]))
-            return Exit.OK
-        if len(argv) < 2:
-            raise UsageError(f"{argv[0]} needs one of: {', '.join(verbs)}")
-        raise UsageError(f"unknown subcommand '{argv[0]} {argv[1]}'{did_you_mean(argv[1], verbs)}",
-                         hint=f"see: mogplex {argv[0]} --help")
-    parser = command_parser(known[name])
-    if wants_help:
-        ctx.emit(parser.format_help().rstrip("\n"))
+    """The command that ``argv`` begins with, or its help."""
+    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMAND_TABLE else argv[0]
+    if {"-h", "--help"} & set(argv[:argv.index("--") if "--" in argv else len(argv)]):
+        ctx.emit(help_text(name))
         return Exit.OK
-    keywords = vars(parser.parse_intermixed_args(argv[len(name.split(" ")):end]))
-    keywords = {key: value for key, value in keywords.items() if f"--{key.replace('_', '-')}" not in GLOBAL_FLAGS}
-    if argv[end + 1:]:
-        if "words" not in keywords:
-            raise UsageError(f"{name}: nothing can follow --")
-        keywords["words"] = [*keywords["words"], *argv[end + 1:]]
-    return known[name].function(ctx, **keywords)
+    if name not in COMMAND_TABLE:
+        verbs = [other.split()[1] for other in COMMAND_TABLE if other.startswith(name + " ")]
+        if len(argv) < 2:
+            raise UsageError(f"{name} needs one of: {', '.join(verbs)}")
+        raise unknown(f"{name}: unknown subcommand", argv[1], verbs, name)
+    words, options = parse_command(name, argv[len(name.split()):])
+    ctx.as_json = options.pop("json", False)
+    return COMMAND_TABLE[name].function(ctx, *words, **options)
 
 
 def run(ctx: Context, argv: List[str]) -> int:
     """A command, or the cockpit; ``--logout`` comes before either."""
     if argv[:1] == ["--logout"]:
-        cmd_logout(ctx, as_json=False)
-        if argv[1:] or (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-            return run(ctx, argv[1:])
-        return Exit.OK
+        cmd_logout(ctx)
+        argv = argv[1:]
+        if not (argv or is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
+            return Exit.OK
     return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 
-def visit(url: str) -> None:
-    """Be the browser that a sign-in with the demo service needs."""
-    import urllib.request
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
-
-
-def with_demo(ctx: Context, argv: List[str]) -> int:
-    """Run a command line against an embedded service, with a home of its own."""
-    import tempfile
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer() as demo:
-        for record in demo.seeded_runs:
-            remember_run(home, record, ctx.note)
-        ctx.environ, ctx.demo_browser = demo_environment(ctx.environ, demo, home), visit
-        return run(ctx, argv)
-
-
 def dispatch(ctx: Context, argv: List[str]) -> int:
-    """Find the command that ``argv`` names and run it."""
+    """Heed the flags that may stand anywhere, and those that stand alone; then run the rest."""
     end = argv.index("--") if "--" in argv else len(argv)
     flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
     argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
@@ -4886,13 +4743,16 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
         ctx.emit(f"mogplex {__version__}")
         return Exit.OK
     if argv[:1] in (["-h"], ["--help"]):
-        ctx.emit(overview())
+        ctx.emit(help_text(""))
         return Exit.OK
     if argv[:1] == ["--demo-server"]:
         return serve_demo(ctx, argv[1:])
-    if "--demo" in flags:
-        return with_demo(ctx, argv)
-    return run(ctx, argv)
+    if "--demo" not in flags:
+        return run(ctx, argv)
+    with demo_environment() as variables:  # in the place of the caller's service, token and files
+        kept = [name for name in ctx.environ if not name.startswith("MOGPLEX_") and name != "NODE_ENV"]
+        ctx.environ, ctx.in_demo = {**{name: ctx.environ[name] for name in kept}, **variables}, True
+        return run(ctx, argv)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
@@ -4924,10 +4784,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         raise Terminated
 
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread
-        return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
+    before = signal.signal(signal.SIGTERM, terminate)
     try:
         return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
     finally:
