@@ -4538,7 +4538,7 @@ COMMAND_TABLE = {
 }
 GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMAND_TABLE))
 CHOICES = {"--harness": HARNESSES, "--status": SANDBOX_STATUSES}
-PROGRAM_FLAGS = ("--demo", "--demo-server", "--attach", "--logout", "--debug", "--no-color", "--version", "--help")
+PROGRAM_FLAGS = "--demo --demo-server --attach --logout --debug --no-color --version --help".split()
 OPTIONS = {  # what its value is called, "" for none, and what it means
     "[PROMPT...]": ("", "the task; - reads it from stdin"),
     "RUN": ("", "the run's id; @last is the newest started here"),
@@ -4582,7 +4582,7 @@ def unknown(what: str, word: str, known: Sequence[str], see: str = "") -> UsageE
 def taken_by(name: str) -> List[str]:
     """The words and options of a command, in the order of its help; of the program for ""."""
     if not name:
-        return list(PROGRAM_FLAGS)
+        return PROGRAM_FLAGS
     return [*COMMAND_TABLE[name].takes.split(), "--json", *GLOBAL_FLAGS] if name in COMMAND_TABLE else []
 
 
@@ -4600,41 +4600,44 @@ def value_of(flag: str, text: str) -> Any:
     return text
 
 
-def parse_options(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
-    """A command's plain words, and its options as keywords; all that follows ``--`` is words."""
-    words, options, rest = [], {}, iter(argv)  # type: List[str], Json, Iterator[str]
-    flags = [one for one in taken_by(name) if one.startswith("--")]
-    for word in rest:
-        flag, mark, value = word.partition("=")
-        if word == "--":
-            words.extend(rest)
-        elif word == "-" or not word.startswith("-"):
-            words.append(word)
-        elif flag not in flags:
-            raise unknown(f"{name}: unknown option", flag, flags, name)
-        elif OPTIONS[flag][0]:
-            value = value if mark else next(rest, "--")
-            if not mark and value.startswith("--"):  # a variable of a script that is not set
-                raise UsageError(f"{name}: {flag} needs a value")
-            options[flag[2:].replace("-", "_")] = value_of(flag, value)
-        elif mark:
-            raise UsageError(f"{name}: {flag} takes no value")
+def command_parser(name: str) -> Any:
+    """A command's words and options for argparse; what is not given leaves nothing behind."""
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            stray = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
+            if stray:
+                raise unknown(f"{name}: unknown option", stray.group(1), taken_by(name), name)
+            raise UsageError(f"{name}: {message}", hint=f"see: mogplex {name} --help")
+
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for word in taken_by(name):
+        if word == "--help":
+            continue  # argparse's own, where it is wanted
+        value, help = OPTIONS[word]
+        how: Json = {"help": help}
+        if not word.startswith("--"):
+            how.update(metavar=word.strip("[.]"), nargs="*" if "..." in word else "?" if "[" in word else 1)
+        elif value:  # the choices are for completions: value_of speaks first
+            choices = {"choices": [*CHOICES[word], ""]} if word in CHOICES else {}
+            how.update(choices, metavar=value, type=functools.partial(value_of, word))
         else:
-            options[flag[2:].replace("-", "_")] = True
-    return words, options
+            how.update(action="store_true")
+        parser.add_argument(word if word.startswith("--") else "words", **how)
+    return parser
 
 
 def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
-    """As ``parse_options``; UsageError for words that are missing or too many, and for what needs --follow."""
-    (words, options), takes = parse_options(name, argv), COMMAND_TABLE[name].takes
-    wanted = [word for word in takes.split() if not word.startswith("--")]
-    if len(words) < len([word for word in wanted if word[0] != "["]):
-        raise UsageError(f"{name}: {wanted[0]} is missing", hint=f"see: mogplex {name} --help")
-    if len(words) > len(wanted) and "[PROMPT...]" not in wanted:
-        raise UsageError(f"{name}: too many words: {' '.join(words[len(wanted):])}")
+    """A command's plain words, and its options as keywords; a prompt can follow ``--``."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    options, takes = vars(command_parser(name).parse_intermixed_args(argv[:end])), COMMAND_TABLE[name].takes
+    words = options.pop("words", None) or []
+    if argv[end + 1:] and "[PROMPT...]" not in takes:
+        raise UsageError(f"{name}: nothing can follow --")
     if TAILING in takes and "follow" not in options and options.keys() & {"timeout", "quiet", "cancel_on_interrupt"}:
         raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
-    return words, options
+    return ([words] if isinstance(words, str) else words) + list(argv[end + 1:]), options
 
 
 def help_text(name: str) -> str:
@@ -4657,21 +4660,16 @@ def help_text(name: str) -> str:
 
 
 def make_parser() -> Any:
-    """Every command and option as argparse knows them: what shell completions are generated from."""
+    """Every command in one parser: what shell completions are generated from."""
     import argparse
-    parsers: Dict[str, Any] = {"": argparse.ArgumentParser(prog="mogplex", description=PURPOSE)}
+    parsers: Dict[str, Any] = {"": argparse.ArgumentParser(prog="mogplex", parents=[command_parser("")])}
     below: Dict[str, Any] = {}
-    for name in dict.fromkeys(("", *GROUPS, *COMMAND_TABLE)):
-        if name:
-            group, _, word = name.rpartition(" ")
-            below[group] = below.get(group) or parsers[group].add_subparsers()
-            purpose = COMMAND_TABLE[name].purpose if name in COMMAND_TABLE else f"Commands of mogplex {name}."
-            parsers[name] = below[group].add_parser(word, help=purpose)  # shtab leaves out what has no help
-        for flag in taken_by(name):
-            if flag.startswith("--") and flag != "--help":  # which is argparse's own
-                value, help = OPTIONS[flag]
-                how: Json = {"choices": CHOICES.get(flag)} if value else {"action": "store_true"}
-                parsers[name].add_argument(flag, help=help, **how)
+    for name in dict.fromkeys((*GROUPS, *COMMAND_TABLE)):
+        group, _, word = name.rpartition(" ")
+        below[group] = below.get(group) or parsers[group].add_subparsers()
+        purpose = COMMAND_TABLE[name].purpose if name in COMMAND_TABLE else f"Commands of mogplex {name}."
+        parsers[name] = below[group].add_parser(  # shtab leaves out what has no help
+            word, help=purpose, parents=[command_parser(name)])
     return parsers[""]
 
 
