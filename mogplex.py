@@ -752,7 +752,7 @@ def _target(url: str, location: str) -> Any:
 def redirect_target(url: str, status: int, location: str) -> str:
     """Where the token may follow a redirect: a 307 or 308 between the two hosts of the service; else ""."""
     here, there = _target(url, ""), _target(url, location)
-    hosts = {re.sub(r":443\Z", "", one.netloc.lower()) for one in (here, there)}
+    hosts = {here.netloc.lower(), there.netloc.lower()}
     allowed = status in (307, 308) and here.scheme == there.scheme == "https" and hosts == _HOSTS
     return str(there.geturl()) if allowed else ""
 
@@ -770,39 +770,24 @@ def _redirect_error(url: str, status: int, location: str) -> MogplexError:
 def _odd_id(url: str) -> str:
     """The id in a URL of the service that is not spelled as its ids are, or ""."""
     import urllib.parse
-    match = re.match(r"/(?:runs|sandboxes)/([^/?]+)|[^?]*\?(?:.*&)?(?:repo_)?id=([^&]+)", url.rpartition(API_PATH)[2])
-    identifier = urllib.parse.unquote_plus(match.group(1) or match.group(2)) if match else ""
+    ids = re.findall(r"(?:/runs/|/sandboxes/|[?&](?:repo_)?id=)([^/?&]+)", url.rpartition(API_PATH)[2])
+    identifier = urllib.parse.unquote_plus(ids[0]) if ids else ""
     return "" if is_uuid(identifier) else sanitize(identifier)[:100]
 
 
 def _answer_error(url: str, status: int, headers: Mapping[str, str], answer: Any, size: int) -> MogplexError:
+    """The MogplexError for an answer that is no success in the service's envelope."""
     kind = error_class(status) if status >= 300 else InvalidResponseError
-    error = dict_of(answer, "error")
-    message = sanitize(text_of(error, "message") or text_of(answer, "error"))
-    code, hint = sanitize(text_of(error, "code")), ""
+    error, odd_id = dict_of(answer, "error"), _odd_id(url) if status == 500 else ""  # what a malformed id is answered
+    code, message = sanitize(text_of(error, "code")), sanitize(text_of(error, "message"))
     if not message and not code:
-        content = sanitize(headers.get("Content-Type") or "").split(";")[0] or "no content type"
+        content = sanitize(headers.get("Content-Type")).split(";")[0] or "no content type"
         message = f"the answer is not the service's ({size} characters, {content})"
-    if status == 500 and _odd_id(url):  # a malformed id is answered so, and not by 404
-        hint = f"'{_odd_id(url)}' does not look like an id of the service"
     return kind(
-        message[:1000] or "no message", code=code[:100], status=status, hint=hint,
+        message[:1000] or "no message", code=code[:100], status=status,
+        hint=odd_id and f"'{odd_id}' does not look like an id of the service",
         retry_after_s=parse_retry_after(headers.get("Retry-After"), headers.get("Date")),
         delivered=status >= 500 or status < 300, transient=status in (429, 500, 502, 503, 504) or status < 300)
-
-
-def read_answer(url: str, status: int, headers: Mapping[str, str], text: str) -> Json:
-    """The ``data`` of the service's envelope; the MogplexError for every other answer."""
-    location = headers.get("Location") or ""
-    if 300 <= status < 400 and location:
-        raise _redirect_error(url, status, location)
-    answer = None
-    with contextlib.suppress(ValueError):
-        answer = parse_json(text)
-    data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
-    if 200 <= status < 300 and isinstance(data, dict):
-        return data
-    raise _answer_error(url, status, headers, answer, len(text))
 
 
 def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False) -> Optional[float]:
@@ -815,24 +800,12 @@ def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float, k
     return max(asked_s, backoff_s(attempt, random)) if again and not isinstance(error, RateLimitedError) else None
 
 
-def _causes(error: Any) -> List[BaseException]:
-    """``error`` and all that is behind it: the libraries wrap each other's, each in its own way."""
-    found: List[BaseException] = []
-    queued = [error]
-    while queued and len(found) < 50:
-        one = queued.pop(0)
-        if isinstance(one, BaseException) and not any(one is other for other in found):
-            found.append(one)
-            queued += [one.__cause__, one.__context__, getattr(one, "reason", None)]
-    return found
-
-
 # What the names of the errors behind a lost connection say, and whether the request may have got through.
 _LOST = (
     ("gaierror", "the host name was not found", False), ("ConnectionRefusedError", "the connection was refused", False),
     ("NewConnectionError", "no connection", False), ("ConnectTimeoutError", "no connection", False),
     ("timeout", "no answer for {:g} s", True), ("TimeoutError", "no answer for {:g} s", True),
-    ("SSLError", "the TLS connection failed", True), ("BaseException", "the connection was lost", True))
+    ("BaseException", "the connection was lost", True))
 
 
 def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
@@ -841,12 +814,14 @@ def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
     Told apart by their kinds: a URL in a text may have any words. urllib3 1.26 calls it a ProxyError
     too when a connection inside the tunnel is lost, and that request may have got through.
     """
-    causes = _causes(error)
+    causes, cause = [], error  # type: List[Any], Any
+    while cause is not None:  # the libraries wrap each other's, and urllib3 some only as a "reason"
+        causes += [getattr(cause, "reason", None), cause]
+        cause = cause.__context__
     kinds, text = {kind.__name__ for one in causes for kind in type(one).__mro__}, " ".join(map(str, causes))
     words, delivered = next((words.format(limit_s), sent) for kind, words, sent in _LOST if kind in kinds)
     if kinds & {"SSLCertVerificationError", "CertificateError"}:
-        reason = re.search(r"certificate verify failed:? ?([^(\n]*)", text)
-        words = sanitize(reason.group(1) if reason else str(causes[-1])).strip()
+        words = sanitize(getattr(causes[-1], "verify_message", causes[-1]))
         hint = "behind a company proxy, name its CA in REQUESTS_CA_BUNDLE"
         return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS", hint=hint)
     if re.search(r"CA certificate bundle|\[X509|PEM lib", text):
@@ -869,23 +844,17 @@ def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
     return error
 
 
-def _inflate(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
-    """Gzip or deflate undone, at most 1 MiB at a time: half a MiB can hold half a GiB."""
+def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Gzip undone, at most 1 MiB at a time: half a MiB can hold half a GiB."""
     import zlib
-    inflater: Any = None
+    inflater = zlib.decompressobj(31)
     for piece in pieces:
-        while piece or inflater:
-            if not inflater:  # "deflate" without zlib's header, which begins with 8, is common too
-                bare = encoding == "deflate" and piece[0] & 15 != 8
-                inflater = zlib.decompressobj(-15 if bare else 47)
+        full = False
+        while (piece or full) and not inflater.eof:
             some = inflater.decompress(piece, 1 << 20)
             yield some
-            piece = inflater.unconsumed_tail
-            if inflater.eof:
-                piece, inflater = inflater.unused_data, None
-            elif not piece and len(some) < 1 << 20:
-                break
-    if inflater:
+            piece, full = inflater.unconsumed_tail, len(some) == 1 << 20
+    if not inflater.eof:
         raise zlib.error("the end is missing")
 
 
@@ -913,13 +882,11 @@ def _raw_pieces(response: Any) -> Iterator[bytes]:
 
 
 def _pieces(response: Any) -> Iterator[bytes]:
-    """The body, decompressed, as it arrives."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding in ("", "identity"):
-        return _raw_pieces(response)
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    """The body, decompressed, as it arrives. We ask for no compression; a proxy may think better of it."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip"):
         raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)[:100]}", delivered=True)
-    return _inflate(_raw_pieces(response), encoding)
+    return _inflate(_raw_pieces(response)) if encoding == "gzip" else _raw_pieces(response)
 
 
 class Exchange:
@@ -934,14 +901,14 @@ class Exchange:
         self, url: str, send: Callable[[], Any], explain: Callable[[Exception], Exception], limit_s: float,
         tick: Callable[[], None], done: Callable[[str], None],
     ) -> None:
-        import collections
+        import queue
         import threading
         self.url, self.status, self.size = url, 0, 0
         self.headers: Mapping[str, str] = {}
         self._send, self._explain, self._limit_s, self._tick, self._done = send, explain, limit_s, tick, done
-        self._changed, self._posted = threading.Condition(), collections.deque()  # type: ignore[var-annotated]
-        self._waiting, self._left, self._ticked_at = 0, False, 0.0
-        self._started = time.monotonic()
+        # The answer, pieces of its body, and None or an error. A fast sender waits in its turn: memory has its bounds.
+        self._posted: Any = queue.Queue(8)
+        self._left, self._ticked_at, self._started = False, 0.0, time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Exchange:
@@ -955,9 +922,9 @@ class Exchange:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._left = True
-            self._changed.notify_all()
+        self._left = True
+        while not self._posted.empty():  # the thread may wait for room
+            self._posted.get()
         took_ms = (time.monotonic() - self._started) * 1000
         self._done(f"{self.url} {self.status or 'no answer'} {took_ms:.0f} ms {self.size} bytes")
 
@@ -981,8 +948,16 @@ class Exchange:
 
     def data(self) -> Json:
         """The ``data`` of an answer in the service's envelope; the MogplexError that any other one means."""
-        text = "" if 300 <= self.status < 400 else self.text()  # of a redirect nobody wants to read more
-        return read_answer(self.url, self.status, self.headers, text)
+        location = self.headers.get("Location") or ""
+        if 300 <= self.status < 400 and location:  # whose body nobody wants
+            raise _redirect_error(self.url, self.status, location)
+        text, answer = self.text(), None
+        with contextlib.suppress(ValueError):
+            answer = parse_json(text)
+        data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
+        if 200 <= self.status < 300 and isinstance(data, dict):
+            return data
+        raise _answer_error(self.url, self.status, self.headers, answer, len(text))
 
     def piece(self, idle_s: float) -> Optional[bytes]:
         """The next piece of the body, None at its end, b"" when nothing came for ``idle_s``."""
@@ -998,47 +973,37 @@ class Exchange:
 
     def _next(self, until: float) -> Any:
         """What the thread posted next, b"" when that is nothing; what it posted as an error is raised."""
-        while True:
+        import queue
+        item: Any = b""
+        while item == b"":
             now = time.monotonic()
-            if not self._posted or now - self._ticked_at >= _SLICE_S:
+            if self._posted.empty() or now - self._ticked_at >= _SLICE_S:
                 self._ticked_at = now
                 self._tick()
-            with self._changed:
-                if not self._posted and now < until:
-                    self._changed.wait(min(_SLICE_S, until - now))
-                item = self._posted.popleft() if self._posted and now < until else b""
-                self._waiting -= len(item) if isinstance(item, bytes) else 0
-                self._changed.notify_all()
-            if isinstance(item, Exception):
-                raise item
-            if item != b"" or now >= until:
-                return item
+            if now >= until:
+                break
+            with contextlib.suppress(queue.Empty):
+                item = self._posted.get(timeout=min(_SLICE_S, until - now))
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def _run(self) -> None:
         response = None
         try:
             response = self._send()
-            self._post(response)
-            for piece in _pieces(response):
+            self._posted.put(response)
+            for piece in filter(None, _pieces(response)):
                 self.size += len(piece)
-                if piece and not self._post(piece):
+                self._posted.put(piece)
+                if self._left:
                     return
-            self._post(None)
+            self._posted.put(None)
         except Exception as error:
-            self._post(error if isinstance(error, MogplexError) else self._explain(error))
+            self._posted.put(error if isinstance(error, MogplexError) else self._explain(error))
         finally:
             if response is not None:
                 response.raw.close()
-
-    def _post(self, item: Any) -> bool:
-        """Whether somebody still waits for it. A fast sender waits in its turn: memory has its bounds."""
-        with self._changed:
-            while self._waiting > 8 * _PIECE and not self._left:
-                self._changed.wait()
-            self._posted.append(item)
-            self._waiting += len(item) if isinstance(item, bytes) else 0
-            self._changed.notify_all()
-        return not self._left
 
 
 # Two threads that import a package of many modules at once can each be given half of it (seen on Python 3.8).
@@ -1060,22 +1025,6 @@ def _new_session() -> Any:
     # Even where redirects are not followed, requests reads a redirect's whole body into memory, and parses its target.
     session.get_redirect_target = lambda response: None
     return session
-
-
-def _authorizer(token: str, key: str = "", last_event_id: str = "", **_: Any) -> Callable[[Any], Any]:
-    """What gives a request our headers.
-
-    For requests this is its ``auth``, given even without a token: else ~/.netrc would be asked for one. An
-    event id goes as bytes, a str would be sent as Latin-1, and from here: requests refuses some that are legal.
-    """
-    event_id = last_event_id.encode("utf-8", "replace")
-    headers: Dict[str, Any] = {"Authorization": token and f"Bearer {token}", "Idempotency-Key": key,
-                               "Last-Event-ID": event_id if len(event_id) <= 4096 else b""}
-
-    def authorize(request: Any) -> Any:
-        request.headers.update({name: value for name, value in headers.items() if value})
-        return request
-    return authorize
 
 
 def _segment(identifier: str) -> str:
@@ -1152,15 +1101,7 @@ class Client:
         """
         if not 1 <= len(idempotency_key.strip()) <= 200 or re.search(r"[^ -~]", idempotency_key):
             raise UsageError("an idempotency key has 1 to 200 printable ASCII characters")
-        asked: List[str] = []
-
-        def examine(error: MogplexError) -> None:
-            # An unknown repo is answered 503 with Retry-After, as if waiting would help.
-            if error.status == 503 and not asked:
-                asked.append(text_of(body, "repoId"))
-                self._refuse_unknown_repo(asked[0])
-
-        return self._send("POST", "/runs", body=body, key=idempotency_key.strip(), examine=examine)
+        return self._send("POST", "/runs", body=body, key=idempotency_key.strip())
 
     def run(self, run_id: str) -> Json:
         """GET /runs/{id}: the Run."""
@@ -1212,23 +1153,25 @@ class Client:
             accept="text/event-stream, application/json", last_event_id=last_event_id, idle_s=idle_s)
 
     def _get(self, path: str, **params: Any) -> Json:
-        wanted = {key: value for key, value in params.items() if value not in ("", None)}
-        return self._send("GET", path, params=wanted)
+        return self._send("GET", path, params=params)
 
     def _send(
         self, method: str, path: str, *, params: Optional[Json] = None, body: Optional[Json] = None, key: str = "",
-        tries: int = 0, examine: Callable[[MogplexError], None] = lambda error: None,
+        tries: int = 0,
     ) -> Json:
-        attempt, delivered = 1, False
+        attempt, delivered, asked = 1, False, False
         # What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
-        sent = {name: str(value).encode("utf-8", "replace") for name, value in (params or {}).items()}
+        sent = {name: str(value).encode("utf-8", "replace") for name, value in (params or {}).items()
+                if value not in ("", None)}
         while True:
             try:
                 with self._open(method, self._url(path), params=sent, json=body, key=key, attempt=attempt) as answer:
                     return answer.data()
             except MogplexError as error:
                 delivered = error.delivered = error.delivered or delivered
-                examine(error)
+                if key and error.status == 503 and not asked:
+                    asked = True
+                    self._refuse_unknown_repo(text_of(body, "repoId"))
                 wait_s = retry_wait_s(error, attempt, tries or self._tries, self._random(), keyed=bool(key))
                 if wait_s is None:
                     raise
@@ -1236,19 +1179,28 @@ class Client:
             attempt += 1
 
     def _open(
-        self, method: str, url: str, *, params: Optional[Json] = None, data: Any = None, attempt: int = 1,
-        tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0, **options: Any,
+        self, method: str, url: str, *, params: Optional[Json] = None, json: Any = None, data: Any = None,
+        accept: str = "application/json", key: str = "", last_event_id: str = "", attempt: int = 1,
+        tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0,
     ) -> Exchange:
         """An exchange, not begun yet. Of its credential's own requests it waits for those too, on its thread."""
         session = self._take_session()
 
         def request(token: str, where: str, query: Optional[Json]) -> Any:
+            headers: Dict[str, Any] = {
+                "Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"mogplex/{__version__}",
+                "Authorization": token and f"Bearer {token}", "Idempotency-Key": key,
+                "Last-Event-ID": last_event_id.encode("utf-8", "replace")}  # a str would be sent as Latin-1
+
+            def give(prepared: Any) -> Any:
+                prepared.headers.update({name: value for name, value in headers.items() if value})
+                return prepared
+
+            # As its "auth", even without a token: else requests asks ~/.netrc for one. And it refuses some legal ids.
             return session.request(
-                method, where, params=query, data=data, json=options.get("json"), stream=True, allow_redirects=False,
-                auth=_authorizer(token, **options), verify=self._verify, proxies=self._proxies(where),
-                timeout=(self._connect_timeout_s, max(self._timeout_s, idle_s + _SLICE_S)),
-                headers={"Accept": options.get("accept", "application/json"), "Accept-Encoding": "identity",
-                         "User-Agent": f"mogplex/{__version__}"})
+                method, where, params=query, data=data, json=json, auth=give, stream=True, allow_redirects=False,
+                verify=self._verify, proxies=self._proxies(where),
+                timeout=(self._connect_timeout_s, max(self._timeout_s, idle_s + _SLICE_S)))
 
         def send() -> Any:
             token = "" if data else self.credential.current(self.post_form)
