@@ -463,9 +463,8 @@ def _stored(path: str, base_url: str, warn: Warn) -> Json:
         if token and issuer and issuer != base_url:
             warn(f"the sign-in in {path} is for {sanitize(issuer)} and does not count for {base_url}")
         elif token:
-            numeric = re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry)
             return {"token": check_token(token, path), "refresh_token": text_of(entry, "refresh_token"),
-                    "expires_at": float(expiry) if numeric else parse_time(expiry)}
+                    "expires_at": float(expiry) if re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry) else None}
     return {}
 
 
@@ -501,11 +500,10 @@ def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
     status, answer = post(base_url + TOKEN_PATH, {"client_id": "mogplex-cli", **form})
     token, lifetime_s = text_of(answer, "access_token"), answer.get("expires_in")
     if status == 200 and token:
-        entry: Json = {"access_token": check_token(token, "the new token"), "base_url": base_url}
-        entry["refresh_token"] = text_of(answer, "refresh_token") or form.get("refresh_token", "")
-        if isinstance(lifetime_s, (int, float)) and 0 < lifetime_s < 1e9:
-            entry["expires_at"] = int(time.time() + lifetime_s)
-        return entry
+        ends_at = int(time.time() + lifetime_s) if isinstance(lifetime_s, (int, float)) and lifetime_s < 1e9 else None
+        return {"access_token": check_token(token, "the new token"), "base_url": base_url,
+                "refresh_token": text_of(answer, "refresh_token") or form.get("refresh_token", ""),
+                "expires_at": ends_at}
     if status >= 500:
         raise UnavailableError("the sign-in service is out of order", status=status, transient=True)
     if status == 429:
@@ -564,7 +562,7 @@ class Credential:
             if self.token != refused and not self._is_due() or not self.refreshable:
                 return self.token != refused
             entry = _exchange(post, self._base_url, grant_type="refresh_token", refresh_token=self._refresh_token)
-            self._adopt(entry["access_token"], entry["refresh_token"], entry.get("expires_at"))
+            self._adopt(entry["access_token"], entry["refresh_token"], entry["expires_at"])
             try:
                 if self._path:
                     _put_entry(self._path, entry, problem)
@@ -626,13 +624,12 @@ def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
     """What one request to the loopback port means: HTTP status, words for the person, what ends the wait."""
     import hmac
     import urllib.parse
-    line, _, headers = head.partition("\r\n")
-    method, _, target = line.rpartition(" ")[0].partition(" ")  # the service leaves spaces in its target
-    path, _, query = target.partition("?")
-    values = dict(urllib.parse.parse_qsl(query))
-    hosts = re.findall(r"(?im)^host:\s*(\S*)", headers)  # another name is another site's page, come by DNS
-    if method != "GET" or path != "/auth/callback" or hosts != [f"127.0.0.1:{port}"]:
+    # A space may stand in the target: the service does not escape those of an error.
+    target = re.match(r"GET /auth/callback\?([^\r\n]*) HTTP/1\.[01]\r\n", head)
+    hosts = re.findall(r"(?im)^host:\s*(\S*)", head)  # another name is another site's page, come by DNS
+    if not target or hosts != [f"127.0.0.1:{port}"]:
         return 404, "There is nothing here.", {}
+    values = dict(urllib.parse.parse_qsl(target.group(1)))
     known = hmac.compare_digest(values.get("state", "").encode(), state.encode())
     if "error" in values and (known or "state" not in values):
         words = sanitize(": ".join(values[key] for key in ("error", "error_description") if key in values))
@@ -645,7 +642,7 @@ def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
 def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]) -> None:
     """Answer one connection; what ends the wait goes to ``outcomes``, once the browser has its page."""
     import html
-    head, outcome = b"", {}  # type: Tuple[bytes, Json]
+    head = b""
     with connection, contextlib.suppress(OSError):
         connection.settimeout(10.0)
         while b"\r\n\r\n" not in head:
@@ -656,8 +653,10 @@ def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]
         status, words, outcome = _answer_callback(head.decode("latin-1"), port, state)
         fields = "Content-Type: text/html; charset=utf-8\r\nCache-Control: no-store\r\nConnection: close"
         page = f"<!doctype html><title>Mogplex</title><p>{html.escape(words)}\n"
-        connection.sendall(f"HTTP/1.1 {status} Answer\r\n{fields}\r\n\r\n{page}".encode())
-    outcomes.extend([outcome] if outcome else [])
+        try:
+            connection.sendall(f"HTTP/1.1 {status} Answer\r\n{fields}\r\n\r\n{page}".encode())
+        finally:
+            outcomes.extend([outcome] if outcome else [])
 
 
 def _listen(ports: Sequence[int]) -> Any:
@@ -1184,13 +1183,13 @@ class Client:
         tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0,
     ) -> Exchange:
         """An exchange, not begun yet. Of its credential's own requests it waits for those too, on its thread."""
-        session = self._take_session()
+        session, event_id = self._take_session(), last_event_id.encode("utf-8", "replace")
 
         def request(token: str, where: str, query: Optional[Json]) -> Any:
             headers: Dict[str, Any] = {
                 "Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"mogplex/{__version__}",
                 "Authorization": token and f"Bearer {token}", "Idempotency-Key": key,
-                "Last-Event-ID": last_event_id.encode("utf-8", "replace")}  # a str would be sent as Latin-1
+                "Last-Event-ID": event_id if len(event_id) <= 4096 else b""}  # a str would be sent as Latin-1
 
             def give(prepared: Any) -> Any:
                 prepared.headers.update({name: value for name, value in headers.items() if value})
@@ -1767,39 +1766,43 @@ def tab_separated(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("\t".join(row) for row in [headers, *rows])
 
 
+def _plain(record: Json, *keys: str) -> List[str]:
+    """The texts at ``keys``, harmless."""
+    return [sanitize(text_of(record, key)) for key in keys]
+
+
+def _since(value: object, now: Optional[float]) -> str:
+    """A time of the service, as an age where ``now`` is given."""
+    moment = parse_time(value)
+    return format_time(value) if now is None or moment is None else f"{format_age(now - moment)} ago"
+
+
 def repo_row(repo: Json) -> List[str]:
     """ID, REPO, BRANCH, ROOT."""
-    return [sanitize(text_of(repo, key)) for key in ("id", "full_name", "default_branch", "root_directory")]
+    return _plain(repo, "id", "full_name", "default_branch", "root_directory")
 
 
 def sandbox_row(sandbox: Json, repo_names: Mapping[str, str], now: Optional[float], colour: bool) -> List[str]:
     """ID, REPO, BRANCH, STATUS, PREVIEW, LAST ACTIVE (an age where ``now`` is given), ERROR."""
-    repo_id, active = text_of(sandbox, "repo_id"), text_of(sandbox, "last_active_at")
-    moment = parse_time(active)
-    ago = f"{format_age(now - moment)} ago" if now is not None and moment is not None else format_time(active)
-    return [
-        sanitize(text_of(sandbox, "id")), sanitize(repo_names.get(repo_id, repo_id)),
-        sanitize(text_of(sandbox, "working_branch") or text_of(sandbox, "base_branch")),
-        paint(sanitize(text_of(sandbox, "status")), colour), sanitize(text_of(sandbox, "preview_url")), ago,
-        sanitize(text_of(sandbox, "error")),
-    ]
+    identifier, repo_id, working, base, status, preview, error = _plain(
+        sandbox, "id", "repo_id", "working_branch", "base_branch", "status", "preview_url", "error")
+    return [identifier, sanitize(repo_names.get(repo_id, repo_id)), working or base, paint(status, colour), preview,
+            _since(sandbox.get("last_active_at"), now), error]
 
 
 def remembered_row(record: Json, now: Optional[float]) -> List[str]:
     """ID, REPO, BRANCH, STARTED, TASK of a remembered run."""
-    started, moment = text_of(record, "time"), parse_time(record.get("time"))
-    ago = f"{format_age(now - moment)} ago" if now is not None and moment is not None else format_time(started)
-    run_id, repo, branch, task = (sanitize(text_of(record, key)) for key in ("id", "repo", "branch", "task"))
-    return [run_id, repo, branch, ago, task]
+    run_id, repo, branch, task = _plain(record, "id", "repo", "branch", "task")
+    return [run_id, repo, branch, _since(record.get("time"), now), task]
 
 
 def branch_text(run: Json) -> str:
     """``feat/x (base main, created)``."""
     branch = dict_of(run, "branch")
-    base, created = sanitize(text_of(branch, "base")), branch.get("createBranch") is True
-    notes = ", ".join(([f"base {base}"] if base else []) + (["created"] if created else []))
-    working = sanitize(text_of(branch, "working"))
-    return f"{working} ({notes})" if working and notes else working
+    working, base = _plain(branch, "working", "base")
+    notes = [base and f"base {base}", "created" if branch.get("createBranch") is True else ""]
+    shown = ", ".join(filter(None, notes))
+    return f"{working} ({shown})" if working and shown else working
 
 
 def block(rows: Iterable[Tuple[str, str]]) -> str:
@@ -1809,25 +1812,23 @@ def block(rows: Iterable[Tuple[str, str]]) -> str:
 
 def started_text(run: Json, colour: bool) -> str:
     """What ``run`` prints."""
-    run_id, status = sanitize(text_of(run, "runId")), paint(sanitize(text_of(run, "status")), colour)
-    rows = [(key, sanitize(text_of(run, field))) for key, field in (("repo", "repoId"), ("harness", "harness"))]
+    run_id, status, repo, harness = _plain(run, "runId", "status", "repoId", "harness")
     first = "matched existing run" if run.get("replayed") is True else "started run"
-    lines = [f"{first} {run_id} ({status})", block([*rows, ("branch", branch_text(run))]),
+    lines = [f"{first} {run_id} ({paint(status, colour)})",
+             block([("repo", repo), ("harness", harness), ("branch", branch_text(run))]),
              f"tail events: mogplex runs events {run_id} --follow"]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(filter(None, lines))
 
 
 def run_text(run: Json, colour: bool) -> str:
     """What ``runs get`` prints."""
-    def plain(key: str) -> str:
-        return sanitize(text_of(run, key))
-
+    run_id, status, harness, repo, root, sandbox, events, cancel, error = _plain(
+        run, "runId", "status", "harness", "repoId", "rootDirectory", "sandboxId", "eventsUrl", "cancelUrl", "error")
     return block([
-        ("run", plain("runId")), ("status", paint(plain("status"), colour)), ("harness", plain("harness")),
-        ("repo", plain("repoId")), ("branch", branch_text(run)), ("root", plain("rootDirectory")),
-        ("sandbox", plain("sandboxId")), ("events", plain("eventsUrl")), ("cancel", plain("cancelUrl")),
+        ("run", run_id), ("status", paint(status, colour)), ("harness", harness), ("repo", repo),
+        ("branch", branch_text(run)), ("root", root), ("sandbox", sandbox), ("events", events), ("cancel", cancel),
         ("created", format_time(run.get("createdAt"))), ("updated", format_time(run.get("updatedAt"))),
-        ("error", plain("error")),
+        ("error", error),
     ])
 
 
@@ -1851,19 +1852,22 @@ def event_line(event: Json, newline: str = " \u23ce ") -> str:
 
 def verdict_json(verdict: Verdict) -> Json:
     """The last line of ``--follow --json``."""
-    line: Json = {"runId": verdict.run_id, "status": verdict.status}
-    known = (("error", verdict.error), ("pullRequestUrl", verdict.pull_request_url),
-             ("workingBranch", verdict.working_branch), ("truncated", verdict.truncated))
-    line.update({key: value for key, value in known if value})
-    return line
+    known = {"error": verdict.error, "pullRequestUrl": verdict.pull_request_url,
+             "workingBranch": verdict.working_branch, "truncated": verdict.truncated}
+    return {"runId": verdict.run_id, "status": verdict.status, **{key: value for key, value in known.items() if value}}
+
+
+def verdict_rows(verdict: Verdict) -> List[Tuple[str, str]]:
+    """What is worth knowing when a run has ended, as labels and values."""
+    duration = "" if verdict.duration_s is None else format_duration(verdict.duration_s)
+    rows = (("run error", verdict.error), ("branch", verdict.working_branch),
+            ("pull request", verdict.pull_request_url), ("duration", duration))
+    return [(label, value) for label, value in rows if value]
 
 
 def verdict_notes(verdict: Verdict) -> List[str]:
-    """What is worth knowing when a run has ended."""
-    duration = "" if verdict.duration_s is None else format_duration(verdict.duration_s)
-    notes = (("run error", verdict.error), ("branch", verdict.working_branch),
-             ("pull request", verdict.pull_request_url), ("duration", duration))
-    return [f"{label}: {value}" for label, value in notes if value]
+    """The same as lines."""
+    return [f"{label}: {value}" for label, value in verdict_rows(verdict)]
 
 
 def status_line(progress: Progress, now: float) -> str:
@@ -1898,12 +1902,8 @@ def _markdown(text: str) -> str:
 
 def github_summary(verdict: Verdict, task: str, last_lines: Sequence[str]) -> str:
     """A short Markdown table on the run, and its last events."""
-    rows = (
-        ("task", task), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
-        ("branch", verdict.working_branch), ("status", verdict.status), ("error", verdict.error),
-        ("duration", "" if verdict.duration_s is None else format_duration(verdict.duration_s)),
-        ("pull request", verdict.pull_request_url),
-    )
+    rows = [("task", task), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
+            ("status", verdict.status), *verdict_rows(verdict)]
     table_rows = "".join(f"| {label} | {_markdown(value)} |\n" for label, value in rows if value)
     events = "".join(f"| {_markdown(line)} |\n" for line in last_lines)
     return f"### Mogplex run\n\n| | |\n| --- | --- |\n{table_rows}\n| last events |\n| --- |\n{events}\n"

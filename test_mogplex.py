@@ -4412,8 +4412,8 @@ def test_github_s_annotation_and_summary_and_outputs() -> None:
         "::error title=Mogplex run can%3Ac%2C%25::run r-1 ended can:c,%25")
     assert mogplex.github_summary(ended(error="a|b\n# <i>"), "Fix `it` @all", ["12:00 log x|y"]) == (
         "### Mogplex run\n\n| | |\n| --- | --- |\n| task | Fix &#96;it&#96; &#64;all |\n| run | r&#45;1 |\n"
-        "| repo | repo&#45;1 |\n| branch | agent&#47;x |\n| status | failed |\n| error | a&#124;b &#35; &#60;i&#62; |\n"
-        "| duration | 2m 05s |\n| pull request | https://github.com/a/b/pull/1 |\n"
+        "| repo | repo&#45;1 |\n| status | failed |\n| run error | a&#124;b &#35; &#60;i&#62; |\n| branch | agent&#47;x |\n"
+        "| pull request | https://github.com/a/b/pull/1 |\n| duration | 2m 05s |\n"
         "\n| last events |\n| --- |\n| 12&#58;00 log x&#124;y |\n\n")
     assert mogplex.github_output(ended(working_branch="a\nstatus=success\r\nb<<X")) == (
         "run_id=r-1\nstatus=failed\nbranch=a status=success b<<X\npull_request_url=https://github.com/a/b/pull/1\n")
