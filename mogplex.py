@@ -1141,14 +1141,14 @@ class Client:
 
     def _open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
-        return self._open("GET", self._url(f"/runs/{_segment(run_id)}"), tick=tick, renew=renew)
+        return self._open("GET", f"/runs/{_segment(run_id)}", tick=tick, renew=renew)
 
     def _open_events(
         self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str, idle_s: float,
     ) -> Exchange:
         """The same for a run's events, in whichever form the service gives them."""
         return self._open(
-            "GET", self._url(f"/runs/{_segment(run_id)}/events"), params={"limit": limit}, tick=tick, renew=renew,
+            "GET", f"/runs/{_segment(run_id)}/events", params={"limit": limit}, tick=tick, renew=renew,
             accept="text/event-stream, application/json", last_event_id=last_event_id, idle_s=idle_s)
 
     def _get(self, path: str, **params: Any) -> Json:
@@ -1164,7 +1164,7 @@ class Client:
                 if value not in ("", None)}
         while True:
             try:
-                with self._open(method, self._url(path), params=sent, json=body, key=key, attempt=attempt) as answer:
+                with self._open(method, path, params=sent, json=body, key=key, attempt=attempt) as answer:
                     return answer.data()
             except MogplexError as error:
                 delivered = error.delivered = error.delivered or delivered
@@ -1178,11 +1178,15 @@ class Client:
             attempt += 1
 
     def _open(
-        self, method: str, url: str, *, params: Optional[Json] = None, json: Any = None, data: Any = None,
+        self, method: str, path: str, *, params: Optional[Json] = None, json: Any = None, data: Any = None,
         accept: str = "application/json", key: str = "", last_event_id: str = "", attempt: int = 1,
         tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0,
     ) -> Exchange:
-        """An exchange, not begun yet. Of its credential's own requests it waits for those too, on its thread."""
+        """An exchange, not begun yet, of JSON with the API or of a form (``data``) with a URL beside it.
+
+        Of its credential's own requests it waits for those too, on its thread.
+        """
+        url = path if data else self.base_url + API_PATH + path
         session, event_id = self._take_session(), last_event_id.encode("utf-8", "replace")
 
         def request(token: str, where: str, query: Optional[Json]) -> Any:
@@ -1245,9 +1249,6 @@ class Client:
                 self._session.close()  # its idle connections; it goes on working
             self._used_at = time.monotonic()
             return self._session
-
-    def _url(self, path: str) -> str:
-        return self.base_url + API_PATH + path
 
     def _refuse_unknown_repo(self, repo_id: str) -> None:
         try:
@@ -1719,12 +1720,8 @@ def paint(status: str, colour: bool) -> str:
 
 
 def newline_mark(encoding: Optional[str]) -> str:
-    """What stands for a newline inside a line, in an encoding that may not have the sign for it."""
-    try:
-        " \u23ce ".encode(encoding or "ascii")
-    except (UnicodeError, LookupError):
-        return " | "
-    return " \u23ce "
+    """What stands for a newline inside a line; most encodings but Unicode's have no sign for it."""
+    return " \u23ce " if (encoding or "").lower().startswith("utf") else " | "
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # json.dumps would make one for each line
@@ -1746,18 +1743,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional
     shortened, to its header's width at most, then the next, until the rows fit or none is left.
     """
     import tabulate
-    cells = [list(row) for row in rows]
-    widths = [  # tabulate makes a column at least two wider than its header
-        max([text_width(header) + 2, *(text_width(re.sub(_ESCAPES, "", row[at])) for row in cells)])
-        for at, header in enumerate(headers)]
-    while width is not None and sum(widths) + 2 * len(widths) - 2 > width:
-        over = sum(widths) + 2 * len(widths) - 2 - width
-        room, at = max((widths[at] - text_width(name) - 2, at) for at, name in enumerate(headers) if name in free)
-        if room <= 0:
-            break
-        widths[at] -= min(room, over)
-        for row in cells:
-            row[at] = fit(row[at], widths[at])
+    least = [text_width(header) + 2 for header in headers]  # tabulate makes no column narrower
+    widths = [max([least[at], *(text_width(re.sub(_ESCAPES, "", row[at])) for row in rows)])
+              for at in range(len(headers))]
+    over = sum(widths) + 2 * len(widths) - 2 - width if width is not None else 0
+    for room, at in sorted(((widths[at] - least[at], at) for at in range(len(headers))), reverse=True):
+        if headers[at] in free and over > 0:
+            widths[at] -= min(room, over)
+            over -= room
+    cells = [[fit(text, widths[at]) if headers[at] in free else text for at, text in enumerate(row)] for row in rows]
     return tabulate.tabulate(cells, headers=list(headers), tablefmt="plain", disable_numparse=True)
 
 
@@ -1857,17 +1851,12 @@ def verdict_json(verdict: Verdict) -> Json:
     return {"runId": verdict.run_id, "status": verdict.status, **{key: value for key, value in known.items() if value}}
 
 
-def verdict_rows(verdict: Verdict) -> List[Tuple[str, str]]:
-    """What is worth knowing when a run has ended, as labels and values."""
-    duration = "" if verdict.duration_s is None else format_duration(verdict.duration_s)
-    rows = (("run error", verdict.error), ("branch", verdict.working_branch),
-            ("pull request", verdict.pull_request_url), ("duration", duration))
-    return [(label, value) for label, value in rows if value]
-
-
 def verdict_notes(verdict: Verdict) -> List[str]:
-    """The same as lines."""
-    return [f"{label}: {value}" for label, value in verdict_rows(verdict)]
+    """What is worth knowing when a run has ended: ``label: value``."""
+    duration = "" if verdict.duration_s is None else format_duration(verdict.duration_s)
+    notes = (("run error", verdict.error), ("branch", verdict.working_branch),
+             ("pull request", verdict.pull_request_url), ("duration", duration))
+    return [f"{label}: {value}" for label, value in notes if value]
 
 
 def status_line(progress: Progress, now: float) -> str:
@@ -1903,7 +1892,7 @@ def _markdown(text: str) -> str:
 def github_summary(verdict: Verdict, task: str, last_lines: Sequence[str]) -> str:
     """A short Markdown table on the run, and its last events."""
     rows = [("task", task), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
-            ("status", verdict.status), *verdict_rows(verdict)]
+            ("status", verdict.status), *(note.split(": ", 1) for note in verdict_notes(verdict))]
     table_rows = "".join(f"| {label} | {_markdown(value)} |\n" for label, value in rows if value)
     events = "".join(f"| {_markdown(line)} |\n" for line in last_lines)
     return f"### Mogplex run\n\n| | |\n| --- | --- |\n{table_rows}\n| last events |\n| --- |\n{events}\n"
