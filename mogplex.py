@@ -498,12 +498,12 @@ def forget_credential(home: str) -> bool:
 def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
     """Ask the token endpoint; the entry to store. No secret gets into an error, not even when echoed."""
     status, answer = post(base_url + TOKEN_PATH, {"client_id": "mogplex-cli", **form})
-    token, lifetime_s = text_of(answer, "access_token"), answer.get("expires_in")
+    token, lifetime_s = text_of(answer, "access_token"), answer.get("expires_in")  # type: str, Any
     if status == 200 and token:
-        ends_at = int(time.time() + lifetime_s) if isinstance(lifetime_s, (int, float)) and lifetime_s < 1e9 else None
+        known = isinstance(lifetime_s, (int, float)) and 0 < lifetime_s < 1e9
         return {"access_token": check_token(token, "the new token"), "base_url": base_url,
                 "refresh_token": text_of(answer, "refresh_token") or form.get("refresh_token", ""),
-                "expires_at": ends_at}
+                "expires_at": int(time.time() + lifetime_s) if known else None}
     if status >= 500:
         raise UnavailableError("the sign-in service is out of order", status=status, transient=True)
     if status == 429:
@@ -590,11 +590,10 @@ def resolve_credential(environ: Mapping[str, str], base_url: str, warn: Warn) ->
 
 
 def _run_lines(path: str) -> List[str]:
-    try:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         with open(path, encoding="utf-8", errors="replace") as stream:
             return [line.strip() for line in stream if line.strip()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return []
 
 
 def remember_run(home: str, record: Json, warn: Warn) -> None:
@@ -778,7 +777,7 @@ def _answer_error(url: str, status: int, headers: Mapping[str, str], answer: Any
     """The MogplexError for an answer that is no success in the service's envelope."""
     kind = error_class(status) if status >= 300 else InvalidResponseError
     error, odd_id = dict_of(answer, "error"), _odd_id(url) if status == 500 else ""  # what a malformed id is answered
-    code, message = sanitize(text_of(error, "code")), sanitize(text_of(error, "message"))
+    code, message = sanitize(text_of(error, "code")), sanitize(text_of(error, "message") or text_of(answer, "error"))
     if not message and not code:
         content = sanitize(headers.get("Content-Type")).split(";")[0] or "no content type"
         message = f"the answer is not the service's ({size} characters, {content})"
@@ -866,15 +865,15 @@ def _raw_pieces(response: Any) -> Iterator[bytes]:
     """
     raw, length = response.raw, response.headers.get("Content-Length", "")
     chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-    left = int(length) if re.match("[0-9]{1,18}\\Z", length) and not chunked else -1
+    left = int(length) if re.match("[0-9]{1,18}\\Z", length) and not chunked else float("inf")
     while left:
-        size = min(_PIECE, left) if left > 0 else _PIECE
+        size = min(_PIECE, left)
         piece = raw.read1(size, decode_content=False) if hasattr(raw, "read1") else raw._fp.read1(size)
         if not piece:
             break
-        left -= len(piece) if left > 0 else 0
+        left -= len(piece)
         yield piece
-    if left > 0:
+    if 0 < left < float("inf"):
         raise ConnectionResetError("the answer was cut short")
     raw._fp.close()  # tells http.client that this answer was read whole, so that the connection can be kept
     raw.release_conn()

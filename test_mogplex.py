@@ -944,7 +944,7 @@ FAULTS: Dict[str, Tuple[Step, type, int, str]] = {  # what the server does, the 
     "500": (answer(500), mogplex.MogplexError, 3, "HTTP 500"), "502": (answer(502, "<html>"), mogplex.UnavailableError, 3, "HTTP 502"),
     "503": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="2"), mogplex.UnavailableError, 3, "SERVICE_UNAVAILABLE: later (HTTP 503)"),
     "503 for long": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="6"), mogplex.UnavailableError, 1, "later"),
-    "504": (answer(504), mogplex.UnavailableError, 3, "HTTP 504"), "501": (answer(501), mogplex.UnavailableError, 1, "HTTP 501"),
+    "504": (answer(504, {"error": "too\nlate"}), mogplex.UnavailableError, 3, "too \u23ce late (HTTP 504)"), "501": (answer(501), mogplex.UnavailableError, 1, "HTTP 501"),
     "401": (refusal(401, "UNAUTHORIZED", "Unauthorized"), mogplex.UnauthorizedError, 1, "UNAUTHORIZED: Unauthorized (HTTP 401)"),
     "403": (refusal(403, "FORBIDDEN", "Missing scope"), mogplex.ForbiddenError, 1, "Missing scope"),
     "404": (refusal(404, "BAD_REQUEST", "Repo not found"), mogplex.MogplexError, 1, "BAD_REQUEST: Repo not found (HTTP 404)"),
