@@ -205,9 +205,8 @@ _CONTROLS = (
 )
 _CI_LINE_START = r"(?m)^(\s*):(?=:)"
 _CI_ANYWHERE = r"(?i)##(?=\[|vso\[)"
-_TIME = (
-    r"(\d{4})-(\d\d)-(\d\d)[T ](\d\d):(\d\d):(\d\d)(?:[.,](\d{1,9}))?\s*(Z|z|[+-]\d\d(?::?\d\d)?)?\Z"
-)
+_TIME = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,6}))?(Z|[+-]\d\d:\d\d)\Z"
+_BASE_URL = r"(https?)://([\w.-]+|\[[0-9a-f:.]+\])(?::([1-9]\d{0,4}))?(/[\w./~%!$&'()*+,;=:@-]*)?\Z"
 _UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z"
 
 
@@ -230,9 +229,8 @@ def sanitize(text: object, newline: str = " \u23ce ") -> str:
 
 def redact(text: str, *secrets: str) -> str:
     """``text`` without any of ``secrets`` in it."""
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret, "***")
+    for secret in filter(None, secrets):
+        text = text.replace(secret, "***")
     return text
 
 
@@ -272,27 +270,19 @@ def parse_base_url(text: str, allow_http: bool = False) -> str:
 
     https only; http to this machine where ``allow_http``. A path prefix is kept.
     """
-    import urllib.parse
-    try:
-        url = urllib.parse.urlsplit(text.strip())
-        port = url.port  # a property that raises on nonsense
-    except ValueError:
-        url, port = urllib.parse.urlsplit(""), None
+    match = re.match(_BASE_URL, text.strip(), re.ASCII | re.IGNORECASE)
+    scheme, host, port, path = match.groups("") if match else ("", "", "", "")
     problem = ""
-    if url.scheme not in ("https", "http") or not url.hostname or port == 0:
-        problem = "give an https:// URL"
-    elif url.username is not None or url.password is not None or "?" in text or "#" in text:
-        problem = "user info, a query and a fragment are not allowed"
-    elif re.search(r"[^!-~]|[\\^`{|}<>\"]", text.strip()):
-        problem = "it has characters that no URL has"
-    elif url.scheme == "http" and not is_loopback(url.hostname):
+    if not host or int(port or 0) > 65535:
+        problem = "give an https:// URL without user info, query and fragment"
+    elif scheme.lower() == "http" and not is_loopback(host.lower().strip("[]")):
         problem = "http:// is only for localhost, 127.0.0.1 and [::1]"
-    elif url.scheme == "http" and not allow_http:
+    elif scheme.lower() == "http" and not allow_http:
         problem = "http:// needs MOGPLEX_DEV=1 and NODE_ENV other than production"
     if problem:
-        shown = re.sub(r"//[^/@]*@", "//***@", sanitize(text))
+        shown = re.sub("//.*@", "//***@", sanitize(text))
         raise UsageError(f"MOGPLEX_URL '{shown}' cannot be used: {problem}")
-    return urllib.parse.urlunsplit((url.scheme, url.netloc.lower(), url.path, "", "")).rstrip("/")
+    return f"{scheme}://{host}{port and ':'}{port}".lower() + path.rstrip("/")
 
 
 def utf16_units(text: str) -> int:
@@ -300,35 +290,34 @@ def utf16_units(text: str) -> int:
     return len(text) + sum(1 for char in text if char > "\uffff")
 
 
-def parse_time(text: object) -> Optional[float]:
-    """Seconds since the epoch of an ISO 8601 time as the service spells it; None when it is none.
+def _moment(text: object) -> Any:
+    """The datetime, in UTC, of an ISO 8601 time as the service spells it; None when it is none.
 
-    Not datetime.fromisoformat: before Python 3.11 it refuses ``Z`` and five-digit fractions.
+    Spelled anew for fromisoformat: before Python 3.11 that refuses ``Z`` and five-digit fractions.
     """
     match = re.match(_TIME, text) if isinstance(text, str) else None
     if not match:
         return None
     import datetime
-    *numbers, fraction, zone = match.groups()
-    try:
-        moment = datetime.datetime(*map(int, numbers), tzinfo=datetime.timezone.utc)  # type: ignore
-    except ValueError:
-        return None
-    offset_s = 0
-    if zone and zone not in "Zz":
-        digits = zone[1:].replace(":", "") + "00"
-        offset_s = (int(digits[:2]) * 3600 + int(digits[2:4]) * 60) * (-1 if zone[0] == "-" else 1)
-    return (moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)).total_seconds() \
-        - offset_s + float(f"0.{fraction or 0}")
+    second, fraction, zone = match.groups("")
+    with contextlib.suppress(ValueError, OverflowError):
+        moment = datetime.datetime.fromisoformat(f"{second}.{fraction:0<6}{zone.replace('Z', '+00:00')}")
+        return moment.astimezone(datetime.timezone.utc)
+    return None
+
+
+def parse_time(text: object) -> Optional[float]:
+    """Seconds since the epoch of a time of the service; None when it is none."""
+    moment = _moment(text)
+    return moment and float(moment.timestamp())
 
 
 def format_time(value: object) -> str:
     """A time of the service in UTC with milliseconds and ``Z``; what is no time comes back sanitized."""
-    seconds = parse_time(value)
-    if seconds is None or not 0 <= seconds < 253402300800:
-        return sanitize(value) if isinstance(value, str) else ""
-    whole, milliseconds = divmod(int(seconds * 1000 + 4e-4), 1000)  # cut, not rounded up into the future
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{milliseconds:03d}Z"
+    moment = _moment(value)
+    if moment:
+        return str(moment.isoformat(timespec="milliseconds")[:-6]) + "Z"
+    return sanitize(value) if isinstance(value, str) else ""
 
 
 def parse_duration(text: str) -> float:
@@ -342,14 +331,13 @@ def parse_duration(text: str) -> float:
 
 def format_duration(seconds: float) -> str:
     """``8s``, ``2m 05s``, ``3h 10m`` or ``4d 2h``."""
-    whole = max(0, int(seconds))
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    if whole < 86400:
-        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
-    return f"{whole // 86400}d {whole % 86400 // 3600}h"
+    minutes, second = divmod(max(0, int(seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24}d {hours % 24}h"
+    if hours:
+        return f"{hours}h {minute:02d}m"
+    return f"{minute}m {second:02d}s" if minute else f"{second}s"
 
 
 def format_age(seconds: float) -> str:
@@ -512,9 +500,8 @@ def _stored(path: str, base_url: str, warn: Warn) -> Json:
         if token and issuer and issuer != base_url:
             warn(f"the sign-in in {path} is for {sanitize(issuer)} and does not count for {base_url}")
         elif token:
-            numeric = re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry)
             return {"token": check_token(token, path), "refresh_token": text_of(entry, "refresh_token"),
-                    "expires_at": float(expiry) if numeric else parse_time(expiry)}
+                    "expires_at": float(expiry) if re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry) else None}
     return {}
 
 
@@ -548,13 +535,12 @@ def forget_credential(home: str) -> bool:
 def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
     """Ask the token endpoint; the entry to store. No secret gets into an error, not even when echoed."""
     status, answer = post(base_url + TOKEN_PATH, {"client_id": "mogplex-cli", **form})
-    token, lifetime_s = text_of(answer, "access_token"), answer.get("expires_in")
+    token, lifetime_s = text_of(answer, "access_token"), answer.get("expires_in")  # type: str, Any
     if status == 200 and token:
-        entry: Json = {"access_token": check_token(token, "the new token"), "base_url": base_url}
-        entry["refresh_token"] = text_of(answer, "refresh_token") or form.get("refresh_token", "")
-        if isinstance(lifetime_s, (int, float)) and 0 < lifetime_s < 1e9:
-            entry["expires_at"] = int(time.time() + lifetime_s)
-        return entry
+        known = isinstance(lifetime_s, (int, float)) and 0 < lifetime_s < 1e9
+        return {"access_token": check_token(token, "the new token"), "base_url": base_url,
+                "refresh_token": text_of(answer, "refresh_token") or form.get("refresh_token", ""),
+                "expires_at": int(time.time() + lifetime_s) if known else None}
     if status >= 500:
         raise UnavailableError("the sign-in service is out of order", status=status, transient=True)
     if status == 429:
@@ -613,7 +599,7 @@ class Credential:
             if self.token != refused and not self._is_due() or not self.refreshable:
                 return self.token != refused
             entry = _exchange(post, self._base_url, grant_type="refresh_token", refresh_token=self._refresh_token)
-            self._adopt(entry["access_token"], entry["refresh_token"], entry.get("expires_at"))
+            self._adopt(entry["access_token"], entry["refresh_token"], entry["expires_at"])
             try:
                 if self._path:
                     _put_entry(self._path, entry, problem)
@@ -641,11 +627,10 @@ def resolve_credential(environ: Mapping[str, str], base_url: str, warn: Warn) ->
 
 
 def _run_lines(path: str) -> List[str]:
-    try:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         with open(path, encoding="utf-8", errors="replace") as stream:
             return [line.strip() for line in stream if line.strip()]
-    except (FileNotFoundError, NotADirectoryError):
-        return []
+    return []
 
 
 def remember_run(home: str, record: Json, warn: Warn) -> None:
@@ -675,13 +660,12 @@ def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
     """What one request to the loopback port means: HTTP status, words for the person, what ends the wait."""
     import hmac
     import urllib.parse
-    line, _, headers = head.partition("\r\n")
-    method, _, target = line.rpartition(" ")[0].partition(" ")  # the service leaves spaces in its target
-    path, _, query = target.partition("?")
-    values = dict(urllib.parse.parse_qsl(query))
-    hosts = re.findall(r"(?im)^host:\s*(\S*)", headers)  # another name is another site's page, come by DNS
-    if method != "GET" or path != "/auth/callback" or hosts != [f"127.0.0.1:{port}"]:
+    # A space may stand in the target: the service does not escape those of an error.
+    target = re.match(r"GET /auth/callback\?([^\r\n]*) HTTP/1\.[01]\r\n", head)
+    hosts = re.findall(r"(?im)^host:\s*(\S*)", head)  # another name is another site's page, come by DNS
+    if not target or hosts != [f"127.0.0.1:{port}"]:
         return 404, "There is nothing here.", {}
+    values = dict(urllib.parse.parse_qsl(target.group(1)))
     known = hmac.compare_digest(values.get("state", "").encode(), state.encode())
     if "error" in values and (known or "state" not in values):
         words = sanitize(": ".join(values[key] for key in ("error", "error_description") if key in values))
@@ -694,7 +678,7 @@ def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
 def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]) -> None:
     """Answer one connection; what ends the wait goes to ``outcomes``, once the browser has its page."""
     import html
-    head, outcome = b"", {}  # type: Tuple[bytes, Json]
+    head = b""
     with connection, contextlib.suppress(OSError):
         connection.settimeout(10.0)
         while b"\r\n\r\n" not in head:
@@ -705,8 +689,10 @@ def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]
         status, words, outcome = _answer_callback(head.decode("latin-1"), port, state)
         fields = "Content-Type: text/html; charset=utf-8\r\nCache-Control: no-store\r\nConnection: close"
         page = f"<!doctype html><title>Mogplex</title><p>{html.escape(words)}\n"
-        connection.sendall(f"HTTP/1.1 {status} Answer\r\n{fields}\r\n\r\n{page}".encode())
-    outcomes.extend([outcome] if outcome else [])
+        try:
+            connection.sendall(f"HTTP/1.1 {status} Answer\r\n{fields}\r\n\r\n{page}".encode())
+        finally:
+            outcomes.extend([outcome] if outcome else [])
 
 
 def _listen(ports: Sequence[int]) -> Any:
@@ -801,7 +787,7 @@ def _target(url: str, location: str) -> Any:
 def redirect_target(url: str, status: int, location: str) -> str:
     """Where the token may follow a redirect: a 307 or 308 between the two hosts of the service; else ""."""
     here, there = _target(url, ""), _target(url, location)
-    hosts = {re.sub(r":443\Z", "", one.netloc.lower()) for one in (here, there)}
+    hosts = {here.netloc.lower(), there.netloc.lower()}
     allowed = status in (307, 308) and here.scheme == there.scheme == "https" and hosts == _HOSTS
     return str(there.geturl()) if allowed else ""
 
@@ -819,39 +805,24 @@ def _redirect_error(url: str, status: int, location: str) -> MogplexError:
 def _odd_id(url: str) -> str:
     """The id in a URL of the service that is not spelled as its ids are, or ""."""
     import urllib.parse
-    match = re.match(r"/(?:runs|sandboxes)/([^/?]+)|[^?]*\?(?:.*&)?(?:repo_)?id=([^&]+)", url.rpartition(API_PATH)[2])
-    identifier = urllib.parse.unquote_plus(match.group(1) or match.group(2)) if match else ""
+    ids = re.findall(r"(?:/runs/|/sandboxes/|[?&](?:repo_)?id=)([^/?&]+)", url.rpartition(API_PATH)[2])
+    identifier = urllib.parse.unquote_plus(ids[0]) if ids else ""
     return "" if is_uuid(identifier) else sanitize(identifier)[:100]
 
 
 def _answer_error(url: str, status: int, headers: Mapping[str, str], answer: Any, size: int) -> MogplexError:
+    """The MogplexError for an answer that is no success in the service's envelope."""
     kind = error_class(status) if status >= 300 else InvalidResponseError
-    error = dict_of(answer, "error")
-    message = sanitize(text_of(error, "message") or text_of(answer, "error"))
-    code, hint = sanitize(text_of(error, "code")), ""
+    error, odd_id = dict_of(answer, "error"), _odd_id(url) if status == 500 else ""  # what a malformed id is answered
+    code, message = sanitize(text_of(error, "code")), sanitize(text_of(error, "message") or text_of(answer, "error"))
     if not message and not code:
-        content = sanitize(headers.get("Content-Type") or "").split(";")[0] or "no content type"
+        content = sanitize(headers.get("Content-Type")).split(";")[0] or "no content type"
         message = f"the answer is not the service's ({size} characters, {content})"
-    if status == 500 and _odd_id(url):  # a malformed id is answered so, and not by 404
-        hint = f"'{_odd_id(url)}' does not look like an id of the service"
     return kind(
-        message[:1000] or "no message", code=code[:100], status=status, hint=hint,
+        message[:1000] or "no message", code=code[:100], status=status,
+        hint=odd_id and f"'{odd_id}' does not look like an id of the service",
         retry_after_s=parse_retry_after(headers.get("Retry-After"), headers.get("Date")),
         delivered=status >= 500 or status < 300, transient=status in (429, 500, 502, 503, 504) or status < 300)
-
-
-def read_answer(url: str, status: int, headers: Mapping[str, str], text: str) -> Json:
-    """The ``data`` of the service's envelope; the MogplexError for every other answer."""
-    location = headers.get("Location") or ""
-    if 300 <= status < 400 and location:
-        raise _redirect_error(url, status, location)
-    answer = None
-    with contextlib.suppress(ValueError):
-        answer = parse_json(text)
-    data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
-    if 200 <= status < 300 and isinstance(data, dict):
-        return data
-    raise _answer_error(url, status, headers, answer, len(text))
 
 
 def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False) -> Optional[float]:
@@ -864,24 +835,12 @@ def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float, k
     return max(asked_s, backoff_s(attempt, random)) if again and not isinstance(error, RateLimitedError) else None
 
 
-def _causes(error: Any) -> List[BaseException]:
-    """``error`` and all that is behind it: the libraries wrap each other's, each in its own way."""
-    found: List[BaseException] = []
-    queued = [error]
-    while queued and len(found) < 50:
-        one = queued.pop(0)
-        if isinstance(one, BaseException) and not any(one is other for other in found):
-            found.append(one)
-            queued += [one.__cause__, one.__context__, getattr(one, "reason", None)]
-    return found
-
-
 # What the names of the errors behind a lost connection say, and whether the request may have got through.
 _LOST = (
     ("gaierror", "the host name was not found", False), ("ConnectionRefusedError", "the connection was refused", False),
     ("NewConnectionError", "no connection", False), ("ConnectTimeoutError", "no connection", False),
     ("timeout", "no answer for {:g} s", True), ("TimeoutError", "no answer for {:g} s", True),
-    ("SSLError", "the TLS connection failed", True), ("BaseException", "the connection was lost", True))
+    ("BaseException", "the connection was lost", True))
 
 
 def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
@@ -890,12 +849,14 @@ def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
     Told apart by their kinds: a URL in a text may have any words. urllib3 1.26 calls it a ProxyError
     too when a connection inside the tunnel is lost, and that request may have got through.
     """
-    causes = _causes(error)
+    causes, cause = [], error  # type: List[Any], Any
+    while cause is not None:  # the libraries wrap each other's, and urllib3 some only as a "reason"
+        causes += [getattr(cause, "reason", None), cause]
+        cause = cause.__context__
     kinds, text = {kind.__name__ for one in causes for kind in type(one).__mro__}, " ".join(map(str, causes))
     words, delivered = next((words.format(limit_s), sent) for kind, words, sent in _LOST if kind in kinds)
     if kinds & {"SSLCertVerificationError", "CertificateError"}:
-        reason = re.search(r"certificate verify failed:? ?([^(\n]*)", text)
-        words = sanitize(reason.group(1) if reason else str(causes[-1])).strip()
+        words = sanitize(getattr(causes[-1], "verify_message", causes[-1]))
         hint = "behind a company proxy, name its CA in REQUESTS_CA_BUNDLE"
         return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS", hint=hint)
     if re.search(r"CA certificate bundle|\[X509|PEM lib", text):
@@ -918,23 +879,17 @@ def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
     return error
 
 
-def _inflate(pieces: Iterable[bytes], encoding: str) -> Iterator[bytes]:
-    """Gzip or deflate undone, at most 1 MiB at a time: half a MiB can hold half a GiB."""
+def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Gzip undone, at most 1 MiB at a time: half a MiB can hold half a GiB."""
     import zlib
-    inflater: Any = None
+    inflater = zlib.decompressobj(31)
     for piece in pieces:
-        while piece or inflater:
-            if not inflater:  # "deflate" without zlib's header, which begins with 8, is common too
-                bare = encoding == "deflate" and piece[0] & 15 != 8
-                inflater = zlib.decompressobj(-15 if bare else 47)
+        full = False
+        while (piece or full) and not inflater.eof:
             some = inflater.decompress(piece, 1 << 20)
             yield some
-            piece = inflater.unconsumed_tail
-            if inflater.eof:
-                piece, inflater = inflater.unused_data, None
-            elif not piece and len(some) < 1 << 20:
-                break
-    if inflater:
+            piece, full = inflater.unconsumed_tail, len(some) == 1 << 20
+    if not inflater.eof:
         raise zlib.error("the end is missing")
 
 
@@ -947,28 +902,26 @@ def _raw_pieces(response: Any) -> Iterator[bytes]:
     """
     raw, length = response.raw, response.headers.get("Content-Length", "")
     chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-    left = int(length) if re.match("[0-9]{1,18}\\Z", length) and not chunked else -1
+    left = int(length) if re.match("[0-9]{1,18}\\Z", length) and not chunked else float("inf")
     while left:
-        size = min(_PIECE, left) if left > 0 else _PIECE
+        size = min(_PIECE, left)
         piece = raw.read1(size, decode_content=False) if hasattr(raw, "read1") else raw._fp.read1(size)
         if not piece:
             break
-        left -= len(piece) if left > 0 else 0
+        left -= len(piece)
         yield piece
-    if left > 0:
+    if 0 < left < float("inf"):
         raise ConnectionResetError("the answer was cut short")
     raw._fp.close()  # tells http.client that this answer was read whole, so that the connection can be kept
     raw.release_conn()
 
 
 def _pieces(response: Any) -> Iterator[bytes]:
-    """The body, decompressed, as it arrives."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding in ("", "identity"):
-        return _raw_pieces(response)
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    """The body, decompressed, as it arrives. We ask for no compression; a proxy may think better of it."""
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity", "gzip"):
         raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)[:100]}", delivered=True)
-    return _inflate(_raw_pieces(response), encoding)
+    return _inflate(_raw_pieces(response)) if encoding == "gzip" else _raw_pieces(response)
 
 
 class Exchange:
@@ -983,14 +936,14 @@ class Exchange:
         self, url: str, send: Callable[[], Any], explain: Callable[[Exception], Exception], limit_s: float,
         tick: Callable[[], None], done: Callable[[str], None],
     ) -> None:
-        import collections
+        import queue
         import threading
         self.url, self.status, self.size = url, 0, 0
         self.headers: Mapping[str, str] = {}
         self._send, self._explain, self._limit_s, self._tick, self._done = send, explain, limit_s, tick, done
-        self._changed, self._posted = threading.Condition(), collections.deque()  # type: ignore[var-annotated]
-        self._waiting, self._left, self._ticked_at = 0, False, 0.0
-        self._started = time.monotonic()
+        # The answer, pieces of its body, and None or an error. A fast sender waits in its turn: memory has its bounds.
+        self._posted: Any = queue.Queue(8)
+        self._left, self._ticked_at, self._started = False, 0.0, time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Exchange:
@@ -1004,9 +957,9 @@ class Exchange:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._left = True
-            self._changed.notify_all()
+        self._left = True
+        while not self._posted.empty():  # the thread may wait for room
+            self._posted.get()
         took_ms = (time.monotonic() - self._started) * 1000
         self._done(f"{self.url} {self.status or 'no answer'} {took_ms:.0f} ms {self.size} bytes")
 
@@ -1030,8 +983,16 @@ class Exchange:
 
     def data(self) -> Json:
         """The ``data`` of an answer in the service's envelope; the MogplexError that any other one means."""
-        text = "" if 300 <= self.status < 400 else self.text()  # of a redirect nobody wants to read more
-        return read_answer(self.url, self.status, self.headers, text)
+        location = self.headers.get("Location") or ""
+        if 300 <= self.status < 400 and location:  # whose body nobody wants
+            raise _redirect_error(self.url, self.status, location)
+        text, answer = self.text(), None
+        with contextlib.suppress(ValueError):
+            answer = parse_json(text)
+        data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
+        if 200 <= self.status < 300 and isinstance(data, dict):
+            return data
+        raise _answer_error(self.url, self.status, self.headers, answer, len(text))
 
     def piece(self, idle_s: float) -> Optional[bytes]:
         """The next piece of the body, None at its end, b"" when nothing came for ``idle_s``."""
@@ -1047,47 +1008,37 @@ class Exchange:
 
     def _next(self, until: float) -> Any:
         """What the thread posted next, b"" when that is nothing; what it posted as an error is raised."""
-        while True:
+        import queue
+        item: Any = b""
+        while item == b"":
             now = time.monotonic()
-            if not self._posted or now - self._ticked_at >= _SLICE_S:
+            if self._posted.empty() or now - self._ticked_at >= _SLICE_S:
                 self._ticked_at = now
                 self._tick()
-            with self._changed:
-                if not self._posted and now < until:
-                    self._changed.wait(min(_SLICE_S, until - now))
-                item = self._posted.popleft() if self._posted and now < until else b""
-                self._waiting -= len(item) if isinstance(item, bytes) else 0
-                self._changed.notify_all()
-            if isinstance(item, Exception):
-                raise item
-            if item != b"" or now >= until:
-                return item
+            if now >= until:
+                break
+            with contextlib.suppress(queue.Empty):
+                item = self._posted.get(timeout=min(_SLICE_S, until - now))
+        if isinstance(item, Exception):
+            raise item
+        return item
 
     def _run(self) -> None:
         response = None
         try:
             response = self._send()
-            self._post(response)
-            for piece in _pieces(response):
+            self._posted.put(response)
+            for piece in filter(None, _pieces(response)):
                 self.size += len(piece)
-                if piece and not self._post(piece):
+                self._posted.put(piece)
+                if self._left:
                     return
-            self._post(None)
+            self._posted.put(None)
         except Exception as error:
-            self._post(error if isinstance(error, MogplexError) else self._explain(error))
+            self._posted.put(error if isinstance(error, MogplexError) else self._explain(error))
         finally:
             if response is not None:
                 response.raw.close()
-
-    def _post(self, item: Any) -> bool:
-        """Whether somebody still waits for it. A fast sender waits in its turn: memory has its bounds."""
-        with self._changed:
-            while self._waiting > 8 * _PIECE and not self._left:
-                self._changed.wait()
-            self._posted.append(item)
-            self._waiting += len(item) if isinstance(item, bytes) else 0
-            self._changed.notify_all()
-        return not self._left
 
 
 # Two threads that import a package of many modules at once can each be given half of it (seen on Python 3.8).
@@ -1109,22 +1060,6 @@ def _new_session() -> Any:
     # Even where redirects are not followed, requests reads a redirect's whole body into memory, and parses its target.
     session.get_redirect_target = lambda response: None
     return session
-
-
-def _authorizer(token: str, key: str = "", last_event_id: str = "", **_: Any) -> Callable[[Any], Any]:
-    """What gives a request our headers.
-
-    For requests this is its ``auth``, given even without a token: else ~/.netrc would be asked for one. An
-    event id goes as bytes, a str would be sent as Latin-1, and from here: requests refuses some that are legal.
-    """
-    event_id = last_event_id.encode("utf-8", "replace")
-    headers: Dict[str, Any] = {"Authorization": token and f"Bearer {token}", "Idempotency-Key": key,
-                               "Last-Event-ID": event_id if len(event_id) <= 4096 else b""}
-
-    def authorize(request: Any) -> Any:
-        request.headers.update({name: value for name, value in headers.items() if value})
-        return request
-    return authorize
 
 
 def _segment(identifier: str) -> str:
@@ -1201,15 +1136,7 @@ class Client:
         """
         if not 1 <= len(idempotency_key.strip()) <= 200 or re.search(r"[^ -~]", idempotency_key):
             raise UsageError("an idempotency key has 1 to 200 printable ASCII characters")
-        asked: List[str] = []
-
-        def examine(error: MogplexError) -> None:
-            # An unknown repo is answered 503 with Retry-After, as if waiting would help.
-            if error.status == 503 and not asked:
-                asked.append(text_of(body, "repoId"))
-                self._refuse_unknown_repo(asked[0])
-
-        return self._send("POST", "/runs", body=body, key=idempotency_key.strip(), examine=examine)
+        return self._send("POST", "/runs", body=body, key=idempotency_key.strip())
 
     def run(self, run_id: str) -> Json:
         """GET /runs/{id}: the Run."""
@@ -1250,34 +1177,36 @@ class Client:
 
     def _open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
-        return self._open("GET", self._url(f"/runs/{_segment(run_id)}"), tick=tick, renew=renew)
+        return self._open("GET", f"/runs/{_segment(run_id)}", tick=tick, renew=renew)
 
     def _open_events(
         self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str, idle_s: float,
     ) -> Exchange:
         """The same for a run's events, in whichever form the service gives them."""
         return self._open(
-            "GET", self._url(f"/runs/{_segment(run_id)}/events"), params={"limit": limit}, tick=tick, renew=renew,
+            "GET", f"/runs/{_segment(run_id)}/events", params={"limit": limit}, tick=tick, renew=renew,
             accept="text/event-stream, application/json", last_event_id=last_event_id, idle_s=idle_s)
 
     def _get(self, path: str, **params: Any) -> Json:
-        wanted = {key: value for key, value in params.items() if value not in ("", None)}
-        return self._send("GET", path, params=wanted)
+        return self._send("GET", path, params=params)
 
     def _send(
         self, method: str, path: str, *, params: Optional[Json] = None, body: Optional[Json] = None, key: str = "",
-        tries: int = 0, examine: Callable[[MogplexError], None] = lambda error: None,
+        tries: int = 0,
     ) -> Json:
-        attempt, delivered = 1, False
+        attempt, delivered, asked = 1, False, False
         # What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
-        sent = {name: str(value).encode("utf-8", "replace") for name, value in (params or {}).items()}
+        sent = {name: str(value).encode("utf-8", "replace") for name, value in (params or {}).items()
+                if value not in ("", None)}
         while True:
             try:
-                with self._open(method, self._url(path), params=sent, json=body, key=key, attempt=attempt) as answer:
+                with self._open(method, path, params=sent, json=body, key=key, attempt=attempt) as answer:
                     return answer.data()
             except MogplexError as error:
                 delivered = error.delivered = error.delivered or delivered
-                examine(error)
+                if key and error.status == 503 and not asked:
+                    asked = True
+                    self._refuse_unknown_repo(text_of(body, "repoId"))
                 wait_s = retry_wait_s(error, attempt, tries or self._tries, self._random(), keyed=bool(key))
                 if wait_s is None:
                     raise
@@ -1285,19 +1214,32 @@ class Client:
             attempt += 1
 
     def _open(
-        self, method: str, url: str, *, params: Optional[Json] = None, data: Any = None, attempt: int = 1,
-        tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0, **options: Any,
+        self, method: str, path: str, *, params: Optional[Json] = None, json: Any = None, data: Any = None,
+        accept: str = "application/json", key: str = "", last_event_id: str = "", attempt: int = 1,
+        tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0,
     ) -> Exchange:
-        """An exchange, not begun yet. Of its credential's own requests it waits for those too, on its thread."""
-        session = self._take_session()
+        """An exchange, not begun yet, of JSON with the API or of a form (``data``) with a URL beside it.
+
+        Of its credential's own requests it waits for those too, on its thread.
+        """
+        url = path if data else self.base_url + API_PATH + path
+        session, event_id = self._take_session(), last_event_id.encode("utf-8", "replace")
 
         def request(token: str, where: str, query: Optional[Json]) -> Any:
+            headers: Dict[str, Any] = {
+                "Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"mogplex/{__version__}",
+                "Authorization": token and f"Bearer {token}", "Idempotency-Key": key,
+                "Last-Event-ID": event_id if len(event_id) <= 4096 else b""}  # a str would be sent as Latin-1
+
+            def give(prepared: Any) -> Any:
+                prepared.headers.update({name: value for name, value in headers.items() if value})
+                return prepared
+
+            # As its "auth", even without a token: else requests asks ~/.netrc for one. And it refuses some legal ids.
             return session.request(
-                method, where, params=query, data=data, json=options.get("json"), stream=True, allow_redirects=False,
-                auth=_authorizer(token, **options), verify=self._verify, proxies=self._proxies(where),
-                timeout=(self._connect_timeout_s, max(self._timeout_s, idle_s + _SLICE_S)),
-                headers={"Accept": options.get("accept", "application/json"), "Accept-Encoding": "identity",
-                         "User-Agent": f"mogplex/{__version__}"})
+                method, where, params=query, data=data, json=json, auth=give, stream=True, allow_redirects=False,
+                verify=self._verify, proxies=self._proxies(where),
+                timeout=(self._connect_timeout_s, max(self._timeout_s, idle_s + _SLICE_S)))
 
         def send() -> Any:
             token = "" if data else self.credential.current(self.post_form)
@@ -1343,9 +1285,6 @@ class Client:
                 self._session.close()  # its idle connections; it goes on working
             self._used_at = time.monotonic()
             return self._session
-
-    def _url(self, path: str) -> str:
-        return self.base_url + API_PATH + path
 
     def _refuse_unknown_repo(self, repo_id: str) -> None:
         try:
@@ -1806,12 +1745,8 @@ def paint(status: str, colour: bool) -> str:
 
 
 def newline_mark(encoding: Optional[str]) -> str:
-    """What stands for a newline inside a line, in an encoding that may not have the sign for it."""
-    try:
-        " \u23ce ".encode(encoding or "ascii")
-    except (UnicodeError, LookupError):
-        return " | "
-    return " \u23ce "
+    """What stands for a newline inside a line; most encodings but Unicode's have no sign for it."""
+    return " \u23ce " if (encoding or "").lower().startswith("utf") else " | "
 
 
 _COMPACT = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # json.dumps would make one for each line
@@ -1841,18 +1776,15 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional
     shortened, to its header's width at most, then the next, until the rows fit or none is left.
     """
     import tabulate
-    cells = [list(row) for row in rows]
-    widths = [  # tabulate makes a column at least two wider than its header
-        max([text_width(header) + 2, *(text_width(re.sub(_ESCAPES, "", row[at])) for row in cells)])
-        for at, header in enumerate(headers)]
-    while width is not None and sum(widths) + 2 * len(widths) - 2 > width:
-        over = sum(widths) + 2 * len(widths) - 2 - width
-        room, at = max((widths[at] - text_width(name) - 2, at) for at, name in enumerate(headers) if name in free)
-        if room <= 0:
-            break
-        widths[at] -= min(room, over)
-        for row in cells:
-            row[at] = fit(row[at], widths[at])
+    least = [text_width(header) + 2 for header in headers]  # tabulate makes no column narrower
+    widths = [max([least[at], *(text_width(re.sub(_ESCAPES, "", row[at])) for row in rows)])
+              for at in range(len(headers))]
+    over = sum(widths) + 2 * len(widths) - 2 - width if width is not None else 0
+    for room, at in sorted(((widths[at] - least[at], at) for at in range(len(headers))), reverse=True):
+        if headers[at] in free and over > 0:
+            widths[at] -= min(room, over)
+            over -= room
+    cells = [[fit(text, widths[at]) if headers[at] in free else text for at, text in enumerate(row)] for row in rows]
     return tabulate.tabulate(cells, headers=list(headers), tablefmt="plain", disable_numparse=True)
 
 
@@ -1861,39 +1793,43 @@ def tab_separated(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("\t".join(row) for row in [headers, *rows])
 
 
+def _plain(record: Json, *keys: str) -> List[str]:
+    """The texts at ``keys``, harmless."""
+    return [sanitize(text_of(record, key)) for key in keys]
+
+
+def _since(value: object, now: Optional[float]) -> str:
+    """A time of the service, as an age where ``now`` is given."""
+    moment = parse_time(value)
+    return format_time(value) if now is None or moment is None else f"{format_age(now - moment)} ago"
+
+
 def repo_row(repo: Json) -> List[str]:
     """ID, REPO, BRANCH, ROOT."""
-    return [sanitize(text_of(repo, key)) for key in ("id", "full_name", "default_branch", "root_directory")]
+    return _plain(repo, "id", "full_name", "default_branch", "root_directory")
 
 
 def sandbox_row(sandbox: Json, repo_names: Mapping[str, str], now: Optional[float], colour: bool) -> List[str]:
     """ID, REPO, BRANCH, STATUS, PREVIEW, LAST ACTIVE (an age where ``now`` is given), ERROR."""
-    repo_id, active = text_of(sandbox, "repo_id"), text_of(sandbox, "last_active_at")
-    moment = parse_time(active)
-    ago = f"{format_age(now - moment)} ago" if now is not None and moment is not None else format_time(active)
-    return [
-        sanitize(text_of(sandbox, "id")), sanitize(repo_names.get(repo_id, repo_id)),
-        sanitize(text_of(sandbox, "working_branch") or text_of(sandbox, "base_branch")),
-        paint(sanitize(text_of(sandbox, "status")), colour), sanitize(text_of(sandbox, "preview_url")), ago,
-        sanitize(text_of(sandbox, "error")),
-    ]
+    identifier, repo_id, working, base, status, preview, error = _plain(
+        sandbox, "id", "repo_id", "working_branch", "base_branch", "status", "preview_url", "error")
+    return [identifier, sanitize(repo_names.get(repo_id, repo_id)), working or base, paint(status, colour), preview,
+            _since(sandbox.get("last_active_at"), now), error]
 
 
 def remembered_row(record: Json, now: Optional[float]) -> List[str]:
     """ID, REPO, BRANCH, STARTED, TASK of a remembered run."""
-    started, moment = text_of(record, "time"), parse_time(record.get("time"))
-    ago = f"{format_age(now - moment)} ago" if now is not None and moment is not None else format_time(started)
-    run_id, repo, branch, task = (sanitize(text_of(record, key)) for key in ("id", "repo", "branch", "task"))
-    return [run_id, repo, branch, ago, task]
+    run_id, repo, branch, task = _plain(record, "id", "repo", "branch", "task")
+    return [run_id, repo, branch, _since(record.get("time"), now), task]
 
 
 def branch_text(run: Json) -> str:
     """``feat/x (base main, created)``."""
     branch = dict_of(run, "branch")
-    base, created = sanitize(text_of(branch, "base")), branch.get("createBranch") is True
-    notes = ", ".join(([f"base {base}"] if base else []) + (["created"] if created else []))
-    working = sanitize(text_of(branch, "working"))
-    return f"{working} ({notes})" if working and notes else working
+    working, base = _plain(branch, "working", "base")
+    notes = [base and f"base {base}", "created" if branch.get("createBranch") is True else ""]
+    shown = ", ".join(filter(None, notes))
+    return f"{working} ({shown})" if working and shown else working
 
 
 def block(rows: Iterable[Tuple[str, str]]) -> str:
@@ -1903,25 +1839,23 @@ def block(rows: Iterable[Tuple[str, str]]) -> str:
 
 def started_text(run: Json, colour: bool) -> str:
     """What ``run`` prints."""
-    run_id, status = sanitize(text_of(run, "runId")), paint(sanitize(text_of(run, "status")), colour)
-    rows = [(key, sanitize(text_of(run, field))) for key, field in (("repo", "repoId"), ("harness", "harness"))]
+    run_id, status, repo, harness = _plain(run, "runId", "status", "repoId", "harness")
     first = "matched existing run" if run.get("replayed") is True else "started run"
-    lines = [f"{first} {run_id} ({status})", block([*rows, ("branch", branch_text(run))]),
+    lines = [f"{first} {run_id} ({paint(status, colour)})",
+             block([("repo", repo), ("harness", harness), ("branch", branch_text(run))]),
              f"tail events: mogplex runs events {run_id} --follow"]
-    return "\n".join(line for line in lines if line)
+    return "\n".join(filter(None, lines))
 
 
 def run_text(run: Json, colour: bool) -> str:
     """What ``runs get`` prints."""
-    def plain(key: str) -> str:
-        return sanitize(text_of(run, key))
-
+    run_id, status, harness, repo, root, sandbox, events, cancel, error = _plain(
+        run, "runId", "status", "harness", "repoId", "rootDirectory", "sandboxId", "eventsUrl", "cancelUrl", "error")
     return block([
-        ("run", plain("runId")), ("status", paint(plain("status"), colour)), ("harness", plain("harness")),
-        ("repo", plain("repoId")), ("branch", branch_text(run)), ("root", plain("rootDirectory")),
-        ("sandbox", plain("sandboxId")), ("events", plain("eventsUrl")), ("cancel", plain("cancelUrl")),
+        ("run", run_id), ("status", paint(status, colour)), ("harness", harness), ("repo", repo),
+        ("branch", branch_text(run)), ("root", root), ("sandbox", sandbox), ("events", events), ("cancel", cancel),
         ("created", format_time(run.get("createdAt"))), ("updated", format_time(run.get("updatedAt"))),
-        ("error", plain("error")),
+        ("error", error),
     ])
 
 
@@ -1945,15 +1879,13 @@ def event_line(event: Json, newline: str = " \u23ce ") -> str:
 
 def verdict_json(verdict: Verdict) -> Json:
     """The last line of ``--follow --json``."""
-    line: Json = {"runId": verdict.run_id, "status": verdict.status}
-    known = (("error", verdict.error), ("pullRequestUrl", verdict.pull_request_url),
-             ("workingBranch", verdict.working_branch), ("truncated", verdict.truncated))
-    line.update({key: value for key, value in known if value})
-    return line
+    known = {"error": verdict.error, "pullRequestUrl": verdict.pull_request_url,
+             "workingBranch": verdict.working_branch, "truncated": verdict.truncated}
+    return {"runId": verdict.run_id, "status": verdict.status, **{key: value for key, value in known.items() if value}}
 
 
 def verdict_notes(verdict: Verdict) -> List[str]:
-    """What is worth knowing when a run has ended."""
+    """What is worth knowing when a run has ended: ``label: value``."""
     duration = "" if verdict.duration_s is None else format_duration(verdict.duration_s)
     notes = (("run error", verdict.error), ("branch", verdict.working_branch),
              ("pull request", verdict.pull_request_url), ("duration", duration))
@@ -1992,12 +1924,8 @@ def _markdown(text: str) -> str:
 
 def github_summary(verdict: Verdict, task: str, last_lines: Sequence[str]) -> str:
     """A short Markdown table on the run, and its last events."""
-    rows = (
-        ("task", task), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
-        ("branch", verdict.working_branch), ("status", verdict.status), ("error", verdict.error),
-        ("duration", "" if verdict.duration_s is None else format_duration(verdict.duration_s)),
-        ("pull request", verdict.pull_request_url),
-    )
+    rows = [("task", task), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
+            ("status", verdict.status), *(note.split(": ", 1) for note in verdict_notes(verdict))]
     table_rows = "".join(f"| {label} | {_markdown(value)} |\n" for label, value in rows if value)
     events = "".join(f"| {_markdown(line)} |\n" for line in last_lines)
     return f"### Mogplex run\n\n| | |\n| --- | --- |\n{table_rows}\n| last events |\n| --- |\n{events}\n"

@@ -239,8 +239,8 @@ def test_sanitize_is_linear(hostile: str) -> None:
 @pytest.mark.parametrize("text, shown", [
     ("2026-05-17T10:14:00Z", "2026-05-17T10:14:00.000Z"), ("2026-05-17T10:14:00.1Z", "2026-05-17T10:14:00.100Z"),
     ("2026-11-23T19:32:19.45275+00:00", "2026-11-23T19:32:19.452Z"), ("2026-05-17T10:14:00.999999Z", "2026-05-17T10:14:00.999Z"),
-    ("2026-05-17 10:14:00", "2026-05-17T10:14:00.000Z"), ("2026-05-17T12:14:00+02:00", "2026-05-17T10:14:00.000Z"),
-    ("2026-05-17T04:44:00-05:30", "2026-05-17T10:14:00.000Z"), ("2026-05-17T12:14:00+0200", "2026-05-17T10:14:00.000Z"),
+    ("2026-05-17 10:14:00", "2026-05-17 10:14:00"), ("2026-05-17T12:14:00+02:00", "2026-05-17T10:14:00.000Z"),
+    ("2026-05-17T04:44:00-05:30", "2026-05-17T10:14:00.000Z"), ("1969-12-31T23:59:59.5Z", "1969-12-31T23:59:59.500Z"),
     ("2026-13-17T10:14:00Z", "2026-13-17T10:14:00Z"), ("yesterday\x1b[2J", "yesterday"), ("", ""), (None, ""), (7, ""),
     ("9999-12-31T23:59:59-23:00", "9999-12-31T23:59:59-23:00"), ("2026-02-30T00:00:00Z", "2026-02-30T00:00:00Z"),
 ])
@@ -291,7 +291,7 @@ def test_base_urls(text: str, shown: str) -> None:
 @pytest.mark.parametrize("text", [
     "", "mogplex.com", "http://mogplex.com", "http://localhost:1", "ftp://h", "https://", "https://u:p@h", "https://u@h",
     "https://h?q", "https://h?", "https://h#", "https://h:abc", "https://h:99999", "https://h:0", "https://h/a b",
-    "https://h\\@evil", "https://h\n.evil", "file:///etc/passwd", "https://h/\u00e4", "https://[::1", "//h",
+    "https://h\\@evil", "https://h/'\"", "https://h\n.evil", "file:///etc/passwd", "https://h/\u00e4", "https://[::1", "//h",
 ])
 def test_base_urls_that_may_not_be_used(text: str) -> None:
     with pytest.raises(mogplex.UsageError, match="MOGPLEX_URL"):
@@ -309,9 +309,10 @@ def test_plain_http_is_for_this_machine_in_development_only() -> None:
 
 
 def test_a_password_in_the_base_url_is_not_shown() -> None:
-    with pytest.raises(mogplex.UsageError) as caught:
-        mogplex.parse_base_url("https://me:hunter2@h.example")
-    assert "hunter2" not in str(caught.value)
+    for password in "hunter2", "hunt/hunter2":
+        with pytest.raises(mogplex.UsageError) as caught:
+            mogplex.parse_base_url(f"https://me:{password}@h.example")
+        assert "hunt" not in str(caught.value)
 
 
 def test_widths() -> None:
@@ -907,8 +908,8 @@ def silent(connection: socket.socket) -> None:
     connection.recv(1)
 
 
-def packed(data: bytes, wbits: int = 31) -> bytes:
-    compressor = zlib.compressobj(9, zlib.DEFLATED, wbits)
+def packed(data: bytes) -> bytes:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
     return compressor.compress(data) + compressor.flush()
 
 
@@ -943,7 +944,7 @@ FAULTS: Dict[str, Tuple[Step, type, int, str]] = {  # what the server does, the 
     "500": (answer(500), mogplex.MogplexError, 3, "HTTP 500"), "502": (answer(502, "<html>"), mogplex.UnavailableError, 3, "HTTP 502"),
     "503": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="2"), mogplex.UnavailableError, 3, "SERVICE_UNAVAILABLE: later (HTTP 503)"),
     "503 for long": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="6"), mogplex.UnavailableError, 1, "later"),
-    "504": (answer(504), mogplex.UnavailableError, 3, "HTTP 504"), "501": (answer(501), mogplex.UnavailableError, 1, "HTTP 501"),
+    "504": (answer(504, {"error": "too\nlate"}), mogplex.UnavailableError, 3, "too \u23ce late (HTTP 504)"), "501": (answer(501), mogplex.UnavailableError, 1, "HTTP 501"),
     "401": (refusal(401, "UNAUTHORIZED", "Unauthorized"), mogplex.UnauthorizedError, 1, "UNAUTHORIZED: Unauthorized (HTTP 401)"),
     "403": (refusal(403, "FORBIDDEN", "Missing scope"), mogplex.ForbiddenError, 1, "Missing scope"),
     "404": (refusal(404, "BAD_REQUEST", "Repo not found"), mogplex.MogplexError, 1, "BAD_REQUEST: Repo not found (HTTP 404)"),
@@ -1046,9 +1047,7 @@ def test_a_silent_dns_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("data, encoding", [
-    (packed(envelope(REPOS)), "gzip"), (packed(envelope(REPOS)), "x-gzip"), (packed(envelope(REPOS), 15), "deflate"),
-    (packed(envelope(REPOS), -15), "deflate"), (packed(envelope(REPOS)[:20]) + packed(envelope(REPOS)[20:]), "gzip"),
-    (packed(envelope({**REPOS, "x": "y" * (1 << 21)})), "gzip"), (envelope(REPOS), "identity"), (b"\xef\xbb\xbf" + envelope(REPOS), ""),
+    (packed(envelope(REPOS)), "gzip"), (packed(envelope({**REPOS, "x": "y" * (1 << 21)})), "gzip"), (envelope(REPOS), "identity"), (b"\xef\xbb\xbf" + envelope(REPOS), ""),
 ])
 def test_bodies_are_decompressed(data: bytes, encoding: str) -> None:
     for step in (answer(200, data, Content_Encoding=encoding), dribble(
@@ -1060,10 +1059,10 @@ def test_bodies_are_decompressed(data: bytes, encoding: str) -> None:
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1, 3 << 20])
 def test_inflating_stops_at_the_end_and_nowhere_else(size: int) -> None:
     data = packed(b"\0" * size)
-    for pieces in ([data], [data[:1], data[1:-1], data[-1:]], [data, data]):
-        assert sum(map(len, mogplex._inflate(iter(pieces), "gzip"))) == size * b"".join(pieces).count(data)
+    for pieces in ([data], [data[:1], data[1:-1], data[-1:]], [data, b"more"]):
+        assert sum(map(len, mogplex._inflate(pieces))) == size
     with pytest.raises(zlib.error):
-        list(mogplex._inflate(iter([data[:-1]]), "gzip"))
+        list(mogplex._inflate([data[:-1]]))
 
 
 MEMORY = """
@@ -1114,7 +1113,7 @@ WWW, BARE = "https://www.mogplex.com", "https://mogplex.com"
 
 
 @pytest.mark.parametrize("url, status, location, target", [
-    (WWW + "/a", 307, BARE + "/a?b=c", BARE + "/a?b=c"), (BARE + "/a", 308, WWW + ":443/a", WWW + ":443/a"),
+    (WWW + "/a", 307, BARE + "/a?b=c", BARE + "/a?b=c"), (BARE + "/a", 308, WWW + "/a", WWW + "/a"),
     (BARE + "/a", 307, "//WWW.mogplex.com/a", "https://WWW.mogplex.com/a"),
     (WWW + "/a", 302, BARE + "/a", ""), (WWW + "/a", 301, BARE + "/a", ""), (WWW + "/a", 307, "http://mogplex.com/a", ""),
     (WWW + "/a", 307, "/b", ""), (WWW + "/a", 307, "https://mogplex.com:444/a", ""), (WWW + "/a", 307, "https://x@mogplex.com/a", ""),
@@ -4364,8 +4363,8 @@ def test_github_s_annotation_and_summary_and_outputs() -> None:
         "::error title=Mogplex run can%3Ac%2C%25::run r-1 ended can:c,%25")
     assert mogplex.github_summary(ended(error="a|b\n# <i>"), "Fix `it` @all", ["12:00 log x|y"]) == (
         "### Mogplex run\n\n| | |\n| --- | --- |\n| task | Fix &#96;it&#96; &#64;all |\n| run | r&#45;1 |\n"
-        "| repo | repo&#45;1 |\n| branch | agent&#47;x |\n| status | failed |\n| error | a&#124;b &#35; &#60;i&#62; |\n"
-        "| duration | 2m 05s |\n| pull request | https://github.com/a/b/pull/1 |\n"
+        "| repo | repo&#45;1 |\n| status | failed |\n| run error | a&#124;b &#35; &#60;i&#62; |\n| branch | agent&#47;x |\n"
+        "| pull request | https://github.com/a/b/pull/1 |\n| duration | 2m 05s |\n"
         "\n| last events |\n| --- |\n| 12&#58;00 log x&#124;y |\n\n")
     assert mogplex.github_output(ended(working_branch="a\nstatus=success\r\nb<<X")) == (
         "run_id=r-1\nstatus=failed\nbranch=a status=success b<<X\npull_request_url=https://github.com/a/b/pull/1\n")
