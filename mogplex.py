@@ -37,7 +37,6 @@ import _thread
 import contextlib
 import enum
 import functools
-import json
 import os
 import re
 import sys
@@ -253,6 +252,40 @@ def dicts_of(record: object, key: str) -> List[Json]:
     """The objects in the list at ``record[key]``; anything else in it is passed over."""
     value = record.get(key) if isinstance(record, dict) else None
     return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+@functools.lru_cache(None)
+def _codec() -> Tuple[Any, Any]:
+    """JSON's decoder and encoder, made at their first use: the module is slow to load, and json.dumps makes them anew.
+
+    A number of hundreds of digits, which Python may refuse, and NaN, which is no JSON, become strings.
+    """
+    import json
+    return json.JSONDecoder(
+        parse_constant=str, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
+        parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits,
+    ), json.JSONEncoder(separators=(",", ":"), check_circular=False)
+
+
+def parse_json(text: str) -> Any:
+    """The JSON in ``text``; ValueError for anything else, however deep or long."""
+    decoder, _ = _codec()
+    try:
+        if text[:1] == "{":  # in half the time where nothing but an object is there
+            value, end = decoder.scan_once(text, 0)
+            if end == len(text):
+                return value
+        return decoder.decode(text)
+    except StopIteration:
+        raise ValueError("JSON cut short") from None
+    except RecursionError:
+        raise ValueError("JSON nested too deeply") from None
+
+
+def to_json(value: object, **style: Any) -> str:
+    """``value`` as JSON text, in a ``style`` of json.dumps."""
+    import json
+    return json.dumps(value, **style)
 
 
 def is_uuid(text: str) -> bool:
@@ -474,14 +507,14 @@ def _read_auth(path: str, warn: Warn) -> Json:
     """auth.json, {} for none; UnauthorizedError that names it when it cannot be read or understood."""
     try:
         with open(path, encoding="utf-8-sig") as stream:
-            mode, document = os.fstat(stream.fileno()).st_mode & 0o777, json.load(stream)
+            mode, document = os.fstat(stream.fileno()).st_mode & 0o777, parse_json(stream.read())
         if not isinstance(document, dict):
             raise ValueError
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
         raise UnauthorizedError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise UnauthorizedError(f"{path} holds no JSON object", hint="correct or remove it") from None
     if mode & 0o077 and os.name != "nt":
         warn(f"{path} is open to other users (mode {mode:04o}); to close it: chmod 600 {path}")
@@ -513,7 +546,7 @@ def _put_entry(path: str, entry: Json, problem: str) -> bool:
         kept["providers"] = {key: value for key, value in kept["providers"].items() if key != "mogplex"}
     if entry or kept != document:
         ours = {"mogplex": entry} if entry else {}
-        _replace_file(path, json.dumps({"version": 1, **kept, **ours}, indent=2) + "\n", problem)
+        _replace_file(path, to_json({"version": 1, **kept, **ours}, indent=2) + "\n", problem)
     return kept != document
 
 
@@ -636,7 +669,7 @@ def _run_lines(path: str) -> List[str]:
 def remember_run(home: str, record: Json, warn: Warn) -> None:
     """Append ``record`` to runs.jsonl, which keeps 500; where that cannot be done, a warning is all."""
     path = os.path.join(home, "runs.jsonl")
-    line = json.dumps({**record, "task": text_of(record, "task")[:80]})
+    line = to_json({**record, "task": text_of(record, "task")[:80]})
     with _locked(path) as problem:
         try:
             _replace_file(path, "\n".join([*_run_lines(path)[-499:], line, ""]), problem)
@@ -649,8 +682,8 @@ def remembered_runs(home: str, base_url: str) -> List[Json]:
     found: List[Json] = []
     with contextlib.suppress(OSError):
         for line in reversed(_run_lines(os.path.join(home, "runs.jsonl"))):
-            with contextlib.suppress(ValueError, RecursionError):
-                record = json.loads(line)
+            with contextlib.suppress(ValueError):
+                record = parse_json(line)
                 if text_of(record, "id") and text_of(record, "service") == base_url:
                     found.append(record)
     return found
@@ -753,26 +786,6 @@ _SLICE_S = 0.25  # the longest wait in one go: on Windows Ctrl+C does not wake a
 # An idle connection is closed by the service after 5 to 6 s, and a reused one then fails on its first byte.
 _KEEP_ALIVE_S = 4.5
 _HOSTS = {"www.mogplex.com", "mogplex.com"}
-
-
-# A number of hundreds of digits, which Python may refuse, and NaN, which is no JSON, become strings.
-_DECODER: Any = json.JSONDecoder(
-    parse_constant=str, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
-    parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits)
-
-
-def parse_json(text: str) -> Any:
-    """The JSON in ``text``; ValueError for anything else, however deep or long."""
-    try:
-        if text[:1] == "{":  # in half the time where nothing but an object is there
-            value, end = _DECODER.scan_once(text, 0)
-            if end == len(text):
-                return value
-        return _DECODER.decode(text)
-    except StopIteration:
-        raise ValueError("JSON cut short") from None
-    except RecursionError:
-        raise ValueError("JSON nested too deeply") from None
 
 
 def _target(url: str, location: str) -> Any:
@@ -1455,7 +1468,7 @@ def event_key(event: Json) -> object:
         return identifier
     import hashlib
     try:
-        return hashlib.sha256(json.dumps(event, sort_keys=True).encode()).digest()
+        return hashlib.sha256(to_json(event, sort_keys=True).encode()).digest()
     except RecursionError:
         raise InvalidResponseError("an event nested too deeply", code="TOO_LARGE") from None
 
@@ -1749,13 +1762,10 @@ def newline_mark(encoding: Optional[str]) -> str:
     return " \u23ce " if (encoding or "").lower().startswith("utf") else " | "
 
 
-_COMPACT = json.JSONEncoder(separators=(",", ":"), check_circular=False)  # json.dumps would make one for each line
-
-
 def ndjson(record: object) -> str:
     """One line of ASCII JSON, the record as it came; ``##`` is spelled so that a CI runner sees no ``##[`` in it."""
     try:
-        return _COMPACT.encode(record).replace("##", "#\\u0023")
+        return str(_codec()[1].encode(record)).replace("##", "#\\u0023")
     except RecursionError:
         raise InvalidResponseError("an object nested too deeply to be printed") from None
 
@@ -2071,6 +2081,7 @@ class State(Record):
     adrift: bool = False        # its tail gave up, or begins anew: the next event is the first once more
     truncated: bool = False
     at: int = 0                 # the selected entry, counted among those that pass the filter
+    top: int = 0                # the first entry on the screen, while the newest are not followed
     follow: bool = True
     filter: str = ""
     runs: Tuple[Json, ...] = ()  # remembered, newest first, with "status" and "error" once known
@@ -2242,9 +2253,9 @@ def kill(state: State, _: str = "") -> State:
 def export_text(state: State, form: str) -> str:
     events = [entry.event for entry in state.entries]
     if form == "json":
-        return json.dumps({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
+        return to_json({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
     if form == "jsonl":
-        return "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events)
+        return "".join(to_json(event, ensure_ascii=False) + "\n" for event in events)
     lines = [f"# Mogplex run {harmless(state.run_id)}", "", f"{status_of(state.run)[1]}: {target_url(state)}", ""]
     return "\n".join(lines + [f"    {event_line(event)}" for event in events]) + "\n"  # indented, it is no Markdown
 
@@ -2379,7 +2390,7 @@ def page(drawer: Drawer) -> str:
     """The text of a drawer that is no table: all of an event, after its message of many lines; or a sandbox's logs."""
     if drawer.kind == "event":
         message = text_of(drawer.data, "message")
-        return (f"{message}\n\n" if "\n" in message else "") + json.dumps(drawer.data, indent=2, ensure_ascii=False)
+        return (f"{message}\n\n" if "\n" in message else "") + to_json(drawer.data, indent=2, ensure_ascii=False)
     parts = [f"── {name} ──\n{text_of(drawer.data, 'sandbox', name) or '(empty)'}"
              for name in ("error", "install_log", "dev_log")]
     events = [(format_time(event.get("created_at")), text_of(event, "event_type"), text_of(event, "decision_code"))
@@ -2479,6 +2490,17 @@ def dismiss(state: State) -> State:
     return state._replace(alerts=state.alerts[1:], filter="" if not state.alerts else state.filter)
 
 
+def scrolled(at: int, top: int, rows: int) -> int:
+    """The first line to show, so that line ``at`` is among ``rows``; moved no further than needed."""
+    return max(0, at - rows + 1, min(top, at))
+
+
+def timeline_rows(state: State) -> int:
+    """How many entries are on the screen; fewer while a line in the composer is longer than the screen is wide."""
+    typed, strip = min(state.text.count("\n") + 1, 8), not rail_width(state.width) and state.height >= 12
+    return state.height - 5 - min(typed, max(1, state.height // 4)) - strip - bool(causes(state)[1])
+
+
 def move(state: State, step: int) -> State:
     """By so many lines in the drawer, else in the rail where that has the focus, else in the timeline."""
     def within(at: int, count: int) -> int:
@@ -2487,8 +2509,9 @@ def move(state: State, step: int) -> State:
         return state.shift(at=within(state.drawer.at, len(items(state))))
     if state.focus == "rail":
         return state._replace(rail_at=within(state.rail_at, len(listed(state))))
-    at = within(selected(state), len(passing(state)))
-    return state._replace(at=at, follow=step > 0 and at >= len(passing(state)) - 1)
+    at, rows = within(selected(state), len(passing(state))), timeline_rows(state)
+    top = scrolled(selected(state), 0 if state.follow else state.top, rows)  # as it is now
+    return state._replace(at=at, top=scrolled(at, top, rows), follow=step > 0 and at >= len(passing(state)) - 1)
 
 
 def choose(state: State) -> State:
@@ -2548,7 +2571,7 @@ ANYWHERE: Dict[str, Handler] = {
 }
 PANE: Dict[str, Handler] = {
     "enter": choose, "y": copy, "x": kill, "o": lambda state: perform(state, "/open"), "esc": focus("composer"),
-    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state))),
+    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state)), top=0),
     "q": lambda state: state.say("The composer holds words; Ctrl+C twice leaves all the same.", "warn")
     if state.text else state.ask("leave"),
     "tab": lambda state: pane(state, 1), "btab": lambda state: pane(state, -1),
@@ -2850,7 +2873,8 @@ def timeline(state: State, width: int, rows: int) -> List[Line]:
     lines: List[Line] = [
         [(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
          ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"), (f" · {kinds} · {len(entries)} events", "dim")]]
-    top, end = max(0, at - rows + 3), max(at + 1, rows - 2)  # the selected one is among them
+    top = scrolled(at, 0 if state.follow else state.top, rows - 2)
+    end = top + rows - 2
     lines += [fill(entry_row(entry, width), width, "select" if focused and position == at else None)
               for position, entry in enumerate(entries[top:end], top)]
     if state.follow:
@@ -3010,7 +3034,7 @@ SENT_KEYS = {  # as xterm and all that follow it send them, with ESC [ for ESC O
     "\x1b[3~": "delete", "\x1b[5~": "pgup", "\x1b[6~": "pgdown", "\x1b[Z": "btab", "\x1b[P": "f1", "\x1b[11~": "f1",
     "\x1b[[A": "f1",
 }
-_SENT = re.compile(  # what is complete of what was sent; a paste that has no end yet is not
+_SENT = (  # what is complete of what was sent; a paste that has no end yet is not
     "(?s)\x1b\\[200~(.*?)\x1b\\[201~"            # a paste
     "|\x1b\\[<(6[45]);(\\d+);\\d+M"              # the wheel
     "|\x1b\\[M[^\x1b]{3}"                        # a mouse report of the old kind
@@ -3030,7 +3054,7 @@ def sliced(sent: str, final: bool) -> Tuple[List[Message], str]:
     if re.search("[^\x00-\x1f]{2}[\r\n]+[^\r\n\x1b]", sent) and "\x1b" not in sent:
         return [("paste", re.sub("\r\n?", "\n", sent))], ""
     while sent:
-        match = _SENT.match(sent)
+        match = re.match(_SENT, sent)
         if not match and not final:
             break
         part = match.group() or "\x1b" if match else "\x1b"
@@ -3537,8 +3561,8 @@ def demo_steps(ending: str, facts: Json, pushed: str) -> List[DemoStep]:
         "package": "openai/codex" if codex else "anthropic-ai/claude-code", "base": branch["base"],
         "working": branch["working"], "repo": DEMO_REPOS[facts["repoId"]]["full_name"],
         "number": 100 + int(run_id[:4], 16) % 900}
-    script = json.dumps([step for endings, *step in DEMO_SCRIPT if ending in endings.split()])
-    return [(at, *step) for at, *step in json.loads(string.Template(script).substitute(words))]
+    script = to_json([step for endings, *step in DEMO_SCRIPT if ending in endings.split()])
+    return [(at, *step) for at, *step in parse_json(string.Template(script).substitute(words))]
 
 
 def demo_problem(key: str, body: Json, default_branch: str) -> str:
@@ -3587,7 +3611,7 @@ class DemoService:
         if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", bearer):
             return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(path, safe=""))
         try:
-            data = dict_of({"body": json.loads(body)}, "body")
+            data = dict_of({"body": parse_json(body.decode("utf-8", "replace"))}, "body")
         except ValueError:
             data = dict(urllib.parse.parse_qsl(body.decode("latin-1")))
         fields, key = dict(urllib.parse.parse_qsl(query)), headers.get("idempotency-key", "").strip()
@@ -3809,7 +3833,7 @@ class DemoServer:
                 answer = service.answer(self.command, self.requestline.split()[1], headers, body)
                 text, kind = answer.body, "text/html; charset=utf-8"
                 if not isinstance(text, str):
-                    text, kind = json.dumps(text, ensure_ascii=False), "application/json"
+                    text, kind = to_json(text, ensure_ascii=False), "application/json"
                 self.send_response(answer.status)
                 answer.headers.update(Content_Type=kind, Transfer_Encoding="chunked")
                 for name, value in answer.headers.items():
@@ -4053,7 +4077,7 @@ def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
     if not environ.get(names[1]):
         raise UsageError("run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
     parts = [environ.get(name, "") for name in names] + [body]
-    return "ci-" + hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return "ci-" + hashlib.sha256(to_json(parts, sort_keys=True).encode()).hexdigest()
 
 
 def start(ctx: Context, client: Client, body: Json, key: Optional[str]) -> Json:
@@ -4523,7 +4547,7 @@ def value_of(flag: str, text: str) -> Any:
             raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
         return int(text)
     words = CHOICES.get(flag)
-    if text and words and text not in words:
+    if words and text not in words:
         raise unknown(f"{flag} takes one of {', '.join(words)}, not", text, words)
     return text
 
@@ -4548,8 +4572,7 @@ def command_parser(name: str) -> Any:
         if not word.startswith("--"):
             how.update(metavar=word.strip("[.]"), nargs="*" if "..." in word else "?" if "[" in word else 1)
         elif value:  # the choices are for completions: value_of speaks first
-            choices = {"choices": [*CHOICES[word], ""]} if word in CHOICES else {}
-            how.update(choices, metavar=value, type=functools.partial(value_of, word))
+            how.update(metavar=value, type=functools.partial(value_of, word), choices=CHOICES.get(word))
         else:
             how.update(action="store_true")
         parser.add_argument(word if word.startswith("--") else "words", **how)
@@ -4560,7 +4583,7 @@ def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
     """A command's plain words, and its options as keywords; a prompt can follow ``--``."""
     end = argv.index("--") if "--" in argv else len(argv)
     options, takes = vars(command_parser(name).parse_intermixed_args(argv[:end])), COMMAND_TABLE[name].takes
-    words = options.pop("words", None) or []
+    words = options.pop("words", [])
     if argv[end + 1:] and "[PROMPT...]" not in takes:
         raise UsageError(f"{name}: nothing can follow --")
     if TAILING in takes and "follow" not in options and options.keys() & {"timeout", "quiet", "cancel_on_interrupt"}:
@@ -4659,6 +4682,33 @@ def run(ctx: Context, argv: List[str]) -> int:
     return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 
+def with_demo(ctx: Context, argv: List[str]) -> int:
+    """Run a command line with a demo service in the place of the caller's service, token and files."""
+    with demo_environment() as variables:
+        kept = [name for name in ctx.environ if not name.startswith("MOGPLEX_") and name != "NODE_ENV"]
+        ctx.environ, ctx.in_demo = {**{name: ctx.environ[name] for name in kept}, **variables}, True
+        return run(ctx, argv)
+
+
+@contextlib.contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """SIGTERM becomes an exception, so that what is open is put away."""
+    import signal
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def dispatch(ctx: Context, argv: List[str]) -> int:
     """Heed the flags that may stand anywhere, and those that stand alone; then run the rest."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -4671,14 +4721,10 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
     if argv[:1] in (["-h"], ["--help"]):
         ctx.emit(help_text(""))
         return Exit.OK
-    if argv[:1] == ["--demo-server"]:
-        return serve_demo(ctx, argv[1:])
-    if "--demo" not in flags:
-        return run(ctx, argv)
-    with demo_environment() as variables:  # in the place of the caller's service, token and files
-        kept = [name for name in ctx.environ if not name.startswith("MOGPLEX_") and name != "NODE_ENV"]
-        ctx.environ, ctx.in_demo = {**{name: ctx.environ[name] for name in kept}, **variables}, True
-        return run(ctx, argv)
+    with ending_at_sigterm():
+        if argv[:1] == ["--demo-server"]:
+            return serve_demo(ctx, argv[1:])
+        return with_demo(ctx, argv) if "--demo" in flags else run(ctx, argv)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
@@ -4704,17 +4750,8 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line; the exit code."""
-    import signal
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
 
 
 if __name__ == "__main__":

@@ -1573,9 +1573,9 @@ def test_the_verdict_tells_what_is_known() -> None:
         {"id": "4", "type": "log", "payload": {"pull_request_url": None}}]
     with tailing(poll("success", *events, createdAt="2026-05-17T10:14:00Z", updatedAt="2026-05-17T10:15:30.5+00:00", branch={"working": "main"})) as (items, *_):
         verdict = list(items)[-1]
-    assert verdict[:7] == ("R", "success", "", "mogplex/agent-1", "https://x/1", False, 90.5)
+    assert tuple(verdict)[:7] == ("R", "success", "", "mogplex/agent-1", "https://x/1", False, 90.5)
     with tailing(poll("failed", events[0])) as (items, *_):
-        assert list(items)[-1][:7] == ("R", "failed", "", "", "", False, None)
+        assert tuple(list(items)[-1])[:7] == ("R", "failed", "", "", "", False, None)
 
 
 def test_a_full_list_is_said_once_and_the_tail_ends_with_the_run() -> None:
@@ -3213,9 +3213,9 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: --harness takes one of codex, claude-code, not 'codx', did you mean 'codex'?"),
     (["run", "--repo", "r", "x", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
     (["run", "--repo", "r", "x", "--folow"], "error: run: unknown option '--folow', did you mean '--follow'?"),
-    (["runs", "events", "r", "--follow=no"], "error: runs events: --follow takes no value"),
-    (["runs", "list", "--demo=yes"], "error: runs list: --demo takes no value"),
-    (["run", "--repo", "--follow", "x"], "error: run: --repo needs a value"), (["run", "x", "--repo"], "error: run: --repo needs a value"),
+    (["runs", "events", "r", "--follow=no"], "error: runs events: argument --follow: ignored explicit argument 'no'"),
+    (["runs", "list", "--demo=yes"], "error: runs list: argument --demo: ignored explicit argument 'yes'"),
+    (["run", "--repo", "--follow", "x"], "error: run: argument --repo: expected one argument"), (["run", "x", "--repo"], "error: run: argument --repo: expected one argument"),
     (["run", "--repo", "r", "x", "--idempotency-key", "k\u00e9y"],
      "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["run", "--repo", "r", "x", "--idempotency-key", "k" * 201],
@@ -3229,12 +3229,12 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: 'never' is no duration: seconds, or a number with s, m or h, such as 90s or 30m"),
     (["runs", "get"], "error: no run is remembered for this service: give a run's id"),
     (["runs", "get", "@last"], "error: no run is remembered for this service: give a run's id"),
-    (["runs", "cancel"], "error: runs cancel: RUN is missing"),
+    (["runs", "cancel"], "error: runs cancel: the following arguments are required: RUN"),
     (["runs", "get", ".."], "error: '..' is no id"), (["runs", "get", " "], "error: ' ' is no id"),
     (["runs", "get", ""], "error: '' is no id"), (["runs", "events", "", "--follow"], "error: '' is no id"),
     (["runs", "cancel", ""], "error: '' is no id"),
-    (["runs", "get", "a", "b"], "error: runs get: too many words: b"),
-    (["runs", "get", "a", "--", "b"], "error: runs get: too many words: b"),
+    (["runs", "get", "a", "b"], "error: runs get: unrecognized arguments: b"),
+    (["runs", "get", "a", "--", "b"], "error: runs get: nothing can follow --"),
     (["repos", "list", "--limit", "0"], "error: --limit takes a whole number from 1 to 200, not '0'"),
     (["repos", "list", "--limit", "201"], "error: --limit takes a whole number from 1 to 200, not '201'"),
     (["repos", "list", "--limit", "\u0663"], "error: --limit takes a whole number from 1 to 200, not '\u0663'"),
@@ -4094,8 +4094,8 @@ def public_names() -> Iterator[Tuple[str, str, Any]]:
             yield name, signature(thing), thing
         elif issubclass(thing, mogplex.Exit):
             yield name, " ".join(f"{code.name}={code.value}" for code in thing), thing
-        elif issubclass(thing, tuple):
-            yield name, f"({', '.join(thing._fields)})", thing  # type: ignore[attr-defined]
+        elif issubclass(thing, mogplex.Record):
+            yield name, f"({', '.join(thing._fields)})", thing
         elif issubclass(thing, Exception) and thing is not mogplex.MogplexError:
             yield name, f"{thing.__mro__[1].__name__} exit {int(thing.exit)}", thing  # type: ignore[attr-defined]
         else:
