@@ -258,11 +258,15 @@ def dicts_of(record: object, key: str) -> List[Json]:
 def _codec() -> Tuple[Any, Any]:
     """JSON's decoder and encoder, made at their first use: the module is slow to load, and json.dumps makes them anew.
 
-    A number of hundreds of digits, which Python may refuse, and NaN, which is no JSON, become strings.
+    A number of hundreds of digits, which Python may refuse, becomes a string; NaN is no JSON.
     """
     import json
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is no JSON")
+
     return json.JSONDecoder(
-        parse_constant=str, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
+        parse_constant=refuse, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
         parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits,
     ), json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
@@ -781,7 +785,7 @@ def sign_in(
 # ---------------------------------------------------------------- 4. Client
 
 MAX_BODY = 32 << 20  # bytes, after decompression
-_PIECE = 65536
+_PIECE = 1 << 18
 _SLICE_S = 0.25  # the longest wait in one go: on Windows Ctrl+C does not wake a waiting lock
 # An idle connection is closed by the service after 5 to 6 s, and a reused one then fails on its first byte.
 _KEEP_ALIVE_S = 4.5
@@ -954,9 +958,10 @@ class Exchange:
         self.url, self.status, self.size = url, 0, 0
         self.headers: Mapping[str, str] = {}
         self._send, self._explain, self._limit_s, self._tick, self._done = send, explain, limit_s, tick, done
-        # The answer, pieces of its body, and None or an error. A fast sender waits in its turn: memory has its bounds.
-        self._posted: Any = queue.Queue(8)
-        self._left, self._ticked_at, self._started = False, 0.0, time.monotonic()
+        # The answer, the pieces of its body, and None or an error; a piece is read when it is asked for, and not before.
+        self._posted: Any = queue.SimpleQueue()
+        self._wanted, self._asked = threading.Semaphore(0), True
+        self._left, self._started = False, time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> Exchange:
@@ -971,8 +976,7 @@ class Exchange:
 
     def __exit__(self, *_: object) -> None:
         self._left = True
-        while not self._posted.empty():  # the thread may wait for room
-            self._posted.get()
+        self._wanted.release()
         took_ms = (time.monotonic() - self._started) * 1000
         self._done(f"{self.url} {self.status or 'no answer'} {took_ms:.0f} ms {self.size} bytes")
 
@@ -1022,31 +1026,31 @@ class Exchange:
     def _next(self, until: float) -> Any:
         """What the thread posted next, b"" when that is nothing; what it posted as an error is raised."""
         import queue
-        item: Any = b""
-        while item == b"":
+        while True:
+            self._tick()
+            if not self._asked:
+                self._asked = True
+                self._wanted.release()
             now = time.monotonic()
-            if self._posted.empty() or now - self._ticked_at >= _SLICE_S:
-                self._ticked_at = now
-                self._tick()
             if now >= until:
-                break
+                return b""
             with contextlib.suppress(queue.Empty):
                 item = self._posted.get(timeout=min(_SLICE_S, until - now))
-        if isinstance(item, Exception):
-            raise item
-        return item
+                self._asked = False
+                if isinstance(item, Exception):
+                    raise item
+                return item
 
     def _run(self) -> None:
         response = None
         try:
             response = self._send()
             self._posted.put(response)
-            for piece in filter(None, _pieces(response)):
-                self.size += len(piece)
+            pieces = filter(None, _pieces(response))
+            while self._wanted.acquire() and not self._left:
+                piece = next(pieces, None)
+                self.size += len(piece or b"")
                 self._posted.put(piece)
-                if self._left:
-                    return
-            self._posted.put(None)
         except Exception as error:
             self._posted.put(error if isinstance(error, MogplexError) else self._explain(error))
         finally:
@@ -1600,14 +1604,14 @@ class _Tail:
 
     def accept(self, event: Json) -> bool:
         """Whether ``event`` is new; what it tells about the run is kept."""
-        key = event.get("id")
+        key, seen = event.get("id"), self.seen
         if not isinstance(key, str) or not key:
             key = event_key(event)
-        if key in self.seen or key in self.seen_before:
+        if key in seen or key in self.seen_before:
             return False
-        self.seen.add(key)
-        if len(self.seen) >= _SEEN:  # memory does not grow with the length of the run
-            self.seen, self.seen_before = set(), self.seen
+        seen.add(key)
+        if len(seen) >= _SEEN:  # memory does not grow with the length of the run
+            self.seen, self.seen_before = set(), seen
         payload, message = event.get("payload"), event.get("message")
         payload = payload if isinstance(payload, dict) else {}
         if "stage" in payload and text_of(payload, "stage").startswith("git_"):  # which tell the branch really pushed
@@ -1770,13 +1774,12 @@ def ndjson(record: object) -> str:
         raise InvalidResponseError("an object nested too deeply to be printed") from None
 
 
-def ndjson_lines(records: Sequence[Tuple[object, str]]) -> str:
-    """A line of each record; its JSON text as it came is taken where that is known, and all are lines of ASCII JSON."""
-    lines = "\n".join([text for _, text in records])
-    if not lines.isascii() or lines.count("\n") >= len(records) or "NaN" in lines or "Infinity" in lines \
-            or not all([text for _, text in records]):
-        return "\n".join([ndjson(record) for record, _ in records])
-    return lines.replace("##", "#\\u0023")
+def ndjson_lines(records: Sequence[object], texts: Sequence[str]) -> str:
+    """A line of each record; the JSON that they came as, "" for unknown, is taken where all of it is ASCII lines."""
+    lines = "\n".join(texts)
+    if "" in texts or not lines.isascii() or lines.count("\n") >= len(texts):
+        return "\n".join(map(ndjson, records))
+    return lines.replace("##", "#\\u0023") if "#" in lines else lines
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional[int], free: Sequence[str]) -> str:
@@ -4135,7 +4138,7 @@ class Follower:
         self.drawn, self.drawn_at, self.spoke_at = "", -1.0, clock()
         self.last_lines: List[str] = []
         # What came together is written together: a write for each would cost more than all the rest.
-        self.events: List[Tuple[Json, str]] = []
+        self.events, self.texts = [], []  # type: List[Json], List[str]
         self.held, self.in_section, self.in_github = 0, False, ctx.environ.get("GITHUB_ACTIONS") == "true"
 
     def run(self, timeout_s: Optional[float], limit: int = MAX_LIMIT) -> int:
@@ -4193,17 +4196,18 @@ class Follower:
         """An event's line: it is out before the tail waits for more."""
         if self.in_github:
             self.last_lines = [*self.last_lines[-9:], event_line(event)[:300]]
-        self.events.append((event, text))
+        self.events.append(event)
+        self.texts.append(text)
         self.held += len(text) or 65536  # what came in a poll can be of any length
         if self.held > 65536:
             self.flush()
 
     def flush(self) -> None:
         if self.events:
-            events, self.events, self.held = self.events, [], 0
+            events, texts, self.events, self.texts, self.held = self.events, self.texts, [], [], 0
             self.erase()
-            self.ctx.emit(ndjson_lines(events) if self.as_json else
-                          "\n".join([event_line(event, self.newline) for event, _ in events]))
+            self.ctx.emit(ndjson_lines(events, texts) if self.as_json else
+                          "\n".join([event_line(event, self.newline) for event in events]))
 
     def erase(self) -> None:
         """Take the status line away before something else is written."""

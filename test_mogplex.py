@@ -1101,10 +1101,10 @@ def test_memory_has_its_bounds(name: str) -> None:
 
 def test_json_that_python_would_stumble_over() -> None:
     long = "9" * 5000
-    assert mogplex.parse_json(f'{{"a": {long}, "b": -{long}, "c": 1e999, "d": NaN, "e": 12, "f": 0.5}}') == {
-        "a": long, "b": "-" + long, "c": "1e999", "d": "NaN", "e": 12, "f": 0.5}
+    assert mogplex.parse_json(f'{{"a": {long}, "b": -{long}, "c": 1e999, "e": 12, "f": 0.5}}') == {
+        "a": long, "b": "-" + long, "c": "1e999", "e": 12, "f": 0.5}
     assert mogplex.parse_json(' {"a": "\\ud800"} ') == {"a": "\ud800"} and mogplex.parse_json("[1]") == [1]
-    for text in ("", "{", "{} x", "{'a'}", "[" * 100000, '{"a":' * 100000):
+    for text in ("", "{", "{} x", "{'a'}", '{"a": NaN}', "[-Infinity]", "[" * 100000, '{"a":' * 100000):
         with pytest.raises(ValueError):
             mogplex.parse_json(text)
 
@@ -1947,9 +1947,9 @@ def test_memory_does_not_grow_with_the_length_of_a_stream() -> None:
 
 
 def test_an_event_keeps_its_very_text_where_that_is_a_line_of_ascii_json() -> None:
-    for text, kept in (('{"b": 1, "a": 1.50}', True), ('{"a":"\\ud800\\u0000"}', True), ('{"a": NaN}', False), ('{"a":\n1}', False), ('{"a":"\xe9"}', False)):
+    for text, kept in (('{"b": 1, "a": 1.50}', True), ('{"a":"\\ud800\\u0000"}', True), ('{"a":\n1}', False), ('{"a":"\xe9"}', False)):
         event = mogplex.parse_json(text)
-        line = mogplex.ndjson_lines([(event, text)])
+        line = mogplex.ndjson_lines([event], [text])
         assert (line == text) == kept and line.isascii() and "\n" not in line and json.loads(line) == event
 
 
