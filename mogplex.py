@@ -958,7 +958,7 @@ class Exchange:
         self.url, self.status, self.size = url, 0, 0
         self.headers: Mapping[str, str] = {}
         self._send, self._explain, self._limit_s, self._tick, self._done = send, explain, limit_s, tick, done
-        # The answer, the pieces of its body, and None or an error; a piece is read when it is asked for, and not before.
+        # The answer, the pieces of its body, and None or an error; a piece is read when it is asked for, not before.
         self._posted: Any = queue.SimpleQueue()
         self._wanted, self._asked = threading.Semaphore(0), True
         self._left, self._started = False, time.monotonic()
@@ -3029,13 +3029,10 @@ def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -
     return f"\x1b[?2026h{output}{cursor}\x1b[?2026l"
 
 
-SENT_KEYS = {  # as xterm and all that follow it send them, with ESC [ for ESC O; what is not here is no key of ours
+SENT_KEYS = {  # what blessed has no name for, or another one
     "\r": "enter", "\n": "newline", "\t": "tab", "\x7f": "backspace", "\x08": "backspace", "\x1b": "esc",
     "\x01": "home", "\x05": "end", "\x1b\r": "newline", "\x1b\n": "newline", "\x1b[13;2u": "newline",
-    "\x1b[27;2;13~": "newline", "\x1b[A": "up", "\x1b[B": "down", "\x1b[C": "right", "\x1b[D": "left",
-    "\x1b[H": "home", "\x1b[1~": "home", "\x1b[7~": "home", "\x1b[F": "end", "\x1b[4~": "end", "\x1b[8~": "end",
-    "\x1b[3~": "delete", "\x1b[5~": "pgup", "\x1b[6~": "pgdown", "\x1b[Z": "btab", "\x1b[P": "f1", "\x1b[11~": "f1",
-    "\x1b[[A": "f1",
+    "\x1b[27;2;13~": "newline", "\x1b[1~": "home", "\x1b[4~": "end", "\x1b[11~": "f1", "\x1b[[A": "f1",
 }
 _SENT = (  # what is complete of what was sent; a paste that has no end yet is not
     "(?s)\x1b\\[200~(.*?)\x1b\\[201~"            # a paste
@@ -3047,11 +3044,10 @@ _SENT = (  # what is complete of what was sent; a paste that has no end yet is n
     "|([^\x00-\x1f\x7f-\x9f]+)|[^\x1b]")         # text; a control character
 
 
-def sliced(sent: str, final: bool) -> Tuple[List[Message], str]:
+def sliced(sent: str, final: bool, resolve: Callable[[str], str]) -> Tuple[List[Message], str]:
     """(messages, what is not complete yet) of what the terminal sent; ``final``: nothing followed for a while.
 
-    Text with a newline inside, in one go, was pasted. Not by blessed's inkey, which takes time by the square of
-    what is there, and makes a key of a late answer.
+    ``resolve`` names the key of an escape sequence. Text with a newline inside, in one go, was pasted.
     """
     messages: List[Message] = []
     if re.search("[^\x00-\x1f]{2}[\r\n]+[^\r\n\x1b]", sent) and "\x1b" not in sent:
@@ -3069,8 +3065,7 @@ def sliced(sent: str, final: bool) -> Tuple[List[Message], str]:
         elif match and match[4]:
             messages.append(("text", part))
         else:
-            control = f"^{chr(ord(part) % 32 + 96)}" if len(part) == 1 else ""
-            name = SENT_KEYS.get(part.replace("\x1bO", "\x1b["), control)
+            name = SENT_KEYS.get(part) or (resolve(part) if len(part) > 1 else f"^{chr(ord(part) % 32 + 96)}")
             messages += [("key", name)] * bool(name)
     return messages, sent
 
@@ -3115,6 +3110,14 @@ class Screen:
             raise MogplexError("the cockpit needs blessed", hint="python -m pip install 'blessed>=1.20'") from None
         finally:
             os.environ.update(hidden)
+
+    def resolve(self, sequence: str) -> str:
+        """The name of the key that sends this; "" for what is none, such as a late answer of the terminal."""
+        self.term.ungetch(sequence)
+        key = self.term.inkey(timeout=0, esc_delay=0)
+        while self.term.inkey(timeout=0, esc_delay=0):
+            pass
+        return str(key.name or "").replace("KEY_", "").lower() if key == sequence else ""
 
     def enter(self, mouse: bool) -> None:
         """Raw mode, the other screen, bracketed paste and mouse. The last two by hand: blessed asks first."""
@@ -3161,9 +3164,9 @@ class Screen:
             sent += self.decode(data)
         if sent == "\x03" and self.pending:  # a paste whose end was lost must not eat Ctrl+C
             self.pending = ""
-        messages, self.pending = sliced(self.pending + sent, False)
+        messages, self.pending = sliced(self.pending + sent, False, self.resolve)
         if self.pending and not self.pending.startswith("\x1b[200~") and not self.select([0], [], [], 0.05)[0]:
-            rest, self.pending = sliced(self.pending, True)
+            rest, self.pending = sliced(self.pending, True, self.resolve)
             messages += rest
         return messages
 

@@ -2419,9 +2419,14 @@ def test_a_frame_writes_only_what_differs() -> None:
     styles = {**dict.fromkeys(mogplex.STYLES, "\x1b[0;38;5;245m"), "cursor": ""}
     events = [("event", SHOWN["runId"], {**EVENTS[1], "message": f"event {number} " + "x" * 60}) for number in range(5000)]
     state = played(("resize", 120, 40), *BUSY, *events)
-    before = mogplex.view(state, 120, 40)
-    for limit, message, now in ((0, ("lapses", None), NOW), (250, ("tick",), NOW + 1), (400, ("text", "w"), NOW),
-                                (6000, ("event", SHOWN["runId"], EVENTS[0]), NOW)):
+    scrolled = state
+    for message in (("key", "tab"), *[("text", "k")] * 50, *[("text", "j")] * 9):
+        scrolled = mogplex.update(scrolled, message)
+    for state, limit, message, now in (
+            (state, 0, ("lapses", None), NOW), (state, 250, ("tick",), NOW + 1), (state, 400, ("text", "w"), NOW),
+            (state, 6000, ("event", SHOWN["runId"], EVENTS[0]), NOW), (scrolled, 400, ("text", "k"), NOW),
+            (scrolled, 400, ("text", "j"), NOW)):
+        before = mogplex.view(state, 120, 40)
         after = mogplex.view(mogplex.update(state._replace(now=now), message), 120, 40)
         output = mogplex.repaint(before, after, styles)
         assert bool(output) == bool(limit) and len(output.encode()) <= limit, message
@@ -2545,10 +2550,11 @@ def test_what_is_exported(form: str) -> None:
     ("é日", [("text", "é日")]), ("\x1b[1;5D\x1bf", []), ("\x1bOP\x1b[4~", [("key", "f1"), ("key", "end")]), ("\x1b[M !!", []),
 ])
 def test_what_a_terminal_sends(sent: str, messages: List[Tuple[Any, ...]]) -> None:
+    names = {"\x1b[A": "up", "\x1bOB": "down", "\x1bOP": "f1"}
     for cut in range(len(sent) + 1):  # also when it comes in two reads
-        first, rest = mogplex.sliced(sent[:cut], False)
-        second, rest = mogplex.sliced(rest + sent[cut:], True)
-        joined = mogplex.sliced(sent, True)
+        first, rest = mogplex.sliced(sent[:cut], False, lambda part: names.get(part, ""))
+        second, rest = mogplex.sliced(rest + sent[cut:], True, lambda part: names.get(part, ""))
+        joined = mogplex.sliced(sent, True, lambda part: names.get(part, ""))
         assert joined == (messages, "")
         if "paste" not in str(messages) and cut and len(sent) > 3:
             assert [one for one in first + second if one[0] != "text"] == [one for one in messages if one[0] != "text"]
