@@ -60,6 +60,7 @@ __all__ = [
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
 HARNESSES = ("codex", "claude-code")
+GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")  # the first words of commands
 SANDBOX_STATUSES = ("creating", "installing", "running", "pausing", "paused", "stopped", "error")
 TERMINAL_STATUSES = ("success", "failed", "cancelled")
 MAX_LIMIT = 200  # the server lists no more of anything, and clamps silently
@@ -382,6 +383,14 @@ def format_age(seconds: float) -> str:
     return format_duration(seconds).split(" ")[0]
 
 
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Which of the words that are known was meant: letters swapped, else what is alike; "" for none."""
+    import difflib
+    words = list(known)
+    near = [one for one in words if sorted(one) == sorted(word)] or difflib.get_close_matches(word, words, 1)
+    return near[0] if near else ""
+
+
 def random_unit() -> float:
     """A number in [0, 1); the module behind it is slow to load and seldom needed."""
     import random
@@ -580,8 +589,6 @@ def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
                 "expires_at": int(time.time() + lifetime_s) if known else None}
     if status >= 500:
         raise UnavailableError("the sign-in service is out of order", status=status, transient=True)
-    if status == 429:
-        raise RateLimitedError("too many sign-ins", status=status, transient=True)
     if status not in (400, 401, 403):
         raise InvalidResponseError(f"no token came from {base_url}{TOKEN_PATH}", status=status)
     said = filter(None, (text_of(answer, key) for key in ("error", "error_description")))
@@ -1184,7 +1191,11 @@ class Client:
         """POST a form without our token: (HTTP status, JSON object or {}); UnavailableError without an answer."""
         try:
             with self._open("POST", url, data=form) as exchange:
-                answer = parse_json(exchange.text())
+                text, headers = exchange.text(), exchange.headers
+            if exchange.status == 429:  # plain text, and its wait under another name than the API's
+                asked_s = parse_retry_after(headers.get("X-Retry-After"), headers.get("Date"))
+                raise RateLimitedError("too many sign-ins", status=429, retry_after_s=asked_s, transient=True)
+            answer = parse_json(text)
         except MogplexError as error:
             error.delivered = False  # as for the request that has to wait for this one
             raise
@@ -1890,6 +1901,18 @@ def event_line(event: Json, newline: str = " \u23ce ") -> str:
     return "  ".join(part for part in parts if part).rstrip()
 
 
+def logs_text(logs: Json) -> str:
+    """A sandbox's two logs, and the events of its life; "" for none."""
+    lines: List[str] = []
+    for name in ("install_log", "dev_log"):
+        text = text_of(logs, "sandbox", name)
+        lines += [f"--- {name} ---", *re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))] if text else []
+    for event in dicts_of(logs, "lifecycle_events"):
+        lines.append("  ".join((format_time(event.get("created_at")), text_of(event, "event_type"),
+                                text_of(event, "decision_code"))).rstrip())
+    return "\n".join(map(sanitize, lines))
+
+
 def verdict_json(verdict: Verdict) -> Json:
     """The last line of ``--follow --json``."""
     known = {"error": verdict.error, "pullRequestUrl": verdict.pull_request_url,
@@ -1987,7 +2010,6 @@ EVENT_TYPES = {  # style, and the tag for a narrow screen
     "cancelled": ("warn", "stop"), "tool_call": ("accent", "tool"), "assistant_message": ("bold", "agent"),
 }
 NOT_OFFERED = ("pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
-SUBCOMMANDS = ("repos", "run", "runs", "sandboxes", "login", "logout")
 HELP = (
     ("Enter", "send; in a pane or drawer: open what is selected"), ("Shift+Enter Alt+Enter", "a new line in the task"),
     ("Up Down", "the history of what was sent"), ("Tab Shift+Tab", "complete a command, else the next pane"),
@@ -2323,9 +2345,8 @@ def perform(state: State, line: str) -> State:
     if handler or name in NOT_OFFERED:
         problem = "takes nothing after it." if handler else "is not offered by the hosted API."
     else:
-        import difflib
-        near = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
-        problem = f"is no command; did you mean /{near[0]}?" if near else "is no command; /help lists them."
+        near = nearest(name, COMMANDS)
+        problem = f"is no command; did you mean /{near}?" if near else "is no command; /help lists them."
     return state.write(line).say(f"/{fit(name, 30)} {problem} Nothing was sent.", "bad")
 
 
@@ -2394,11 +2415,7 @@ def page(drawer: Drawer) -> str:
     if drawer.kind == "event":
         message = text_of(drawer.data, "message")
         return (f"{message}\n\n" if "\n" in message else "") + to_json(drawer.data, indent=2, ensure_ascii=False)
-    parts = [f"── {name} ──\n{text_of(drawer.data, 'sandbox', name) or '(empty)'}"
-             for name in ("error", "install_log", "dev_log")]
-    events = [(format_time(event.get("created_at")), text_of(event, "event_type"), text_of(event, "decision_code"))
-              for event in dicts_of(drawer.data, "lifecycle_events")]
-    return "\n".join(parts + ["── lifecycle ──", *map("  ".join, events)])
+    return logs_text(drawer.data)
 
 
 def rail_width(width: int) -> int:
@@ -3276,7 +3293,7 @@ class Desk:
 
     def do_login(self) -> Message:
         self.stopped, base_url = False, self.facts["base_url"]
-        with Client("", base_url) as client:
+        with self.facts["connect"](Credential("")) as client:
             return self.store(sign_in(
                 base_url, client.post_form, announce=lambda url: self.post("announced", url),
                 open_browser=self.facts["run_browser"], stopped=lambda: self.stopped))
@@ -3382,20 +3399,19 @@ def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str,
     if run_id:
         state = attach(state, text_of(runs[0], "id") if run_id == "@last" and runs else run_id)
     if text:
-        import difflib
-        near = difflib.get_close_matches((text.split() or [""])[0], SUBCOMMANDS, 1, 0.6)
-        state = state.say((f"Did you mean `mogplex {near[0]}`? " if near else "") +
+        near = nearest((text.split() or [""])[0], GROUPS)
+        state = state.say((f"Did you mean `mogplex {near}`? " if near else "") +
                           "Nothing was sent; Enter starts a run of these words.", "warn", 60.0)
     return state
 
 
 def run_cockpit(
-    connect: Callable[[], Client], *, base_url: str, home: str, environ: Mapping[str, str], text: str = "",
+    connect: Callable[..., Client], *, base_url: str, home: str, environ: Mapping[str, str], text: str = "",
     attach: str = "", run_browser: Optional[Callable[[str], object]] = None,
 ) -> int:
     """The cockpit, until it is left; the exit code. UsageError where there is no terminal for it.
 
-    ``connect`` builds a Client from the credential in force; UnauthorizedError when there is none.
+    ``connect`` builds a Client, from the credential given or the one in force; UnauthorizedError when there is none.
     """
     import atexit
     import signal
@@ -4347,17 +4363,11 @@ def cmd_sandboxes_list(ctx: Context, *, repo: str = "", status: str = "", limit:
 def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:
     with ctx.client() as client:
         logs = client.sandbox_logs(sandbox_id)
-    lines: List[str] = []
-    for name in ("install_log", "dev_log"):
-        text = text_of(logs, "sandbox", name)
-        lines += [f"--- {name} ---", *re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))] if text else []
-    for event in dicts_of(logs, "lifecycle_events"):
-        lines.append("  ".join((format_time(event.get("created_at")), text_of(event, "event_type"),
-                                text_of(event, "decision_code"))).rstrip())
-    if not (lines or ctx.as_json):
+    text = logs_text(logs)
+    if not (text or ctx.as_json):
         ctx.note("no logs yet")
         return Exit.OK
-    return ctx.emit_record(logs, "\n".join(map(sanitize, lines)))
+    return ctx.emit_record(logs, text)
 
 
 def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
@@ -4495,7 +4505,6 @@ COMMAND_TABLE = {
         "login status", "login status --json | jq -r .expires")),
     "logout": Command(cmd_logout, "Forget the stored sign-in.", "", ("logout", "logout --json")),
 }
-GROUPS = tuple(dict.fromkeys(name.split()[0] for name in COMMAND_TABLE))
 CHOICES = {"--harness": HARNESSES, "--status": SANDBOX_STATUSES}
 PROGRAM_FLAGS = "--demo --demo-server --attach --logout --debug --no-color --version --help".split()
 OPTIONS = {  # what its value is called, "" for none, and what it means
@@ -4532,10 +4541,8 @@ OPTIONS = {  # what its value is called, "" for none, and what it means
 
 def unknown(what: str, word: str, known: Sequence[str], see: str = "") -> UsageError:
     """The error for a word that is none of those known; it names the nearest: letters swapped, else what is alike."""
-    import difflib
-    near = [one for one in known if sorted(one) == sorted(word)] or difflib.get_close_matches(word, known, 1)
-    hint = " ".join(["see: mogplex", *see.split(), "--help"])
-    return UsageError(f"{what} '{word}'" + (f", did you mean '{near[0]}'?" if near else ""), hint=hint)
+    near, hint = nearest(word, known), " ".join(["see: mogplex", *see.split(), "--help"])
+    return UsageError(f"{what} '{word}'" + (f", did you mean '{near}'?" if near else ""), hint=hint)
 
 
 def taken_by(name: str) -> List[str]:

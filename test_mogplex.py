@@ -641,7 +641,6 @@ ECHO = {"error": "invalid_grant", "error_description": "bad \x1b[31mrefresh-0\n:
      "sign in again, invalid_grant: bad *** \u23ce : :error::, {code} (HTTP 401)"),
     (answer(400, {}), mogplex.UnauthorizedError, "sign in again, no reason is given (HTTP 400)"),
     (answer(500, ""), mogplex.UnavailableError, "the sign-in service is out of order (HTTP 500)"),
-    (answer(429, "slow down"), mogplex.RateLimitedError, "too many sign-ins (HTTP 429)"),
     (answer(200, {"access_token": []}), mogplex.InvalidResponseError, "no token came from {url} (HTTP 200)"),
     (answer(404, "<html>"), mogplex.InvalidResponseError, "no token came from {url} (HTTP 404)"),
     (answer(200, {"access_token": "a\nb"}), mogplex.UnauthorizedError,
@@ -1266,6 +1265,15 @@ def test_a_malformed_id_is_said_to_look_wrong(call: Callable[[mogplex.Client], A
         with pytest.raises(mogplex.MogplexError, match="INTERNAL_ERROR") as error:
             call(client(server.url))
     assert error.value.hint == (f"{odd} does not look like an id of the service" if odd else "")
+
+
+def test_too_many_sign_ins_say_how_long_to_wait() -> None:
+    """The token endpoint's 429 is plain text, and names its wait in a header of its own."""
+    with RawServer(steps(answer(429, "slow down", X_Retry_After="17"), answer(401, {"error": "invalid_grant"}))) as server:
+        with pytest.raises(mogplex.RateLimitedError) as error:
+            client(server.url).post_form(server.url + "/token", {"code": "c"})
+        assert str(error.value) == "too many sign-ins (HTTP 429)" and error.value.retry_after_s == 17.0
+        assert client(server.url).post_form(server.url + "/token", {"code": "c"}) == (401, {"error": "invalid_grant"})
 
 
 @pytest.mark.parametrize("identifier, path", [
