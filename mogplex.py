@@ -2825,7 +2825,7 @@ def header(state: State, health: Sequence[str], width: int) -> Row:
     if state.run_id:
         mark, word, tone = status_of(state.run)
         since = parse_time(state.run.get("createdAt") or state.run.get("time"))
-        until = parse_time(state.run.get("updatedAt")) if state.over else state.now
+        until = parse_time(state.run.get("updatedAt")) if state.run.get("status") in TERMINAL_STATUSES else state.now
         took = max(0, int((until or 0) - since)) if since and until else -1
         clock = f" {took // 60}:{took % 60:02d}" * (took >= 0)
         row += [bar] * bool(row) + [(f"{mark} {word.upper()}", tone), (clock, "dim")]
