@@ -3440,9 +3440,8 @@ def run_cockpit(
 
     hooks = sys.excepthook, threading.excepthook
     fatal, code = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), int(Exit.HANGUP)
-    handlers: Dict[int, Any] = dict.fromkeys(fatal, end)
-    handlers.update({signal.SIGWINCH: lambda *_: shell.resize(), signal.SIGCONT: lambda *_: shell.resume(),
-                     signal.SIGTSTP: signal.SIG_DFL})
+    handlers: Dict[int, Any] = {**dict.fromkeys(fatal, end), signal.SIGWINCH: lambda *_: shell.resize(),
+                                signal.SIGCONT: lambda *_: shell.resume(), signal.SIGTSTP: signal.SIG_DFL}
     previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     # The kernel may hand a signal to a worker's thread, and then the loop would sleep on until the next tick.
     wake_before = signal.set_wakeup_fd(shell.wake_out, warn_on_full_buffer=False)
