@@ -64,6 +64,7 @@ GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")  # the first w
 SANDBOX_STATUSES = ("creating", "installing", "running", "pausing", "paused", "stopped", "error")
 TERMINAL_STATUSES = ("success", "failed", "cancelled")
 MAX_LIMIT = 200  # the server lists no more of anything, and clamps silently
+MAX_PROMPT_UNITS = 100_000  # of UTF-16, in a task
 
 
 # ---------------------------------------------------------------- 1. Errors
@@ -311,8 +312,10 @@ def parse_base_url(text: str, allow_http: bool = False) -> str:
     match = re.match(_BASE_URL, text.strip(), re.ASCII | re.IGNORECASE)
     scheme, host, port, path = match.groups("") if match else ("", "", "", "")
     problem = ""
-    if not host or int(port or 0) > 65535:
+    if not host:
         problem = "give an https:// URL without user info, query and fragment"
+    elif int(port or 1) > 65535:
+        problem = "there is no such port"
     elif scheme.lower() == "http" and not is_loopback(host.lower().strip("[]")):
         problem = "http:// is only for localhost, 127.0.0.1 and [::1]"
     elif scheme.lower() == "http" and not allow_http:
@@ -2023,7 +2026,8 @@ HELP = (
 )
 HINTS = {
     "composer": "Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit",
-    "pane": "j k move · Enter open · f follow · / filter · y copy · o open · x kill · ? help · q quit",
+    "timeline": "j k move · Enter details · f follow · / filter · ? help · q quit · o open · x kill · y copy",
+    "rail": "j k move · Enter open · Tab composer · : palette · ? help · q quit",
     "filter": "type to filter · Enter keep · Esc clear", "drawer": "type to search · ↑ ↓ move · Enter open · Esc close",
     "signed out": "Enter open the browser · or paste a token, then Enter · ^C ^C quit",
 }
@@ -2103,7 +2107,8 @@ class State(Record):
     pushed: str = ""            # the branch that the shown run really works on
     entries: Tuple[Entry, ...] = ()
     over: bool = False          # the verdict is in
-    adrift: bool = False        # its tail gave up, or begins anew: the next event is the first once more
+    adrift: bool = False        # its tail gave up, and is to be tried again
+    stale: bool = False         # its tail began anew: the next event is the first once more
     truncated: bool = False
     at: int = 0                 # the selected entry, counted among those that pass the filter
     top: int = 0                # the first entry on the screen, while the newest are not followed
@@ -2215,8 +2220,8 @@ def watch(state: State, run_id: str, run: Json) -> State:
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
     return state._replace(
-        run_id=run_id, run=run, entries=(), over=False, adrift=False, truncated=False, follow=True, filter="",
-        drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
+        run_id=run_id, run=run, entries=(), over=False, adrift=False, stale=False, truncated=False, follow=True,
+        filter="", drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
 
 
 def signed_out(state: State, text: str = "") -> State:
@@ -2229,7 +2234,7 @@ def signed_out(state: State, text: str = "") -> State:
 def connected(state: State) -> State:
     """With everything asked for anew: the credential, the lists, and the shown run."""
     state = state if state.signed_in else state.write(state.waiting)
-    state = state._replace(adrift=True, signed_in=True, sign_in_url="", waiting="").ask("connect")
+    state = state._replace(adrift=False, stale=True, signed_in=True, sign_in_url="", waiting="").ask("connect")
     state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
     return state.ask("watch", state.run_id) if state.run_id else state
 
@@ -2247,8 +2252,8 @@ def begin(state: State, task: str) -> State:
     """A run of ``task``, on the branch that the run before delivered, when there is one."""
     if not task:
         return state.say("A run needs its task: /run fix the flaky cookie test", "bad")
-    if utf16_units(task) > 100000:
-        return state.write(task).say("The service takes tasks of at most 100,000 characters.", "bad")
+    if utf16_units(task) > MAX_PROMPT_UNITS:
+        return state.write(task).say(f"The service takes tasks of at most {MAX_PROMPT_UNITS:,} characters.", "bad")
     if not state.repo:
         return state.write(task).open("repos").say("Choose the repository first; the task waits.", "warn")
     body: Json = {"repoId": text_of(state.repo, "id"), "prompt": task, "harness": state.harness}
@@ -2262,7 +2267,8 @@ def begin(state: State, task: str) -> State:
 def choose_repo(state: State, name: str) -> State:
     """The repository of this name or id, or the only one with this in its name; else a picker."""
     exact = [repo for repo in state.repos if name in (text_of(repo, "full_name"), text_of(repo, "id"))]
-    found = exact or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
+    parts = [repo for repo in state.repos if name == text_of(repo, "full_name").rpartition("/")[2]]
+    found = exact or parts or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
     if not name or len(found) != 1:
         return state.open("repos").shift(query=name)
     state = state._replace(repo=found[0], branch="", delivered="")
@@ -2304,7 +2310,8 @@ COMMANDS: Dict[str, Tuple[str, str, Handler]] = {  # what follows it, what it do
     "branch": ("[NAME]", "choose the branch that runs start from", lambda state, name: state._replace(
         branch=name, delivered="").say(f"The next run starts from {name}.") if name else state.open("branches")),
     "harness": ("[NAME]", "choose the agent program: codex or claude-code", lambda state, name: state._replace(
-        harness=name).say(f"The next run uses {name}.") if name in HARNESSES else state.open("harnesses")),
+        harness=name).say(f"The next run uses {name}.") if name in HARNESSES else (
+            state.say(f"{name} is no harness.", "bad") if name else state).open("harnesses")),
     "new": ("", "go back to the base branch for the next task", lambda state, _: state._replace(
         delivered="").say(f"The next task starts from {base_branch(state)} again.")),
     "attach": ("RUN", "watch a run, also one that was started elsewhere", attach),
@@ -2486,8 +2493,9 @@ def vertical(state: State, step: int) -> State:
 
 def complete(state: State) -> State:
     """Tab: as far as all completions agree; where there is nothing to complete, to the next pane."""
-    common = os.path.commonprefix(completions(state))
-    if not state.text.startswith("/"):
+    found = completions(state)
+    common = os.path.commonprefix(found)
+    if not found:
         return state._replace(focus="timeline")
     return state.write(common) if len(common) > len(state.text) else state
 
@@ -2538,13 +2546,13 @@ def choose(state: State) -> State:
     """Enter, but in the composer: what is selected is opened, or its line performed."""
     line, entries = "", passing(state)
     if state.drawer:
-        line = "".join(item.does for item in items(state)[state.drawer.at:][:1])
+        line = "".join(item.does for item in items(state)[:state.drawer.at + 1][-1:])
     elif state.focus == "rail":
-        line = "".join(f"{does} {text_of(record, 'id')}" for does, record in listed(state)[state.rail_at:][:1])
+        line = "".join(f"{does} {text_of(record, 'id')}" for does, record in listed(state)[:state.rail_at + 1][-1:])
     elif entries:
         return state.open("event", "", entries[selected(state)].event)
-    if line.endswith(" "):
-        return state._replace(drawer=None).write(line)
+    if line.endswith(" "):  # what was typed already may be the task
+        return state._replace(drawer=None).write(line + state.text * (not state.text.startswith("/")))
     return perform(state, line) if line else state
 
 
@@ -2552,7 +2560,7 @@ def copy(state: State) -> State:
     """The selected line, or the id in the rail, to the terminal's clipboard (OSC 52)."""
     import base64
     if state.focus == "rail":
-        text = "".join(text_of(record, "id") for _, record in listed(state)[state.rail_at:][:1])
+        text = "".join(text_of(record, "id") for _, record in listed(state)[:state.rail_at + 1][-1:])
     else:
         text = passing(state)[selected(state)].text if passing(state) else ""
     sequence = f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
@@ -2628,7 +2636,11 @@ def on_key(state: State, name: str) -> State:
     state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
     if state.killing:
         run_id, state = state.killing, state._replace(killing="")
-        return state.ask("cancel", run_id) if name in ("y", "Y") else state.say("Not cancelled.")
+        if name in ("y", "Y"):
+            return state.ask("cancel", run_id)
+        state = state.say("Not cancelled.")
+        if name != "^c":
+            return state
     keys, page_rows = KEYS["drawer" if state.drawer else state.focus], state.height - 9
     name = ALIASES.get(name, name) if keys is PANE else name
     handler = ANYWHERE.get(name) or keys.get(name)
@@ -2642,12 +2654,20 @@ def on_paste(state: State, text: str) -> State:
 
 
 def on_text(state: State, text: str) -> State:
-    """What was typed: words where words are taken, else keys; a word typed in one go never leaves."""
+    """What was typed: words where words are taken, else keys; words typed in one go neither leave nor cancel a run."""
     if not state.killing and (state.drawer or state.focus in ("composer", "filter")):
         return on_paste(state, text)
+    if len(text) > 1 and state.killing:
+        return on_key(state, "")  # which is no yes
     for char in text:
-        state = on_key(state, char) if char != "q" or text == "q" else state
+        state = on_key(state, char) if char not in "qx" or text == char else state
     return state
+
+
+def on_resize(state: State, width: int, height: int) -> State:
+    """A rail that is no longer there keeps no focus."""
+    gone = state.focus == "rail" and not rail_width(width)
+    return state._replace(width=width, height=height, focus="timeline" if gone else state.focus)
 
 
 def on_wheel(state: State, step: int, column: int) -> State:
@@ -2688,7 +2708,7 @@ def on_event(state: State, _: str, event: Json) -> State:
         url = text_of(payload, "pull_request_url")
         state = state._replace(pushed=pushed, pull_request=url or state.pull_request,
                                delivered=pushed if url or payload.get("changed") is True else state.delivered)
-    return state._replace(entries=(*(() if state.adrift else state.entries), entry), adrift=False)
+    return state._replace(entries=(*(() if state.stale else state.entries), entry), stale=False)
 
 
 def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
@@ -2728,14 +2748,15 @@ def on_error(state: State, job: str, arguments: Sequence[Any], error: MogplexErr
     elif isinstance(error, UnavailableError):
         state = state._replace(failures=state.failures + 1, trouble=text)
     if job == "watch":
-        state = state._replace(adrift=True)
+        state = state._replace(adrift=error.transient or isinstance(error, (UnavailableError, RateLimitedError)))
     elif job == "start" and not state.text:
         state = state.write(arguments[0])
     elif job == "fetch" and state.drawer and state.drawer.kind == arguments[0]:
         return state.shift(error=text)
     elif job == "poll":
         gone = arguments[0] == "run" and not isinstance(error, (UnavailableError, RateLimitedError))
-        return noted(state, arguments[1], {"status": "unknown"}) if gone else state
+        known = state.run if arguments[1] == state.run_id else {}
+        return noted(state, arguments[1], {**known, "status": "unknown"}) if gone else state
     return state.say(text, "bad")
 
 
@@ -2757,7 +2778,7 @@ def on_tick(state: State) -> State:
     if drawer and drawer.error:
         state = state.ask("fetch", drawer.kind, drawer.argument)
     if state.adrift and state.run_id:
-        state = state.ask("watch", state.run_id)
+        state = state._replace(adrift=False, stale=True).ask("watch", state.run_id)
     if beat % 2 == 0:
         others = [("run", text_of(run, "id")) for run in state.runs[:20]
                   if run.get("status") not in (*TERMINAL_STATUSES, "unknown") and run.get("id") != state.run_id]
@@ -2767,7 +2788,7 @@ def on_tick(state: State) -> State:
 
 MESSAGES: Dict[str, Callable[..., State]] = {
     "key": on_key, "text": on_text, "paste": on_paste, "wheel": on_wheel, "tick": on_tick, "event": on_event,
-    "resize": lambda state, width, height: state._replace(width=width, height=height), "progress": on_progress,
+    "resize": on_resize, "progress": on_progress,
     "verdict": lambda state, run_id, verdict: noted(
         state._replace(over=True, adrift=False, truncated=verdict.truncated), run_id, verdict.run),
     "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
@@ -2834,13 +2855,13 @@ def header(state: State, health: Sequence[str], width: int) -> Row:
 
 def rail(state: State, width: int, rows: int) -> List[Line]:
     active = sum(run.get("status") not in (*TERMINAL_STATUSES, None, "unknown") for run in state.runs)
-    focused, at = state.focus == "rail" and not state.drawer, 0
+    focused, at, chosen = state.focus == "rail" and not state.drawer, 0, min(state.rail_at, len(listed(state)) - 1)
     title = "key" if focused else "bold"
     lines: List[Line] = [[(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")]]
     for position, (does, record) in enumerate(listed(state)):
         if position == len(state.runs):
             lines.append([(f" SANDBOXES {len(state.sandboxes)}", title)])
-        at = len(lines) if position == state.rail_at else at
+        at = len(lines) if position == chosen else at
         glyph, word, style = status_of(record)
         left, age = [(f"  {glyph} ", style), (branch_of(record), "")], ""
         if does == "/attach":
@@ -2849,7 +2870,7 @@ def rail(state: State, width: int, rows: int) -> List[Line]:
             left = [(" ▸" if shown else "  ", "accent"), (f"{glyph} ", style),
                     (harmless(record.get("id"), 4) + " ", "dim"), (run_label(record), "bold" if shown else "")]
         row = ends(left, [(f" {word}", style), (age + " ", "dim")], width)
-        lines.append(fill(row, width, "select") if focused and position == state.rail_at else row)
+        lines.append(fill(row, width, "select") if focused and position == chosen else row)
     return lines[max(0, at - rows + 1):][:rows]
 
 
@@ -2890,9 +2911,10 @@ def timeline(state: State, width: int, rows: int) -> List[Line]:
     """Title, entries, and a last line: of what goes on, or of how many are newer."""
     entries, at, focused = passing(state), selected(state), state.focus == "timeline"
     kinds = f"filter: {state.filter}" if state.filter else "all types"
+    count = f"{len(entries)} event" + "s" * (len(entries) != 1)
     lines: List[Line] = [
         [(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
-         ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"), (f" · {kinds} · {len(entries)} events", "dim")]]
+         ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"), (f" · {kinds} · {count}", "dim")]]
     top = scrolled(at, 0 if state.follow else state.top, rows - 2)
     end = top + rows - 2
     lines += [fill(entry_row(entry, width), width, "select" if focused and position == at else None)
@@ -2920,7 +2942,8 @@ def welcome(state: State, width: int) -> List[Segment]:
 
 
 def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Line]:
-    found, at = items(state), drawer.at
+    found = items(state)
+    at = max(0, min(drawer.at, len(found) - 1))
     sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
     lines: List[Line] = [ends([(f" {drawer.kind.upper()} {harmless(drawer.argument, 8)} ", "key"), sought],
                               [(f"{min(at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
@@ -2977,7 +3000,7 @@ def hints(state: State) -> Line:
     if found:
         return [(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)]
     where = "drawer" if state.drawer else state.focus if state.signed_in else "signed out"
-    return [(f" {HINTS.get(where) or HINTS['pane']}", "dim")]
+    return [(f" {HINTS[where]}", "dim")]
 
 
 def view(state: State, width: int, height: int) -> List[Row]:
@@ -3021,6 +3044,8 @@ def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str
     """
     new, output, lost, worn = cells(row), "", True, None
     changed = set(new).symmetric_difference(cells(before))
+    if not changed:  # but for what is cut off at the edge
+        return ""
     plain, start = all(text.isascii() for _, text, _ in changed), min(changed)[0]
     for cell in new:
         x, text, style = cell
@@ -3314,6 +3339,7 @@ class Shell:
     def __init__(self, screen: Screen, state: State, **facts: Any) -> None:
         import queue
         self.screen, self.state, self.inbox = screen, state, queue.SimpleQueue()  # type: Screen, State, Any
+        self.crash: Optional[BaseException] = None  # a worker's
         self.wake_in, self.wake_out = os.pipe()
         os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
@@ -3340,6 +3366,7 @@ class Shell:
                 messages.append(self.inbox.get())
             for message in messages:
                 if message[0] == "crash":
+                    self.crash = message[1]
                     raise message[1]
                 self.effects()
                 self.state = update(self.state._replace(now=time.time()), message)
@@ -3452,8 +3479,9 @@ def run_cockpit(
         shell.loop()
     except SystemExit as leave:
         code = int(leave.code or 0)
-    except OSError:
-        pass  # the terminal is gone
+    except OSError as error:  # the terminal is gone
+        if error is shell.crash:
+            raise
     finally:
         screen.restore()
         atexit.unregister(screen.restore)
@@ -3594,7 +3622,7 @@ def demo_problem(key: str, body: Json, default_branch: str) -> str:
         (not key, "Idempotency-Key is required"),
         (len(key) > 200, "Idempotency-Key exceeds maximum length of 200 characters"),
         (not text_of(body, "repoId"), "repoId is required"),
-        (not prompt.strip(), "Prompt is required"), (utf16_units(prompt) > 100_000, "Prompt is too long"),
+        (not prompt.strip(), "Prompt is required"), (utf16_units(prompt) > MAX_PROMPT_UNITS, "Prompt is too long"),
         (body.get("harness", "codex") not in HARNESSES, "Invalid harness"),
         (base is not None and not name.match(str(base)), "Invalid base branch"),
         (working is not None and not name.match(str(working)), "Invalid working branch"),
@@ -3901,7 +3929,6 @@ EXIT_CODES = (
 )
 PURPOSE = "Start, follow, inspect and stop cloud coding-agent runs."
 DEFAULT_TIMEOUT_S = 1800.0
-MAX_PROMPT_UNITS = 100_000
 GLOBAL_FLAGS = ("--demo", "--debug", "--no-color")
 
 
@@ -3970,7 +3997,8 @@ class Context:
             return webbrowser.open(url)
         import urllib.request
         if url.startswith(self.base_url):
-            urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
+            with contextlib.suppress(OSError):  # a page that is not there, which a browser would show
+                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
         return url.startswith(self.base_url)
 
     def emit(self, line: str) -> None:
@@ -4267,7 +4295,8 @@ class Follower:
 def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
     with ctx.client() as client:
         repos = client.repos(query=query, limit=limit)
-    return ctx.emit_list(repos, "no repos; link one in the web app", ("ID", "REPO", "BRANCH", "ROOT"),
+    empty = f"no repo has '{query}' in its name" if query else "no repos; link one in the web app"
+    return ctx.emit_list(repos, empty, ("ID", "REPO", "BRANCH", "ROOT"),
                          map(repo_row, repos), ("REPO", "BRANCH", "ROOT"))
 
 
@@ -4455,13 +4484,17 @@ def cmd_login_status(ctx: Context) -> int:
     return Exit.OK
 
 
-def cmd_logout(ctx: Context) -> int:
-    """Forget the stored credential; the service has no way to revoke it."""
+def log_out(ctx: Context) -> Tuple[bool, str]:
+    """Forget the stored credential, which the service has no way to revoke: whether there was one, in words too."""
     forgotten = forget_credential(ctx.home)
-    ctx.emit_record({"forgotten": forgotten}, "signed out" if forgotten else "there was no stored sign-in")
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set, and still applies")
-    return Exit.OK
+    return forgotten, "signed out" if forgotten else "there was no stored sign-in"
+
+
+def cmd_logout(ctx: Context) -> int:
+    forgotten, words = log_out(ctx)
+    return ctx.emit_record({"forgotten": forgotten}, words)
 
 
 class Command(Record):
@@ -4506,14 +4539,15 @@ COMMAND_TABLE = {
 }
 CHOICES = {"--harness": HARNESSES, "--status": SANDBOX_STATUSES}
 PROGRAM_FLAGS = "--demo --demo-server --attach --logout --debug --no-color --version --help".split()
-OPTIONS = {  # what its value is called, "" for none, and what it means
+OPTIONS = {  # what its value is called, "" for none, and what it means; to one command, where that is named before it
     "[PROMPT...]": ("", "the task; - reads it from stdin"),
     "RUN": ("", "the run's id; @last is the newest started here"),
     "[RUN]": ("", "the run's id; @last is the newest started here, as is none without MOGPLEX_RUN_ID"),
     "SANDBOX": ("", "the sandbox's id, as listed"),
     "--query": ("TEXT", "only names with TEXT in them (default: all)"),
     "--limit": ("N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})"),
-    "--repo": ("R", "the repo: an id or owner/name (default: in lists all, for run MOGPLEX_REPO)"),
+    "--repo": ("R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"),
+    "sandboxes list --repo": ("R", "only of this repo: an id or owner/name (default: all)"),
     "--status": ("S", "only with this status: " + ", ".join(SANDBOX_STATUSES) + " (default: all)"),
     "--harness": ("H", f"{' or '.join(HARNESSES)} (default: the service's)"),
     "--base-branch": ("B", "start from branch B (default: the repo's)"),
@@ -4523,7 +4557,8 @@ OPTIONS = {  # what its value is called, "" for none, and what it means
     "--idempotency-key": ("K", "the same key starts the same run once; ci makes one of the CI job (default: random)"),
     "--prompt-file": ("FILE", "read the task from FILE"),
     "--follow": ("", "print events as they come, until the run has ended"),
-    "--timeout": ("S", "give up after S seconds, or 90s, 30m, 2h (default: 1800; for login 300)"),
+    "--timeout": ("S", "with --follow, give up after S seconds, or 90s, 30m, 2h (default: 1800)"),
+    "login --timeout": ("S", "wait for the browser for S seconds, or 90s, 5m (default: 300)"),
     "--quiet": ("", "with --follow, no signs of life on stderr"),
     "--cancel-on-interrupt": ("", "with --follow, cancel the run on Ctrl+C or SIGTERM"),
     "--with-token": ("", "read a token from stdin, or ask for it, instead of opening a browser"),
@@ -4548,10 +4583,10 @@ def taken_by(name: str) -> List[str]:
     """The words and options of a command, in the order of its help; of the program for ""."""
     if not name:
         return PROGRAM_FLAGS
-    return [*COMMAND_TABLE[name].takes.split(), "--json", *GLOBAL_FLAGS] if name in COMMAND_TABLE else []
+    return [*COMMAND_TABLE[name].takes.split(), "--json", *GLOBAL_FLAGS, "--help"] if name in COMMAND_TABLE else []
 
 
-def value_of(flag: str, text: str) -> Any:
+def value_of(name: str, flag: str, text: str) -> Any:
     """An option's value as its command wants it; UsageError for one that makes no sense."""
     if flag == "--timeout":
         return parse_duration(text)
@@ -4560,8 +4595,8 @@ def value_of(flag: str, text: str) -> Any:
             raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
         return int(text)
     words = CHOICES.get(flag)
-    if words and text not in words:
-        raise unknown(f"{flag} takes one of {', '.join(words)}, not", text, words)
+    if words and text and text not in words:
+        raise unknown(f"{flag} takes one of {', '.join(words)}, not", text, words, name)
     return text
 
 
@@ -4580,12 +4615,13 @@ def command_parser(name: str) -> Any:
     for word in taken_by(name):
         if word == "--help":
             continue  # argparse's own, where it is wanted
-        value, help = OPTIONS[word]
+        value, help = OPTIONS.get(f"{name} {word}") or OPTIONS[word]
         how: Json = {"help": help}
         if not word.startswith("--"):
             how.update(metavar=word.strip("[.]"), nargs="*" if "..." in word else "?" if "[" in word else 1)
-        elif value:  # the choices are for completions: value_of speaks first
-            how.update(metavar=value, type=functools.partial(value_of, word), choices=CHOICES.get(word))
+        elif value:  # the choices are for completions: value_of speaks first; "" is a script's way not to choose
+            how.update(metavar=value, type=functools.partial(value_of, name, word))
+            how.update({"choices": [*CHOICES[word], ""]} if word in CHOICES else {})
         else:
             how.update(action="store_true")
         parser.add_argument(word if word.startswith("--") else "words", **how)
@@ -4615,10 +4651,12 @@ def help_text(name: str) -> str:
     parts = [usage, command.purpose if command else purpose]
     if not command:
         parts.append("\n".join(["commands:", *(f"  {one:<16} {each.purpose}" for one, each in shown.items())]))
-    if taken:
-        parts.append("\n".join(["options:", *(textwrap.fill(
-            OPTIONS[one][1], 80, initial_indent=f"  {f'{one} {OPTIONS[one][0]}':<23} ", subsequent_indent=" " * 26)
-            for one in taken)]))
+    for title, some in (("words", [word for word in taken if not word.startswith("--")]),
+                        ("options", [word for word in taken if word.startswith("--")])):
+        meanings = [(word, *(OPTIONS.get(f"{name} {word}") or OPTIONS[word])) for word in some]
+        lines = (textwrap.fill(help, 80, initial_indent=f"  {f'{word} {value}':<23} ", subsequent_indent=" " * 26)
+                 for word, value, help in meanings)
+        parts += ["\n".join([f"{title}:", *lines])] if some else []
     examples = command.examples if command else [line for each in shown.values() for line in each.examples][:2]
     return "\n\n".join([*parts, "\n".join(["examples:", *(f"  mogplex {line}" for line in examples)]), EXIT_CODES])
 
@@ -4639,7 +4677,7 @@ def make_parser() -> Any:
 
 def serve_demo(ctx: Context, argv: List[str]) -> int:
     """Keep a demo service running until it is interrupted."""
-    if len(argv) > 1 or not re.match(r"[0-9]{0,5}\Z", "".join(argv)):
+    if argv and (len(argv) > 1 or not re.match(r"[0-9]{1,5}\Z", argv[0]) or not 1 <= int(argv[0]) <= 65535):
         raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
     with demo_environment(int("".join(argv) or 0)) as variables:
         for name, value in variables.items():
@@ -4658,6 +4696,8 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
         if not attach:
             raise UsageError("--attach takes a run's id, or @last")
     word = words[0] if words and words[0] != "--" else ""
+    if word.startswith("-") and word in OPTIONS and word not in PROGRAM_FLAGS:
+        raise UsageError(f"{word} goes after the subcommand", hint="see: mogplex --help")
     if word.startswith("-"):
         raise unknown("unknown option", word, PROGRAM_FLAGS)
     if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
@@ -4675,11 +4715,11 @@ def run_command(ctx: Context, argv: List[str]) -> int:
     if {"-h", "--help"} & set(argv[:argv.index("--") if "--" in argv else len(argv)]):
         ctx.emit(help_text(name))
         return Exit.OK
-    if name not in COMMAND_TABLE:
-        verbs = [other.split()[1] for other in COMMAND_TABLE if other.startswith(name + " ")]
-        if len(argv) < 2:
-            raise UsageError(f"{name} needs one of: {', '.join(verbs)}")
+    verbs = [other.split()[1] for other in COMMAND_TABLE if other.startswith(name + " ")]
+    if verbs and argv[1:] and not argv[1].startswith("-"):
         raise unknown(f"{name}: unknown subcommand", argv[1], verbs, name)
+    if name not in COMMAND_TABLE:
+        raise UsageError(f"{name} needs one of: {', '.join(verbs)}", hint=f"see: mogplex {name} --help")
     words, options = parse_command(name, argv[len(name.split()):])
     ctx.as_json = options.pop("json", False)
     return COMMAND_TABLE[name].function(ctx, *words, **options)
@@ -4688,10 +4728,10 @@ def run_command(ctx: Context, argv: List[str]) -> int:
 def run(ctx: Context, argv: List[str]) -> int:
     """A command, or the cockpit; ``--logout`` comes before either."""
     if argv[:1] == ["--logout"]:
-        cmd_logout(ctx)
         argv = argv[1:]
         if not (argv or is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-            return Exit.OK
+            return cmd_logout(ctx)
+        ctx.note(log_out(ctx)[1])  # stdout is for what comes after it
     return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
 
 

@@ -2416,6 +2416,32 @@ def test_a_screen_reads_the_same_in_all_colours(name: str, depth: int, allowed: 
     assert set(re.findall("\x1b.[?0-9;]*.", output)) <= set(re.findall("\x1b\\[(?:[0-9;]+[Hm]|K|\\?(?:25|2026)[hl])", output))
 
 
+@pytest.mark.parametrize("width", [60, 80, 99])
+def test_a_change_behind_the_edge_writes_nothing(width: int) -> None:
+    runs = [{"id": f"000{number}-aaaa", "status": status, "task": "a task of some length"} for number, status in enumerate(
+        ("success", "success", "streaming", "success", "streaming", "failed"))]
+    before, after = (mogplex.view(played(runs=(*runs[:4], {**runs[4], "status": status}, runs[5])), width, 24) for status in ("streaming", "success"))
+    assert before != after and mogplex.repaint(before, after, {**dict.fromkeys(mogplex.STYLES, ""), "cursor": ""}) == ""
+
+
+def test_frames_add_up_to_the_screen() -> None:
+    """Whatever is done in whatever order: what was written in pieces shows what the last state is."""
+    chance, styles = random.Random(7), {**{style: f"\x1b[0;{sgr[1]}m" for style, sgr in mogplex.STYLES.items()}, "cursor": ""}
+    keys = ["tab", "btab", "esc", "enter", "up", "down", "pgup", "home", "end", "^p", "^f", "f1", "backspace"]
+    for width, height in ((120, 24), (80, 20), (50, 15)):
+        state, shown, screen = played(("resize", width, height), *BUSY, runs=RUNS), [], Emulator(width, height)  # type: Any, Any, Any
+        for number in range(60):
+            state = mogplex.update(state._replace(now=NOW + number), chance.choice([
+                ("key", chance.choice(keys)), ("text", chance.choice("jkf/日a ")), ("tick",), ("event", SHOWN["runId"], chance.choice(EVENTS)),
+                ("fetched", "sandboxes", "", SANDBOXES[:chance.randrange(3)], 84.0), ("wheel", chance.choice([3, -3]), chance.randrange(width)),
+                ("fetched", "run", RUNS[0]["id"], {**RUNS[0], "status": chance.choice(["success", "failed", "streaming"])}, 84.0)]))
+            rows = mogplex.view(state, width, height)
+            pyte.Stream(screen).feed(mogplex.repaint(shown, rows, styles))
+            shown = rows
+            expected = unicodedata.normalize("NFC", "\n".join("".join(text for text, _ in row).rstrip() for row in rows)).split("\n")
+            assert [line.rstrip() for line in screen.display] == expected, number
+
+
 def test_ascii_has_a_sign_for_every_glyph() -> None:
     text = mogplex.to_ascii(drawn(STATES["busy"], 100, 16))
     assert text.isascii() and "?" not in text.replace("? help", "")
@@ -2537,6 +2563,54 @@ def test_a_drawer_of_mcp_servers_never_shows_a_config() -> None:
     assert "● enabled" in drawn(state, 80, 24) and "s3cret" not in repr(mogplex.items(state))
 
 
+@pytest.mark.parametrize("error, again", [
+    (mogplex.MogplexError("Run not found", status=404), False), (mogplex.UnavailableError("gave up", code="GAVE_UP"), True),
+    (mogplex.RateLimitedError("gave up"), True), (mogplex.UnauthorizedError("no", status=401), False)])
+def test_only_a_watch_that_an_outage_ended_is_begun_again(error: Any, again: bool) -> None:
+    state = played(*BUSY, ("error", "watch", (SHOWN["runId"],), error))
+    asked = []
+    for second in range(0, 130):
+        state = mogplex.update(state._replace(now=NOW + second, held_until=0.0), ("tick",))
+        asked += [effect for effect in state.effects if effect[0] == "watch"]
+    assert asked == [("watch", SHOWN["runId"])] * again
+    assert len(mogplex.update(state, ("event", SHOWN["runId"], EVENTS[0])).entries) == (1 if again else len(EVENTS) + 1)
+
+
+def test_words_typed_in_one_go_cancel_nothing() -> None:
+    watching = played(*BUSY, ("key", "tab"))
+    for text in ("xylophone", "xy", "quick"):
+        state = mogplex.update(watching, ("text", text))
+        assert not state.killing and not [effect for effect in state.effects if effect[0] in ("cancel", "leave")]
+    asked = mogplex.update(watching, ("text", "x"))
+    assert asked.killing and mogplex.update(asked, ("text", "yes")).effects == ()
+    assert mogplex.update(asked, ("text", "y")).effects == (("cancel", SHOWN["runId"]),)
+    assert played(*BUSY, ("key", "tab"), ("text", "x"), ("key", "^c"), ("key", "^c")).effects[-1] == ("leave",)
+
+
+def test_what_is_selected_is_on_the_screen() -> None:
+    """Also when a list has become shorter, or the rail has gone."""
+    many = [{"id": f"{number:04}-s", "status": "running", "working_branch": f"b{number}"} for number in range(60)]
+    state = played(("resize", 120, 40), ("fetched", "sandboxes", "", many, 84.0), *typed("/sandboxes"), ("key", "end"), ("fetched", "sandboxes", "", many[:1], 84.0))
+    assert "0000-s" in drawn(state, 120, 40) and mogplex.update(state, ("key", "enter")).effects[-1] == ("fetch", "logs", "0000-s")
+    state = played(("resize", 120, 40), *BUSY, ("key", "btab"), runs=RUNS)
+    assert state.focus == "rail" and mogplex.update(state, ("resize", 80, 24)).focus == "timeline"
+
+
+def test_words_that_are_half_known() -> None:
+    repos = [{"id": "1", "full_name": "a/web", "default_branch": "main"}, {"id": "2", "full_name": "a/webhooks"}]
+    known = ("fetched", "repos", "", repos, 84.0)
+    assert played(known, *typed("/repo web")).repo == repos[0] and played(known, *typed("/repo we")).drawer.kind == "repos"  # type: ignore[union-attr]
+    state = played(*typed("/harness gpt"))
+    assert state.drawer and state.drawer.kind == "harnesses" and state.notice[0] == "gpt is no harness."
+    assert played(("text", "fix it"), ("key", "^p"), ("text", "run task"), ("key", "enter")).text == "/run fix it"
+    assert played(("text", "/zzz"), ("key", "tab")).focus == "timeline"
+
+
+def test_a_poll_that_fails_takes_only_the_status() -> None:
+    state = played(*BUSY, ("error", "poll", ("run", SHOWN["runId"]), mogplex.MogplexError("gone", status=404)))
+    assert state.run == {**SHOWN, "status": "unknown"}
+
+
 @pytest.mark.parametrize("form", ["json", "jsonl", "markdown"])
 def test_what_is_exported(form: str) -> None:
     (name, path, content), = played(*BUSY, *typed(f"/export {form}")).effects
@@ -2580,7 +2654,9 @@ def hooked(*_):
         sys.excepthook(*sys.exc_info())
         sys.excepthook(*sys.exc_info())
         os._exit(1)
-crashes = {"job": crash, "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
+def torn(*_):
+    raise OSError("ZeroDivisionError it is not")
+crashes = {"job": crash, "torn": torn, "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
 if "CRASH" in os.environ:
     mogplex.Desk.do_export = crashes.get(os.environ["CRASH"], crash)
 given = token if "SIGNED_OUT" not in os.environ else ""
@@ -2701,7 +2777,7 @@ def test_panes_filter_palette_and_drawers(cockpit: Callable[..., Terminal], demo
     terminal = cockpit(attach=seeded(demo, "success"), width=120, height=30).until("SUCCESS").until("Harness run finished")
     terminal.send("\t").until("j k move").send("kk").until("PAUSED").send("\r").until("EVENT").until('"payload"')
     terminal.send("\x1b").until("PAUSED").send("f").until("FOLLOW").send("/").until("type to filter").send("synchron")
-    terminal.until("filter: synchron · 1 events").send("\x1b").until("all types")
+    terminal.until("filter: synchron · 1 event").send("\x1b").until("all types")
     terminal.send("\x10").until("PALETTE").send("models").until("1/1").send("\r").until("MODELS").until("openai")
     terminal.send("\x03").until("TIMELINE").send("/sandboxes\r").until("preview").send("\r").until("install_log")
     terminal.send("\x1b").until("TIMELINE").send("\x1b[<65;60;10M\x1b[<64;60;10M").until("PAUSED").send("/exit\r")
@@ -2733,7 +2809,7 @@ def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
 
 
 @pytest.mark.parametrize("how, code", [
-    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("job", 1), ("thread", 1), ("hook", 1)],
+    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("job", 1), ("torn", 1), ("thread", 1), ("hook", 1)],
     ids=str)
 def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Terminal], how: Any, code: int) -> None:
     terminal = cockpit(attach="nope", CRASH=str(how)).until("TIMELINE")
@@ -2743,6 +2819,15 @@ def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Termin
     else:
         terminal.process.send_signal(how)
     assert ("ZeroDivisionError" if code == 1 else "runs events nope --follow") in terminal.ended(code)
+
+
+def test_the_demo_s_browser_opens_the_demo_alone(demo: mogplex.DemoServer) -> None:
+    """Also a page that is not there, as a browser would."""
+    context = mogplex.Context(service(demo.url, demo.token), None, io.StringIO(), io.StringIO())
+    context.in_demo = True
+    before = demo.service.requests
+    assert context.browse(demo.url) is True and demo.service.requests == before + 1
+    assert context.browse("https://github.com/acme/web/pull/1") is False
 
 
 def test_suspended_the_shell_is_sane_and_fg_repaints(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
@@ -3256,7 +3341,10 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: --status takes one of creating, installing, running, pausing, paused, stopped, error, not 'runing', "
      "did you mean 'running'?"),
     (["--demo-server", "7000000"], "error: --demo-server takes one port, 1 to 65535, or none for a free one"),
-    (["--demo-server", "x"], "error: --demo-server takes one port, 1 to 65535, or none for a free one"),
+    *((["--demo-server", port], "error: --demo-server takes one port, 1 to 65535, or none for a free one")
+      for port in ("x", "", "0", "99999")),
+    (["--json", "repos", "list"], "error: --json goes after the subcommand"),
+    (["login", "staus"], "error: login: unknown subcommand 'staus', did you mean 'status'?"),
 ])
 def test_usage_errors_are_one_line_and_no_request(cli: Callable[..., Result], argv: List[str], message: str) -> None:
     with one_answer(ok({})) as server:
@@ -3266,13 +3354,37 @@ def test_usage_errors_are_one_line_and_no_request(cli: Callable[..., Result], ar
     assert cli(*argv, "--json", env=service(server.url)).code == 2 or not argv or argv[0].startswith("-")
 
 
+@pytest.mark.parametrize("argv, hint", [
+    (["run", "--repo", "r", "x", "--harness", "codx"], "see: mogplex run --help"), (["runs"], "see: mogplex runs --help"),
+    (["sandboxes", "list", "--status", "runing"], "see: mogplex sandboxes list --help")])
+def test_a_usage_error_names_the_help_that_has_the_answer(cli: Callable[..., Result], argv: List[str], hint: str) -> None:
+    assert cli(*argv).err.splitlines()[1:] == [hint]
+
+
+def test_an_empty_choice_is_none(run_demo: Callable[..., Result]) -> None:
+    """What a script's unset variable comes to."""
+    assert run_demo("sandboxes", "list", "--status", "", "--json") == run_demo("sandboxes", "list", "--json")
+    assert json.loads(run_demo("run", "--repo", "acme/web", "--harness", "", "x", "--json").out)["harness"] == "codex"
+
+
+def test_a_command_s_help_speaks_of_that_command(cli: Callable[..., Result]) -> None:
+    for words, said in (("run", "(default: MOGPLEX_REPO)"), ("sandboxes list", "only of this repo"),
+                        ("runs events", "with --follow, give up after"), ("login", "wait for the browser")):
+        shown = cli(*words.split(), "--help").out
+        assert said in shown and "--help" in shown.partition("options:")[2], words
+    assert "MOGPLEX_REPO" not in cli("sandboxes", "list", "--help").out
+    words, _, options = cli("run", "--help").out.partition("options:")
+    assert "[PROMPT...]  " in words.partition("words:")[2] and "PROMPT..." not in options
+
+
 @pytest.mark.parametrize("url, extra", [
     ("http://example.com", {}), ("http://127.0.0.1:1", {"MOGPLEX_DEV": "0"}), ("ftp://x", {}),
-    ("http://127.0.0.1:1", {"NODE_ENV": "production"}), ("https://u:p@h", {}),
+    ("http://127.0.0.1:1", {"NODE_ENV": "production"}), ("https://u:p@h", {}), ("https://h:65536", {}),
 ])
 def test_a_base_url_that_may_not_be_used(cli: Callable[..., Result], url: str, extra: Dict[str, str]) -> None:
     result = cli("repos", "list", env={**service(url), **extra})
     assert result.code == 2 and result.out == "" and "MOGPLEX_URL" in result.err
+    assert ("no such port" in result.err) == url.endswith("65536")
 
 
 HELP = ["", "repos", "repos list", "run", "runs", "runs list", "runs get", "runs events", "runs cancel", "sandboxes",
@@ -3298,7 +3410,7 @@ def test_repos_list(run_demo: Callable[..., Result]) -> None:
     assert table.out.splitlines()[0].split() == ["ID", "REPO", "BRANCH", "ROOT"] and f"{mogplex.DEMO_WEB}  acme/web " in table.out
     lines = run_demo("repos", "list", "--query", "WEB", "--limit", "1", "--json")
     assert [json.loads(line)["full_name"] for line in lines.out.splitlines()] == ["acme/web"]
-    assert run_demo("repos", "list", "--query", "zzz") == Result(0, "", "no repos; link one in the web app\n")
+    assert run_demo("repos", "list", "--query", "zzz") == Result(0, "", "no repo has 'zzz' in its name\n")
     assert run_demo("repos", "list", "--query", "zzz", "--json") == Result(0, "", "")
 
 
@@ -3923,6 +4035,7 @@ def test_logout(cli: Callable[..., Result], tmp_path: Any) -> None:
     applies = "MOGPLEX_API_KEY is set, and still applies\n"
     assert cli("logout", env={"MOGPLEX_API_KEY": "x"}) == (0, "signed out\n", applies)
     assert cli("--logout") == (0, "there was no stored sign-in\n", "")
+    assert cli("--logout", "runs", "list", "--json") == (0, "", "there was no stored sign-in\n")  # stdout is the command's
     assert cli("logout", "--json") == (0, '{"forgotten":false}\n', "")
     assert stored(tmp_path / "home") == {"version": 1, "other": 1}
 
@@ -4080,9 +4193,10 @@ def test_completions_know_commands_flags_statuses_and_harnesses() -> None:
     actions = list(walk(mogplex.make_parser(), ""))
     flags = {(name, flag): action for name, action in actions for flag in action.option_strings}
     assert set(mogplex.COMMAND_TABLE) <= {name for name, _ in actions}
+    assert set(mogplex.GROUPS) == {name.split()[0] for name in mogplex.COMMAND_TABLE}
     assert {("", flag) for flag in ("--version", "--demo-server", "--attach")} <= set(flags)
-    assert flags["run", "--harness"].choices == mogplex.HARNESSES
-    assert flags["sandboxes list", "--status"].choices == mogplex.SANDBOX_STATUSES
+    assert flags["run", "--harness"].choices == [*mogplex.HARNESSES, ""]
+    assert flags["sandboxes list", "--status"].choices == [*mogplex.SANDBOX_STATUSES, ""]
     assert ("runs events", "--follow") in flags
     for _, action in actions:  # shtab leaves out a word that has no help
         if hasattr(action, "_name_parser_map"):
