@@ -12,7 +12,7 @@ The sections, each using only those above it:
 
   1 Errors     exit codes, and which error ends in which of them
   2 Values     pure functions: times, durations, hostile text, back-off
-  3 Auth       credentials, sign-in and remembered runs: all files in the home directory
+  3 Home       the files in the home directory: credentials, sign-in, remembered runs
   4 Client     one method per route of the hosted API
   5 Tail       server-sent events, polling, de-duplication, the verdict on a run
   -            everything above this line can be copied out and used as a library
@@ -34,21 +34,22 @@ nothing, never exits, and does not read ``os.environ``; every failure is a Mogpl
 from __future__ import annotations
 
 import _thread
+import argparse
 import contextlib
 import enum
 import functools
+import json
 import os
+import queue
 import re
+import signal
 import sys
+import threading
 import time
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # for mypy alone: with the classes that need it, typing takes a quarter of a short command's time
-    from typing import (
-        Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, Optional,
-        Sequence, Set, Tuple, Union,
-    )
-    Json = Dict[str, Any]
+from typing import (
+    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple,
+    Type, Union,
+)
 
 __version__ = "1.0.0"
 __all__ = [
@@ -57,12 +58,12 @@ __all__ = [
     "UnauthorizedError", "UnavailableError", "UsageError", "Verdict", "sanitize", "tail",
 ]
 
+Json = Dict[str, Any]  # an object of the service, as it came
+
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
-HARNESSES = ("codex", "claude-code")
+HARNESSES = {"codex": "Codex", "claude-code": "Claude Code"}  # agent programs, and their titles
 GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")  # the first words of commands
-SANDBOX_STATUSES = ("creating", "installing", "running", "pausing", "paused", "stopped", "error")
-TERMINAL_STATUSES = ("success", "failed", "cancelled")
 MAX_LIMIT = 200  # the server lists no more of anything, and clamps silently
 MAX_PROMPT_UNITS = 100_000  # of UTF-16, in a task
 
@@ -149,7 +150,7 @@ class TailTimeout(MogplexError):
     """The time given to a tail is over and the run is not (exit 1)."""
 
 
-def error_class(status: int) -> type[MogplexError]:
+def error_class(status: int) -> Type[MogplexError]:
     """The error for an HTTP status; the exit code hangs on nothing else."""
     if status in (501, 502, 503, 504):
         return UnavailableError
@@ -159,36 +160,37 @@ def error_class(status: int) -> type[MogplexError]:
 # ---------------------------------------------------------------- 2. Values
 
 
-if TYPE_CHECKING:
-    from typing import NamedTuple as Record  # which has all that ours has
-else:
-    class Record:
-        """A value with the fields that its class annotates and the defaults given there: made anew, never changed."""
+class Status(NamedTuple):
+    """How the status of a run or a sandbox is shown, and what it means."""
 
-        def __init_subclass__(cls):
-            cls._fields = tuple(cls.__annotations__)
-            cls._defaults = {name: cls.__dict__[name] for name in cls._fields if name in cls.__dict__}
+    glyph: str
+    style: str              # ok, bad, warn, run or dim; each face has its own colours for them
+    terminal: bool = False  # of a run: it ends the run
 
-        def __init__(self, *values, **named):
-            self.__dict__.update(self._defaults, **dict(zip(self._fields, values)), **named)
-            if self.__dict__.keys() != set(self._fields) or len(values) > len(self._fields):
-                raise TypeError(f"{type(self).__name__} has the fields {', '.join(self._fields)}")
 
-        def _replace(self, **changes):
-            made = object.__new__(type(self))
-            made.__dict__.update(self.__dict__, **changes)
-            if len(made.__dict__) != len(self._fields):
-                raise TypeError(f"{type(self).__name__} has the fields {', '.join(self._fields)}")
-            return made
+RUN_STATUSES = {
+    "pending": Status("\u25cc", "warn"),
+    "streaming": Status("\u25b6", "run"),
+    "success": Status("\u2713", "ok", terminal=True),
+    "failed": Status("\u2717", "bad", terminal=True),
+    "cancelled": Status("\u25a0", "warn", terminal=True),
+}
+SANDBOX_STATUSES = {
+    "creating": Status("\u25cc", "warn"),
+    "installing": Status("\u25cc", "warn"),
+    "running": Status("\u25cf", "ok"),
+    "pausing": Status("\u25cc", "warn"),
+    "paused": Status("\u25cb", "dim"),
+    "stopped": Status("\u25cb", "dim"),
+    "error": Status("\u25cb", "bad"),
+}
+TERMINAL_STATUSES = tuple(name for name, status in RUN_STATUSES.items() if status.terminal)
+UNKNOWN_STATUS = Status("\u25cb", "dim")
 
-        def __iter__(self):
-            return iter([self.__dict__[name] for name in self._fields])
 
-        def __eq__(self, other):
-            return type(self) is type(other) and self.__dict__ == other.__dict__
-
-        def __repr__(self):
-            return f"{type(self).__name__}({', '.join(f'{name}={self.__dict__[name]!r}' for name in self._fields)})"
+def status_named(name: str) -> Status:
+    """What is known of a status of a run or a sandbox, by the word that the service has for it."""
+    return RUN_STATUSES.get(name) or SANDBOX_STATUSES.get(name) or UNKNOWN_STATUS
 
 
 # Patterns are compiled by their first use: most commands need few of them, and compiling takes time at every start.
@@ -262,7 +264,6 @@ def _codec() -> Tuple[Any, Any]:
 
     A number of hundreds of digits, which Python may refuse, becomes a string; NaN is no JSON.
     """
-    import json
 
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is no JSON")
@@ -290,7 +291,6 @@ def parse_json(text: str) -> Any:
 
 def to_json(value: object, **style: Any) -> str:
     """``value`` as JSON text, in a ``style`` of json.dumps."""
-    import json
     return json.dumps(value, **style)
 
 
@@ -446,12 +446,11 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
     return (kept + ellipsis) if width >= text_width(ellipsis) else ""
 
 
-# ---------------------------------------------------------------- 3. Auth
+# ---------------------------------------------------------------- 3. Home and auth
 
-if TYPE_CHECKING:
-    Warn = Callable[[str], None]
-    # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
-    PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
+Warn = Callable[[str], None]
+# POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
+PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
 LOGIN_PORTS = (24816, 24818)  # the only two that the service redirects to
 AUTHORIZE_PATH, TOKEN_PATH = "/api/auth/mcp/authorize", "/api/auth/mcp/token"
 _TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
@@ -519,66 +518,156 @@ def _replace_file(path: str, text: str, problem: str) -> None:
         raise MogplexError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def _read_auth(path: str, warn: Warn) -> Json:
-    """auth.json, {} for none; UnauthorizedError that names it when it cannot be read or understood."""
-    try:
-        with open(path, encoding="utf-8-sig") as stream:
-            mode, document = os.fstat(stream.fileno()).st_mode & 0o777, parse_json(stream.read())
-        if not isinstance(document, dict):
-            raise ValueError
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        raise UnauthorizedError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError:
-        raise UnauthorizedError(f"{path} holds no JSON object", hint="correct or remove it") from None
-    if mode & 0o077 and os.name != "nt":
-        warn(f"{path} is open to other users (mode {mode:04o}); to close it: chmod 600 {path}")
-    return document
+class Home:
+    """The directory of our files, and the only thing that knows what is in it: auth.json and runs.jsonl.
 
-
-def _stored(path: str, base_url: str, warn: Warn) -> Json:
-    """What auth.json has for the service at ``base_url``, as keywords of Credential; {} for nothing.
-
-    Read generously: a token under any of its usual names, in any of three places.
+    ``warn`` gets one line about whatever is wrong and can be gone on with. Nothing is created before
+    it is written. Without ``keeps_history`` runs.jsonl is neither read nor written.
     """
-    document = _read_auth(path, warn)
-    for entry in (document.get("mogplex"), dict_of(document, "providers").get("mogplex"), document):
-        token = next(filter(None, (text_of(entry, key).strip() for key in _TOKEN_KEYS)), "")
-        issuer, expiry = text_of(entry, "base_url").rstrip("/"), text_of(entry, "expires_at")
-        if token and issuer and issuer != base_url:
-            warn(f"the sign-in in {path} is for {sanitize(issuer)} and does not count for {base_url}")
-        elif token:
-            return {"token": check_token(token, path), "refresh_token": text_of(entry, "refresh_token"),
-                    "expires_at": float(expiry) if re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry) else None}
-    return {}
+
+    def __init__(self, directory: str, warn: Warn = lambda line: None, keeps_history: bool = True) -> None:
+        self.directory = directory
+        self.warn = warn
+        self.keeps_history = keeps_history
+        self.auth_path = os.path.join(directory, "auth.json")
+        self.history_path = os.path.join(directory, "runs.jsonl")
+
+    def _document(self, warn: Warn) -> Json:
+        """auth.json, {} for none; UnauthorizedError that names it when it cannot be read or understood."""
+        try:
+            with open(self.auth_path, encoding="utf-8-sig") as stream:
+                mode, document = os.fstat(stream.fileno()).st_mode & 0o777, parse_json(stream.read())
+            if not isinstance(document, dict):
+                raise ValueError
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise UnauthorizedError(f"{self.auth_path} cannot be read: {error.strerror or error}") from None
+        except ValueError:
+            raise UnauthorizedError(f"{self.auth_path} holds no JSON object", hint="correct or remove it") from None
+        if mode & 0o077 and os.name != "nt":
+            warn(f"{self.auth_path} is open to other users (mode {mode:04o}); to close it: chmod 600 {self.auth_path}")
+        return document
+
+    def sign_in_for(self, base_url: str, warn: Optional[Warn] = None) -> Json:
+        """What auth.json has for the service at ``base_url``, as keywords of Credential; {} for nothing.
+
+        Read generously: a token under any of its usual names, in any of three places.
+        """
+        document = self._document(warn or self.warn)
+        for entry in (document.get("mogplex"), dict_of(document, "providers").get("mogplex"), document):
+            token = next(filter(None, (text_of(entry, key).strip() for key in _TOKEN_KEYS)), "")
+            issuer, expiry = text_of(entry, "base_url").rstrip("/"), text_of(entry, "expires_at")
+            if token and issuer and issuer != base_url:
+                (warn or self.warn)(f"the sign-in in {self.auth_path} is for {sanitize(issuer)} and does not count for {base_url}")
+            elif token:
+                return {"token": check_token(token, self.auth_path), "refresh_token": text_of(entry, "refresh_token"),
+                        "expires_at": float(expiry) if re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry) else None}
+        return {}
+
+    def _put_sign_in(self, entry: Json, problem: str) -> bool:
+        """Make ``entry`` all that auth.json has of ours ({}: nothing), under ``_locked``; whether it had any."""
+        document = self._document(lambda text: None)
+        kept = {key: value for key, value in document.items() if key not in _OUR_KEYS}
+        if "mogplex" in dict_of(kept, "providers"):
+            kept["providers"] = {key: value for key, value in kept["providers"].items() if key != "mogplex"}
+        if entry or kept != document:
+            ours = {"mogplex": entry} if entry else {}
+            _replace_file(self.auth_path, to_json({"version": 1, **kept, **ours}, indent=2) + "\n", problem)
+        return kept != document
+
+    def store_sign_in(self, entry: Json) -> str:
+        """Put ``entry`` into auth.json, whose path is the value; what others keep there stays."""
+        with _locked(self.auth_path) as problem:
+            self._put_sign_in(entry, problem)
+        return self.auth_path
+
+    def forget_sign_in(self) -> bool:
+        """Take our sign-in, and nothing else, out of auth.json; whether there was one."""
+        with _locked(self.auth_path if os.path.lexists(self.auth_path) else "") as problem:
+            return self._put_sign_in({}, problem)
+
+    def record_start(self, start: Json) -> None:
+        """Write a start down before it is sent: key, service, repo, task, digest, time; see ``start_record``."""
+        self._rewrite_history(lambda records: [*self._without(records, start), start])
+
+    def record_run(self, start: Json, run: Json) -> None:
+        """Add the answer to a start that was written down: the run's id, branch and time; one entry a run."""
+        known = {"id": text_of(run, "runId"), "branch": text_of(run, "branch", "working"),
+                 "time": text_of(run, "createdAt") or text_of(start, "time")}
+        self._rewrite_history(lambda records: [*self._without(records, {**start, **known}), {**start, **known}])
+
+    def forget_start(self, start: Json) -> None:
+        """Take a start away again that the service refused for good."""
+        self._rewrite_history(lambda records: self._without(records, start))
+
+    def history(self, base_url: str) -> List[Json]:
+        """What was started here on the service at ``base_url``, newest first; without ``id``, a start in doubt."""
+        if not self.keeps_history:
+            return []
+        with contextlib.suppress(OSError):
+            return [record for record in reversed(self._records()) if text_of(record, "service") == base_url]
+        return []
+
+    def runs(self, base_url: str) -> List[Json]:
+        """Those of the history whose id is known."""
+        return [record for record in self.history(base_url) if text_of(record, "id")]
+
+    def start_in_doubt(self, start: Json, now: float) -> Json:
+        """An earlier start of the same request within a day whose answer never came; {} for none."""
+        for record in self.history(text_of(start, "service")):
+            at = parse_time(record.get("time")) or 0.0
+            same = text_of(record, "digest") == text_of(start, "digest") and record.get("key") != start.get("key")
+            if same and not text_of(record, "id") and now - at < 86400:
+                return record
+        return {}
+
+    @staticmethod
+    def _without(records: List[Json], entry: Json) -> List[Json]:
+        """The records that are neither of the same key nor of the same run as ``entry``."""
+        key, run_id = text_of(entry, "key"), text_of(entry, "id")
+        return [record for record in records
+                if not (key and record.get("key") == key) and not (run_id and record.get("id") == run_id)]
+
+    def _records(self) -> List[Json]:
+        """All that runs.jsonl holds, oldest first; a torn line is passed over."""
+        found: List[Json] = []
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            with open(self.history_path, encoding="utf-8", errors="replace") as stream:
+                for line in stream:
+                    with contextlib.suppress(ValueError):
+                        record = parse_json(line.strip())
+                        found += [record] if isinstance(record, dict) else []
+        return found
+
+    def _rewrite_history(self, change: Callable[[List[Json]], List[Json]]) -> None:
+        """Change runs.jsonl, which keeps 500; where that cannot be done, a warning is all."""
+        if not self.keeps_history:
+            return
+        with _locked(self.history_path) as problem:
+            try:
+                lines = [to_json(record) for record in change(self._records())[-500:]]
+                _replace_file(self.history_path, "\n".join([*lines, ""]), problem)
+            except (MogplexError, OSError) as error:
+                self.warn(f"this run will not be remembered: {error}")
 
 
-def _put_entry(path: str, entry: Json, problem: str) -> bool:
-    """Make ``entry`` all that auth.json has of ours ({}: nothing), under ``_locked``; whether it had any."""
-    document = _read_auth(path, lambda text: None)
-    kept = {key: value for key, value in document.items() if key not in _OUR_KEYS}
-    if "mogplex" in dict_of(kept, "providers"):
-        kept["providers"] = {key: value for key, value in kept["providers"].items() if key != "mogplex"}
-    if entry or kept != document:
-        ours = {"mogplex": entry} if entry else {}
-        _replace_file(path, to_json({"version": 1, **kept, **ours}, indent=2) + "\n", problem)
-    return kept != document
+def home_from(environ: Mapping[str, str], warn: Warn = lambda line: None) -> Home:
+    """The Home that the environment names: MOGPLEX_HOME, HOME and MOGPLEX_NO_HISTORY."""
+    keeps_history = environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0")
+    return Home(home_directory(environ), warn, keeps_history)
 
 
-def store_credential(home: str, entry: Json) -> str:
-    """Put ``entry`` into auth.json, whose path is the value; what others keep there stays."""
-    path = os.path.join(home, "auth.json")
-    with _locked(path) as problem:
-        _put_entry(path, entry, problem)
-    return path
-
-
-def forget_credential(home: str) -> bool:
-    """Take our credential, and nothing else, out of auth.json; whether there was one."""
-    path = os.path.join(home, "auth.json")
-    with _locked(path if os.path.lexists(path) else "") as problem:
-        return _put_entry(path, {}, problem)
+def start_record(base_url: str, body: Json, key: str, repo: str) -> Json:
+    """How a start of ``body`` (as for Client.start_run) is written down; ``repo`` is what people call it."""
+    import hashlib
+    asked = {"service": base_url, "repo": text_of(body, "repoId"), "task": text_of(body, "prompt")}
+    digest = hashlib.sha256(to_json(asked, sort_keys=True).encode()).hexdigest()[:32]
+    return {
+        "key": key, "service": base_url, "repo": repo or text_of(body, "repoId"), "digest": digest,
+        "task": sanitize(text_of(body, "prompt"), " ")[:200],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
 
 
 def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
@@ -603,18 +692,17 @@ def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
 class Credential:
     """A token, refreshed when it must be; safe from several threads and processes.
 
-    ``source``: "environment", "file" or "given". With a ``path`` (auth.json) it takes over what
+    ``source``: "environment", "file" or "given". With a ``home`` it takes over what
     another process has stored there, and stores what it gets.
     """
 
     def __init__(
         self, token: str, *, source: str = "given", base_url: str = "", refresh_token: str = "",
-        expires_at: Optional[float] = None, path: str = "", warn: Warn = lambda text: None,
+        expires_at: Optional[float] = None, home: Optional[Home] = None,
     ) -> None:
-        import threading
         self.token, self.source, self.expires_at = token and check_token(token, "token"), source, expires_at
-        self._base_url, self._refresh_token, self._path, self._warn = base_url, refresh_token, path, warn
-        self._mutex, self._spent = threading.Lock(), {token}
+        self._base_url, self._refresh_token, self._home = base_url, refresh_token, home
+        self._mutex, self._spent, self._warned = threading.Lock(), {token}, False
 
     @property
     def refreshable(self) -> bool:
@@ -636,9 +724,9 @@ class Credential:
 
         UnauthorizedError when only a new sign-in helps, UnavailableError in an outage; the file stays.
         """
-        with self._mutex, _locked(self._path) as problem:
-            if self._path:
-                stored = _stored(self._path, self._base_url, lambda text: None)
+        with self._mutex, _locked(self._home.auth_path if self._home else "") as problem:
+            if self._home:
+                stored = self._home.sign_in_for(self._base_url, lambda text: None)
                 if not stored:
                     return False  # signed out meanwhile, which a refresh must not undo
                 if stored["token"] not in self._spent:  # a file that cannot be written keeps its first
@@ -648,11 +736,12 @@ class Credential:
             entry = _exchange(post, self._base_url, grant_type="refresh_token", refresh_token=self._refresh_token)
             self._adopt(entry["access_token"], entry["refresh_token"], entry["expires_at"])
             try:
-                if self._path:
-                    _put_entry(self._path, entry, problem)
+                if self._home:
+                    self._home._put_sign_in(entry, problem)
             except MogplexError as error:
-                self._warn(f"{error}; the refreshed sign-in serves this process only")
-                self._warn = lambda text: None  # once
+                if self._home and not self._warned:
+                    self._warned = True
+                    self._home.warn(f"{error}; the refreshed sign-in serves this process only")
             return True
 
     def _adopt(self, token: str, refresh_token: str, expires_at: Optional[float]) -> None:
@@ -660,47 +749,16 @@ class Credential:
         self.token, self._refresh_token, self.expires_at = token, refresh_token, expires_at
 
 
-def resolve_credential(environ: Mapping[str, str], base_url: str, warn: Warn) -> Credential:
+def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) -> Credential:
     """MOGPLEX_API_KEY, else what auth.json has for ``base_url``; UnauthorizedError for none or nonsense."""
     token = environ.get("MOGPLEX_API_KEY", "").strip()
     if token:
         return Credential(check_token(token, "MOGPLEX_API_KEY"), source="environment", base_url=base_url)
-    path = os.path.join(home_directory(environ), "auth.json")
-    stored = _stored(path, base_url, warn)
+    stored = home.sign_in_for(base_url)
     if not stored:
         hint = f"run `mogplex login`, or set MOGPLEX_API_KEY to a token from {base_url}/settings/api-keys"
-        raise UnauthorizedError(f"not signed in: {path} has no token for {base_url}", hint=hint)
-    return Credential(source="file", base_url=base_url, path=path, warn=warn, **stored)
-
-
-def _run_lines(path: str) -> List[str]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        with open(path, encoding="utf-8", errors="replace") as stream:
-            return [line.strip() for line in stream if line.strip()]
-    return []
-
-
-def remember_run(home: str, record: Json, warn: Warn) -> None:
-    """Append ``record`` to runs.jsonl, which keeps 500; where that cannot be done, a warning is all."""
-    path = os.path.join(home, "runs.jsonl")
-    line = to_json({**record, "task": text_of(record, "task")[:80]})
-    with _locked(path) as problem:
-        try:
-            _replace_file(path, "\n".join([*_run_lines(path)[-499:], line, ""]), problem)
-        except (MogplexError, OSError) as error:
-            warn(f"this run will not be remembered: {error}")
-
-
-def remembered_runs(home: str, base_url: str) -> List[Json]:
-    """The runs started here on the service at ``base_url``, newest first; a torn line is passed over."""
-    found: List[Json] = []
-    with contextlib.suppress(OSError):
-        for line in reversed(_run_lines(os.path.join(home, "runs.jsonl"))):
-            with contextlib.suppress(ValueError):
-                record = parse_json(line)
-                if text_of(record, "id") and text_of(record, "service") == base_url:
-                    found.append(record)
-    return found
+        raise UnauthorizedError(f"not signed in: {home.auth_path} has no token for {base_url}", hint=hint)
+    return Credential(source="file", base_url=base_url, home=home, **stored)
 
 
 def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
@@ -756,7 +814,7 @@ def sign_in(
     open_browser: Optional[Callable[[str], object]], timeout_s: float = 300.0,
     stopped: Callable[[], bool] = lambda: False, ports: Sequence[int] = LOGIN_PORTS,
 ) -> Json:
-    """Sign in through a browser (authorization code, PKCE S256); the entry for ``store_credential``.
+    """Sign in through a browser (authorization code, PKCE S256); the entry for ``Home.store_sign_in``.
 
     ``announce`` gets the URL to open. UnauthorizedError when the service refuses, MogplexError
     when ``timeout_s`` is over, ``stopped`` says so, or no port is free.
@@ -764,7 +822,6 @@ def sign_in(
     import base64
     import hashlib
     import secrets
-    import threading
     import urllib.parse
     verifier, state = secrets.token_urlsafe(64), secrets.token_urlsafe(32)
     digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest())
@@ -963,8 +1020,6 @@ class Exchange:
         self, url: str, send: Callable[[], Any], explain: Callable[[Exception], Exception], limit_s: float,
         tick: Callable[[], None], done: Callable[[str], None],
     ) -> None:
-        import queue
-        import threading
         self.url, self.status, self.size = url, 0, 0
         self.headers: Mapping[str, str] = {}
         self._send, self._explain, self._limit_s, self._tick, self._done = send, explain, limit_s, tick, done
@@ -1035,7 +1090,6 @@ class Exchange:
 
     def _next(self, until: float) -> Any:
         """What the thread posted next, b"" when that is nothing; what it posted as an error is raised."""
-        import queue
         while True:
             self._tick()
             if not self._asked:
@@ -1114,7 +1168,6 @@ class Client:
         verify: Union[bool, str] = True, log: Optional[Callable[[str], None]] = None,
         sleep: Callable[[float], None] = time.sleep, random: Callable[[], float] = random_unit,
     ) -> None:
-        import threading
         self.base_url = base_url.rstrip("/")
         self.credential = Credential(token) if isinstance(token, str) else token
         self._given, self._session, self._lock = session is not None, session, threading.Lock()
@@ -1206,11 +1259,11 @@ class Client:
             answer = {}
         return exchange.status, answer if isinstance(answer, dict) else {}
 
-    def _open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
+    def open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
         return self._open("GET", f"/runs/{_segment(run_id)}", tick=tick, renew=renew)
 
-    def _open_events(
+    def open_events(
         self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str, idle_s: float,
     ) -> Exchange:
         """The same for a run's events, in whichever form the service gives them."""
@@ -1328,6 +1381,29 @@ class Client:
                 hint="find IDs via `mogplex repos list`")
 
 
+def start_recorded(
+    client: Client, home: Home, body: Json, key: str, repo: str, announce: Callable[[Json], None],
+) -> Json:
+    """Start a run so that no death of this process loses it: written down, sent, told, and its id written down.
+
+    ``announce`` gets the Run before anything else that can wait or fail. A start that the service
+    refuses for good is taken away again; errors are those of ``Client.start_run``.
+    """
+    start = start_record(client.base_url, body, key, repo)
+    home.record_start(start)
+    try:
+        run = client.start_run(body, key)
+        if not text_of(run, "runId"):
+            raise InvalidResponseError("the answer to the start has no run's id in it", delivered=True)
+    except MogplexError as error:
+        if not error.delivered:
+            home.forget_start(start)
+        raise
+    announce(run)
+    home.record_run(start, run)
+    return run
+
+
 # ---------------------------------------------------------------- 5. Tail
 
 
@@ -1406,7 +1482,27 @@ class SSEDecoder:
         return events
 
 
-class Progress(Record):
+class Delivery(NamedTuple):
+    """What an event tells of the branch that a run works on, and of what it has delivered there."""
+
+    branch: str             # the one really pushed; ``run.branch.working`` can still say "main"
+    pull_request_url: str
+    changed: bool           # the branch has something to continue from
+
+
+def delivery_of(event: Json) -> Optional[Delivery]:
+    """The delivery told by a git_sync or git_delivery event; None for every other event."""
+    payload = event.get("payload")
+    if not isinstance(payload, dict) or "stage" not in payload:
+        return None
+    if text_of(payload, "stage") not in ("git_sync", "git_delivery"):
+        return None
+    url = text_of(payload, "pull_request_url")
+    changed = bool(url) or payload.get("changed") is True
+    return Delivery(text_of(payload, "working_branch"), url, changed)
+
+
+class Progress(NamedTuple):
     """How a tail stands: given before each wait, at least twice a second, and at each change.
 
     ``connection`` is connecting, connected, lost or limited (429). Times are of the tail's
@@ -1422,9 +1518,11 @@ class Progress(Record):
     message: str
     latency_ms: float
     run: Json
+    branch: str = ""            # as of Delivery, so far
+    pull_request_url: str = ""
 
 
-class Verdict(Record):
+class Verdict(NamedTuple):
     """How a run ended; ``truncated``: the service listed only its first events; times in seconds."""
 
     run_id: str
@@ -1491,7 +1589,7 @@ def event_key(event: Json) -> object:
         raise InvalidResponseError("an event nested too deeply", code="TOO_LARGE") from None
 
 
-class _Tail:
+class Tail:
     """The state of one tail."""
 
     def __init__(
@@ -1536,7 +1634,7 @@ class _Tail:
     def read(self) -> Generator[Tuple[Json, str], None, float]:
         """One look at the run and what it brings; answers how long to wait for the next."""
         sent_at, asked, least_s = time.monotonic(), 1, 0.0
-        with self.client._open_events(
+        with self.client.open_events(
                 self.run_id, self.tick, not self.refusals, self.limit, self.last_event_id, self.idle_s) as exchange:
             self.latency_ms = (time.monotonic() - sent_at) * 1000
             if exchange.streams:
@@ -1551,7 +1649,7 @@ class _Tail:
                     whose = "the service lists" if self.limit >= MAX_LIMIT else "--limit asks for"
                     self.say(f"{whose} only the first {self.limit} events of a run; later ones are not shown")
         if not judged:
-            with self.client._open_run(self.run_id, self.tick, not self.refusals) as answer:
+            with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
                 run = dict_of(answer.data(), "run")
             self.good()
             news, asked = self.judge(run) or news, 2
@@ -1628,10 +1726,10 @@ class _Tail:
             self.seen, self.seen_before = set(), seen
         payload, message = event.get("payload"), event.get("message")
         payload = payload if isinstance(payload, dict) else {}
-        if "stage" in payload and text_of(payload, "stage").startswith("git_"):  # which tell the branch really pushed
-            self.branch = text_of(payload, "working_branch") or self.branch
-        if "pull_request_url" in payload:
-            self.pull_request_url = text_of(payload, "pull_request_url") or self.pull_request_url
+        delivery = delivery_of(event)
+        if delivery:
+            self.branch = delivery.branch or self.branch
+            self.pull_request_url = delivery.pull_request_url or self.pull_request_url
         error = text_of(payload, "error")[:4000] if "error" in payload else ""
         self.recent.append((message[:4000] if isinstance(message, str) else "", error))
         self.ending = event.get("type") in _ENDING_TYPES
@@ -1736,7 +1834,7 @@ class _Tail:
         try:
             self.on_progress(Progress(
                 self.connection, text_of(self.run, "status"), self.started_at, self.last_event_at, self.retry_at,
-                self.failures, message, self.latency_ms, self.run))
+                self.failures, message, self.latency_ms, self.run, self.branch, self.pull_request_url))
         except MogplexError as error:
             self.final = error
             raise
@@ -1754,7 +1852,7 @@ def tail(
     once it has had an answer. TailTimeout after ``timeout_s``; other MogplexErrors when the
     service refuses, or stays away. ``on_progress`` may raise to end it.
     """
-    state = _Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random)
+    state = Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random)
     return (item for item, _ in state.items())
 
 
@@ -1763,15 +1861,12 @@ def tail(
 
 # ---------------------------------------------------------------- 6. Output
 
-STATUS_COLOURS = {
-    "success": 32, "running": 32, "streaming": 36, "pending": 33, "creating": 33, "installing": 33, "pausing": 33,
-    "failed": 31, "error": 31, "cancelled": 35, "paused": 35, "stopped": 35,
-}
+STYLE_COLOURS = {"ok": 32, "bad": 31, "warn": 33, "run": 36}  # SGR parameters
 
 
 def paint(status: str, colour: bool) -> str:
     """A status word, coloured where wanted and known."""
-    code = STATUS_COLOURS.get(status) if colour else None
+    code = STYLE_COLOURS.get(status_named(status).style) if colour else None
     return f"\x1b[{code}m{status}\x1b[0m" if code else status
 
 
@@ -1987,12 +2082,11 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 
 # State is a value, update() makes the next one, view() draws it, paint() finds what differs: all pure. Only
 # Screen touches the terminal, and only the two Desks, each a thread, touch the network.
-if TYPE_CHECKING:
-    Segment = Tuple[str, str]  # text, and the name of its style
-    Line = Sequence[Segment]   # of any width
-    Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
-    Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
-    Effect = Tuple[Any, ...]   # what shall be done about it: the NAME of a do_NAME in Shell or Desk, and its arguments
+Segment = Tuple[str, str]  # text, and the name of its style
+Line = Sequence[Segment]   # of any width
+Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
+Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
+Effect = Tuple[Any, ...]   # what shall be done about it: the NAME of a do_NAME in Shell or Desk, and its arguments
 
 STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "": ("", "", ""), "dim": ("38;5;245", "2", "2"), "bold": ("1", "1", "1"), "line": ("38;5;239", "2", "2"),
@@ -2002,11 +2096,6 @@ STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "alert": ("1;38;5;231;48;5;124", "1;37;41", "1;7"),
 }
 GLYPHS = str.maketrans("│─┴▸▶●○◌✓✗■·…›⎇▼⏎•↑↓–—", "|-+>>*o.+x#-~>@v/*^v--")  # for an ASCII locale
-STATUSES = {
-    "pending": ("◌", "warn"), "streaming": ("▶", "run"), "success": ("✓", "ok"), "failed": ("✗", "bad"),
-    "cancelled": ("■", "warn"), "creating": ("◌", "warn"), "installing": ("◌", "warn"), "running": ("●", "ok"),
-    "enabled": ("●", "ok"), "error": ("○", "bad"),
-}
 EVENT_TYPES = {  # style, and the tag for a narrow screen
     "started": ("run", "start"), "log": ("dim", "log"), "status_changed": ("accent", "state"),
     "finished": ("ok", "done"), "failed": ("bad", "fail"), "cancel_requested": ("warn", "stop?"),
@@ -2046,7 +2135,7 @@ def harmless(value: object, most: int = 500) -> str:
     return sanitize((value if isinstance(value, str) else text_of({"": value}, ""))[:most * 4])[:most]
 
 
-class Entry(Record):
+class Entry(NamedTuple):
     """One event, made harmless and short when it arrives."""
 
     time: str
@@ -2055,7 +2144,7 @@ class Entry(Record):
     event: Json
 
 
-class Item(Record):
+class Item(NamedTuple):
     """One line of a drawer, and the words that Enter on it puts through the composer."""
 
     text: str
@@ -2063,7 +2152,7 @@ class Item(Record):
     style: str = ""
 
 
-class Drawer(Record):
+class Drawer(NamedTuple):
     """A list in place of the timeline; ``data`` is the last good answer of its source."""
 
     kind: str
@@ -2074,7 +2163,7 @@ class Drawer(Record):
     error: str = ""
 
 
-class State(Record):
+class State(NamedTuple):
     """All that the cockpit knows. Times are epoch seconds; ``effects`` is what the last message asks for."""
 
     base_url: str = DEFAULT_URL
@@ -2100,7 +2189,7 @@ class State(Record):
     repos: Tuple[Json, ...] = ()
     branch: str = ""            # chosen to start from; "" is the repository's own
     delivered: str = ""         # pushed by the run before: the next task goes on there
-    harness: str = HARNESSES[0]
+    harness: str = next(iter(HARNESSES))
     run_id: str = ""
     run: Json = {}
     pull_request: str = ""      # its URL
@@ -2151,8 +2240,8 @@ class State(Record):
 def status_of(record: Json) -> Tuple[str, str, str]:
     """(glyph, word, style) of a run or a sandbox; causes() has the same of the transport."""
     word = harmless(record.get("status"), 20)
-    glyph, style = STATUSES.get(word, ("○", "dim"))
-    return glyph, word, style
+    status = Status("●", "ok") if word == "enabled" else status_named(word)
+    return status.glyph, word, status.style
 
 
 def run_label(run: Json) -> str:
@@ -2302,8 +2391,8 @@ def export(state: State, words: str) -> State:
     return state.ask("export", path, export_text(state, form))
 
 
-if TYPE_CHECKING:  # what a word or a key does: a drawer to open, an effect, a function
-    Handler = Union[str, Effect, Callable[..., State]]
+# what a word or a key does: a drawer to open, an effect, a function
+Handler = Union[str, Effect, Callable[..., State]]
 COMMANDS: Dict[str, Tuple[str, str, Handler]] = {  # what follows it, what it does, and how
     "run": ("TASK", "start a run; typing the task alone does the same", begin),
     "repo": ("[NAME]", "choose the repository that runs start on", choose_repo),
@@ -2387,7 +2476,7 @@ DRAWERS: Dict[str, Tuple[Optional[str], Dict[str, int]]] = {
 
 def records(state: State, drawer: Drawer) -> Iterable[Json]:
     """What a table lists."""
-    kind, names = drawer.kind, {"harnesses": HARNESSES, "export": EXPORTS}
+    kind, names = drawer.kind, {"harnesses": tuple(HARNESSES), "export": EXPORTS}
     if kind in ("help", "palette"):
         words = [{"id": f"/{name} {words}", "does": does, "line": f"/{name}" + " " * words.isalpha()}
                  for name, (words, does, _) in COMMANDS.items()]
@@ -2700,14 +2789,14 @@ def noted(state: State, run_id: str, run: Json, task: str = "") -> State:
 
 
 def on_event(state: State, _: str, event: Json) -> State:
-    seconds, payload = parse_time(event.get("createdAt")), dict_of(event, "payload")
+    seconds = parse_time(event.get("createdAt"))
     clock = time.strftime("%H:%M:%S", time.localtime(seconds)) if seconds and 0 < seconds < 4e9 else ""
     entry = Entry(clock, harmless(event.get("type"), 40) or "event", event_text(event)[:2000], event)
-    if text_of(payload, "stage") in ("git_sync", "git_delivery"):
-        pushed = harmless(payload.get("working_branch"), 200) or state.pushed
-        url = text_of(payload, "pull_request_url")
-        state = state._replace(pushed=pushed, pull_request=url or state.pull_request,
-                               delivered=pushed if url or payload.get("changed") is True else state.delivered)
+    delivery = delivery_of(event)
+    if delivery:
+        pushed = harmless(delivery.branch, 200) or state.pushed
+        state = state._replace(pushed=pushed, pull_request=delivery.pull_request_url or state.pull_request,
+                               delivered=pushed if delivery.changed else state.delivered)
     return state._replace(entries=(*(() if state.stale else state.entries), entry), stale=False)
 
 
@@ -3221,8 +3310,6 @@ class Desk:
     """A worker thread: its jobs, its own Client, and where to say what came of them. ``do_NAME`` does the job NAME."""
 
     def __init__(self, post: Callable[..., None], **facts: Any) -> None:
-        import queue
-        import threading
         self.post, self.facts, self.stopped = post, facts, False
         self.jobs: Any = queue.SimpleQueue()
         self.connection: Optional[Client] = None
@@ -3263,7 +3350,6 @@ class Desk:
 
     def do_watch(self, run_id: str) -> None:
         """Follow a run until its verdict; polls that come meanwhile are done between two looks at it."""
-        import queue
 
         def between(progress: Progress) -> None:
             wait_s = 0.0 if progress.retry_at is None else progress.retry_at - time.monotonic()
@@ -3292,8 +3378,7 @@ class Desk:
         return "started", self.client().start_run(body, str(uuid.uuid4())), task
 
     def do_remember(self, record: Json) -> None:
-        if not self.facts["environ"].get("MOGPLEX_NO_HISTORY"):
-            remember_run(self.facts["home"], record, lambda text: self.post("say", text, "warn"))
+        self.facts["home"].record_run(record, {})
 
     def do_cancel(self, run_id: str) -> Message:
         answer = self.client().cancel(run_id)
@@ -3313,7 +3398,7 @@ class Desk:
         return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}"
 
     def store(self, entry: Json) -> Message:
-        store_credential(self.facts["home"], entry)
+        self.facts["home"].store_sign_in(entry)
         return "signed in", f"Signed in. {self.facts['overruled']}"
 
     def do_login(self) -> Message:
@@ -3327,7 +3412,7 @@ class Desk:
         return self.store({"token": check_token(token, "the token"), "base_url": self.facts["base_url"]})
 
     def do_logout(self) -> Message:
-        forget_credential(self.facts["home"])
+        self.facts["home"].forget_sign_in()
         if self.facts["overruled"]:
             return "say", self.facts["overruled"], "warn"
         return "signed out", "Signed out: the stored sign-in is forgotten."
@@ -3337,7 +3422,6 @@ class Shell:
     """Messages in; states, frames and effects out."""
 
     def __init__(self, screen: Screen, state: State, **facts: Any) -> None:
-        import queue
         self.screen, self.state, self.inbox = screen, state, queue.SimpleQueue()  # type: Screen, State, Any
         self.crash: Optional[BaseException] = None  # a worker's
         self.wake_in, self.wake_out = os.pipe()
@@ -3396,7 +3480,6 @@ class Shell:
 
     def do_suspend(self) -> None:
         """Ctrl+Z: the terminal goes back to the shell, and the whole job stops, as the shell expects."""
-        import signal
         self.screen.restore()
         signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(0, signal.SIGTSTP)
@@ -3404,7 +3487,6 @@ class Shell:
 
     def resume(self) -> None:
         """After fg, also from a stop that nobody announced."""
-        import signal
         signal.signal(signal.SIGTSTP, lambda *_: self.post("key", "^z"))
         self.screen.enter(self.state.mouse)
         self.resize()
@@ -3414,9 +3496,9 @@ class Shell:
         self.post("resize", *self.screen.size)
 
 
-def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str, run_id: str) -> State:
+def first_state(home: Home, environ: Mapping[str, str], base_url: str, text: str, run_id: str) -> State:
     """What is known before the first answer: the remembered runs, and the words of the command line."""
-    runs = tuple({text_of(run, "id"): run for run in remembered_runs(home, base_url)}.values())
+    runs = tuple({text_of(run, "id"): run for run in home.runs(base_url)}.values())
     wanted = environ.get("MOGPLEX_REPO") or (text_of(runs[0], "repo") if runs else "")
     tasks = tuple(dict.fromkeys(filter(None, (text_of(run, "task") for run in reversed(runs)))))
     state = State(base_url=base_url, now=time.time(), runs=runs, history=tasks, wanted=wanted).write(text)
@@ -3433,7 +3515,7 @@ def first_state(home: str, environ: Mapping[str, str], base_url: str, text: str,
 
 
 def run_cockpit(
-    connect: Callable[..., Client], *, base_url: str, home: str, environ: Mapping[str, str], text: str = "",
+    connect: Callable[..., Client], *, base_url: str, home: Home, environ: Mapping[str, str], text: str = "",
     attach: str = "", run_browser: Optional[Callable[[str], object]] = None,
 ) -> int:
     """The cockpit, until it is left; the exit code. UsageError where there is no terminal for it.
@@ -3441,8 +3523,6 @@ def run_cockpit(
     ``connect`` builds a Client, from the credential given or the one in force; UnauthorizedError when there is none.
     """
     import atexit
-    import signal
-    import threading
     if environ.get("TERM", "dumb") in ("", "dumb") or not (os.isatty(0) and os.isatty(1)):
         raise UsageError("the cockpit needs a terminal, and TERM that names its kind",
                          hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands")
@@ -3535,8 +3615,7 @@ DEMO_ANY = "delivered idle long failed running cancelled"
 DEMO_STATUS = {  # what a type of event makes of the status, and how many seconds later
     "status_changed": ("streaming", 0.0), "cancel_requested": ("cancelled", 0.0),
     "finished": ("success", 0.6), "failed": ("failed", 0.6)}
-if TYPE_CHECKING:
-    DemoStep = Tuple[float, str, Optional[str], str, Json]  # seconds into the run, type, toolName, message, payload
+DemoStep = Tuple[float, str, Optional[str], str, Json]  # seconds into the run, type, toolName, message, payload
 DEMO_SCRIPT: List[Tuple[str, float, str, Optional[str], str, Json]] = [  # the endings that show it, and a step
     (DEMO_ANY, 0.0, "started", None, "External Mogplex run accepted",
      {"external_run_id": "$id", "harness_id": "$harness", "working_branch": "$working"}),
@@ -3580,7 +3659,7 @@ def demo_refusal(status: int, code: str, message: str, **headers: str) -> DemoAn
     return DemoAnswer(status, {"ok": False, "error": {"code": code, "message": message}}, **headers)
 
 
-class DemoRequest(Record):
+class DemoRequest(NamedTuple):
     """What a route is told of a request."""
 
     id: str  # the one in the path, or ""
@@ -3639,7 +3718,6 @@ class DemoService:
     """
 
     def __init__(self, clock: Callable[[], float], speed: float) -> None:
-        import threading
         self.clock, self.speed, self.lock, self.requests = clock, speed, threading.Lock(), 0
         self.tokens = {DEMO_TOKEN: "read write", DEMO_READ_TOKEN: "read"}
         self.grants: Dict[str, Json] = {}  # codes and refresh tokens: what authorize was asked
@@ -3844,14 +3922,13 @@ class DemoServer:
     """A stand-in for the hosted service on 127.0.0.1, for people and tests: no account, no network.
 
     ``clock`` gives seconds since the epoch; every duration is divided by ``speed``. ``seeded_runs`` are
-    its runs as remember_run() takes them, oldest first; ``service`` has more for tests. UsageError
+    its runs as Home.record_start takes them, oldest first; ``service`` has more for tests. UsageError
     when the port (0: any free one) cannot be had.
     """
 
     token, read_token = DEMO_TOKEN, DEMO_READ_TOKEN
 
     def __init__(self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0) -> None:
-        import threading
         self.service = DemoService(clock, speed)
         try:
             self._listener = self._listen(port)
@@ -3917,7 +3994,7 @@ def demo_environment(port: int = 0) -> Iterator[Dict[str, str]]:
     import tempfile
     with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as demo:
         for record in demo.seeded_runs:
-            remember_run(home, record, lambda text: None)
+            Home(home).record_start(record)
         yield {"MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
 
 
@@ -3966,9 +4043,9 @@ class Context:
         return parse_base_url(self.environ.get("MOGPLEX_URL", "").strip() or DEFAULT_URL, allow_http)
 
     @property
-    def home(self) -> str:
-        """The directory of our files."""
-        return home_directory(self.environ)
+    def home(self) -> Home:
+        """Our files."""
+        return home_from(self.environ, self.note)
 
     @property
     def colour(self) -> bool:
@@ -3984,7 +4061,7 @@ class Context:
 
     def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
         """A Client with ``credential``, or with the one in force; UnauthorizedError when there is none."""
-        self.credential = credential or resolve_credential(self.environ, self.base_url, self.note)
+        self.credential = credential or resolve_credential(self.environ, self.base_url, self.home)
         names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
         bundles = [self.environ[name] for name in names if self.environ.get(name)]
         return Client(self.credential, self.base_url, trust_env=True, verify=bundles[0] if bundles else True,
@@ -4070,7 +4147,7 @@ def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
     if given is None:
         run_id, source = ctx.environ.get("MOGPLEX_RUN_ID", "").strip() or "@last", "MOGPLEX_RUN_ID"
     if run_id == "@last":
-        remembered = remembered_runs(ctx.home, ctx.base_url)
+        remembered = ctx.home.runs(ctx.base_url)
         if not remembered:
             raise UsageError("no run is remembered for this service: give a run's id")
         run_id, source = text_of(remembered[0], "id"), "the newest started here"
@@ -4129,29 +4206,21 @@ def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
     return "ci-" + hashlib.sha256(to_json(parts, sort_keys=True).encode()).hexdigest()
 
 
-def start(ctx: Context, client: Client, body: Json, key: Optional[str]) -> Json:
+def start(
+    ctx: Context, client: Client, body: Json, key: Optional[str], repo: str, announce: Callable[[Json], None],
+) -> Json:
     """Start a run; when it may have started all the same, say how to find out."""
     import uuid
-    key = str(uuid.uuid4()) if key is None else ci_idempotency_key(ctx.environ, body) if key == "ci" else key
+    if key is None:
+        key = str(uuid.uuid4())
+    elif key == "ci":
+        key = ci_idempotency_key(ctx.environ, body)
     try:
-        run = client.start_run(body, key)
-        if not text_of(run, "runId"):
-            raise InvalidResponseError("the answer to the start has no run's id in it", delivered=True)
+        return start_recorded(client, ctx.home, body, key, repo, announce)
     except (MogplexError, KeyboardInterrupt) as error:
         if getattr(error, "delivered", True):
             ctx.note(f"the run may have started; to find out without paying twice, add --idempotency-key {key}")
         raise
-    return run
-
-
-def remember(ctx: Context, run: Json, repo: str, task: str) -> None:
-    """Add a run to the list that the service does not keep."""
-    if ctx.environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0"):
-        remember_run(ctx.home, {
-            "id": text_of(run, "runId"), "service": ctx.base_url, "repo": repo or text_of(run, "repoId"),
-            "branch": text_of(run, "branch", "working"), "task": sanitize(task, " ")[:80],
-            "time": text_of(run, "createdAt") or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }, ctx.note)
 
 
 def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
@@ -4191,7 +4260,7 @@ class Follower:
         """Follow to the end; the exit code."""
         self.mark_section(True)
         try:
-            state = _Tail(self.client, self.run_id, timeout_s or DEFAULT_TIMEOUT_S, limit, self.progress,
+            state = Tail(self.client, self.run_id, timeout_s or DEFAULT_TIMEOUT_S, limit, self.progress,
                           clock=self.clock)
             for item, text in state.items():
                 if isinstance(item, Verdict):
@@ -4318,22 +4387,30 @@ def cmd_run(
         body.update({key: value for key, value in asked if value})
         if root is not None:
             body["rootDirectory"] = root
-        run = start(ctx, client, body, idempotency_key)
-        follower = Follower(ctx, client, text_of(run, "runId"), ctx.as_json, quiet, cancel_on_interrupt, prompt)
-        try:
-            remember(ctx, run, text_of(found, "full_name"), prompt)
+        started: List[Json] = []
+
+        def announce(run: Json) -> None:
+            started.append(run)
             ctx.emit_record(run, started_text(run, ctx.colour))
-        except KeyboardInterrupt:
-            follower.interrupted()
+
+        try:
+            start(ctx, client, body, idempotency_key, text_of(found, "full_name"), announce)
+        except (KeyboardInterrupt, MogplexError) as error:
+            if started:  # the id must not be lost with stdout, nor the run with an interrupt
+                follower = Follower(ctx, client, text_of(started[0], "runId"), ctx.as_json, quiet, cancel_on_interrupt)
+                if isinstance(error, KeyboardInterrupt):
+                    follower.interrupted()
+                else:
+                    follower.goes_on()
             raise
-        except MogplexError:  # of stdout: the id must not be lost with it
-            follower.goes_on()
-            raise
-        return follower.run(timeout) if follow else Exit.OK
+        if not follow:
+            return Exit.OK
+        run_id = text_of(started[0], "runId")
+        return Follower(ctx, client, run_id, ctx.as_json, quiet, cancel_on_interrupt, prompt).run(timeout)
 
 
 def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
-    records = remembered_runs(ctx.home, ctx.base_url)[:limit]
+    records = ctx.home.runs(ctx.base_url)[:limit]
     return ctx.emit_list(
         records, "no runs started from here yet", ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
         (remembered_row(record, ctx.now) for record in records), ("BRANCH", "TASK"))
@@ -4451,7 +4528,7 @@ def cmd_login(ctx: Context, *, with_token: bool = False, no_browser: bool = Fals
             entry: Json = {"token": credential.token, "base_url": ctx.base_url}
         else:
             entry = browser_entry(ctx, client, no_browser, timeout)
-    path = store_credential(ctx.home, entry)
+    path = ctx.home.store_sign_in(entry)
     ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
@@ -4460,11 +4537,11 @@ def cmd_login(ctx: Context, *, with_token: bool = False, no_browser: bool = Fals
 
 def cmd_login_status(ctx: Context) -> int:
     """Which credential is in force, and what the service says of it; its error when it is not accepted."""
-    path, hidden, state, problem = os.path.join(ctx.home, "auth.json"), "", "accepted", None
-    credential = resolve_credential(ctx.environ, ctx.base_url, ctx.note)
+    path, hidden, state, problem = ctx.home.auth_path, "", "accepted", None
+    credential = resolve_credential(ctx.environ, ctx.base_url, ctx.home)
     if credential.source == "environment":
         with contextlib.suppress(UnauthorizedError):
-            resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, lambda text: None)
+            resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, Home(ctx.home.directory))
             hidden = path
     with ctx.client(credential) as client:
         try:
@@ -4486,7 +4563,7 @@ def cmd_login_status(ctx: Context) -> int:
 
 def log_out(ctx: Context) -> Tuple[bool, str]:
     """Forget the stored credential, which the service has no way to revoke: whether there was one, in words too."""
-    forgotten = forget_credential(ctx.home)
+    forgotten = ctx.home.forget_sign_in()
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set, and still applies")
     return forgotten, "signed out" if forgotten else "there was no stored sign-in"
@@ -4497,7 +4574,7 @@ def cmd_logout(ctx: Context) -> int:
     return ctx.emit_record({"forgotten": forgotten}, words)
 
 
-class Command(Record):
+class Command(NamedTuple):
     """A command of the table below."""
 
     function: Callable[..., int]  # takes the plain words, and the options as keywords
@@ -4537,7 +4614,7 @@ COMMAND_TABLE = {
         "login status", "login status --json | jq -r .expires")),
     "logout": Command(cmd_logout, "Forget the stored sign-in.", "", ("logout", "logout --json")),
 }
-CHOICES = {"--harness": HARNESSES, "--status": SANDBOX_STATUSES}
+CHOICES = {"--harness": tuple(HARNESSES), "--status": tuple(SANDBOX_STATUSES)}
 PROGRAM_FLAGS = "--demo --demo-server --attach --logout --debug --no-color --version --help".split()
 OPTIONS = {  # what its value is called, "" for none, and what it means; to one command, where that is named before it
     "[PROMPT...]": ("", "the task; - reads it from stdin"),
@@ -4602,7 +4679,6 @@ def value_of(name: str, flag: str, text: str) -> Any:
 
 def command_parser(name: str) -> Any:
     """A command's words and options for argparse; what is not given leaves nothing behind."""
-    import argparse
 
     class Parser(argparse.ArgumentParser):
         def error(self, message: str) -> Any:
@@ -4663,7 +4739,6 @@ def help_text(name: str) -> str:
 
 def make_parser() -> Any:
     """Every command in one parser: what shell completions are generated from."""
-    import argparse
     parsers: Dict[str, Any] = {"": argparse.ArgumentParser(prog="mogplex", parents=[command_parser("")])}
     below: Dict[str, Any] = {}
     for name in dict.fromkeys((*GROUPS, *COMMAND_TABLE)):
@@ -4746,7 +4821,6 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
 @contextlib.contextmanager
 def ending_at_sigterm() -> Iterator[None]:
     """SIGTERM becomes an exception, so that what is open is put away."""
-    import signal
 
     def terminate(*_: object) -> None:
         raise Terminated

@@ -328,7 +328,7 @@ def test_odd_records_are_read_without_complaint() -> None:
     assert [mogplex.dict_of(record, "a") for record in odd[:-1]] == [{}] * 8 and mogplex.dicts_of({"a": [1, {}]}, "a") == [{}]
 
 
-# ---------------------------------------------------------------- 3. Auth
+# ---------------------------------------------------------------- 3. Home and auth
 
 REFRESHABLE = {"access_token": "access-0", "refresh_token": "refresh-0", "expires_at": 1}
 CALLBACK = "GET /auth/callback?code=c0de&state={state} HTTP/1.1\r\nHost: {host}\r\n\r\n"
@@ -372,14 +372,14 @@ def no_post(url: str, form: Dict[str, str]) -> Tuple[int, Dict[str, Any]]:
 
 def signed_in(home: Any, base_url: str, warnings: Optional[List[str]] = None, **entry: Any) -> mogplex.Credential:
     """The credential of a home that has just been given an expired sign-in for ``base_url``."""
-    mogplex.store_credential(str(home), {**REFRESHABLE, "base_url": base_url, **entry})
+    mogplex.Home(str(home)).store_sign_in({**REFRESHABLE, "base_url": base_url, **entry})
     warn = (warnings if warnings is not None else []).append
-    return mogplex.resolve_credential({"MOGPLEX_HOME": str(home)}, base_url, warn)
+    return mogplex.resolve_credential({"MOGPLEX_HOME": str(home)}, base_url, mogplex.home_from({"MOGPLEX_HOME": str(home)}, warn))
 
 
 def resolve(home: Any, warn: Callable[[str], Any] = print) -> mogplex.Credential:
     """The credential in force when only this home has one."""
-    return mogplex.resolve_credential({"MOGPLEX_HOME": str(home)}, "https://a.example", warn)
+    return mogplex.resolve_credential({"MOGPLEX_HOME": str(home)}, "https://a.example", mogplex.home_from({"MOGPLEX_HOME": str(home)}, warn))
 
 
 def put(home: Any, content: Union[str, bytes, Dict[str, Any], List[Any]]) -> Any:
@@ -436,12 +436,12 @@ def test_auth_json_is_read_generously(tmp_path: Any, document: Any, token: str) 
 
 def test_the_environment_comes_first(tmp_path: Any) -> None:
     environ = {"MOGPLEX_HOME": str(put(tmp_path, "nonsense").parent), "MOGPLEX_API_KEY": f" {TOKEN}\n"}
-    credential = mogplex.resolve_credential(environ, "https://a.example", print)
+    credential = mogplex.resolve_credential(environ, "https://a.example", mogplex.home_from(environ, print))
     assert (credential.token, credential.source, credential.refreshable) == (TOKEN, "environment", False)
     assert credential.current(no_post) == TOKEN and not credential.renew(TOKEN, no_post)
     put(tmp_path, {"token": "from-file"})
     environ["MOGPLEX_API_KEY"] = " \t"
-    assert mogplex.resolve_credential(environ, "https://a.example", print).token == "from-file"
+    assert mogplex.resolve_credential(environ, "https://a.example", mogplex.home_from(environ, print)).token == "from-file"
 
 
 @pytest.mark.parametrize("token", [
@@ -450,7 +450,7 @@ def test_a_token_that_no_header_can_carry_is_refused_unprinted(tmp_path: Any, to
     put(tmp_path, {"token": token})
     for environ in {"MOGPLEX_API_KEY": token}, {"MOGPLEX_HOME": str(tmp_path)}:
         with pytest.raises(mogplex.UnauthorizedError) as refusal:
-            mogplex.resolve_credential(environ, "https://a.example", print)
+            mogplex.resolve_credential(environ, "https://a.example", mogplex.home_from(environ, print))
         assert "cret" not in f"{refusal.value!r} {refusal.value.hint}"
     with pytest.raises(mogplex.UnauthorizedError):
         mogplex.Credential(token)
@@ -462,8 +462,8 @@ def test_a_senseless_file_is_an_error_that_names_it(tmp_path: Any, content: Unio
     path = put(tmp_path, content)
     for act in (
         lambda: resolve(tmp_path),
-        lambda: mogplex.store_credential(str(tmp_path), {"token": "new"}),
-        lambda: mogplex.forget_credential(str(tmp_path)),
+        lambda: mogplex.Home(str(tmp_path)).store_sign_in({"token": "new"}),
+        lambda: mogplex.Home(str(tmp_path)).forget_sign_in(),
     ):
         with pytest.raises(mogplex.UnauthorizedError, match="auth.json holds no JSON object") as refusal:
             act()
@@ -492,20 +492,20 @@ def test_storing_keeps_what_others_keep_and_forgetting_takes_only_ours(tmp_path:
     home = tmp_path / "new" / "home"
     mask = os.umask(0)
     try:
-        path = mogplex.store_credential(str(home), {"token": "t0"})
+        path = mogplex.Home(str(home)).store_sign_in({"token": "t0"})
     finally:
         os.umask(mask)
     assert stored(home) == {"version": 1, "mogplex": {"token": "t0"}}
     assert [os.stat(name).st_mode & 0o777 for name in (home, path, path + ".lock")] == [0o700, 0o600, 0o600]
     providers = {**others["providers"], "mogplex": {"token": "old"}}
     put(home, {**others, "providers": providers, "api_key": "older"}).chmod(0o644)
-    mogplex.store_credential(str(home), {"token": "t1"})
+    mogplex.Home(str(home)).store_sign_in({"token": "t1"})
     assert stored(home) == {"version": 1, **others, "mogplex": {"token": "t1"}}
     assert os.stat(path).st_mode & 0o777 == 0o600
-    assert mogplex.forget_credential(str(home)) and not mogplex.forget_credential(str(home))
+    assert mogplex.Home(str(home)).forget_sign_in() and not mogplex.Home(str(home)).forget_sign_in()
     assert stored(home) == {"version": 1, **others}
     assert sorted(os.listdir(home)) == ["auth.json", "auth.json.lock"]
-    assert not mogplex.forget_credential(str(tmp_path / "nowhere")) and not (tmp_path / "nowhere").exists()
+    assert not mogplex.Home(str(tmp_path / "nowhere")).forget_sign_in() and not (tmp_path / "nowhere").exists()
 
 
 KILLED = """
@@ -519,13 +519,13 @@ def store(fatal):
             os.kill(os.getpid(), 9)
         return trace
     sys.settrace(trace)
-    mogplex.store_credential(home, new)
+    mogplex.Home(home).store_sign_in(new)
     sys.settrace(None)
     return steps[0]
 store(0)
 total, replaced, left = store(0), [], set()
 for number in range(100):
-    mogplex.store_credential(home, old)
+    mogplex.Home(home).store_sign_in(old)
     child = os.fork()
     if not child:
         store(1 + number * total // 100)
@@ -596,7 +596,7 @@ def test_a_home_that_cannot_be_written_to(tmp_path: Any, obstacle: Any, reason: 
         before = (home / "auth.json").read_bytes()
         with obstacle(home):
             with pytest.raises(mogplex.MogplexError) as refusal:
-                mogplex.store_credential(str(home), {"token": "new"})
+                mogplex.Home(str(home)).store_sign_in({"token": "new"})
             assert refusal.value.message == f"cannot write {home / 'auth.json'}: {reason}"
             # Reading goes on, and the new tokens, refreshed twice, serve this process.
             assert credential.current(post_form) == credential.current(no_post) == "access-1"
@@ -610,11 +610,11 @@ def test_a_home_below_a_file(tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     home, warnings = str(tmp_path / "file" / "home"), []  # type: Tuple[str, List[str]]
     with pytest.raises(mogplex.UnauthorizedError, match="not signed in"):
-        mogplex.resolve_credential({"MOGPLEX_HOME": home}, "https://a.example", warnings.append)
+        mogplex.resolve_credential({"MOGPLEX_HOME": home}, "https://a.example", mogplex.home_from({"MOGPLEX_HOME": home}, warnings.append))
     with pytest.raises(mogplex.MogplexError, match="cannot write .*auth.json: Not a directory"):
-        mogplex.store_credential(home, {"token": "t"})
-    assert not mogplex.forget_credential(home) and mogplex.remembered_runs(home, "https://a.example") == []
-    mogplex.remember_run(home, {"id": "1"}, warnings.append)
+        mogplex.Home(home).store_sign_in({"token": "t"})
+    assert not mogplex.Home(home).forget_sign_in() and mogplex.Home(home).runs("https://a.example") == []
+    mogplex.Home(home, warnings.append).record_start({"id": "1"})
     assert warnings == [f"this run will not be remembered: cannot write {home}/runs.jsonl: Not a directory"]
 
 
@@ -667,13 +667,13 @@ def test_a_refresh_that_fails_leaves_the_file_and_says_no_secret(
 
 def test_what_another_process_did_to_the_file_counts(tmp_path: Any) -> None:
     credential = signed_in(tmp_path, "https://a.example")
-    mogplex.store_credential(str(tmp_path), {**REFRESHABLE, "access_token": "theirs", "expires_at": 9e9})
+    mogplex.Home(str(tmp_path)).store_sign_in({**REFRESHABLE, "access_token": "theirs", "expires_at": 9e9})
     assert credential.current(no_post) == "theirs"
-    mogplex.store_credential(str(tmp_path), {"token": "a-pat"})
+    mogplex.Home(str(tmp_path)).store_sign_in({"token": "a-pat"})
     assert credential.renew("theirs", no_post) and credential.current(no_post) == "a-pat"
     assert not credential.renew("a-pat", no_post)
     credential = signed_in(tmp_path, "https://a.example")
-    mogplex.forget_credential(str(tmp_path))  # a refresh must not bring the sign-in back
+    mogplex.Home(str(tmp_path)).forget_sign_in()  # a refresh must not bring the sign-in back
     assert not credential.renew("access-0", no_post) and credential.current(no_post) == "access-0"
 
 
@@ -683,7 +683,7 @@ def post(url, form):
     with urllib.request.urlopen(url, urllib.parse.urlencode(form).encode()) as answer:
         return answer.status, json.load(answer)
 print("ready", flush=True), sys.stdin.readline()
-print(mogplex.resolve_credential({"MOGPLEX_HOME": sys.argv[1]}, sys.argv[2], print).current(post))
+print(mogplex.resolve_credential({"MOGPLEX_HOME": sys.argv[1]}, sys.argv[2], mogplex.home_from({"MOGPLEX_HOME": sys.argv[1]}, print)).current(post))
 """
 
 
@@ -756,8 +756,8 @@ def test_the_whole_sign_in(tmp_path: Any) -> None:
     issuer, browser = Issuer(), Browser(CALLBACK)
     with RawServer(issuer) as server:
         entry = sign_in(server.url, browser)
-        mogplex.store_credential(str(tmp_path), entry)
-        credential = mogplex.resolve_credential({"MOGPLEX_HOME": str(tmp_path)}, server.url, print)
+        mogplex.Home(str(tmp_path)).store_sign_in(entry)
+        credential = mogplex.resolve_credential({"MOGPLEX_HOME": str(tmp_path)}, server.url, mogplex.home_from({"MOGPLEX_HOME": str(tmp_path)}, print))
     assert (credential.token, credential.refreshable) == ("access-1", True)
     assert entry["base_url"] == server.url and 3500 < entry["expires_at"] - time.time() <= 3600
     verifier, query = issuer.forms[0].pop("code_verifier"), browser.query
@@ -831,15 +831,15 @@ def test_the_wait_ends_by_itself(options: Dict[str, Any]) -> None:
 def test_runs_are_remembered(tmp_path: Any) -> None:
     home, path = str(tmp_path / "h"), tmp_path / "h" / "runs.jsonl"
     warnings: List[str] = []
-    assert mogplex.remembered_runs(home, "https://a.example") == []
+    assert mogplex.Home(home).runs("https://a.example") == []
     run = {"id": "0", "service": "https://a.example", "task": "\u20ac" * 99}
-    mogplex.remember_run(home, run, warnings.append)
-    mogplex.remember_run(home, {"id": "1", "service": "https://b.example"}, warnings.append)
+    mogplex.Home(home, warnings.append).record_start(run)
+    mogplex.Home(home, warnings.append).record_start({"id": "1", "service": "https://b.example"})
     with path.open("ab") as stream:
         stream.write(b'5\n[]\n\xff\n{"id": "2", "service": "https://a.exam')  # torn, and without its newline
-    mogplex.remember_run(home, {"id": "3", "service": "https://a.example"}, warnings.append)
-    assert [run["id"] for run in mogplex.remembered_runs(home, "https://a.example")] == ["3", "0"]
-    assert mogplex.remembered_runs(home, "https://a.example")[-1]["task"] == "\u20ac" * 80
+    mogplex.Home(home, warnings.append).record_start({"id": "3", "service": "https://a.example"})
+    assert [run["id"] for run in mogplex.Home(home).runs("https://a.example")] == ["3", "0"]
+    assert mogplex.Home(home).runs("https://a.example")[-1]["task"] == "\u20ac" * 99
     assert os.stat(str(path)).st_mode & 0o777 == 0o600 and warnings == []
 
 
@@ -847,10 +847,10 @@ def test_500_runs_are_kept_and_none_is_lost_between_processes(tmp_path: Any) -> 
     (tmp_path / "runs.jsonl").write_text("".join(f'{{"id": "{n}", "service": "a"}}\n' for n in range(600)))
     script = (
         "import sys, mogplex\nfor n in range(5):\n"
-        "    mogplex.remember_run(sys.argv[1], {'id': sys.argv[2] + str(n), 'service': 'a'}, print)\n")
+        "    mogplex.Home(sys.argv[1], print).record_start({'id': sys.argv[2] + str(n), 'service': 'a'})\n")
     processes = [python(script, str(tmp_path), letter) for letter in "xyz"]
     assert [process.communicate() for process in processes] == [("", "")] * 3
-    ids = [run["id"] for run in mogplex.remembered_runs(str(tmp_path), "a")]
+    ids = [run["id"] for run in mogplex.Home(str(tmp_path)).runs("a")]
     assert len(ids) == 500 and ids[-1] == "115"
     assert sorted(ids[:15]) == [letter + str(n) for letter in "xyz" for n in range(5)]
 
@@ -861,9 +861,9 @@ def test_500_runs_are_kept_and_none_is_lost_between_processes(tmp_path: Any) -> 
 def test_a_run_that_cannot_be_remembered_is_no_error(tmp_path: Any, obstacle: Any) -> None:
     warnings: List[str] = []
     with obstacle(tmp_path):
-        mogplex.remember_run(str(tmp_path), {"id": "1", "service": "a"}, warnings.append)
+        mogplex.Home(str(tmp_path), warnings.append).record_start({"id": "1", "service": "a"})
     assert len(warnings) == 1 and warnings[0].startswith("this run will not be remembered: ")
-    assert mogplex.remembered_runs(str(tmp_path), "a") == []
+    assert mogplex.Home(str(tmp_path)).runs("a") == []
 
 
 # ---------------------------------------------------------------- 4. Client
@@ -1040,7 +1040,7 @@ def test_a_silent_dns_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     def tick() -> None:
         raise KeyboardInterrupt  # as Ctrl+C does
 
-    with pytest.raises(KeyboardInterrupt), client("http://127.0.0.1:1")._open_run("x", tick):
+    with pytest.raises(KeyboardInterrupt), client("http://127.0.0.1:1").open_run("x", tick):
         pass
     answered.set()
 
@@ -1330,7 +1330,7 @@ def test_connections_are_kept_and_a_bad_one_is_not() -> None:
     with RawServer(converse) as server, client(server.url) as one:
         for _ in range(3):
             assert one.repos() == REPOS["repos"] and len(connections) == 1
-        with one._open_run("x", lambda: None):
+        with one.open_run("x", lambda: None):
             pass  # left in the middle: nobody knows where the next answer would begin
         one._used_at -= 60  # what has been idle for long is closed by the service
         for _ in range(3):
@@ -1943,7 +1943,7 @@ def test_an_event_without_an_end_is_refused_and_comments_are_no_event(monkeypatc
 
 
 def test_memory_does_not_grow_with_the_length_of_a_stream() -> None:
-    tail = mogplex._Tail(mogplex.Client(TOKEN), "R", None, 200, lambda progress: None, 1.5, 60.0, time.monotonic, time.sleep, lambda: 0.0)
+    tail = mogplex.Tail(mogplex.Client(TOKEN), "R", None, 200, lambda progress: None, 1.5, 60.0, time.monotonic, time.sleep, lambda: 0.0)
     assert all(tail.accept({"id": f"{number}", "message": "x"}) for number in range(50_000))
     assert len(tail.seen | tail.seen_before) <= 2 * mogplex._SEEN and len(tail.recent) == 8
     assert not any(tail.accept({"id": f"{number}"}) for number in range(40_000, 50_000))  # and the last 10,000 are known
@@ -2660,8 +2660,8 @@ crashes = {"job": crash, "torn": torn, "thread": lambda *_: threading.Thread(tar
 if "CRASH" in os.environ:
     mogplex.Desk.do_export = crashes.get(os.environ["CRASH"], crash)
 given = token if "SIGNED_OUT" not in os.environ else ""
-connect = lambda: mogplex.Client(given or mogplex.resolve_credential(os.environ, url, lambda text: None), url)
-sys.exit(mogplex.run_cockpit(connect, base_url=url, home=os.environ["MOGPLEX_HOME"], environ=os.environ, attach=attach,
+connect = lambda: mogplex.Client(given or mogplex.resolve_credential(os.environ, url, mogplex.home_from(os.environ)), url)
+sys.exit(mogplex.run_cockpit(connect, base_url=url, home=mogplex.home_from(os.environ), environ=os.environ, attach=attach,
                              text=" ".join(sys.argv[4:]), run_browser=lambda url: True))
 """
 
@@ -4109,9 +4109,8 @@ def test_nothing_names_what_is_defined_below_it() -> None:
 def test_importing_loads_nothing_heavy() -> None:
     code = f"import sys; sys.path.insert(0, {HERE!r}); import mogplex; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-I", "-S", "-W", "error", "-c", code], capture_output=True, timeout=60)
-    heavy = {"requests", "tabulate", "blessed", "argparse", "asyncio", "base64", "curses", "dataclasses", "datetime", "email",
-             "hashlib", "http", "inspect", "logging", "queue", "random", "select", "shutil", "socket", "ssl", "subprocess",
-             "tempfile", "termios", "threading", "unicodedata", "urllib", "uuid", "webbrowser", "zlib"}
+    heavy = {"requests", "tabulate", "blessed", "asyncio", "curses", "dataclasses", "email", "http", "inspect", "ssl", "subprocess",
+             "tempfile", "webbrowser"}
     assert done.returncode == 0 and heavy & set(done.stdout.decode().split()) == set()
 
 
@@ -4222,7 +4221,7 @@ def public_names() -> Iterator[Tuple[str, str, Any]]:
             yield name, signature(thing), thing
         elif issubclass(thing, mogplex.Exit):
             yield name, " ".join(f"{code.name}={code.value}" for code in thing), thing
-        elif issubclass(thing, mogplex.Record):
+        elif issubclass(thing, tuple):
             yield name, f"({', '.join(thing._fields)})", thing
         elif issubclass(thing, Exception) and thing is not mogplex.MogplexError:
             yield name, f"{thing.__mro__[1].__name__} exit {int(thing.exit)}", thing  # type: ignore[attr-defined]
@@ -4250,14 +4249,14 @@ Client.sandbox_logs (self, sandbox_id)
 Client.sandboxes (self, repo_id='', status='', limit=None)
 Client.start_run (self, body, idempotency_key)
 Client.stop_sandbox (self, sandbox_id)
-Credential (token, *, source='given', base_url='', refresh_token='', expires_at=None, path='', warn=<lambda>)
+Credential (token, *, source='given', base_url='', refresh_token='', expires_at=None, home=None)
 Credential.current (self, post)
 Credential.renew (self, refused, post)
 Exit OK=0 FAILURE=1 USAGE=2 UNAUTHORIZED=64 FORBIDDEN=65 UNAVAILABLE=69 TEMPORARY=75 HANGUP=129 INTERRUPTED=130 BROKEN_PIPE=141 TERMINATED=143
 ForbiddenError MogplexError exit 65
 InvalidResponseError MogplexError exit 1
 MogplexError (message, *, code='', status=0, hint='', retry_after_s=None, delivered=False, transient=False)
-Progress (connection, status, started_at, last_event_at, retry_at, failures, message, latency_ms, run)
+Progress (connection, status, started_at, last_event_at, retry_at, failures, message, latency_ms, run, branch, pull_request_url)
 RateLimitedError MogplexError exit 75
 SSEDecoder (last_event_id='')
 SSEDecoder.feed (self, chunk)
@@ -4399,7 +4398,7 @@ def shell_tools(tmp_path_factory: pytest.TempPathFactory) -> str:
 def shell(script: str, tools: str, home: str, demo: mogplex.DemoServer, **env: str) -> "subprocess.Popen[bytes]":
     """bash at work on ``script``, as a person who uses the demo service; stderr goes where stdout goes."""
     for record in demo.seeded_runs:
-        mogplex.remember_run(home, record, lambda text: None)
+        mogplex.Home(home, lambda text: None).record_start(record)
     return subprocess.Popen(["bash", "-c", script], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                             cwd=home, env={**os.environ, **service(demo.url, demo.token), "MOGPLEX_HOME": home,
                                            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", **env})
