@@ -42,6 +42,7 @@ import json
 import os
 import queue
 import re
+import select
 import signal
 import sys
 import threading
@@ -4014,7 +4015,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def discard(stream: Any) -> None:
-    """Point a stream that can't be written to nowhere: the interpreter flushes it once more at its end."""
+    """Point a stream that cannot be written to at nothing: the interpreter flushes it once more at its end."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -4024,22 +4025,92 @@ def is_terminal(stream: Any) -> bool:
     return stream is not None and not stream.closed and bool(stream.isatty())
 
 
+def write_all(stream: Any, text: str) -> None:
+    """Write all of ``text``, at once, waiting for a stream that does not block.
+
+    A pipe shared with another program (Node, for one) can be non-blocking. Python's own
+    buffers then drop what does not fit, so the bytes go to the descriptor itself.
+    """
+    if os.name == "nt" or not hasattr(stream, "buffer"):
+        stream.write(text)
+        stream.flush()
+        return
+    stream.flush()
+    raw = getattr(stream.buffer, "raw", stream.buffer)
+    left = memoryview(text.encode(stream.encoding, stream.errors))
+    while left:
+        written = raw.write(left)
+        if written is None:  # full
+            select.select([], [raw], [])
+        else:
+            left = left[written:]
+
+
+def trusted_certificates(environ: Mapping[str, str]) -> Union[bool, str]:
+    """The file or directory of certificates to trust, as the environment names it; True for the usual ones.
+
+    A directory that is not there is passed over, as OpenSSL does: distributions set SSL_CERT_DIR to several.
+    """
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        if environ.get(name):
+            return environ[name]
+    for directory in environ.get("SSL_CERT_DIR", "").split(os.pathsep):
+        if os.path.isdir(directory):
+            return directory
+    return True
+
+
+def open_browser(environ: Mapping[str, str], url: str) -> bool:
+    """Open a page in the person's browser, which gets neither our variables nor our terminal; whether one was there.
+
+    A Python of its own starts it: the browser inherits what that has, and webbrowser can be told neither.
+    """
+    import subprocess
+    program = "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))"
+    clean = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_")}
+    nothing = subprocess.DEVNULL
+    code = subprocess.call(
+        [sys.executable, "-I", "-c", program, url],
+        env=clean, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
+    )
+    return code == 0
+
+
+def open_in_demo(base_url: str, url: str) -> bool:
+    """Be the browser of the demo service, and open no other page; whether it was one of the service's."""
+    import urllib.request
+    if not url.startswith(base_url):
+        return False
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with contextlib.suppress(OSError):  # a page that is not there, which a browser would show
+        direct.open(url, timeout=10).close()
+    return True
+
+
 class Context:
-    """What a command may see of the outside, and the only way that it speaks: data to stdout, all else to stderr."""
+    """What a command sees of the outside, and the one door through which it speaks.
+
+    Data goes to stdout, everything else to stderr, and the token to neither.
+    """
 
     def __init__(self, environ: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any) -> None:
-        self.environ, self.stdin, self.stdout, self.stderr = environ, stdin, stdout, stderr
+        self.environ = environ
+        self.stdin = stdin
+        self.stdout = stdout
+        self.stderr = stderr
+        self.as_json = False
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
-        self.as_json = self.no_color = self.in_demo = False
-        self.credential: Optional[Credential] = None
+        self.in_demo = False
+        self.credential: Optional[Credential] = None  # the one in use
         for stream in (stdout, stderr):
-            if hasattr(stream, "reconfigure"):  # what an encoding can't spell becomes ?, and is no crash
+            if hasattr(stream, "reconfigure"):  # what an encoding cannot spell becomes ?, and is no crash
                 stream.reconfigure(errors="replace")
 
     @property
     def base_url(self) -> str:
         """The service in force."""
-        allow_http = self.environ.get("MOGPLEX_DEV") == "1" and self.environ.get("NODE_ENV") != "production"
+        in_development = self.environ.get("MOGPLEX_DEV") == "1"
+        allow_http = in_development and self.environ.get("NODE_ENV") != "production"
         return parse_base_url(self.environ.get("MOGPLEX_URL", "").strip() or DEFAULT_URL, allow_http)
 
     @property
@@ -4050,9 +4121,11 @@ class Context:
     @property
     def colour(self) -> bool:
         """Whether status words on stdout are coloured."""
-        if self.no_color or self.environ.get("NO_COLOR") or self.environ.get("TERM") == "dumb":
+        if self.environ.get("NO_COLOR") or self.environ.get("TERM") == "dumb":
             return False
-        return self.environ.get("FORCE_COLOR", "0") not in ("", "0") or is_terminal(self.stdout)
+        if self.environ.get("FORCE_COLOR", "0") not in ("", "0"):
+            return True
+        return is_terminal(self.stdout)
 
     @property
     def now(self) -> Optional[float]:
@@ -4062,29 +4135,26 @@ class Context:
     def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
         """A Client with ``credential``, or with the one in force; UnauthorizedError when there is none."""
         self.credential = credential or resolve_credential(self.environ, self.base_url, self.home)
-        names = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE")
-        bundles = [self.environ[name] for name in names if self.environ.get(name)]
-        return Client(self.credential, self.base_url, trust_env=True, verify=bundles[0] if bundles else True,
-                      log=(lambda line: self.note(f"debug: {line}")) if self.debug else None, **settings)
+        return Client(
+            self.credential, self.base_url, trust_env=True, verify=trusted_certificates(self.environ),
+            log=self.note_request if self.debug else None, **settings,
+        )
 
-    def browse(self, url: str) -> object:
-        """Open a page in the person's browser; with the demo service be the browser, and open nothing else."""
-        if not self.in_demo:
-            import webbrowser
-            return webbrowser.open(url)
-        import urllib.request
-        if url.startswith(self.base_url):
-            with contextlib.suppress(OSError):  # a page that is not there, which a browser would show
-                urllib.request.build_opener(urllib.request.ProxyHandler({})).open(url, timeout=10).close()
-        return url.startswith(self.base_url)
+    def browse(self, url: str) -> bool:
+        """Open a page in the person's browser, with --demo in a stand-in for one; whether that was possible."""
+        if self.in_demo:
+            return open_in_demo(self.base_url, url)
+        return open_browser(self.environ, url)
 
-    def emit(self, line: str) -> None:
-        """One line, or block, of data; at once."""
+    def emit(self, text: str) -> None:
+        """A line, or a block of lines, of data on stdout, at once.
+
+        BrokenPipeError when the reader has gone, MogplexError when stdout takes nothing else.
+        """
         if self.stdout is None:
             raise MogplexError("stdout is closed")
         try:
-            self.stdout.write(line + "\n")
-            self.stdout.flush()
+            write_all(self.stdout, self.redacted(text) + "\n")
         except OSError as error:
             if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22):
                 raise BrokenPipeError from None
@@ -4098,39 +4168,57 @@ class Context:
 
     def emit_list(
         self, records: Sequence[Json], empty: str, headers: Sequence[str], rows: Iterable[Sequence[str]],
-        free: Sequence[str],
+        free: Sequence[str], limit: Optional[int] = None,
     ) -> int:
-        """Records: NDJSON, a table (tab-separated where tabulate is missing), or for none a sentence; the exit code."""
+        """Records as NDJSON or as a table, and for none the sentence ``empty``; the exit code.
+
+        A list as long as the ``limit`` that was asked for may have been cut off there, and says so.
+        """
         if self.as_json:
             for record in records:
                 self.emit(ndjson(record))
         elif not records:
             self.note(empty)
         else:
-            import shutil
-            cells, width = list(rows), shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
-            try:
-                self.emit(table(headers, cells, width, free))
-            except ImportError:
-                self.note("the package 'tabulate' is missing: tab-separated values instead of a table")
-                self.emit(tab_separated(headers, cells))
+            self.emit_table(headers, list(rows), free)
+        if limit is not None and len(records) >= limit:
+            self.note(f"only the first {limit} are listed; there may be more")
         return Exit.OK
 
+    def emit_table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], free: Sequence[str]) -> None:
+        """Rows under their headers, tab-separated where tabulate is missing."""
+        import shutil
+        width = shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
+        try:
+            self.emit(table(headers, rows, width, free))
+        except ImportError:
+            self.note("the package 'tabulate' is missing: the table is tab-separated")
+            self.emit(tab_separated(headers, rows))
+
+    def redacted(self, text: str) -> str:
+        """``text`` without the token in use, or the one in the environment."""
+        tokens = [self.environ.get("MOGPLEX_API_KEY", "").strip()]
+        if self.credential:
+            tokens.append(self.credential.token)
+        return redact(text, *(token for token in tokens if len(token) > 16))
+
     def note(self, line: str) -> None:
-        """One harmless line to stderr, without the token: an error can be the service's echo of it."""
-        token = self.credential.token if self.credential else ""
-        self.say(redact(sanitize(line), token if len(token) > 16 else "") + "\n")
+        """One harmless line on stderr, without the token: an error can be the service's echo of it."""
+        # Twice: sanitizing joins what an escape sequence had split, and marks what a newline had.
+        self.say(self.redacted(sanitize(self.redacted(line))) + "\n")
+
+    def note_request(self, line: str) -> None:
+        """What --debug says of a request."""
+        self.note(f"debug: {line}")
 
     def say(self, text: str) -> None:
-        """``text`` to stderr as it is; a stderr that is gone is no error."""
+        """``text`` on stderr as it is; a stderr that is gone is no error."""
         with contextlib.suppress(OSError, ValueError, AttributeError):
-            self.stderr.write(text)
-            self.stderr.flush()
+            write_all(self.stderr, text)
 
 
 def reader_left(stream: Any) -> bool:
     """Whether the reader of a pipe has gone, which writing would only tell at the next line."""
-    import select
     with contextlib.suppress(OSError, ValueError, AttributeError):  # no file descriptor, or no poll() on this system
         poll = select.poll()
         poll.register(stream.fileno(), 0)
@@ -4781,7 +4869,7 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
         raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
     return run_cockpit(
         ctx.client, base_url=ctx.base_url, home=ctx.home, text=" ".join(words[word == "":]), attach=attach,
-        environ={**ctx.environ, "NO_COLOR": "1"} if ctx.no_color else ctx.environ, run_browser=ctx.browse)
+        environ=ctx.environ, run_browser=ctx.browse)
 
 
 def run_command(ctx: Context, argv: List[str]) -> int:
@@ -4841,7 +4929,10 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
     end = argv.index("--") if "--" in argv else len(argv)
     flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
     argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
-    ctx.debug, ctx.no_color = ctx.debug or "--debug" in flags, "--no-color" in flags
+    if "--debug" in flags:
+        ctx.debug = True
+    if "--no-color" in flags:
+        ctx.environ = {**ctx.environ, "NO_COLOR": "1"}
     if argv[:1] == ["--version"]:
         ctx.emit(f"mogplex {__version__}")
         return Exit.OK

@@ -3845,6 +3845,72 @@ def test_a_stdout_that_takes_nothing(demo: mogplex.DemoServer, shell: str, code:
     assert done.returncode in ((code,) if code is not None else (0, 141)) and done.stderr.decode().strip() == told
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no O_NONBLOCK")
+@pytest.mark.parametrize("flags", [["--json"], []])
+def test_a_stdout_that_does_not_block_is_waited_for(flags: List[str]) -> None:
+    repos = [{"id": str(number), "full_name": "x" * 2000} for number in range(150)]
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    with one_answer(ok({"repos": repos})) as server:
+        process = run_file("repos", "list", *flags, url=server.url, stdout=writing)
+        os.close(writing)
+        with open(reading, "rb") as pipe:
+            while process.poll() is None and waiting_bytes(reading) < 32768:
+                time.sleep(0.01)  # until the pipe is full, or at least nearly so
+            lines = pipe.read().splitlines()
+        assert process.communicate(timeout=60)[1] == b"" and process.returncode == 0
+    assert len(lines) == 150 + (not flags) and all(len(line) >= 2000 for line in lines[1:])
+
+
+def waiting_bytes(descriptor: int) -> int:
+    """How many bytes stand in a pipe."""
+    return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script for a browser")
+def test_a_browser_gets_neither_the_token_nor_our_streams(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    seen = tmp_path / "seen"
+    browser = tmp_path / "browser"
+    browser.write_text(f'#!/bin/sh\necho words of the browser; echo more >&2\n(echo "$1"; env) > "{seen}"\n')
+    browser.chmod(0o755)
+    environ = {**os.environ, **service("http://127.0.0.1:1"), "BROWSER": f"{browser} %s", "KEPT": "yes"}
+    context = mogplex.Context(environ, sys.stdin, sys.stdout, sys.stderr)
+    assert context.browse("https://a.example/?a=1&b=2") is True
+    url, *variables = seen.read_text().splitlines()
+    assert url == "https://a.example/?a=1&b=2" and "KEPT=yes" in variables
+    assert [line for line in variables if line.startswith("MOGPLEX_") or TOKEN in line] == []
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("environ, trusted", [
+    ({}, True),
+    ({"SSL_CERT_FILE": "c", "CURL_CA_BUNDLE": "b", "REQUESTS_CA_BUNDLE": "a"}, "a"),
+    ({"SSL_CERT_FILE": "c", "SSL_CERT_DIR": "{here}"}, "c"),
+    ({"SSL_CERT_DIR": "{here}"}, "{here}"),
+    ({"SSL_CERT_DIR": os.pathsep.join(["{here}/none", "{here}"])}, "{here}"),
+    ({"SSL_CERT_DIR": "{here}/none"}, True),
+    ({"SSL_CERT_DIR": ""}, True),
+])
+def test_the_certificates_that_the_environment_names(
+    tmp_path: Any, environ: Dict[str, str], trusted: Union[bool, str],
+) -> None:
+    here = str(tmp_path)
+    given = {name: value.replace("{here}", here) for name, value in environ.items()}
+    expected = trusted.replace("{here}", here) if isinstance(trusted, str) else trusted
+    assert mogplex.trusted_certificates(given) == expected
+
+
+def test_the_token_is_on_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where an escape sequence, which is taken out, had split it."""
+    context = mogplex.Context({"MOGPLEX_API_KEY": TOKEN}, sys.stdin, sys.stdout, sys.stderr)
+    context.emit(f"data {TOKEN}")
+    context.note(f"note {TOKEN} {TOKEN[:9]}\x1b[0m{TOKEN[9:]}")
+    assert capsys.readouterr() == ("data ***\n", "note *** ***\n")
+    context.credential = mogplex.Credential("another-token-of-a-sign-in")
+    context.emit("another-token-of-a-sign-in")
+    assert capsys.readouterr().out == "***\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
 def test_the_id_of_a_run_is_not_lost_with_stdout() -> None:
     with one_answer(ok(RUN)) as server, open("/dev/full", "wb") as full:
