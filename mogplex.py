@@ -2081,6 +2081,49 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 
 # ---------------------------------------------------------------- 7. Cockpit
 
+# -- What the terminal sends, as messages
+
+
+class Key(NamedTuple):
+    """A key by its name: enter, newline, esc, tab, btab, up, pgup, f1, ^c, ctrl+left, alt+b."""
+
+    name: str
+
+
+class Text(NamedTuple):
+    """Characters that were typed, as many as came together."""
+
+    text: str
+
+
+class Paste(NamedTuple):
+    """A bracketed paste, or what looks like one: newlines are ``\\n``, tabs are kept."""
+
+    text: str
+
+
+class Wheel(NamedTuple):
+    """The mouse wheel: ``step`` lines down, or up where negative; the cell counts from 0."""
+
+    step: int
+    column: int
+    row: int
+
+
+class Click(NamedTuple):
+    """The left button went down on a cell, counted from 0."""
+
+    column: int
+    row: int
+
+
+class Resize(NamedTuple):
+    """The terminal's size in cells."""
+
+    width: int
+    height: int
+
+
 # State is a value, update() makes the next one, view() draws it, paint() finds what differs: all pure. Only
 # Screen touches the terminal, and only the two Desks, each a thread, touch the network.
 Segment = Tuple[str, str]  # text, and the name of its style
