@@ -48,7 +48,7 @@ import sys
 import threading
 import time
 from typing import (
-    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple,
+    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple,
     Type, Union,
 )
 
@@ -4044,13 +4044,7 @@ def demo_environment(port: int = 0) -> Iterator[Dict[str, str]]:
 
 # ---------------------------------------------------------------- 9. Commands and main
 
-EXIT_CODES = (
-    "exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,\n"
-    "            69 unavailable, 75 rate limited (try again), 130 interrupted"
-)
-PURPOSE = "Start, follow, inspect and stop cloud coding-agent runs."
 DEFAULT_TIMEOUT_S = 1800.0
-GLOBAL_FLAGS = ("--demo", "--debug", "--no-color")
 
 
 class Terminated(KeyboardInterrupt):
@@ -4493,11 +4487,12 @@ class Follower:
 
 
 def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
+    """``repos list``."""
     with ctx.client() as client:
         repos = client.repos(query=query, limit=limit)
-    empty = f"no repo has '{query}' in its name" if query else "no repos; link one in the web app"
-    return ctx.emit_list(repos, empty, ("ID", "REPO", "BRANCH", "ROOT"),
-                         map(repo_row, repos), ("REPO", "BRANCH", "ROOT"))
+    empty = f"no repo matches '{query}'" if query else "no repos; link one in the web app"
+    return ctx.emit_list(
+        repos, empty, ("ID", "REPO", "BRANCH", "ROOT"), map(repo_row, repos), ("REPO", "BRANCH", "ROOT"), limit)
 
 
 def cmd_run(
@@ -4586,53 +4581,69 @@ def cmd_runs_cancel(ctx: Context, run_id: str) -> int:
 
 
 def cmd_sandboxes_list(ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT) -> int:
+    """``sandboxes list``."""
     with ctx.client() as client:
         wanted = resolve_repo(client, repo) if repo else {}
         sandboxes = client.sandboxes(repo_id=text_of(wanted, "id"), status=status, limit=limit)
-    names = {text_of(wanted, "id"): text_of(wanted, "full_name")} if text_of(wanted, "full_name") else {}
+    names: Dict[str, str] = {}
+    if text_of(wanted, "full_name"):
+        names[text_of(wanted, "id")] = text_of(wanted, "full_name")
     return ctx.emit_list(
         sandboxes, "no sandboxes", ("ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST ACTIVE", "ERROR"),
         (sandbox_row(sandbox, names, ctx.now, ctx.colour) for sandbox in sandboxes),
-        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else [])))
+        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else [])), limit)
 
 
 def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:
+    """``sandboxes logs``."""
     with ctx.client() as client:
         logs = client.sandbox_logs(sandbox_id)
     text = logs_text(logs)
-    if not (text or ctx.as_json):
+    if not text and not ctx.as_json:
         ctx.note("no logs yet")
         return Exit.OK
     return ctx.emit_record(logs, text)
 
 
 def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
+    """``sandboxes stop``: sent, so that it works from the day that the service offers it."""
     with ctx.client() as client:
         try:
             answer = client.stop_sandbox(sandbox_id)
         except MogplexError as error:
-            if error.status not in (404, 405) or error.code:
+            if error.code or error.status not in (404, 405):
                 raise
-            where = f"stop it under Sandboxes at {client.base_url}"
-            raise UnavailableError(f"the API does not offer stopping a sandbox yet; {where}") from None
+            raise UnavailableError(
+                "the API cannot stop a sandbox yet",
+                hint=f"stop it in the web app, under Sandboxes: {client.base_url}",
+            ) from None
     status = sanitize(text_of(answer, "sandbox", "status") or text_of(answer, "status"))
     return ctx.emit_record(answer, f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
 
 
+def is_in_ci(environ: Mapping[str, str]) -> bool:
+    """Whether this is a CI job, by the variable that GitHub, GitLab and nearly all others set."""
+    return environ.get("CI", "").lower() not in ("", "0", "false")
+
+
 def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
     """Sign in through the browser of this machine, or whichever one the URL is taken to."""
-    elsewhere = no_browser or bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
+    is_remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
 
     def announce(url: str) -> None:
         ctx.note(f"to sign in to {ctx.base_url}, open this page:")
         ctx.note(url)
-        if elsewhere:
+        if no_browser or is_remote:
             port = url.partition("127.0.0.1%3A")[2][:5]
-            ctx.note(f"if your browser is on another machine, run there: ssh -L {port}:127.0.0.1:{port} <this host>")
-            ctx.note(f"or use a token from {ctx.base_url}/settings/api-keys, with `mogplex login --with-token`")
-        ctx.note(f"waiting for up to {format_duration(timeout_s)}; Ctrl+C ends the wait")
-    browser = None if no_browser or elsewhere and not ctx.in_demo else ctx.browse
-    return sign_in(ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
+            forward = f"ssh -L {port}:127.0.0.1:{port} <this host>"
+            ctx.note(f"if your browser is on another machine, first run this there: {forward}")
+            ctx.note(f"or pass a token from {ctx.base_url}/settings/api-keys to `mogplex login --with-token`")
+        ctx.note(f"waiting for up to {format_duration(timeout_s)}; press Ctrl+C to stop")
+
+    opens_one = ctx.in_demo or not is_remote
+    browser = ctx.browse if opens_one and not no_browser else None
+    return sign_in(
+        ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
 
 
 def read_token(ctx: Context) -> str:
@@ -4646,46 +4657,78 @@ def read_token(ctx: Context) -> str:
             token = ctx.stdin.read(65536).strip()
     if not token:
         hint = f"create one at {ctx.base_url}/settings/api-keys"
-        raise UsageError("login --with-token: no token came from stdin", hint=hint)
+        raise UsageError("login --with-token: no token on stdin", hint=hint)
     return token
 
 
-def cmd_login(ctx: Context, *, with_token: bool = False, no_browser: bool = False, timeout: float = 300.0) -> int:
-    """Get a credential, in a browser or from stdin, and store it."""
-    credential = Credential(check_token(read_token(ctx), "login --with-token") if with_token else "")
+def token_entry(ctx: Context) -> Json:
+    """What to store of a token that is read from stdin and that the service accepts."""
+    credential = Credential(check_token(read_token(ctx), "login --with-token"))
     with ctx.client(credential) as client:
-        if with_token:
-            client.repos(limit=1)
-            entry: Json = {"token": credential.token, "base_url": ctx.base_url}
-        else:
+        client.repos(limit=1)
+    return {"token": credential.token, "base_url": ctx.base_url}
+
+
+def cmd_login(
+    ctx: Context, *, with_token: bool = False, no_browser: bool = False, timeout: float = 300.0,
+) -> int:
+    """``login``: get a credential, in a browser or from stdin, and store it."""
+    if with_token:
+        entry = token_entry(ctx)
+    elif is_in_ci(ctx.environ) and not no_browser and not ctx.in_demo:
+        hint = "set MOGPLEX_API_KEY, or pipe a token to `mogplex login --with-token`"
+        raise UsageError("login: there is no browser in a CI job", hint=hint)
+    else:
+        with ctx.client(Credential("")) as client:
             entry = browser_entry(ctx, client, no_browser, timeout)
     path = ctx.home.store_sign_in(entry)
     ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
-        ctx.note("MOGPLEX_API_KEY is set, and goes before this sign-in")
+        ctx.note("MOGPLEX_API_KEY is set and takes precedence over this sign-in")
     return Exit.OK
 
 
+def overruled_sign_in(ctx: Context, credential: Credential) -> str:
+    """The path of a stored sign-in that ``credential`` takes precedence over; "" for none."""
+    if credential.source != "environment":
+        return ""
+    with contextlib.suppress(UnauthorizedError):
+        if ctx.home.sign_in_for(ctx.base_url, lambda line: None):
+            return ctx.home.auth_path
+    return ""
+
+
+def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tuple[str, str]]:
+    """What ``login status`` tells of a credential: labels and values."""
+    in_file = credential.source == "file"
+    is_personal = credential.token.startswith("mog_")
+    expires = ""
+    if credential.expires_at:
+        expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(credential.expires_at))
+    return [
+        ("service", ctx.base_url),
+        ("source", ctx.home.auth_path if in_file else "MOGPLEX_API_KEY"),
+        ("hides", overruled_sign_in(ctx, credential)),
+        ("kind", "personal access token" if is_personal else "sign-in"),
+        ("token", credential.token[:8] if len(credential.token) > 16 else ""),  # never the whole
+        ("expires", expires),
+        ("state", state),
+    ]
+
+
 def cmd_login_status(ctx: Context) -> int:
-    """Which credential is in force, and what the service says of it; its error when it is not accepted."""
-    path, hidden, state, problem = ctx.home.auth_path, "", "accepted", None
+    """``login status``: the credential in force, and the service's error when it does not accept it."""
     credential = resolve_credential(ctx.environ, ctx.base_url, ctx.home)
-    if credential.source == "environment":
-        with contextlib.suppress(UnauthorizedError):
-            resolve_credential({**ctx.environ, "MOGPLEX_API_KEY": ""}, ctx.base_url, Home(ctx.home.directory))
-            hidden = path
+    problem: Optional[MogplexError] = None
+    state = "accepted"
     with ctx.client(credential) as client:
         try:
             client.repos(limit=1)
         except MogplexError as error:
             problem = error
-            state = {401: "refused", 403: "accepted, without the scope read"}.get(error.status, "unknown")
-    token, ends_at = credential.token, credential.expires_at
-    rows = [
-        ("service", ctx.base_url), ("source", path if credential.source == "file" else "MOGPLEX_API_KEY"),
-        ("hides", hidden), ("kind", "personal access token" if token.startswith("mog_") else "sign-in"),
-        ("token", token[:8] if len(token) > 16 else ""),  # so that it is never the whole
-        ("expires", time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(ends_at)) if ends_at else ""), ("state", state)]
+            states = {401: "refused", 403: "accepted, without the scope read"}
+            state = states.get(error.status, "unknown")
+    rows = credential_rows(ctx, credential, state)
     ctx.emit_record({label: value or None for label, value in rows}, block(rows))
     if problem:
         raise problem
@@ -4693,192 +4736,407 @@ def cmd_login_status(ctx: Context) -> int:
 
 
 def log_out(ctx: Context) -> Tuple[bool, str]:
-    """Forget the stored credential, which the service has no way to revoke: whether there was one, in words too."""
+    """Forget the stored sign-in, which the service cannot revoke: whether there was one, in words too."""
     forgotten = ctx.home.forget_sign_in()
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
-        ctx.note("MOGPLEX_API_KEY is set, and still applies")
-    return forgotten, "signed out" if forgotten else "there was no stored sign-in"
+        ctx.note("MOGPLEX_API_KEY is set and still applies")
+    return forgotten, "signed out" if forgotten else "not signed in"
 
 
 def cmd_logout(ctx: Context) -> int:
-    forgotten, words = log_out(ctx)
-    return ctx.emit_record({"forgotten": forgotten}, words)
+    """``logout``."""
+    forgotten, text = log_out(ctx)
+    return ctx.emit_record({"forgotten": forgotten}, text)
 
 
-class Command(NamedTuple):
-    """A command of the table below."""
+# -- The tables: the parser, the help and the shell completions are made of them.
 
-    function: Callable[..., int]  # takes the plain words, and the options as keywords
+
+def keyword_of(flag: str) -> str:
+    """The name of an option as a keyword: what argparse calls it too."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+class Argument(NamedTuple):
+    """What follows a command without a flag: a row of its help."""
+
+    name: str                # RUN; [RUN] may be left out; [TASK...] is any number
+    meaning: str
+    number: Union[int, str]  # how many there are, as argparse spells it
+
+
+class Option(NamedTuple):
+    """An option of a command or of the program: a row of its help, and how its text is read."""
+
+    flag: str
+    value: str                         # what its value is called; "" for a switch
+    meaning: str
+    read: Callable[[str], Any] = str   # makes the value that the command gets; UsageError
+    known: Tuple[str, ...] = ()        # the values that this version knows; others are passed on
+    needs: str = ""                    # the flag without which it has no effect
+    may_be_empty: bool = True          # "", a script's unset variable, counts as not given
+
+    @property
+    def keyword(self) -> str:
+        """What the command's function calls it."""
+        return keyword_of(self.flag)
+
+
+class Subcommand(NamedTuple):
+    """A command: a row of SUBCOMMANDS, under its name."""
+
+    function: Callable[..., int]  # gets the Context, the arguments, and the options given as keywords
     purpose: str
-    takes: str  # words and options; one in brackets may be left out
     examples: Tuple[str, str]
+    arguments: Tuple[Argument, ...] = ()
+    options: Tuple[Option, ...] = ()
 
 
-TAILING = "--follow --timeout --quiet --cancel-on-interrupt"
-# The parser, the help and the shell completions are made from these two tables.
-COMMAND_TABLE = {
-    "repos list": Command(cmd_repos_list, "List your cloud-linked repos.", "--query --limit", (
-        "repos list --query acme", "repos list --json | jq -r .id")),
-    "run": Command(
-        cmd_run, "Start an agent run.", "[PROMPT...] --repo --harness --base-branch --branch --create-branch --root "
-        "--idempotency-key --prompt-file " + TAILING,
-        ('run --repo acme/web "Fix the flaky cookie test"', "run --repo acme/web --follow - < task.md")),
-    "runs list": Command(cmd_runs_list, "List the runs started from here, newest first.", "--limit", (
-        "runs list", "runs list --limit 1 --json | jq -r .id")),
-    "runs get": Command(cmd_runs_get, "Get a run's current state.", "[RUN]", (
-        "runs get @last", "runs get --json | jq -r .status")),
-    "runs events": Command(cmd_runs_events, "List or tail a run's events.", "[RUN] --limit " + TAILING, (
-        "runs events @last --follow", "runs events --follow --timeout 30m --json")),
-    "runs cancel": Command(cmd_runs_cancel, "Request a run's cancellation.", "RUN", (
-        "runs cancel @last", 'runs cancel "$RUN_ID" --json')),
-    "sandboxes list": Command(
-        cmd_sandboxes_list, "List cloud sandboxes, newest activity first.", "--repo --status --limit", (
-            "sandboxes list --status running", "sandboxes list --repo acme/web --json")),
-    "sandboxes logs": Command(cmd_sandboxes_logs, "Print a sandbox's logs.", "SANDBOX", (
-        'sandboxes logs "$ID"', 'sandboxes logs "$ID" --json | jq .lifecycle_events')),
-    "sandboxes stop": Command(cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.", "SANDBOX", (
-        'sandboxes stop "$ID"', 'sandboxes stop "$ID" --json')),
-    "login": Command(
-        cmd_login, "Sign in with a browser; for CI set MOGPLEX_API_KEY instead.",
-        "--with-token --no-browser --timeout", ("login", "login --with-token < token.txt")),
-    "login status": Command(cmd_login_status, "Show the credential in force and whether it is accepted.", "", (
-        "login status", "login status --json | jq -r .expires")),
-    "logout": Command(cmd_logout, "Forget the stored sign-in.", "", ("logout", "logout --json")),
+def read_limit(text: str) -> int:
+    """The value of --limit."""
+    if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
+        raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
+    return int(text)
+
+
+RUN_ARGUMENT = Argument("RUN", "run ID; @last is the newest run started here", 1)
+OPTIONAL_RUN_ARGUMENT = Argument(
+    "[RUN]", "run ID; @last is the newest run started here (default: MOGPLEX_RUN_ID, then @last)", "?")
+SANDBOX_ARGUMENT = Argument("SANDBOX", "sandbox ID, as listed", 1)
+TASK_ARGUMENT = Argument("[TASK...]", "what the agent is to do; - reads it from stdin", "*")
+
+LIMIT_OPTION = Option("--limit", "N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})", read_limit)
+FOLLOW_OPTIONS = (
+    Option("--follow", "", "print events as they come, until the run ends"),
+    Option("--timeout", "TIME", "stop following after TIME: seconds, or 90s, 30m, 2h (default: 30m)",
+           parse_duration, needs="--follow"),
+    Option("--quiet", "", "print no signs of life on stderr", needs="--follow"),
+    Option("--cancel-on-interrupt", "", "cancel the run on Ctrl+C or SIGTERM", needs="--follow"),
+)
+GLOBAL_OPTIONS = (  # before a command or after it
+    Option("--demo", "", "use a built-in demo service: no account, no network"),
+    Option("--debug", "", "print a line per request on stderr"),
+    Option("--no-color", "", "print no colour"),
+)
+HELP_OPTION = Option("--help", "", "show this help (also -h)")
+COMMON_OPTIONS = (  # of every command
+    Option("--json", "", "print JSON, one object per line"),
+    *GLOBAL_OPTIONS,
+    HELP_OPTION,
+)
+PROGRAM_OPTIONS = (  # without a command
+    Option("--demo-server", "[PORT]", "keep the demo service running for your own scripts"),
+    Option("--attach", "RUN", "open the cockpit on a run started elsewhere"),
+    Option("--logout", "", "forget the stored sign-in before anything else"),
+    *GLOBAL_OPTIONS,
+    Option("--version", "", "print the version"),
+    HELP_OPTION,
+)
+
+SUBCOMMANDS = {
+    "repos list": Subcommand(
+        cmd_repos_list, "List your cloud-linked repos.",
+        ("repos list --query acme", "repos list --json | jq -r .id"),
+        options=(
+            Option("--query", "TEXT", "list only repos with TEXT in their name (default: all)"),
+            LIMIT_OPTION,
+        ),
+    ),
+    "run": Subcommand(
+        cmd_run, "Start an agent run.",
+        ('run --repo acme/web "Fix the flaky cookie test"', "run --repo acme/web --follow - < task.md"),
+        (TASK_ARGUMENT,),
+        (
+            Option("--repo", "REPO", "run in this repo, an ID or owner/name (default: MOGPLEX_REPO)"),
+            Option("--harness", "NAME", f"agent program: {' or '.join(HARNESSES)} (default: the service's)",
+                   known=tuple(HARNESSES)),
+            Option("--base-branch", "NAME", "start from this branch (default: the repo's)"),
+            Option("--branch", "NAME", "work on this branch (default: the service's choice)"),
+            Option("--create-branch", "", "create the working branch"),
+            Option("--root", "DIR", "work in this directory of the repo (default: the repo's)"),
+            Option("--idempotency-key", "KEY", "start one run per KEY, however often it is used; "
+                   "ci derives one from the CI job (default: random)", may_be_empty=False),
+            Option("--prompt-file", "FILE", "read the task from FILE"),
+            *FOLLOW_OPTIONS,
+        ),
+    ),
+    "runs list": Subcommand(
+        cmd_runs_list, "List the runs started from here, newest first.",
+        ("runs list", "runs list --limit 1 --json | jq -r .id"),
+        options=(LIMIT_OPTION,),
+    ),
+    "runs get": Subcommand(
+        cmd_runs_get, "Get a run's current state.",
+        ("runs get @last", "runs get --json | jq -r .status"),
+        (OPTIONAL_RUN_ARGUMENT,),
+    ),
+    "runs events": Subcommand(
+        cmd_runs_events, "List or follow a run's events.",
+        ("runs events @last --follow", "runs events --follow --timeout 30m --json"),
+        (OPTIONAL_RUN_ARGUMENT,),
+        (LIMIT_OPTION, *FOLLOW_OPTIONS),
+    ),
+    "runs cancel": Subcommand(
+        cmd_runs_cancel, "Request cancellation of a run.",
+        ("runs cancel @last", 'runs cancel "$RUN_ID" --json'),
+        (RUN_ARGUMENT,),
+    ),
+    "sandboxes list": Subcommand(
+        cmd_sandboxes_list, "List cloud sandboxes, newest activity first.",
+        ("sandboxes list --status running", "sandboxes list --repo acme/web --json"),
+        options=(
+            Option("--repo", "REPO", "list only sandboxes of this repo, an ID or owner/name (default: all)"),
+            Option("--status", "STATUS", "list only sandboxes with this status: "
+                   f"{', '.join(SANDBOX_STATUSES)} (default: all)", known=tuple(SANDBOX_STATUSES)),
+            LIMIT_OPTION,
+        ),
+    ),
+    "sandboxes logs": Subcommand(
+        cmd_sandboxes_logs, "Print a sandbox's logs.",
+        ('sandboxes logs "$ID"', 'sandboxes logs "$ID" --json | jq .lifecycle_events'),
+        (SANDBOX_ARGUMENT,),
+    ),
+    "sandboxes stop": Subcommand(
+        cmd_sandboxes_stop, "Stop a sandbox, once the API offers it.",
+        ('sandboxes stop "$ID"', 'sandboxes stop "$ID" --json'),
+        (SANDBOX_ARGUMENT,),
+    ),
+    "login": Subcommand(
+        cmd_login, "Sign in with a browser; in CI set MOGPLEX_API_KEY instead.",
+        ("login", "login --with-token < token.txt"),
+        options=(
+            Option("--with-token", "", "read a token from stdin, or ask for it, instead of opening a browser"),
+            Option("--no-browser", "", "print the address to open, and open nothing"),
+            Option("--timeout", "TIME", "wait this long for the browser: seconds, or 90s, 5m (default: 5m)",
+                   parse_duration),
+        ),
+    ),
+    "login status": Subcommand(
+        cmd_login_status, "Show the credential in force and whether it is accepted.",
+        ("login status", "login status --json | jq -r .expires"),
+    ),
+    "logout": Subcommand(
+        cmd_logout, "Forget the stored sign-in.",
+        ("logout", "logout --json"),
+    ),
 }
-CHOICES = {"--harness": tuple(HARNESSES), "--status": tuple(SANDBOX_STATUSES)}
-PROGRAM_FLAGS = "--demo --demo-server --attach --logout --debug --no-color --version --help".split()
-OPTIONS = {  # what its value is called, "" for none, and what it means; to one command, where that is named before it
-    "[PROMPT...]": ("", "the task; - reads it from stdin"),
-    "RUN": ("", "the run's id; @last is the newest started here"),
-    "[RUN]": ("", "the run's id; @last is the newest started here, as is none without MOGPLEX_RUN_ID"),
-    "SANDBOX": ("", "the sandbox's id, as listed"),
-    "--query": ("TEXT", "only names with TEXT in them (default: all)"),
-    "--limit": ("N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})"),
-    "--repo": ("R", "the repo: an id or owner/name (default: MOGPLEX_REPO)"),
-    "sandboxes list --repo": ("R", "only of this repo: an id or owner/name (default: all)"),
-    "--status": ("S", "only with this status: " + ", ".join(SANDBOX_STATUSES) + " (default: all)"),
-    "--harness": ("H", f"{' or '.join(HARNESSES)} (default: the service's)"),
-    "--base-branch": ("B", "start from branch B (default: the repo's)"),
-    "--branch": ("B", "work on branch B (default: the service's choice)"),
-    "--create-branch": ("", "create the working branch"),
-    "--root": ("DIR", "work in DIR of the repo (default: the repo's)"),
-    "--idempotency-key": ("K", "the same key starts the same run once; ci makes one of the CI job (default: random)"),
-    "--prompt-file": ("FILE", "read the task from FILE"),
-    "--follow": ("", "print events as they come, until the run has ended"),
-    "--timeout": ("S", "with --follow, give up after S seconds, or 90s, 30m, 2h (default: 1800)"),
-    "login --timeout": ("S", "wait for the browser for S seconds, or 90s, 5m (default: 300)"),
-    "--quiet": ("", "with --follow, no signs of life on stderr"),
-    "--cancel-on-interrupt": ("", "with --follow, cancel the run on Ctrl+C or SIGTERM"),
-    "--with-token": ("", "read a token from stdin, or ask for it, instead of opening a browser"),
-    "--no-browser": ("", "print the URL and open nothing"),
-    "--json": ("", "machine-readable output, one object a line"),
-    "--demo": ("", "use an embedded demo service: no account, no network"),
-    "--demo-server": ("[PORT]", "keep the demo service running for your own scripts"),
-    "--attach": ("RUN", "open the cockpit on a run started elsewhere"),
-    "--logout": ("", "forget the stored sign-in before anything else"),
-    "--debug": ("", "a line per request on stderr"), "--no-color": ("", "no colour"),
-    "--version": ("", "print the version"), "--help": ("", "this; every command has one; also -h"),
-}
 
 
-def unknown(what: str, word: str, known: Sequence[str], see: str = "") -> UsageError:
-    """The error for a word that is none of those known; it names the nearest: letters swapped, else what is alike."""
-    near, hint = nearest(word, known), " ".join(["see: mogplex", *see.split(), "--help"])
-    return UsageError(f"{what} '{word}'" + (f", did you mean '{near}'?" if near else ""), hint=hint)
+def arguments_of(name: str) -> Tuple[Argument, ...]:
+    """The arguments of a command; none of a group of commands such as ``runs``, and of the program ("")."""
+    return SUBCOMMANDS[name].arguments if name in SUBCOMMANDS else ()
 
 
-def taken_by(name: str) -> List[str]:
-    """The words and options of a command, in the order of its help; of the program for ""."""
+def options_of(name: str) -> Tuple[Option, ...]:
+    """The options of a command, of a group of commands, or of the program (""), in the order of its help."""
     if not name:
-        return PROGRAM_FLAGS
-    return [*COMMAND_TABLE[name].takes.split(), "--json", *GLOBAL_FLAGS, "--help"] if name in COMMAND_TABLE else []
+        return PROGRAM_OPTIONS
+    if name not in SUBCOMMANDS:
+        return ()
+    return (*SUBCOMMANDS[name].options, *COMMON_OPTIONS)
 
 
-def value_of(name: str, flag: str, text: str) -> Any:
-    """An option's value as its command wants it; UsageError for one that makes no sense."""
-    if flag == "--timeout":
-        return parse_duration(text)
-    if flag == "--limit":
-        if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
-            raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
-        return int(text)
-    words = CHOICES.get(flag)
-    if words and text and text not in words:
-        raise unknown(f"{flag} takes one of {', '.join(words)}, not", text, words, name)
-    return text
+def below(name: str) -> Dict[str, Subcommand]:
+    """The commands of a group; all of them for ""."""
+    return {other: row for other, row in SUBCOMMANDS.items() if not name or other.startswith(name + " ")}
 
 
-def command_parser(name: str) -> Any:
-    """A command's words and options for argparse; what is not given leaves nothing behind."""
+# -- The parser
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> Any:
-            stray = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
-            if stray:
-                raise unknown(f"{name}: unknown option", stray.group(1), taken_by(name), name)
-            raise UsageError(f"{name}: {message}", hint=f"see: mogplex {name} --help")
 
-    parser = Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for word in taken_by(name):
-        if word == "--help":
-            continue  # argparse's own, where it is wanted
-        value, help = OPTIONS.get(f"{name} {word}") or OPTIONS[word]
-        how: Json = {"help": help}
-        if not word.startswith("--"):
-            how.update(metavar=word.strip("[.]"), nargs="*" if "..." in word else "?" if "[" in word else 1)
-        elif value:  # the choices are for completions: value_of speaks first; "" is a script's way not to choose
-            how.update(metavar=value, type=functools.partial(value_of, name, word))
-            how.update({"choices": [*CHOICES[word], ""]} if word in CHOICES else {})
-        else:
-            how.update(action="store_true")
-        parser.add_argument(word if word.startswith("--") else "words", **how)
+def see_help(name: str) -> str:
+    """The hint at the help of a command, a group, or the program ("")."""
+    return f"see: {' '.join(['mogplex', *name.split(), '--help'])}"
+
+
+def unknown(what: str, word: str, known: Iterable[str], name: str = "") -> UsageError:
+    """The error for a word that is none of those known, with the nearest, and whose help lists them."""
+    near = nearest(word, known)
+    message = f"{what} '{word}'"
+    if near:
+        message += f", did you mean '{near}'?"
+    return UsageError(message, hint=see_help(name))
+
+
+def slip_of(word: str, known: Sequence[str]) -> str:
+    """The known word that ``word`` is a slip or the beginning of; "" where it may be newer than this version.
+
+    Stricter than a suggestion: a word that is passed on in error is refused by the service.
+    """
+    import difflib
+    for other in known:
+        likeness = difflib.SequenceMatcher(None, word, other).ratio()
+        if word != other and (likeness >= 0.8 or other.startswith(word)):
+            return other
+    return ""
+
+
+class CommandParser(argparse.ArgumentParser):
+    """argparse, but an error is a UsageError, with the option that was meant or the help to read."""
+
+    def __init__(self, name: str) -> None:
+        # What is not given leaves nothing behind: the defaults are those of the command's function.
+        super().__init__(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        self.name = name
+
+    def error(self, message: str) -> NoReturn:
+        """What argparse calls with its message."""
+        stray = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
+        if stray:
+            flags = [option.flag for option in options_of(self.name)]
+            raise unknown(f"{self.name}: unknown option", stray.group(1), flags, self.name)
+        raise UsageError(f"{self.name}: {message}", hint=see_help(self.name))
+
+
+def command_parser(name: str) -> CommandParser:
+    """The arguments and options of a command, or of the program (""), for argparse; values stay text."""
+    parser = CommandParser(name)
+    for argument in arguments_of(name):
+        shown = argument.name.strip("[.]")
+        parser.add_argument(argument.name, metavar=shown, nargs=argument.number, help=argument.meaning)
+    for option in options_of(name):
+        if option.value:
+            parser.add_argument(option.flag, metavar=option.value, help=option.meaning)
+        elif option is not HELP_OPTION:  # argparse has its own, where it is wanted
+            parser.add_argument(option.flag, action="store_true", help=option.meaning)
     return parser
 
 
+def read_option(name: str, option: Option, text: str) -> Any:
+    """The value of an option of the command ``name``; UsageError for a slip or for nonsense."""
+    meant = slip_of(text, option.known)
+    if meant and text not in option.known:
+        raise UsageError(
+            f"{name}: unknown {option.flag} '{text}', did you mean '{meant}'?", hint=see_help(name))
+    return option.read(text)
+
+
+def read_options(name: str, given: Mapping[str, Any]) -> Json:
+    """The options that were ``given`` to a command, as keywords with typed values."""
+    values: Json = {}
+    for option in options_of(name):
+        value = given.get(option.keyword)
+        if value is True:
+            values[option.keyword] = True
+        elif value:
+            values[option.keyword] = read_option(name, option, value)
+        elif value == "" and not option.may_be_empty:
+            raise UsageError(f"{name}: {option.flag} is empty", hint=see_help(name))
+    return values
+
+
+def check_needs(name: str, values: Mapping[str, Any]) -> None:
+    """Refuse an option that has no effect without another which was not given."""
+    for option in options_of(name):
+        if option.keyword in values and option.needs and keyword_of(option.needs) not in values:
+            raise UsageError(f"{name}: {option.flag} needs {option.needs}", hint=see_help(name))
+
+
 def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
-    """A command's plain words, and its options as keywords; a prompt can follow ``--``."""
+    """A command's arguments, and its options as keywords; what follows ``--`` is part of the task."""
     end = argv.index("--") if "--" in argv else len(argv)
-    options, takes = vars(command_parser(name).parse_intermixed_args(argv[:end])), COMMAND_TABLE[name].takes
-    words = options.pop("words", [])
-    if argv[end + 1:] and "[PROMPT...]" not in takes:
-        raise UsageError(f"{name}: nothing can follow --")
-    if TAILING in takes and "follow" not in options and options.keys() & {"timeout", "quiet", "cancel_on_interrupt"}:
-        raise UsageError("--timeout, --quiet and --cancel-on-interrupt go with --follow")
-    return ([words] if isinstance(words, str) else words) + list(argv[end + 1:]), options
+    verbatim = argv[end + 1:]
+    if verbatim and TASK_ARGUMENT not in arguments_of(name):
+        raise UsageError(f"{name}: nothing can follow --", hint=see_help(name))
+    given = vars(command_parser(name).parse_intermixed_args(argv[:end]))
+    words: List[str] = []
+    for argument in arguments_of(name):
+        found = given.get(argument.name, [])
+        words.extend([found] if isinstance(found, str) else found)
+    options = read_options(name, given)
+    check_needs(name, options)
+    return [*words, *verbatim], options
+
+
+# -- Help
+
+PURPOSE = """\
+Start, follow, inspect and stop cloud coding-agent runs.
+Without a command, on a terminal: the cockpit."""
+EXIT_CODES = """\
+exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,
+            69 unavailable, 75 rate limited (try again later), 129 SIGHUP,
+            130 SIGINT (Ctrl+C), 141 closed pipe, 143 SIGTERM"""
+
+
+def purpose_of(name: str) -> str:
+    """What a command, a group of commands, or the program ("") is for."""
+    if not name:
+        return PURPOSE
+    return SUBCOMMANDS[name].purpose if name in SUBCOMMANDS else f"Commands of mogplex {name}."
+
+
+def usage_line(name: str) -> str:
+    """The first line of the help."""
+    words = ["usage: mogplex", *name.split()]
+    if name not in SUBCOMMANDS:
+        words.append("<command>")
+    words.append("[options]")
+    words.extend(argument.name for argument in arguments_of(name))
+    return " ".join(words)
+
+
+def examples_of(name: str) -> Sequence[str]:
+    """Two command lines: of a command, or the first of a group's."""
+    if name in SUBCOMMANDS:
+        return SUBCOMMANDS[name].examples
+    lines = [line for row in below(name).values() for line in row.examples]
+    return lines[:2]
+
+
+def help_row(what: str, meaning: str) -> str:
+    """A row of the help, wrapped at 80 columns."""
+    import textwrap
+    return textwrap.fill(meaning, 80, initial_indent=f"  {what:<23} ", subsequent_indent=" " * 26)
+
+
+def help_block(title: str, rows: Iterable[str]) -> str:
+    """A part of the help under its heading; "" for one without rows."""
+    lines = list(rows)
+    return "\n".join([f"{title}:", *lines]) if lines else ""
 
 
 def help_text(name: str) -> str:
-    """The help of a command, of a group of commands such as ``runs``, or of the program for ""."""
-    import textwrap
-    command, taken = COMMAND_TABLE.get(name), taken_by(name)
-    shown = {one: each for one, each in COMMAND_TABLE.items() if not name or f"{one} ".startswith(f"{name} ")}
-    usage = " ".join(["usage: mogplex", *name.split(), *([] if command else ["<command>"]), "[options]",
-                      *(word for word in taken if not word.startswith("--"))])
-    purpose = f"Commands of mogplex {name}." if name else f"{PURPOSE}\nWithout a command, on a terminal: the cockpit."
-    parts = [usage, command.purpose if command else purpose]
-    if not command:
-        parts.append("\n".join(["commands:", *(f"  {one:<16} {each.purpose}" for one, each in shown.items())]))
-    for title, some in (("words", [word for word in taken if not word.startswith("--")]),
-                        ("options", [word for word in taken if word.startswith("--")])):
-        meanings = [(word, *(OPTIONS.get(f"{name} {word}") or OPTIONS[word])) for word in some]
-        lines = (textwrap.fill(help, 80, initial_indent=f"  {f'{word} {value}':<23} ", subsequent_indent=" " * 26)
-                 for word, value, help in meanings)
-        parts += ["\n".join([f"{title}:", *lines])] if some else []
-    examples = command.examples if command else [line for each in shown.values() for line in each.examples][:2]
-    return "\n\n".join([*parts, "\n".join(["examples:", *(f"  mogplex {line}" for line in examples)]), EXIT_CODES])
+    """The help of a command, of a group of commands such as ``runs``, or of the program ("")."""
+    commands: Mapping[str, Subcommand] = {} if name in SUBCOMMANDS else below(name)
+    options = [(f"{option.flag} {option.value}", option.meaning) for option in options_of(name)]
+    parts = [
+        usage_line(name),
+        purpose_of(name),
+        help_block("commands", (f"  {other:<16} {row.purpose}" for other, row in commands.items())),
+        help_block("arguments", (help_row(row.name, row.meaning) for row in arguments_of(name))),
+        help_block("options", (help_row(what, meaning) for what, meaning in options)),
+        help_block("examples", (f"  mogplex {line}" for line in examples_of(name))),
+        EXIT_CODES,
+    ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def make_parser() -> Any:
-    """Every command in one parser: what shell completions are generated from."""
-    parsers: Dict[str, Any] = {"": argparse.ArgumentParser(prog="mogplex", parents=[command_parser("")])}
-    below: Dict[str, Any] = {}
-    for name in dict.fromkeys((*GROUPS, *COMMAND_TABLE)):
+# -- Completions
+
+
+def offer_known_values(parser: argparse.ArgumentParser, name: str) -> None:
+    """Let completions offer the values that an option of the command ``name`` is known to take."""
+    known = {option.flag: option.known for option in options_of(name) if option.known}
+    for action in parser._actions:
+        for flag in action.option_strings:
+            if flag in known:
+                action.choices = known[flag]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Every command in one parser, which parses nothing: what shell completions are generated from."""
+    root = argparse.ArgumentParser(prog="mogplex", parents=[command_parser("")])
+    parsers = {"": root}
+    groups: Dict[str, Any] = {}
+    for name in dict.fromkeys((*GROUPS, *SUBCOMMANDS)):
         group, _, word = name.rpartition(" ")
-        below[group] = below.get(group) or parsers[group].add_subparsers()
-        purpose = COMMAND_TABLE[name].purpose if name in COMMAND_TABLE else f"Commands of mogplex {name}."
-        parsers[name] = below[group].add_parser(  # shtab leaves out what has no help
-            word, help=purpose, parents=[command_parser(name)])
-    return parsers[""]
+        if group not in groups:
+            groups[group] = parsers[group].add_subparsers()
+        # Completions leave out a word that has no help.
+        parsers[name] = groups[group].add_parser(word, help=purpose_of(name), parents=[command_parser(name)])
+        offer_known_values(parsers[name], name)
+    return root
 
 
 def serve_demo(ctx: Context, argv: List[str]) -> int:
@@ -4894,51 +5152,109 @@ def serve_demo(ctx: Context, argv: List[str]) -> int:
             time.sleep(3600)
 
 
-def open_cockpit(ctx: Context, argv: List[str]) -> int:
-    """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
-    words, attach = list(argv), ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
+def needs_terminal(word: str) -> UsageError:
+    """Why the cockpit does not open without a terminal, in words for what was typed first."""
+    if word:
+        return unknown("unknown subcommand", word, GROUPS)
+    return UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+
+
+def stray_option(flag: str) -> UsageError:
+    """The error for an option before a command that is none of the program's."""
+    if any(flag == option.flag for name in SUBCOMMANDS for option in options_of(name)):
+        return UsageError(f"{flag} goes after the subcommand", hint=see_help(""))
+    return unknown("unknown option", flag, [option.flag for option in PROGRAM_OPTIONS])
+
+
+def cockpit_words(argv: Sequence[str]) -> Tuple[Optional[str], List[str]]:
+    """The run that --attach names, and the words for the composer; UsageError for another option."""
+    words = list(argv)
+    attach: Optional[str] = None
     if words[:1] == ["--attach"]:
-        attach, words = "".join(words[1:2]), words[2:]
+        attach = words[1].strip() if len(words) > 1 else ""
+        words = words[2:]
         if not attach:
-            raise UsageError("--attach takes a run's id, or @last")
-    word = words[0] if words and words[0] != "--" else ""
-    if word.startswith("-") and word in OPTIONS and word not in PROGRAM_FLAGS:
-        raise UsageError(f"{word} goes after the subcommand", hint="see: mogplex --help")
-    if word.startswith("-"):
-        raise unknown("unknown option", word, PROGRAM_FLAGS)
+            raise UsageError("--attach needs a run ID or @last")
+    if words[:1] == ["--"]:
+        return attach, words[1:]
+    if words and words[0].startswith("-"):
+        raise stray_option(words[0])
+    return attach, words
+
+
+def open_cockpit(ctx: Context, argv: Sequence[str]) -> int:
+    """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
+    attach, words = cockpit_words(argv)
     if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-        if word:
-            raise unknown("unknown subcommand", word, GROUPS)
-        raise UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+        raise needs_terminal(words[0] if words and argv[0] != "--" else "")
+    if attach is None:
+        attach = ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
     return run_cockpit(
-        ctx.client, base_url=ctx.base_url, home=ctx.home, text=" ".join(words[word == "":]), attach=attach,
-        environ=ctx.environ, run_browser=ctx.browse)
+        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=ctx.environ,
+        text=" ".join(words), attach=attach, run_browser=ctx.browse,
+    )
 
 
-def run_command(ctx: Context, argv: List[str]) -> int:
-    """The command that ``argv`` begins with, or its help."""
-    name = " ".join(argv[:2]) if " ".join(argv[:2]) in COMMAND_TABLE else argv[0]
-    if {"-h", "--help"} & set(argv[:argv.index("--") if "--" in argv else len(argv)]):
-        ctx.emit(help_text(name))
-        return Exit.OK
-    verbs = [other.split()[1] for other in COMMAND_TABLE if other.startswith(name + " ")]
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether -h or --help stands among the options."""
+    end = argv.index("--") if "--" in argv else len(argv)
+    return "-h" in argv[:end] or "--help" in argv[:end]
+
+
+def command_named(argv: Sequence[str]) -> str:
+    """The command or the group of commands that ``argv``, which begins with one of GROUPS, begins with."""
+    name = " ".join(argv[:2])
+    return name if name in SUBCOMMANDS else argv[0]
+
+
+def check_verb(name: str, argv: Sequence[str]) -> None:
+    """Refuse a group without one of its verbs, and a word after ``name`` that is none of them."""
+    verbs = [other.split()[1] for other in SUBCOMMANDS if other.startswith(name + " ")]
     if verbs and argv[1:] and not argv[1].startswith("-"):
         raise unknown(f"{name}: unknown subcommand", argv[1], verbs, name)
-    if name not in COMMAND_TABLE:
-        raise UsageError(f"{name} needs one of: {', '.join(verbs)}", hint=f"see: mogplex {name} --help")
+    if name not in SUBCOMMANDS:
+        raise UsageError(f"{name} needs one of: {', '.join(verbs)}", hint=see_help(name))
+
+
+def note_unknown_values(ctx: Context, name: str, options: Mapping[str, Any]) -> None:
+    """Say which values are passed on although this version does not know them: the service may be newer."""
+    for option in options_of(name):
+        value = options.get(option.keyword)
+        if value and option.known and value not in option.known:
+            ctx.note(f"mogplex {__version__} does not know {option.flag} {value}; passing it on")
+
+
+def run_command(ctx: Context, argv: Sequence[str]) -> int:
+    """The command that ``argv`` begins with, or its help."""
+    name = command_named(argv)
+    if asks_for_help(argv):
+        ctx.emit(help_text(name))
+        return Exit.OK
+    check_verb(name, argv)
     words, options = parse_command(name, argv[len(name.split()):])
     ctx.as_json = options.pop("json", False)
-    return COMMAND_TABLE[name].function(ctx, *words, **options)
+    note_unknown_values(ctx, name, options)
+    return SUBCOMMANDS[name].function(ctx, *words, **options)
+
+
+def command_or_cockpit(ctx: Context, argv: List[str]) -> int:
+    """What ``argv`` begins with decides: one of GROUPS is a command, anything else is the cockpit's."""
+    if argv and argv[0] in GROUPS:
+        return run_command(ctx, argv)
+    return open_cockpit(ctx, argv)
 
 
 def run(ctx: Context, argv: List[str]) -> int:
-    """A command, or the cockpit; ``--logout`` comes before either."""
-    if argv[:1] == ["--logout"]:
-        argv = argv[1:]
-        if not (argv or is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-            return cmd_logout(ctx)
-        ctx.note(log_out(ctx)[1])  # stdout is for what comes after it
-    return run_command(ctx, argv) if argv and argv[0] in GROUPS else open_cockpit(ctx, argv)
+    """A command or the cockpit, ``--logout`` before either; without one it is the command ``logout``."""
+    if argv[:1] != ["--logout"]:
+        return command_or_cockpit(ctx, argv)
+    words = argv[1:]
+    on_terminal = is_terminal(ctx.stdin) and is_terminal(ctx.stdout)
+    if words == ["--json"] or (not words and not on_terminal):
+        ctx.as_json = bool(words)
+        return cmd_logout(ctx)
+    ctx.note(log_out(ctx)[1])  # stdout is for what comes after it
+    return command_or_cockpit(ctx, words)
 
 
 def with_demo(ctx: Context, argv: List[str]) -> int:
@@ -4967,25 +5283,35 @@ def ending_at_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def dispatch(ctx: Context, argv: List[str]) -> int:
-    """Heed the flags that may stand anywhere, and those that stand alone; then run the rest."""
+def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:
+    """``argv`` without the flags that may stand anywhere, which are heeded here; and whether --demo was one."""
     end = argv.index("--") if "--" in argv else len(argv)
-    flags = {flag for flag in argv[:end] if flag in GLOBAL_FLAGS}
-    argv = [word for at, word in enumerate(argv) if at >= end or word not in GLOBAL_FLAGS]
-    if "--debug" in flags:
+    flags = [option.flag for option in GLOBAL_OPTIONS]
+    found = {word for word in argv[:end] if word in flags}
+    if "--debug" in found:
         ctx.debug = True
-    if "--no-color" in flags:
+    if "--no-color" in found:
         ctx.environ = {**ctx.environ, "NO_COLOR": "1"}
-    if argv[:1] == ["--version"]:
+    left = [word for word in argv[:end] if word not in found]
+    return [*left, *argv[end:]], "--demo" in found
+
+
+def dispatch(ctx: Context, argv: Sequence[str]) -> int:
+    """Answer the options that stand alone, or run the rest."""
+    words, in_demo = take_flags(ctx, argv)
+    first = words[0] if words else ""
+    if first == "--version":
         ctx.emit(f"mogplex {__version__}")
         return Exit.OK
-    if argv[:1] in (["-h"], ["--help"]):
+    if first in ("-h", "--help"):
         ctx.emit(help_text(""))
         return Exit.OK
     with ending_at_sigterm():
-        if argv[:1] == ["--demo-server"]:
-            return serve_demo(ctx, argv[1:])
-        return with_demo(ctx, argv) if "--demo" in flags else run(ctx, argv)
+        if first == "--demo-server":
+            return serve_demo(ctx, words[1:])
+        if in_demo:
+            return with_demo(ctx, words)
+        return run(ctx, words)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
@@ -5010,9 +5336,10 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line; the exit code."""
+    """The command line, of ``argv`` or of this process; the exit code."""
+    words = sys.argv[1:] if argv is None else argv
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    return rescue(ctx, lambda: dispatch(ctx, list(sys.argv[1:] if argv is None else argv)))
+    return rescue(ctx, lambda: dispatch(ctx, words))
 
 
 if __name__ == "__main__":

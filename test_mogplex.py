@@ -3294,7 +3294,7 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["runs"], "error: runs needs one of: list, get, events, cancel"),
     ([], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
     (["--versoin"], "error: unknown option '--versoin', did you mean '--version'?"),
-    (["--attach"], "error: --attach takes a run's id, or @last"),
+    (["--attach"], "error: --attach needs a run ID or @last"),
     (["--attach", "r"], "error: the cockpit needs a terminal; `mogplex --help` lists the commands that do not"),
     (["run", "x"], "error: run: --repo <id> is required (find IDs via `mogplex repos list`)"),
     (["run", "--repo", "r"], "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
@@ -3309,8 +3309,10 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["run", "--repo", "r", "\U0001f600" * 50_001], "error: run: the task is longer than 100,000 UTF-16 units"),
     (["run", "--repo", "r", "\udcff"], "error: run: the task is not valid UTF-8"),
     (["run", "--repo", "r", "x", "--harness", "codx"],
-     "error: --harness takes one of codex, claude-code, not 'codx', did you mean 'codex'?"),
-    (["run", "--repo", "r", "x", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
+     "error: run: unknown --harness 'codx', did you mean 'codex'?"),
+    (["run", "--repo", "r", "x", "--timeout", "5"], "error: run: --timeout needs --follow"),
+    (["run", "--repo", "r", "x", "--cancel-on-interrupt"], "error: run: --cancel-on-interrupt needs --follow"),
+    (["runs", "events", "r", "--quiet"], "error: runs events: --quiet needs --follow"),
     (["run", "--repo", "r", "x", "--folow"], "error: run: unknown option '--folow', did you mean '--follow'?"),
     (["runs", "events", "r", "--follow=no"], "error: runs events: argument --follow: ignored explicit argument 'no'"),
     (["runs", "list", "--demo=yes"], "error: runs list: argument --demo: ignored explicit argument 'yes'"),
@@ -3321,9 +3323,8 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
      "error: an idempotency key has 1 to 200 printable ASCII characters"),
     (["run", "--repo", "r", "x", "--idempotency-key", "ci"],
      "error: run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key"),
-    (["run", "--repo", "r", "x", "--idempotency-key", ""],
-     "error: an idempotency key has 1 to 200 printable ASCII characters"),
-    (["runs", "events", "r", "--timeout", "5"], "error: --timeout, --quiet and --cancel-on-interrupt go with --follow"),
+    (["run", "--repo", "r", "x", "--idempotency-key", ""], "error: run: --idempotency-key is empty"),
+    (["runs", "events", "r", "--timeout", "5"], "error: runs events: --timeout needs --follow"),
     (["runs", "events", "r", "--follow", "--timeout", "never"],
      "error: 'never' is no duration: seconds, or a number with s, m or h, such as 90s or 30m"),
     (["runs", "get"], "error: no run is remembered for this service: give a run's id"),
@@ -3338,8 +3339,11 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["repos", "list", "--limit", "201"], "error: --limit takes a whole number from 1 to 200, not '201'"),
     (["repos", "list", "--limit", "\u0663"], "error: --limit takes a whole number from 1 to 200, not '\u0663'"),
     (["sandboxes", "list", "--status", "runing"],
-     "error: --status takes one of creating, installing, running, pausing, paused, stopped, error, not 'runing', "
-     "did you mean 'running'?"),
+     "error: sandboxes list: unknown --status 'runing', did you mean 'running'?"),
+    (["run", "--repo", "r", "x", "--harness", "claude"],
+     "error: run: unknown --harness 'claude', did you mean 'claude-code'?"),
+    (["--attach", " "], "error: --attach needs a run ID or @last"),
+    (["--follow"], "error: --follow goes after the subcommand"),
     (["--demo-server", "7000000"], "error: --demo-server takes one port, 1 to 65535, or none for a free one"),
     *((["--demo-server", port], "error: --demo-server takes one port, 1 to 65535, or none for a free one")
       for port in ("x", "", "0", "99999")),
@@ -3361,20 +3365,74 @@ def test_a_usage_error_names_the_help_that_has_the_answer(cli: Callable[..., Res
     assert cli(*argv).err.splitlines()[1:] == [hint]
 
 
-def test_an_empty_choice_is_none(run_demo: Callable[..., Result]) -> None:
-    """What a script's unset variable comes to."""
-    assert run_demo("sandboxes", "list", "--status", "", "--json") == run_demo("sandboxes", "list", "--json")
-    assert json.loads(run_demo("run", "--repo", "acme/web", "--harness", "", "x", "--json").out)["harness"] == "codex"
+def empty_options(name: str) -> List[str]:
+    """Every option of a command that takes a value, with an empty one: what a script's unset variables come to."""
+    flags = [option.flag for option in mogplex.options_of(name) if option.value]
+    return [word for flag in flags for word in (flag, "") if flag != "--idempotency-key"]
 
 
-def test_a_command_s_help_speaks_of_that_command(cli: Callable[..., Result]) -> None:
-    for words, said in (("run", "(default: MOGPLEX_REPO)"), ("sandboxes list", "only of this repo"),
-                        ("runs events", "with --follow, give up after"), ("login", "wait for the browser")):
-        shown = cli(*words.split(), "--help").out
-        assert said in shown and "--help" in shown.partition("options:")[2], words
-    assert "MOGPLEX_REPO" not in cli("sandboxes", "list", "--help").out
-    words, _, options = cli("run", "--help").out.partition("options:")
-    assert "[PROMPT...]  " in words.partition("words:")[2] and "PROMPT..." not in options
+@pytest.mark.parametrize("name", ["sandboxes list", "repos list", "runs list"])
+def test_an_empty_option_of_a_list_counts_as_not_given(run_demo: Callable[..., Result], name: str) -> None:
+    words = name.split()
+    assert run_demo(*words, "--json", *empty_options(name)) == run_demo(*words, "--json")
+
+
+def test_an_empty_option_of_a_run_counts_as_not_given(cli: Callable[..., Result]) -> None:
+    with one_answer(ok(RUN)) as server:
+        with_repo = {**service(server.url), "MOGPLEX_REPO": "r"}
+        assert cli("run", "x", "--follow", *empty_options("run"), env=service(server.url)).code == 2
+        assert cli("run", "x", *empty_options("run"), env=with_repo).code == 0
+    assert posted(server) == [{"repoId": "r", "prompt": "x"}]
+
+
+@pytest.mark.parametrize("argv, flag, value", [
+    (["run", "--repo", "r", "x"], "--harness", "gemini"),
+    (["run", "--repo", "r", "x"], "--harness", "codex-cloud"),
+    (["sandboxes", "list"], "--status", "hibernated"),
+    (["sandboxes", "list"], "--status", "starting"),
+])
+def test_a_value_that_is_newer_than_this_version_is_passed_on(
+    cli: Callable[..., Result], argv: List[str], flag: str, value: str,
+) -> None:
+    with RawServer(lambda *_: ok({**RUN, "sandboxes": [{"id": "s"}]})) as server:
+        result = cli(*argv, flag, value, env=service(server.url))
+    note = f"mogplex {mogplex.__version__} does not know {flag} {value}; passing it on\n"
+    assert (result.code, result.err) == (0, note)
+    assert len(server.requests) == 1 and value in server.requests[0]
+
+
+def test_a_value_that_is_known_is_passed_on_without_a_word(cli: Callable[..., Result]) -> None:
+    with one_answer(ok({"sandboxes": [{"id": "s"}]})) as server:
+        for status in mogplex.SANDBOX_STATUSES:
+            assert cli("sandboxes", "list", "--status", status, env=service(server.url)).err == ""
+    assert len(server.requests) == len(mogplex.SANDBOX_STATUSES)
+
+
+@pytest.mark.parametrize("word, meant", [
+    ("codx", "codex"), ("coedx", "codex"), ("claude", "claude-code"), ("claude_code", "claude-code"),
+    ("gemini", ""), ("codex-2000", ""), ("c", "codex"), ("codex", ""),
+])
+def test_a_slip_is_told_from_a_newer_word(word: str, meant: str) -> None:
+    assert mogplex.slip_of(word, list(mogplex.HARNESSES)) == meant
+
+
+@pytest.mark.parametrize("words, told, untold", [
+    ("run", "(default: MOGPLEX_REPO)", "(default: all)"),
+    ("sandboxes list", "only sandboxes of this repo", "MOGPLEX_REPO"),
+    ("runs events", "stop following after TIME", "for the browser"),
+    ("login", "wait this long for the browser", "following"),
+])
+def test_a_command_s_help_speaks_of_that_command(
+    cli: Callable[..., Result], words: str, told: str, untold: str,
+) -> None:
+    shown = " ".join(cli(*words.split(), "--help").out.split())
+    assert told in shown and untold not in shown
+    assert "--help show this help (also -h)" in shown.partition("options:")[2]
+
+
+def test_the_help_has_arguments_before_options(cli: Callable[..., Result]) -> None:
+    arguments, _, options = cli("run", "--help").out.partition("options:")
+    assert "[TASK...]  " in arguments.partition("arguments:")[2] and "TASK..." not in options
 
 
 @pytest.mark.parametrize("url, extra", [
@@ -3410,7 +3468,7 @@ def test_repos_list(run_demo: Callable[..., Result]) -> None:
     assert table.out.splitlines()[0].split() == ["ID", "REPO", "BRANCH", "ROOT"] and f"{mogplex.DEMO_WEB}  acme/web " in table.out
     lines = run_demo("repos", "list", "--query", "WEB", "--limit", "1", "--json")
     assert [json.loads(line)["full_name"] for line in lines.out.splitlines()] == ["acme/web"]
-    assert run_demo("repos", "list", "--query", "zzz") == Result(0, "", "no repo has 'zzz' in its name\n")
+    assert run_demo("repos", "list", "--query", "zzz") == Result(0, "", "no repo matches 'zzz'\n")
     assert run_demo("repos", "list", "--query", "zzz", "--json") == Result(0, "", "")
 
 
@@ -3624,7 +3682,7 @@ def test_sandboxes_list(run_demo: Callable[..., Result]) -> None:
 
 def test_stopping_a_sandbox_is_not_offered_until_it_is(run_demo: Callable[..., Result], cli: Callable[..., Result]) -> None:
     now = run_demo("sandboxes", "stop", "s-1")
-    assert (now.code, now.out) == (69, "") and "does not offer stopping" in now.err and "under Sandboxes at http" in now.err
+    assert (now.code, now.out) == (69, "") and "cannot stop a sandbox yet" in now.err and "under Sandboxes: http" in now.err
     with one_answer(ok({"sandbox": {"id": "s-1", "status": "stopped"}})) as server:
         later = cli("sandboxes", "stop", "s-1", env=service(server.url))
     assert later == Result(0, "stop requested for sandbox s-1\nstatus: stopped\n", "")
@@ -4026,7 +4084,7 @@ def test_login_on_a_remote_host(tmp_path: Any) -> None:
             said = [process.stderr.readline() for _ in range(5)]
             assert said[0] == f"to sign in to {server.url}, open this page:\n"
             assert re.search(r"ssh -L (2481[68]):127\.0\.0\.1:\1 ", said[2]) and "login --with-token" in said[3]
-            assert said[4] == "waiting for up to 5m 00s; Ctrl+C ends the wait\n"
+            assert said[4] == "waiting for up to 5m 00s; press Ctrl+C to stop\n"
             if interrupted:
                 process.send_signal(signal.SIGINT)
             else:
@@ -4044,8 +4102,46 @@ def test_login_with_a_token(cli: Callable[..., Result], tmp_path: Any) -> None:
             assert (result.code, result.out) == (code, "") and not (tmp_path / "home").exists(), result
         result = cli("login", "--with-token", "--json", env=service(server.url, "mog_other"), stdin=f"{TOKEN}\n")
     assert json.loads(result.out) == {"service": server.url, "path": str(tmp_path / "home" / "auth.json")}
-    assert (result.code, result.err) == (0, "MOGPLEX_API_KEY is set, and goes before this sign-in\n")
+    assert (result.code, result.err) == (0, "MOGPLEX_API_KEY is set and takes precedence over this sign-in\n")
     assert stored(tmp_path / "home")["mogplex"] == {"token": TOKEN, "base_url": server.url}
+
+
+@pytest.mark.parametrize("argv, env, said", [
+    ([], {"CI": "true"}, "login: there is no browser in a CI job"),
+    ([], {"CI": "1", "SSH_TTY": "/dev/tty"}, "login: there is no browser in a CI job"),
+    (["--with-token"], {"CI": "true"}, "no token on stdin"),
+])
+def test_login_in_ci_does_not_wait_for_a_browser(
+    cli: Callable[..., Result], argv: List[str], env: Dict[str, str], said: str,
+) -> None:
+    result = cli("login", *argv, env={**service("http://127.0.0.1:9", ""), **env})
+    assert (result.code, result.out) == (2, "") and said in result.err.splitlines()[0]
+    assert argv or result.err.splitlines()[1] == (
+        "set MOGPLEX_API_KEY, or pipe a token to `mogplex login --with-token`")
+
+
+@pytest.mark.parametrize("argv, env", [
+    (["login", "--no-browser", "--timeout", "0.1"], {"CI": "true"}),
+    (["login", "--no-browser", "--timeout", "0.1"], {"CI": "false"}),
+])
+def test_login_in_ci_waits_for_a_browser_elsewhere(
+    cli: Callable[..., Result], argv: List[str], env: Dict[str, str],
+) -> None:
+    result = cli(*argv, env={**service("http://127.0.0.1:9", ""), **env})
+    assert result.code == 1 and "open this page" in result.err
+
+
+@pytest.mark.parametrize("argv", [["repos", "list"], ["sandboxes", "list"]])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_list_that_ends_at_its_limit_says_so(
+    cli: Callable[..., Result], argv: List[str], flags: List[str],
+) -> None:
+    records = [{"id": str(number)} for number in range(3)]
+    with one_answer(ok({"repos": records, "sandboxes": records})) as server:
+        full = cli(*argv, *flags, "--limit", "3", env=service(server.url))
+        whole = cli(*argv, *flags, "--limit", "4", env=service(server.url))
+    assert (full.code, full.err) == (0, "only the first 3 are listed; there may be more\n")
+    assert (whole.code, whole.err) == (0, "") and whole.out == full.out
 
 
 def test_login_asks_for_the_token_unseen_on_a_terminal(tmp_path: Any) -> None:
@@ -4098,11 +4194,12 @@ def test_login_status(
 
 def test_logout(cli: Callable[..., Result], tmp_path: Any) -> None:
     put(tmp_path / "home", {"mogplex": {"token": "t"}, "other": 1})
-    applies = "MOGPLEX_API_KEY is set, and still applies\n"
+    applies = "MOGPLEX_API_KEY is set and still applies\n"
     assert cli("logout", env={"MOGPLEX_API_KEY": "x"}) == (0, "signed out\n", applies)
-    assert cli("--logout") == (0, "there was no stored sign-in\n", "")
-    assert cli("--logout", "runs", "list", "--json") == (0, "", "there was no stored sign-in\n")  # stdout is the command's
-    assert cli("logout", "--json") == (0, '{"forgotten":false}\n', "")
+    assert cli("--logout") == (0, "not signed in\n", "")
+    assert cli("--logout", "runs", "list", "--json") == (0, "", "not signed in\n")  # stdout is the command's
+    for argv in (["logout", "--json"], ["--logout", "--json"]):
+        assert cli(*argv) == (0, '{"forgotten":false}\n', "")
     assert stored(tmp_path / "home") == {"version": 1, "other": 1}
 
 
@@ -4224,8 +4321,8 @@ def test_the_environment_that_is_told_is_the_code_s() -> None:
 def test_the_flags_that_are_told_are_the_parser_s(cli: Callable[..., Result]) -> None:
     told = {flag for row in table_cells("flag") for flag in re.findall(r"--[a-z][a-z-]+", row[0])}
     known = set(re.findall(r"(?m)^  (--[a-z][a-z-]+)", cli("--help").out))
-    for name in mogplex.COMMAND_TABLE:
-        taken = {word for word in mogplex.taken_by(name) if word.startswith("--")}
+    for name in mogplex.SUBCOMMANDS:
+        taken = {option.flag for option in mogplex.options_of(name)}
         assert taken <= set(re.findall(r"--[a-z][a-z-]+", cli(*name.split(), "--help").out)), name
         known |= taken
     assert told == known
@@ -4240,10 +4337,11 @@ def command_lines() -> List[str]:
 
 
 def test_every_command_in_the_readme_parses() -> None:
+    anywhere = [option.flag for option in mogplex.GLOBAL_OPTIONS]
     for line in command_lines():
-        words = [word for word in shlex.split(line) if word not in mogplex.GLOBAL_FLAGS]
+        words = [word for word in shlex.split(line) if word not in anywhere]
         if words and words[0] in mogplex.GROUPS and "--help" not in words:
-            name = next(name for name in (" ".join(words[:2]), words[0]) if name in mogplex.COMMAND_TABLE)
+            name = next(name for name in (" ".join(words[:2]), words[0]) if name in mogplex.SUBCOMMANDS)
             mogplex.parse_command(name, words[len(name.split()):])
 
 
@@ -4257,11 +4355,11 @@ def test_completions_know_commands_flags_statuses_and_harnesses() -> None:
 
     actions = list(walk(mogplex.make_parser(), ""))
     flags = {(name, flag): action for name, action in actions for flag in action.option_strings}
-    assert set(mogplex.COMMAND_TABLE) <= {name for name, _ in actions}
-    assert set(mogplex.GROUPS) == {name.split()[0] for name in mogplex.COMMAND_TABLE}
+    assert set(mogplex.SUBCOMMANDS) <= {name for name, _ in actions}
+    assert set(mogplex.GROUPS) == {name.split()[0] for name in mogplex.SUBCOMMANDS}
     assert {("", flag) for flag in ("--version", "--demo-server", "--attach")} <= set(flags)
-    assert flags["run", "--harness"].choices == [*mogplex.HARNESSES, ""]
-    assert flags["sandboxes list", "--status"].choices == [*mogplex.SANDBOX_STATUSES, ""]
+    assert flags["run", "--harness"].choices == tuple(mogplex.HARNESSES)
+    assert flags["sandboxes list", "--status"].choices == tuple(mogplex.SANDBOX_STATUSES)
     assert ("runs events", "--follow") in flags
     for _, action in actions:  # shtab leaves out a word that has no help
         if hasattr(action, "_name_parser_map"):
