@@ -1486,9 +1486,17 @@ class SSEDecoder:
 class Delivery(NamedTuple):
     """What an event tells of the branch that a run works on, and of what it has delivered there."""
 
-    branch: str             # the one really pushed; ``run.branch.working`` can still say "main"
-    pull_request_url: str
-    changed: bool           # the branch has something to continue from
+    branch: str = ""            # the one really pushed; ``run.branch.working`` can still say "main"
+    pull_request_url: str = ""
+    changed: bool = False       # the branch has something to continue from
+
+    def then(self, later: Delivery) -> Delivery:
+        """What both tell; the later one counts."""
+        return Delivery(
+            later.branch or self.branch,
+            later.pull_request_url or self.pull_request_url,
+            later.changed or self.changed,
+        )
 
 
 def delivery_of(event: Json) -> Optional[Delivery]:
@@ -1501,6 +1509,33 @@ def delivery_of(event: Json) -> Optional[Delivery]:
     url = text_of(payload, "pull_request_url")
     changed = bool(url) or payload.get("changed") is True
     return Delivery(text_of(payload, "working_branch"), url, changed)
+
+
+def failure_of(event: Json) -> str:
+    """Why a run failed, as a finished or failed event tells it; "" when it does not.
+
+    The harness's error where there is one; else its failure code and exit code.
+    """
+    if event.get("type") not in ("finished", "failed"):
+        return ""
+    payload = event.get("payload")
+    error = text_of(payload, "error")
+    if error:
+        return error
+    exit_code = text_of(payload, "exit_code")
+    failure_code = text_of(payload, "failure_code")
+    reasons = [failure_code]
+    if exit_code not in ("", "0"):
+        reasons.append(f"exit code {exit_code}")
+    return ", ".join(filter(None, reasons))
+
+
+def already_ended(answer: Json) -> bool:
+    """Whether the answer to a cancel says that the run had ended before.
+
+    The service says ``alreadyTerminal``; its documents promise a ``status`` instead.
+    """
+    return answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
 
 
 class Progress(NamedTuple):
@@ -1867,92 +1902,216 @@ STYLE_COLOURS = {"ok": 32, "bad": 31, "warn": 33, "run": 36}  # SGR parameters
 
 def paint(status: str, colour: bool) -> str:
     """A status word, coloured where wanted and known."""
-    code = STYLE_COLOURS.get(status_named(status).style) if colour else None
-    return f"\x1b[{code}m{status}\x1b[0m" if code else status
+    code = STYLE_COLOURS.get(status_named(status).style)
+    if not colour or code is None:
+        return status
+    return f"\x1b[{code}m{status}\x1b[0m"
 
 
 def newline_mark(encoding: Optional[str]) -> str:
     """What stands for a newline inside a line; most encodings but Unicode's have no sign for it."""
-    return " \u23ce " if (encoding or "").lower().startswith("utf") else " | "
+    if (encoding or "").lower().startswith("utf"):
+        return " \u23ce "
+    return " | "
 
 
 def ndjson(record: object) -> str:
-    """One line of ASCII JSON, the record as it came; ``##`` is spelled so that a CI runner sees no ``##[`` in it."""
+    """One line of ASCII JSON, the record as it came.
+
+    ``##`` is spelled so that a CI runner sees no ``##[`` in it.
+    """
     try:
-        return str(_codec()[1].encode(record)).replace("##", "#\\u0023")
+        _, encoder = _codec()
+        return str(encoder.encode(record)).replace("##", "#\\u0023")
     except RecursionError:
-        raise InvalidResponseError("an object nested too deeply to be printed") from None
+        raise InvalidResponseError("an object is nested too deeply to be printed") from None
 
 
 def ndjson_lines(records: Sequence[object], texts: Sequence[str]) -> str:
-    """A line of each record; the JSON that they came as, "" for unknown, is taken where all of it is ASCII lines."""
+    """A line for each record: the text that it came as, where all of these are lines of ASCII.
+
+    A text is "" where it is not known.
+    """
     lines = "\n".join(texts)
     if "" in texts or not lines.isascii() or lines.count("\n") >= len(texts):
         return "\n".join(map(ndjson, records))
-    return lines.replace("##", "#\\u0023") if "#" in lines else lines
+    if "#" in lines:
+        return lines.replace("##", "#\\u0023")
+    return lines
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: Optional[int], free: Sequence[str]) -> str:
-    """An aligned table; ImportError without tabulate.
+# -- Lists
 
-    In ``width`` columns where one is given: the widest of the columns named in ``free`` is
-    shortened, to its header's width at most, then the next, until the rows fit or none is left.
+
+class Setting(NamedTuple):
+    """What the cells of a list depend on, beside its records."""
+
+    colour: bool = False
+    now: Optional[float] = None         # ages are shown instead of times where it is given
+    width: Optional[int] = None         # of the terminal
+    repo_names: Mapping[str, str] = {}  # by id
+
+
+Cell = Callable[[Json, Setting], str]
+
+
+class Column(NamedTuple):
+    """A column of a list: its title, its cell for a record, and whether that may be shortened."""
+
+    title: str
+    cell: Cell
+    shrinks: bool = False
+
+
+def plain(*keys: str) -> Cell:
+    """The cell with the text at ``record[key][key]...``, harmless."""
+    def cell(record: Json, setting: Setting) -> str:
+        return sanitize(text_of(record, *keys))
+    return cell
+
+
+def when(key: str) -> Cell:
+    """The cell with the time at ``key``, as an age where the setting says so."""
+    def cell(record: Json, setting: Setting) -> str:
+        moment = parse_time(record.get(key))
+        if setting.now is None or moment is None:
+            return format_time(record.get(key))
+        return f"{format_age(setting.now - moment)} ago"
+    return cell
+
+
+def status_cell(record: Json, setting: Setting) -> str:
+    """The record's status."""
+    return paint(sanitize(text_of(record, "status")), setting.colour)
+
+
+def repo_cell(record: Json, setting: Setting) -> str:
+    """The name of the record's repo; its id where the name is not known."""
+    repo_id = text_of(record, "repo_id")
+    return sanitize(setting.repo_names.get(repo_id, repo_id))
+
+
+def branch_cell(sandbox: Json, setting: Setting) -> str:
+    """The branch that a sandbox works on."""
+    return sanitize(text_of(sandbox, "working_branch") or text_of(sandbox, "base_branch"))
+
+
+def started_cell(record: Json, setting: Setting) -> str:
+    """The id of a remembered run; for a start whose answer never came, the key that finds out."""
+    run_id = sanitize(text_of(record, "id"))
+    if run_id:
+        return run_id
+    return f"in doubt: key {sanitize(text_of(record, 'key'))}"
+
+
+def task_repo_cell(record: Json, setting: Setting) -> str:
+    """The repo of a remembered run: its name where it is known."""
+    repo = text_of(record, "repo")
+    return sanitize(setting.repo_names.get(repo, repo))
+
+
+REPO_COLUMNS = (
+    Column("ID", plain("id")),
+    Column("REPO", plain("full_name"), shrinks=True),
+    Column("BRANCH", plain("default_branch"), shrinks=True),
+    Column("ROOT", plain("root_directory"), shrinks=True),
+)
+SANDBOX_COLUMNS = (
+    Column("ID", plain("id")),
+    Column("REPO", repo_cell, shrinks=True),
+    Column("BRANCH", branch_cell, shrinks=True),
+    Column("STATUS", status_cell),
+    Column("PREVIEW", plain("preview_url"), shrinks=True),
+    Column("LAST ACTIVE", when("last_active_at")),
+    Column("ERROR", plain("error"), shrinks=True),
+)
+HISTORY_COLUMNS = (
+    Column("ID", started_cell),
+    Column("REPO", task_repo_cell, shrinks=True),
+    Column("BRANCH", plain("branch"), shrinks=True),
+    Column("STARTED", when("time")),
+    Column("TASK", plain("task"), shrinks=True),
+)
+
+
+def rows_of(
+    records: Iterable[Json], columns: Sequence[Column], setting: Setting,
+) -> List[List[str]]:
+    """A row of cells for each record."""
+    return [[column.cell(record, setting) for column in columns] for record in records]
+
+
+def shown_width(text: str) -> int:
+    """The columns that ``text`` takes on a terminal, without its colours."""
+    return text_width(re.sub(_ESCAPES, "", text))
+
+
+def least_width(column: Column, cells: Sequence[str]) -> int:
+    """How narrow a column can be made: ids are never shortened, nor titles."""
+    whole = cells
+    if column.shrinks:
+        whole = [cell for cell in cells if is_uuid(cell)]
+    widths = [shown_width(cell) for cell in whole]
+    return max([text_width(column.title) + 2, *widths])  # tabulate makes no column narrower
+
+
+def fitted_widths(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int,
+) -> List[int]:
+    """The widths of the columns in a table of ``width``.
+
+    The column with the most to spare is shortened first, until the rows fit or none has any.
     """
+    widths = []
+    spare = []
+    for index, column in enumerate(columns):
+        cells = [row[index] for row in rows]
+        least = least_width(column, cells)
+        widths.append(max([least, *map(shown_width, cells)]))
+        spare.append(widths[index] - least)
+    over = sum(widths) + 2 * (len(widths) - 1) - width
+    for index in sorted(range(len(columns)), key=spare.__getitem__, reverse=True):
+        cut = min(spare[index], max(0, over))
+        widths[index] -= cut
+        over -= cut
+    return widths
+
+
+def table(records: Sequence[Json], columns: Sequence[Column], setting: Setting) -> str:
+    """An aligned table, in the setting's width where it has one; ImportError without tabulate."""
     import tabulate
-    least = [text_width(header) + 2 for header in headers]  # tabulate makes no column narrower
-    widths = [max([least[at], *(text_width(re.sub(_ESCAPES, "", row[at])) for row in rows)])
-              for at in range(len(headers))]
-    over = sum(widths) + 2 * len(widths) - 2 - width if width is not None else 0
-    for room, at in sorted(((widths[at] - least[at], at) for at in range(len(headers))), reverse=True):
-        if headers[at] in free and over > 0:
-            widths[at] -= min(room, over)
-            over -= room
-    cells = [[fit(text, widths[at]) if headers[at] in free else text for at, text in enumerate(row)] for row in rows]
-    return tabulate.tabulate(cells, headers=list(headers), tablefmt="plain", disable_numparse=True)
+    rows = rows_of(records, columns, setting)
+    if setting.width is not None:
+        widths = fitted_widths(columns, rows, setting.width)
+        for row in rows:
+            for index, column in enumerate(columns):
+                if column.shrinks:
+                    row[index] = fit(row[index], widths[index])
+    titles = [column.title for column in columns]
+    return tabulate.tabulate(rows, headers=titles, tablefmt="plain", disable_numparse=True)
 
 
-def tab_separated(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def tab_separated(records: Sequence[Json], columns: Sequence[Column], setting: Setting) -> str:
     """The same for a host without tabulate."""
-    return "\n".join("\t".join(row) for row in [headers, *rows])
+    titles = [column.title for column in columns]
+    rows = [titles, *rows_of(records, columns, setting)]
+    return "\n".join("\t".join(row) for row in rows)
 
 
-def _plain(record: Json, *keys: str) -> List[str]:
-    """The texts at ``keys``, harmless."""
-    return [sanitize(text_of(record, key)) for key in keys]
+def json_list(records: Sequence[Json], columns: Sequence[Column], setting: Setting) -> str:
+    """The records as they came, one JSON object a line."""
+    return "\n".join(map(ndjson, records))
 
 
-def _since(value: object, now: Optional[float]) -> str:
-    """A time of the service, as an age where ``now`` is given."""
-    moment = parse_time(value)
-    return format_time(value) if now is None or moment is None else f"{format_age(now - moment)} ago"
+# A list in another format is one more function here.
+LIST_FORMATS: Dict[str, Callable[[Sequence[Json], Sequence[Column], Setting], str]] = {
+    "table": table,
+    "tsv": tab_separated,
+    "json": json_list,
+}
 
 
-def repo_row(repo: Json) -> List[str]:
-    """ID, REPO, BRANCH, ROOT."""
-    return _plain(repo, "id", "full_name", "default_branch", "root_directory")
-
-
-def sandbox_row(sandbox: Json, repo_names: Mapping[str, str], now: Optional[float], colour: bool) -> List[str]:
-    """ID, REPO, BRANCH, STATUS, PREVIEW, LAST ACTIVE (an age where ``now`` is given), ERROR."""
-    identifier, repo_id, working, base, status, preview, error = _plain(
-        sandbox, "id", "repo_id", "working_branch", "base_branch", "status", "preview_url", "error")
-    return [identifier, sanitize(repo_names.get(repo_id, repo_id)), working or base, paint(status, colour), preview,
-            _since(sandbox.get("last_active_at"), now), error]
-
-
-def remembered_row(record: Json, now: Optional[float]) -> List[str]:
-    """ID, REPO, BRANCH, STARTED, TASK of a remembered run."""
-    run_id, repo, branch, task = _plain(record, "id", "repo", "branch", "task")
-    return [run_id, repo, branch, _since(record.get("time"), now), task]
-
-
-def branch_text(run: Json) -> str:
-    """``feat/x (base main, created)``."""
-    branch = dict_of(run, "branch")
-    working, base = _plain(branch, "working", "base")
-    notes = [base and f"base {base}", "created" if branch.get("createBranch") is True else ""]
-    shown = ", ".join(filter(None, notes))
-    return f"{working} ({shown})" if working and shown else working
+# -- Runs
 
 
 def block(rows: Iterable[Tuple[str, str]]) -> str:
@@ -1960,44 +2119,120 @@ def block(rows: Iterable[Tuple[str, str]]) -> str:
     return "\n".join(f"{label:<7} {value}" for label, value in rows if value)
 
 
+def branch_text(run: Json) -> str:
+    """``feat/x (base main, created)``."""
+    branch = dict_of(run, "branch")
+    working = sanitize(text_of(branch, "working"))
+    base = sanitize(text_of(branch, "base"))
+    notes = []
+    if base:
+        notes.append(f"base {base}")
+    if branch.get("createBranch") is True:
+        notes.append("created")
+    if not working or not notes:
+        return working
+    return f"{working} ({', '.join(notes)})"
+
+
 def started_text(run: Json, colour: bool) -> str:
     """What ``run`` prints."""
-    run_id, status, repo, harness = _plain(run, "runId", "status", "repoId", "harness")
-    first = "matched existing run" if run.get("replayed") is True else "started run"
-    lines = [f"{first} {run_id} ({paint(status, colour)})",
-             block([("repo", repo), ("harness", harness), ("branch", branch_text(run))]),
-             f"tail events: mogplex runs events {run_id} --follow"]
-    return "\n".join(filter(None, lines))
+    run_id = sanitize(text_of(run, "runId"))
+    status = paint(sanitize(text_of(run, "status")), colour)
+    first = "started run"
+    if run.get("replayed") is True:
+        first = "matched existing run"
+    facts = block([
+        ("repo", sanitize(text_of(run, "repoId"))),
+        ("harness", sanitize(text_of(run, "harness"))),
+        ("branch", branch_text(run)),
+    ])
+    tail_hint = f"tail events: mogplex runs events {run_id} --follow"
+    return "\n".join(filter(None, [f"{first} {run_id} ({status})", facts, tail_hint]))
 
 
-def run_text(run: Json, colour: bool) -> str:
-    """What ``runs get`` prints."""
-    run_id, status, harness, repo, root, sandbox, events, cancel, error = _plain(
-        run, "runId", "status", "harness", "repoId", "rootDirectory", "sandboxId", "eventsUrl", "cancelUrl", "error")
+def run_text(
+    run: Json, colour: bool, delivery: Delivery = Delivery(), failure: str = "",
+) -> str:
+    """What ``runs get`` prints; ``delivery`` and ``failure`` as the run's events tell them."""
+    def plain_text(key: str) -> str:
+        return sanitize(text_of(run, key))
+
     return block([
-        ("run", run_id), ("status", paint(status, colour)), ("harness", harness), ("repo", repo),
-        ("branch", branch_text(run)), ("root", root), ("sandbox", sandbox), ("events", events), ("cancel", cancel),
-        ("created", format_time(run.get("createdAt"))), ("updated", format_time(run.get("updatedAt"))),
-        ("error", error),
+        ("run", plain_text("runId")),
+        ("status", paint(plain_text("status"), colour)),
+        ("harness", plain_text("harness")),
+        ("repo", plain_text("repoId")),
+        ("branch", branch_text(run)),
+        ("pushed", sanitize(delivery.branch)),
+        ("pull", sanitize(delivery.pull_request_url)),
+        ("root", plain_text("rootDirectory")),
+        ("sandbox", plain_text("sandboxId")),
+        ("record", plain_text("sandboxRecordId")),
+        ("events", plain_text("eventsUrl")),
+        ("cancel", plain_text("cancelUrl")),
+        ("created", format_time(run.get("createdAt"))),
+        ("updated", format_time(run.get("updatedAt"))),
+        ("error", plain_text("error")),
+        ("reason", sanitize(failure)),
     ])
 
 
+def verdict_json(verdict: Verdict) -> Json:
+    """The last line of ``--follow --json``; what is not known is left out."""
+    line: Json = {"runId": verdict.run_id, "status": verdict.status}
+    known = {
+        "error": verdict.error,
+        "pullRequestUrl": verdict.pull_request_url,
+        "workingBranch": verdict.working_branch,
+        "truncated": verdict.truncated,
+    }
+    line.update((key, value) for key, value in known.items() if value)
+    return line
+
+
+def verdict_facts(verdict: Verdict) -> List[Tuple[str, str]]:
+    """What is worth knowing when a run has ended: labels and values."""
+    duration = ""
+    if verdict.duration_s is not None:
+        duration = format_duration(verdict.duration_s)
+    facts = [
+        ("run error", verdict.error),
+        ("branch", verdict.working_branch),
+        ("pull request", verdict.pull_request_url),
+        ("duration", duration),
+    ]
+    return [(label, value) for label, value in facts if value]
+
+
+def verdict_notes(verdict: Verdict) -> List[str]:
+    """The same as lines."""
+    return [f"{label}: {value}" for label, value in verdict_facts(verdict)]
+
+
+# -- Events and logs
+
+
 def event_text(event: Json, newline: str = " \u23ce ") -> str:
-    """The message, and what the payload adds to it: a pull request's URL, a failure's reason."""
-    message, payload = sanitize(text_of(event, "message"), newline), dict_of(event, "payload")
-    key = {"log": "pull_request_url", "failed": "error"}.get(text_of(event, "type"), "")
-    extra = sanitize(text_of(payload, key), newline) if key else ""
-    if not extra or extra in message:
-        return message
-    return f"{message}{': ' if key == 'error' else ' '}{extra}" if message else extra
+    """The message, and what the payload adds to it: a pull request's URL, why a run failed."""
+    message = sanitize(text_of(event, "message"), newline)
+    reason = sanitize(failure_of(event), newline)
+    url = sanitize(text_of(event, "payload", "pull_request_url"), newline)
+    if reason and reason not in message:
+        return f"{message}: {reason}" if message else reason
+    if url and url not in message:
+        return f"{message} {url}".lstrip()
+    return message
 
 
 def event_line(event: Json, newline: str = " \u23ce ") -> str:
-    """Time, type, tool and message, two spaces between."""
+    """Time, type, tool and text, two spaces between."""
+    kind = sanitize(text_of(event, "type"), newline)
+    parts = [format_time(event.get("createdAt")), f"{kind:<14}"]
     tool = sanitize(text_of(event, "toolName"), newline)
-    parts = (format_time(event.get("createdAt")), f"{sanitize(text_of(event, 'type'), newline):<14}",
-             f"tool={tool}" if tool else "", event_text(event, newline))
-    return "  ".join(part for part in parts if part).rstrip()
+    if tool:
+        parts.append(f"tool={tool}")
+    parts.append(event_text(event, newline))
+    return "  ".join(filter(None, parts)).rstrip()
 
 
 def logs_text(logs: Json) -> str:
@@ -2005,35 +2240,29 @@ def logs_text(logs: Json) -> str:
     lines: List[str] = []
     for name in ("install_log", "dev_log"):
         text = text_of(logs, "sandbox", name)
-        lines += [f"--- {name} ---", *re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))] if text else []
+        if text:
+            lines.append(f"--- {name} ---")
+            lines += re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))
     for event in dicts_of(logs, "lifecycle_events"):
-        lines.append("  ".join((format_time(event.get("created_at")), text_of(event, "event_type"),
-                                text_of(event, "decision_code"))).rstrip())
+        facts = (
+            format_time(event.get("created_at")), text_of(event, "event_type"),
+            text_of(event, "decision_code"))
+        lines.append("  ".join(facts).rstrip())
     return "\n".join(map(sanitize, lines))
 
 
-def verdict_json(verdict: Verdict) -> Json:
-    """The last line of ``--follow --json``."""
-    known = {"error": verdict.error, "pullRequestUrl": verdict.pull_request_url,
-             "workingBranch": verdict.working_branch, "truncated": verdict.truncated}
-    return {"runId": verdict.run_id, "status": verdict.status, **{key: value for key, value in known.items() if value}}
-
-
-def verdict_notes(verdict: Verdict) -> List[str]:
-    """What is worth knowing when a run has ended: ``label: value``."""
-    duration = "" if verdict.duration_s is None else format_duration(verdict.duration_s)
-    notes = (("run error", verdict.error), ("branch", verdict.working_branch),
-             ("pull request", verdict.pull_request_url), ("duration", duration))
-    return [f"{label}: {value}" for label, value in notes if value]
+# -- Signs of life
 
 
 def status_line(progress: Progress, now: float) -> str:
     """One line for a terminal: status, elapsed, the last event's age, the connection."""
+    status = sanitize(progress.status) or "waiting"
+    elapsed = format_duration(now - progress.started_at)
+    age = format_age(now - progress.last_event_at)
     connection = progress.connection
     if progress.retry_at is not None and progress.retry_at > now:
-        connection += f", again in {format_age(progress.retry_at - now)}"
-    return (f"{sanitize(progress.status) or 'waiting'} {format_duration(now - progress.started_at)}"
-            f" | last event {format_age(now - progress.last_event_at)} ago | {connection}")
+        connection += f", retrying in {format_age(progress.retry_at - now)}"
+    return f"{status} {elapsed} | last event {age} ago | {connection}"
 
 
 def silence_line(progress: Progress, now: float) -> str:
@@ -4204,8 +4433,8 @@ class Context:
         return Exit.OK
 
     def emit_list(
-        self, records: Sequence[Json], empty: str, headers: Sequence[str], rows: Iterable[Sequence[str]],
-        free: Sequence[str], limit: Optional[int] = None,
+        self, records: Sequence[Json], empty: str, columns: Sequence[Column],
+        limit: Optional[int] = None, repo_names: Mapping[str, str] = {},
     ) -> int:
         """Records as NDJSON or as a table, and for none the sentence ``empty``; the exit code.
 
@@ -4217,20 +4446,25 @@ class Context:
         elif not records:
             self.note(empty)
         else:
-            self.emit_table(headers, list(rows), free)
+            self.emit_table(records, columns, repo_names)
         if limit is not None and len(records) >= limit:
             self.note(f"only the first {limit} are listed; there may be more")
         return Exit.OK
 
-    def emit_table(self, headers: Sequence[str], rows: Sequence[Sequence[str]], free: Sequence[str]) -> None:
-        """Rows under their headers, tab-separated where tabulate is missing."""
+    def emit_table(
+        self, records: Sequence[Json], columns: Sequence[Column], repo_names: Mapping[str, str],
+    ) -> None:
+        """Records as rows under their titles, tab-separated where tabulate is missing."""
         import shutil
-        width = shutil.get_terminal_size().columns if is_terminal(self.stdout) else None
+        width = None
+        if is_terminal(self.stdout):
+            width = shutil.get_terminal_size().columns
+        setting = Setting(self.colour, self.now, width, repo_names)
         try:
-            self.emit(table(headers, rows, width, free))
+            self.emit(table(records, columns, setting))
         except ImportError:
             self.note("the package 'tabulate' is missing: the table is tab-separated")
-            self.emit(tab_separated(headers, rows))
+            self.emit(tab_separated(records, columns, setting))
 
     def redacted(self, text: str) -> str:
         """``text`` without the token in use, or the one in the environment."""
@@ -4491,8 +4725,7 @@ def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> 
     with ctx.client() as client:
         repos = client.repos(query=query, limit=limit)
     empty = f"no repo matches '{query}'" if query else "no repos; link one in the web app"
-    return ctx.emit_list(
-        repos, empty, ("ID", "REPO", "BRANCH", "ROOT"), map(repo_row, repos), ("REPO", "BRANCH", "ROOT"), limit)
+    return ctx.emit_list(repos, empty, REPO_COLUMNS, limit)
 
 
 def cmd_run(
@@ -4536,10 +4769,8 @@ def cmd_run(
 
 
 def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
-    records = ctx.home.runs(ctx.base_url)[:limit]
-    return ctx.emit_list(
-        records, "no runs started from here yet", ("ID", "REPO", "BRANCH", "STARTED", "TASK"),
-        (remembered_row(record, ctx.now) for record in records), ("BRANCH", "TASK"))
+    records = ctx.home.history(ctx.base_url)[:limit]
+    return ctx.emit_list(records, "no runs started from here yet", HISTORY_COLUMNS)
 
 
 def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
@@ -4588,10 +4819,7 @@ def cmd_sandboxes_list(ctx: Context, *, repo: str = "", status: str = "", limit:
     names: Dict[str, str] = {}
     if text_of(wanted, "full_name"):
         names[text_of(wanted, "id")] = text_of(wanted, "full_name")
-    return ctx.emit_list(
-        sandboxes, "no sandboxes", ("ID", "REPO", "BRANCH", "STATUS", "PREVIEW", "LAST ACTIVE", "ERROR"),
-        (sandbox_row(sandbox, names, ctx.now, ctx.colour) for sandbox in sandboxes),
-        ("BRANCH", "PREVIEW", "ERROR", *(["REPO"] if names else [])), limit)
+    return ctx.emit_list(sandboxes, "no sandboxes", SANDBOX_COLUMNS, limit, names)
 
 
 def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:

@@ -2021,6 +2021,18 @@ def test_rows_without_a_value_are_left_out_and_error_and_root_appear_with_one() 
     assert mogplex.run_text({"branch": {"working": "x", "createBranch": False}}, False) == "branch  x"
 
 
+def test_a_run_whose_events_tell_more() -> None:
+    delivery = mogplex.Delivery("mogplex/agent-1", "https://g/1", True)
+    run = {"runId": "r", "branch": {"working": "main"}, "sandboxRecordId": "s"}
+    assert mogplex.run_text(run, False, delivery, "command_failed,\nexit code 1") == """\
+run     r
+branch  main
+pushed  mogplex/agent-1
+pull    https://g/1
+record  s
+reason  command_failed, \u23ce exit code 1"""
+
+
 def test_a_started_run() -> None:
     run = {"runId": "R", "status": "pending", "repoId": "8f3a2b1c-1234-4abc-9def-1234567890ab", "harness": "codex",
            "branch": {"base": "main", "working": "mogplex/run/2026-05-17/refactor-auth", "createBranch": True}}
@@ -2034,50 +2046,137 @@ tail events: mogplex runs events R --follow"""
         "matched existing run R (failed)\n")
 
 
-@pytest.mark.parametrize("event, line", [
-    ({"createdAt": "2026-05-17T10:14:00.5Z", "type": "log", "message": "hi"}, "2026-05-17T10:14:00.500Z  log             hi"),
-    ({"createdAt": "2026-05-17T10:14:00Z", "type": "tool_call", "toolName": "shell", "message": "ls"},
-     "2026-05-17T10:14:00.000Z  tool_call       tool=shell  ls"),
-    ({"type": "status_changed"}, "status_changed"), ({}, ""), ({"message": 5, "type": ["x"]}, "                5"),
+EVENT_LINES = [
+    ({"createdAt": "2026-05-17T10:14:00.5Z", "type": "log", "message": "hi"},
+     "2026-05-17T10:14:00.500Z  log             hi"),
+    ({"type": "status_changed"}, "status_changed"),
+    ({}, ""),
+    ({"message": 5, "type": ["x"]}, "                5"),
+    # Tools, in either spelling of the types.
+    ({"createdAt": "2026-05-17T10:14:00Z", "type": "tool_call", "toolName": "sh", "message": "ls"},
+     "2026-05-17T10:14:00.000Z  tool_call       tool=sh  ls"),
+    ({"type": "tool_started", "toolName": "sh", "message": "ls"}, "tool_started    tool=sh  ls"),
+    ({"type": "tool_finished", "toolName": "sh"}, "tool_finished   tool=sh"),
+    # What was delivered.
     ({"type": "log", "message": "Pull request ready", "payload": {"pull_request_url": "https://g/1"}},
      "log             Pull request ready https://g/1"),
-    ({"type": "log", "message": "No code changes", "payload": {"pull_request_url": None}}, "log             No code changes"),
+    ({"type": "log", "payload": {"pull_request_url": "https://g/1"}}, "log             https://g/1"),
+    ({"type": "log", "message": "No code changes", "payload": {"pull_request_url": None}},
+     "log             No code changes"),
+    # Why it failed.
     ({"type": "failed", "message": "Harness failed", "payload": {"error": "boom\nbang"}},
      "failed          Harness failed: boom \u23ce bang"),
     ({"type": "failed", "payload": {"error": "boom"}}, "failed          boom"),
-    ({"type": "failed", "message": "it said boom", "payload": {"error": "boom"}}, "failed          it said boom"),
+    ({"type": "failed", "message": "it said boom", "payload": {"error": "boom"}},
+     "failed          it said boom"),
+    ({"type": "failed", "message": "Harness run failed",
+      "payload": {"exit_code": 1, "failure_code": "command_failed"}},
+     "failed          Harness run failed: command_failed, exit code 1"),
+    ({"type": "finished", "message": "Harness run finished", "payload": {"exit_code": 3}},
+     "finished        Harness run finished: exit code 3"),
+    ({"type": "finished", "message": "Harness run finished", "payload": {"exit_code": 0}},
+     "finished        Harness run finished"),
+    ({"type": "failed", "message": "no", "payload": {"exit_code": True, "failure_code": ["x"]}},
+     "failed          no"),
+    ({"type": "log", "message": "ran", "payload": {"exit_code": 1}}, "log             ran"),
     ({"type": "::error::", "toolName": "\x1b[2J##[x]", "message": "\r::warning::x"},
      ": :error::      tool=# #[x]  : :warning::x"),
-])
+]
+
+
+@pytest.mark.parametrize("event, line", EVENT_LINES)
 def test_events_as_lines(event: Dict[str, Any], line: str) -> None:
     assert mogplex.event_line(event) == line
 
 
 def test_a_newline_has_a_spelling_for_every_encoding() -> None:
-    assert [mogplex.newline_mark(name) for name in ("utf-8", "ascii", "latin-1", None, "no-such")] == [
+    names = ("utf-8", "ascii", "latin-1", None, "no-such")
+    assert [mogplex.newline_mark(name) for name in names] == [
         " \u23ce ", " | ", " | ", " | ", " | "]
 
 
 def test_json_lines_are_ascii_and_as_they_came() -> None:
     record = {"b": "\u2028\u00fc\x1b::error::", "a": [None, 1.5], "\ud800": "\ud800"}
     line = mogplex.ndjson(record)
-    assert line.isascii() and "\n" not in line and list(json.loads(line)) == ["b", "a", "\ud800"]
+    assert line.isascii() and "\n" not in line
+    assert list(json.loads(line)) == ["b", "a", "\ud800"]
 
 
-def test_a_table_is_shortened_only_on_a_terminal_and_never_in_its_ids() -> None:
-    rows = [["8f3a2b1c-1234-4abc-9def-1234567890ab", "acme/web", "a-very-long-branch-name-indeed" * 3, ""]]
-    headers = ("ID", "REPO", "BRANCH", "ROOT")
-    whole = mogplex.table(headers, rows, None, ("REPO", "BRANCH", "ROOT"))
-    assert rows[0][2] in whole
-    for width in (100, 80, 70):
-        narrow = mogplex.table(headers, rows, width, ("REPO", "BRANCH", "ROOT"))
-        assert rows[0][0] in narrow and "\u2026" in narrow
-        assert max(map(len, narrow.splitlines())) <= width
-    assert rows[0][0] in mogplex.table(headers, rows, 20, ("REPO", "BRANCH", "ROOT"))
+REPO_ID = "8f3a2b1c-1234-4abc-9def-1234567890ab"
+WIDE_REPO = {"id": REPO_ID, "full_name": "acme/web", "default_branch": "a-long-branch-indeed" * 4}
+
+
+def test_a_table_is_as_wide_as_its_texts_where_no_width_is_given() -> None:
+    whole = mogplex.table([WIDE_REPO], mogplex.REPO_COLUMNS, mogplex.Setting())
+    assert WIDE_REPO["default_branch"] in whole and "\u2026" not in whole
+
+
+@pytest.mark.parametrize("width", [100, 80, 70])
+def test_a_table_is_shortened_to_the_terminal_but_not_in_its_ids(width: int) -> None:
+    setting = mogplex.Setting(width=width)
+    narrow = mogplex.table([WIDE_REPO], mogplex.REPO_COLUMNS, setting)
+    assert REPO_ID in narrow and "acme/web" in narrow and "\u2026" in narrow
+    assert max(map(len, narrow.splitlines())) <= width
+
+
+def test_an_id_is_whole_in_any_column_and_on_any_terminal() -> None:
+    sandbox = {"id": REPO_ID, "repo_id": REPO_ID.replace("8", "9"), "error": "x" * 200}
+    narrow = mogplex.table([sandbox], mogplex.SANDBOX_COLUMNS, mogplex.Setting(width=20))
+    assert REPO_ID in narrow and sandbox["repo_id"] in narrow and "x" * 10 not in narrow
+
+
+def test_colours_take_no_room_in_a_table() -> None:
+    sandbox = {"id": "s", "status": "running", "error": "e" * 90}
+    setting = mogplex.Setting(width=100)
+    without = mogplex.table([sandbox], mogplex.SANDBOX_COLUMNS, setting)
+    coloured = mogplex.table([sandbox], mogplex.SANDBOX_COLUMNS, setting._replace(colour=True))
+    assert "\x1b[32mrunning\x1b[0m" in coloured
+    assert re.sub("\x1b.*?m", "", coloured).split() == without.split()
 
 
 def test_numbers_and_blanks_in_a_table_stay_text() -> None:
-    assert mogplex.table(("ID", "REPO"), [["0012", "1e5"], ["", "x"]], None, ()) == "ID    REPO\n0012  1e5\n      x"
+    repos = [{"id": "0012", "full_name": "1e5"}, {"full_name": "x"}]
+    columns = mogplex.REPO_COLUMNS[:2]
+    assert mogplex.table(repos, columns, mogplex.Setting()) == (
+        "ID    REPO\n0012  1e5\n      x")
+
+
+CELLS = [  # columns, a record, what its row holds
+    (mogplex.REPO_COLUMNS,
+     {"id": "1", "full_name": "a/\x1b[2Jb", "default_branch": "main", "root_directory": None},
+     ["1", "a/b", "main", ""]),
+    (mogplex.SANDBOX_COLUMNS,
+     {"id": "1", "repo_id": "R", "base_branch": "main", "working_branch": "x", "status": "paused",
+      "preview_url": "https://p", "last_active_at": "1970-01-01T00:01:00Z", "error": "e\nf"},
+     ["1", "acme/web", "x", "paused", "https://p", "40s ago", "e \u23ce f"]),
+    (mogplex.SANDBOX_COLUMNS,
+     {"id": "1", "repo_id": "Q", "base_branch": "main", "working_branch": "", "status": 5,
+      "last_active_at": "soon"},
+     ["1", "Q", "main", "5", "", "soon", ""]),
+    (mogplex.HISTORY_COLUMNS,
+     {"id": "1", "key": "k", "repo": "R", "branch": "b", "time": "1970-01-01T00:00:00Z", "task": "t"},
+     ["1", "acme/web", "b", "1m ago", "t"]),
+    (mogplex.HISTORY_COLUMNS,
+     {"key": "k", "repo": "a/b", "time": "1970-01-01T00:00:00Z", "task": "t"},
+     ["in doubt: key k", "a/b", "", "1m ago", "t"]),
+]
+
+
+@pytest.mark.parametrize("columns, record, row", CELLS)
+def test_records_as_rows(columns: Any, record: Dict[str, Any], row: List[str]) -> None:
+    setting = mogplex.Setting(now=100.0, repo_names={"R": "acme/web"})
+    assert mogplex.rows_of([record], columns, setting) == [row]
+
+
+def test_a_column_is_added_in_one_line_and_is_in_every_format() -> None:
+    columns = (*mogplex.REPO_COLUMNS, mogplex.Column("INSTALLATION", mogplex.plain("installation_id")))
+    repos = [{"id": "1", "full_name": "a/b", "installation_id": 77}]
+    shown = {name: write(repos, columns, mogplex.Setting(width=80))
+             for name, write in mogplex.LIST_FORMATS.items()}
+    assert shown["table"].splitlines()[0].split() == ["ID", "REPO", "BRANCH", "ROOT", "INSTALLATION"]
+    assert shown["table"].splitlines()[1].split() == ["1", "a/b", "77"]
+    assert shown["tsv"] == "ID\tREPO\tBRANCH\tROOT\tINSTALLATION\n1\ta/b\t\t\t77"
+    assert shown["json"] == '{"id":"1","full_name":"a/b","installation_id":77}'
 
 
 @pytest.mark.parametrize("environment, flags, coloured", [
@@ -2119,7 +2218,7 @@ def test_signs_of_life_as_text() -> None:
     assert mogplex.status_line(progress, 245.0) == "streaming 4m 05s | last event 2m ago | connected"
     assert mogplex.silence_line(progress, 245.0) == "still streaming, last event 2m ago"
     limited = progress._replace(connection="limited", retry_at=300.0)
-    assert mogplex.status_line(limited, 245.0).endswith("| limited, again in 55s")
+    assert mogplex.status_line(limited, 245.0).endswith("| limited, retrying in 55s")
     assert mogplex.silence_line(progress._replace(status="", connection="connecting"), 160.0) == (
         "still connecting, last event 1m ago")
 
