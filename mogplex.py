@@ -35,6 +35,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import base64
 import contextlib
 import enum
 import functools
@@ -48,8 +49,8 @@ import sys
 import threading
 import time
 from typing import (
-    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set, Tuple,
-    Type, Union,
+    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+    Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "1.0.0"
@@ -105,12 +106,21 @@ class MogplexError(Exception):
         retry_after_s: Optional[float] = None, delivered: bool = False, transient: bool = False,
     ) -> None:
         super().__init__(message)
-        self.message, self.code, self.status, self.hint = message, code, status, hint
-        self.retry_after_s, self.delivered, self.transient = retry_after_s, delivered, transient
+        self.message = message
+        self.code = code
+        self.status = status
+        self.hint = hint
+        self.retry_after_s = retry_after_s
+        self.delivered = delivered
+        self.transient = transient
 
     def __str__(self) -> str:
-        code = f"{self.code}: " if self.code else ""
-        return f"{code}{self.message}" + (f" (HTTP {self.status})" if self.status else "")
+        text = self.message
+        if self.code:
+            text = f"{self.code}: {text}"
+        if self.status:
+            text = f"{text} (HTTP {self.status})"
+        return text
 
 
 class UsageError(MogplexError):
@@ -132,7 +142,7 @@ class ForbiddenError(MogplexError):
 
 
 class UnavailableError(MogplexError):
-    """No answer, or 501, 502, 503, 504 (exit 69)."""
+    """No answer, or a status of ``UNAVAILABLE_STATUSES`` (exit 69)."""
 
     exit = Exit.UNAVAILABLE
 
@@ -151,11 +161,23 @@ class TailTimeout(MogplexError):
     """The time given to a tail is over and the run is not (exit 1)."""
 
 
+# The service says 502 to 504, and 501 for what it lacks; the CDN before it adds the others.
+UNAVAILABLE_STATUSES = frozenset(
+    [408, 425, 501, 502, 503, 504, 520, 521, 522, 523, 524, 527, 529, 530])
+TRANSIENT_STATUSES = (UNAVAILABLE_STATUSES - {501}) | {429, 500}  # the same request may succeed later
+
+
 def error_class(status: int) -> Type[MogplexError]:
-    """The error for an HTTP status; the exit code hangs on nothing else."""
-    if status in (501, 502, 503, 504):
+    """The error for an HTTP status; nothing else decides the exit code."""
+    if status == 401:
+        return UnauthorizedError
+    if status == 403:
+        return ForbiddenError
+    if status == 429:
+        return RateLimitedError
+    if status in UNAVAILABLE_STATUSES:
         return UnavailableError
-    return {401: UnauthorizedError, 403: ForbiddenError, 429: RateLimitedError}.get(status, MogplexError)
+    return MogplexError
 
 
 # ---------------------------------------------------------------- 2. Values
@@ -194,24 +216,28 @@ def status_named(name: str) -> Status:
     return RUN_STATUSES.get(name) or SANDBOX_STATUSES.get(name) or UNKNOWN_STATUS
 
 
-# Patterns are compiled by their first use: most commands need few of them, and compiling takes time at every start.
-# Strings (OSC, DCS, ...) only when terminated: an unterminated one would swallow the rest of
-# the text. Every class stops at ESC and at C1, so that the search stays linear on any input.
-_ESCAPES = (
-    "(?:\x1b[\\]PX^_]|[\x90\x98\x9d\x9e\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x1b\\\\|\x9c)"
-    "|(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]?"
-    "|\x1b[ -/]*[0-~]?"
-)
-_NEWLINES = "\r\n|[\n\r\v\f\x85\u2028\u2029]"
-_CONTROLS = (
-    "[\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
-    "\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U000e0000-\U000e0fff]"
-)
-_CI_LINE_START = r"(?m)^(\s*):(?=:)"
-_CI_ANYWHERE = r"(?i)##(?=\[|vso\[)"
-_TIME = r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{1,6}))?(Z|[+-]\d\d:\d\d)\Z"
-_BASE_URL = r"(https?)://([\w.-]+|\[[0-9a-f:.]+\])(?::([1-9]\d{0,4}))?(/[\w./~%!$&'()*+,;=:@-]*)?\Z"
-_UUID = r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z"
+# The patterns of this module meet foreign text: each takes time in proportion to its length.
+# ECMA-48 sequences. A string (OSC, DCS, ...) counts only when it is terminated: an unterminated
+# one would swallow the rest of the text. No class crosses an ESC or a C1, so that no part of a
+# text is searched from two places.
+ESCAPE_SEQUENCES = re.compile(r"""
+    (?: \x1b [\]PX^_] | [\x90\x98\x9d\x9e\x9f] )    # a string begins,
+        [^\x07\x1b\x80-\x9f]*
+        (?: \x07 | \x1b \\ | \x9c )                 # and is terminated
+    | (?: \x1b \[ | \x9b ) [0-?]* [\ -/]* [@-~]?    # a control sequence
+    | \x1b [\ -/]* [0-~]?                           # any other escape
+    """, re.VERBOSE)
+NEWLINES = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
+INVISIBLES = re.compile(
+    "["
+    "\x00-\x08\x0e-\x1f\x7f-\x9f"                  # C0 without white space, DEL, C1
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5"   # soft hyphen, joiners, marks, fillers
+    "\u180b-\u180f\u200b-\u200f\u202a-\u202e"      # Mongolian selectors, zero width, bidi
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb" # invisible operators, fillers, annotations
+    "\ufe00-\ufe0f\U000e0000-\U000e0fff"           # variation selectors and tag characters
+    "]")
+CI_COMMAND_AT_START = re.compile(r"^([^\S\n]*):(?=:)", re.MULTILINE)  # GitHub's ::error::
+CI_COMMAND_ANYWHERE = re.compile(r"##(?=\[|vso\[)", re.IGNORECASE)    # GitHub's and Azure's
 
 
 def sanitize(text: object, newline: str = " \u23ce ") -> str:
@@ -221,27 +247,108 @@ def sanitize(text: object, newline: str = " \u23ce ") -> str:
     zero-width controls. ``::`` at a line's start and ``##[`` and ``##vso[`` anywhere,
     which CI runners obey, get a space inside.
     """
-    line = text if isinstance(text, str) else "" if text is None else str(text)
+    if text is None:
+        return ""
+    line = str(text)
     if not line.isascii() or not line.isprintable():
-        line = re.sub(_CONTROLS, "", re.sub(_NEWLINES, "\n", re.sub(_ESCAPES, "", line)).replace("\t", " "))
+        line = ESCAPE_SEQUENCES.sub("", line)
+        line = NEWLINES.sub("\n", line)
+        line = INVISIBLES.sub("", line).replace("\t", " ")
     if "::" in line:
-        line = re.sub(_CI_LINE_START, r"\1: ", line)
+        line = CI_COMMAND_AT_START.sub(r"\1: ", line)
     if "##" in line:
-        line = re.sub(_CI_ANYWHERE, "# #", line)
-    return line.strip("\n").replace("\n", newline) if "\n" in line else line
+        line = CI_COMMAND_ANYWHERE.sub("# #", line)
+    if "\n" in line:
+        line = line.strip("\n").replace("\n", newline)
+    return line
+
+
+SHORTEST_SECRET = 8    # shorter ones would blot out plain words
+SHORTEST_ENCODED = 16  # from here on no other text looks like a secret that is encoded or split
+# What a secret can be broken with: white space, as JSON escapes it too, and our sign for a newline.
+SECRET_GAP = r"(?:[\s\u23ce]|\\[nrt])*"
+
+
+class SecretForm(NamedTuple):
+    """One spelling of a secret, and what a text must have to hold it: cheaper to look for."""
+
+    pattern: Pattern[str]
+    rarest: str              # of its characters
+    needs: Tuple[str, ...]   # the others, the rarest first
+
+    def hidden_in(self, text: str) -> str:
+        """``text`` without it."""
+        for char in self.needs:
+            if char not in text:
+                return text
+        return self.pattern.sub("***", text)
+
+
+RARE_CHARACTERS = "QXJKVYWUHGqzBFNM"  # in what the service says, the rarest first
+
+
+def _commonness(char: str) -> int:
+    return RARE_CHARACTERS.index(char) if char in RARE_CHARACTERS else len(RARE_CHARACTERS)
+
+
+def _secret_form(spelling: str) -> SecretForm:
+    """A spelling whose odd characters may be percent-encoded, and which may be split over lines."""
+    parts = []
+    for char in spelling:
+        part = re.escape(char)
+        if not char.isalnum() and char not in "-._~":
+            part = f"(?:{part}|%(?i:{ord(char):02x}))"
+        parts.append(part)
+    letters = sorted(filter(str.isalnum, set(spelling)))
+    rarest, *others = sorted(letters, key=_commonness)
+    return SecretForm(re.compile(SECRET_GAP.join(parts)), rarest, tuple(others))
+
+
+def _base64_cores(secret: str) -> List[str]:
+    """What base64 makes of ``secret`` inside a longer text, in each of the three alignments."""
+    cores = []
+    for before, mixed in ((0, 0), (1, 2), (2, 3)):  # bytes before it; characters that hold of those
+        data = bytes(before) + secret.encode("utf-8", "replace")
+        whole = len(data) * 8 // 6  # the one after these depends on what follows
+        cores.append(base64.b64encode(data).decode("ascii")[mixed:whole])
+    return cores
+
+
+@functools.lru_cache(maxsize=8)
+def _secret_forms(secret: str) -> List[SecretForm]:
+    """The spellings that are hidden: plain, percent-encoded, base64 of both alphabets, all of them split."""
+    if len(secret) < SHORTEST_ENCODED or not any(map(str.isalnum, secret)) or "\\" in secret:
+        return []  # one with a backslash cannot be told from an escaped gap
+    spellings = [secret]
+    for core in _base64_cores(secret):
+        spellings.append(core)
+        if "+" in core or "/" in core:
+            spellings.append(core.translate({ord("+"): "-", ord("/"): "_"}))
+    return [_secret_form(spelling) for spelling in spellings]
 
 
 def redact(text: str, *secrets: str) -> str:
-    """``text`` without any of ``secrets`` in it."""
-    for secret in filter(None, secrets):
+    """``text`` with ``***`` for each of ``secrets``, in time linear in ``text``.
+
+    Found plain, URL-encoded, inside base64, and with line breaks or spaces between the
+    characters. A secret of fewer than 8 characters is left: it would blot out plain words.
+    """
+    for secret in secrets:
+        if len(secret) < SHORTEST_SECRET:
+            continue
         text = text.replace(secret, "***")
+        for form in _secret_forms(secret):
+            if form.rarest in text:
+                text = form.hidden_in(text)
     return text
 
 
 def text_of(record: object, *keys: str) -> str:
     """The string or number at ``record[key][key]...``; "" for what is missing or of another type."""
     for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
+        if not isinstance(record, dict):
+            return ""
+        record = record.get(key)
     if isinstance(record, bool) or not isinstance(record, (str, int, float)):
         return ""
     return str(record)
@@ -249,41 +356,53 @@ def text_of(record: object, *keys: str) -> str:
 
 def dict_of(record: object, key: str) -> Json:
     """The object at ``record[key]``, or an empty one."""
-    value = record.get(key) if isinstance(record, dict) else None
-    return value if isinstance(value, dict) else {}
+    if isinstance(record, dict):
+        value = record.get(key)
+        if isinstance(value, dict):
+            return value
+    return {}
 
 
 def dicts_of(record: object, key: str) -> List[Json]:
     """The objects in the list at ``record[key]``; anything else in it is passed over."""
     value = record.get(key) if isinstance(record, dict) else None
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    if not isinstance(value, list):
+        return []
+    return [item for item in value if isinstance(item, dict)]
 
 
-@functools.lru_cache(None)
-def _codec() -> Tuple[Any, Any]:
-    """JSON's decoder and encoder, made at their first use: the module is slow to load, and json.dumps makes them anew.
+MAX_DIGITS = 600  # of a whole number; Python itself refuses some thousands
 
-    A number of hundreds of digits, which Python may refuse, becomes a string; NaN is no JSON.
-    """
 
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is no JSON")
+def _whole_number(digits: str) -> Union[int, str]:
+    """A JSON integer; one that Python may refuse to show stays text."""
+    return int(digits) if len(digits) <= MAX_DIGITS else digits
 
-    return json.JSONDecoder(
-        parse_constant=refuse, parse_int=lambda digits: int(digits) if len(digits) <= 600 else digits,
-        parse_float=lambda digits: float(digits) if abs(float(digits)) < 1e308 else digits,
-    ), json.JSONEncoder(separators=(",", ":"), check_circular=False)
+
+def _real_number(digits: str) -> Union[float, str]:
+    """A JSON number; one too large for a float stays text."""
+    number = float(digits)
+    return number if abs(number) < 1e308 else digits
+
+
+def _refuse_constant(name: str) -> Any:
+    """NaN and Infinity, which Python's json takes and JSON does not have."""
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER: Any = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_int=_whole_number, parse_float=_real_number)
+_COMPACT_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
 def parse_json(text: str) -> Any:
     """The JSON in ``text``; ValueError for anything else, however deep or long."""
-    decoder, _ = _codec()
     try:
-        if text[:1] == "{":  # in half the time where nothing but an object is there
-            value, end = decoder.scan_once(text, 0)
+        if text[:1] == "{":  # half the time of decode() for an object with nothing around it
+            value, end = _DECODER.scan_once(text, 0)
             if end == len(text):
                 return value
-        return decoder.decode(text)
+        return _DECODER.decode(text)
     except StopIteration:
         raise ValueError("JSON cut short") from None
     except RecursionError:
@@ -295,9 +414,20 @@ def to_json(value: object, **style: Any) -> str:
     return json.dumps(value, **style)
 
 
+def compact_json(value: object) -> str:
+    """``value`` as one line of ASCII JSON without spaces; ValueError when nested too deeply."""
+    try:
+        return _COMPACT_ENCODER.encode(value)
+    except RecursionError:
+        raise ValueError("nested too deeply to be written as JSON") from None
+
+
+UUID = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}\Z")
+
+
 def is_uuid(text: str) -> bool:
     """Whether ``text`` is spelled as a UUID, which all ids of the service are today."""
-    return bool(re.match(_UUID, text))
+    return UUID.match(text) is not None
 
 
 def is_loopback(host: Optional[str]) -> bool:
@@ -305,26 +435,53 @@ def is_loopback(host: Optional[str]) -> bool:
     return host in ("localhost", "127.0.0.1", "::1")
 
 
-def parse_base_url(text: str, allow_http: bool = False) -> str:
-    """``text`` as the service's base URL, without a slash at its end; UsageError for one that may not be used.
+BASE_URL = re.compile(r"""
+    (https?)://
+    ( [\w.-]+ | \[ [0-9a-f:.]+ \] )         # a host, or an IPv6 address
+    (?: : ([1-9]\d{0,4}) )?                 # a port
+    ( / [\w./~%!$&'()*+,;=:@-]* )? \Z       # a path; no query, no fragment
+    """, re.VERBOSE | re.ASCII | re.IGNORECASE)
 
-    https only; http to this machine where ``allow_http``. A path prefix is kept.
-    """
-    match = re.match(_BASE_URL, text.strip(), re.ASCII | re.IGNORECASE)
-    scheme, host, port, path = match.groups("") if match else ("", "", "", "")
-    problem = ""
+
+def _base_url_problem(scheme: str, host: str, port: str, allow_http: bool) -> str:
+    """Why a URL of these parts may not be the service's, "" for nothing."""
     if not host:
-        problem = "give an https:// URL without user info, query and fragment"
-    elif int(port or 1) > 65535:
-        problem = "there is no such port"
-    elif scheme.lower() == "http" and not is_loopback(host.lower().strip("[]")):
-        problem = "http:// is only for localhost, 127.0.0.1 and [::1]"
-    elif scheme.lower() == "http" and not allow_http:
-        problem = "http:// needs MOGPLEX_DEV=1 and NODE_ENV other than production"
+        return "give an https:// URL without user info, query and fragment"
+    if port and int(port) > 65535:
+        return f"there is no port {port}"
+    if scheme == "https":
+        return ""
+    if not is_loopback(host.strip("[]")):
+        return "http:// is only for localhost, 127.0.0.1 and [::1]"
+    if not allow_http:
+        return "http:// needs MOGPLEX_DEV=1 and NODE_ENV other than production"
+    return ""
+
+
+def _without_user_info(url: str) -> str:
+    """A URL, however malformed, without a name or password before its host."""
+    scheme, slashes, rest = url.partition("//")
+    user_info, at, address = rest.rpartition("@")
+    return f"{scheme}{slashes}***@{address}" if at else url
+
+
+def parse_base_url(text: str, allow_http: bool = False, source: str = "MOGPLEX_URL") -> str:
+    """``text`` as the service's base URL, without a slash at its end.
+
+    https only; http to this machine where ``allow_http``. A path prefix is kept. UsageError for
+    one that may not be used, which names ``source``, where it came from.
+    """
+    match = BASE_URL.match(text.strip())
+    scheme, host, port, path = match.groups("") if match else ("", "", "", "")
+    scheme = scheme.lower()
+    host = host.lower()
+    problem = _base_url_problem(scheme, host, port, allow_http)
     if problem:
-        shown = re.sub("//.*@", "//***@", sanitize(text))
-        raise UsageError(f"MOGPLEX_URL '{shown}' cannot be used: {problem}")
-    return f"{scheme}://{host}{port and ':'}{port}".lower() + path.rstrip("/")
+        shown = _without_user_info(sanitize(text))
+        raise UsageError(f"invalid {source} '{shown}': {problem}")
+    if port:
+        host = f"{host}:{port}"
+    return f"{scheme}://{host}{path.rstrip('/')}"
 
 
 def utf16_units(text: str) -> int:
@@ -332,18 +489,27 @@ def utf16_units(text: str) -> int:
     return len(text) + sum(1 for char in text if char > "\uffff")
 
 
+TIME = re.compile(r"""
+    (\d{4}-\d\d-\d\d T \d\d:\d\d:\d\d)      # to the second
+    (?: \. (\d{1,6}) )?                     # a fraction
+    ( Z | [+-]\d\d:\d\d ) \Z
+    """, re.VERBOSE | re.ASCII)
+
+
 def _moment(text: object) -> Any:
     """The datetime, in UTC, of an ISO 8601 time as the service spells it; None when it is none.
 
     Spelled anew for fromisoformat: before Python 3.11 that refuses ``Z`` and five-digit fractions.
     """
-    match = re.match(_TIME, text) if isinstance(text, str) else None
+    match = TIME.match(text) if isinstance(text, str) else None
     if not match:
         return None
     import datetime
     second, fraction, zone = match.groups("")
+    if zone == "Z":
+        zone = "+00:00"
     with contextlib.suppress(ValueError, OverflowError):
-        moment = datetime.datetime.fromisoformat(f"{second}.{fraction:0<6}{zone.replace('Z', '+00:00')}")
+        moment = datetime.datetime.fromisoformat(f"{second}.{fraction:0<6}{zone}")
         return moment.astimezone(datetime.timezone.utc)
     return None
 
@@ -351,23 +517,33 @@ def _moment(text: object) -> Any:
 def parse_time(text: object) -> Optional[float]:
     """Seconds since the epoch of a time of the service; None when it is none."""
     moment = _moment(text)
-    return moment and float(moment.timestamp())
+    if moment is None:
+        return None
+    return float(moment.timestamp())
 
 
 def format_time(value: object) -> str:
-    """A time of the service in UTC with milliseconds and ``Z``; what is no time comes back sanitized."""
+    """A time of the service in UTC with milliseconds and ``Z``; any other text, sanitized."""
     moment = _moment(value)
-    if moment:
+    if moment is not None:
         return str(moment.isoformat(timespec="milliseconds")[:-6]) + "Z"
     return sanitize(value) if isinstance(value, str) else ""
 
 
+DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\Z", re.ASCII)
+SECONDS_IN = {"": 1, "s": 1, "m": 60, "h": 3600}
+
+
 def parse_duration(text: str) -> float:
     """Seconds in ``600``, ``90s``, ``30m`` or ``2h``; UsageError for anything else."""
-    match = re.match(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\Z", text.strip())
-    seconds = float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600}[match.group(2)] if match else 0.0
+    match = DURATION.match(text.strip())
+    seconds = 0.0
+    if match:
+        number, unit = match.groups()
+        seconds = float(number) * SECONDS_IN[unit]
     if seconds <= 0:
-        raise UsageError(f"'{text}' is no duration: seconds, or a number with s, m or h, such as 90s or 30m")
+        raise UsageError(
+            f"invalid duration '{text}': give seconds, or a number with s, m or h, such as 90s or 30m")
     return seconds
 
 
@@ -375,11 +551,14 @@ def format_duration(seconds: float) -> str:
     """``8s``, ``2m 05s``, ``3h 10m`` or ``4d 2h``."""
     minutes, second = divmod(max(0, int(seconds)), 60)
     hours, minute = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24}d {hours % 24}h"
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour}h"
     if hours:
         return f"{hours}h {minute:02d}m"
-    return f"{minute}m {second:02d}s" if minute else f"{second}s"
+    if minute:
+        return f"{minute}m {second:02d}s"
+    return f"{second}s"
 
 
 def format_age(seconds: float) -> str:
@@ -388,11 +567,15 @@ def format_age(seconds: float) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Which of the words that are known was meant: letters swapped, else what is alike; "" for none."""
+    """The word of ``known`` that was meant: with letters swapped, else a similar one; "" for none."""
     import difflib
     words = list(known)
-    near = [one for one in words if sorted(one) == sorted(word)] or difflib.get_close_matches(word, words, 1)
-    return near[0] if near else ""
+    for one in words:
+        if sorted(one) == sorted(word):
+            return one
+    for one in difflib.get_close_matches(word, words, 1):
+        return one
+    return ""
 
 
 def random_unit() -> float:
@@ -403,7 +586,11 @@ def random_unit() -> float:
 
 def backoff_s(failures: int, random: float, base_s: float = 0.5, cap_s: float = 15.0) -> float:
     """The wait after so many failures in a row (from 1): doubling from ``base_s``, with jitter."""
-    return min(cap_s, base_s * 2.0 ** min(failures - 1, 10)) * (1 + random / 2)
+    doublings = min(failures - 1, 10)
+    return min(cap_s, base_s * 2.0 ** doublings) * (1 + random / 2)
+
+
+SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?\Z", re.ASCII)
 
 
 def parse_retry_after(value: Optional[str], date: Optional[str]) -> Optional[float]:
@@ -412,7 +599,7 @@ def parse_retry_after(value: Optional[str], date: Optional[str]) -> Optional[flo
     An HTTP-date is measured against the same answer's ``Date``: the two clocks can differ.
     """
     text = (value or "").strip()
-    if re.match(r"\d{1,9}(\.\d{1,9})?\Z", text):
+    if SECONDS.match(text):
         return float(text)
     import email.utils
     try:
@@ -423,28 +610,104 @@ def parse_retry_after(value: Optional[str], date: Optional[str]) -> Optional[flo
     return max(0.0, then - now)
 
 
+JOINER = "\u200d"          # zero-width joiner: makes one emoji of two
+EMOJI_STYLE = "\ufe0f"     # variation selector 16: the sign before it is drawn as an emoji
+EMOJI_WITH_STYLE = "#*0123456789\xa9\xae"  # those of them below U+2000
+FIRST_SYMBOL = "\u2000"
+SKIN_TONES = ("\U0001f3fb", "\U0001f3ff")
+FLAG_LETTERS = ("\U0001f1e6", "\U0001f1ff")
+# Only where one of these is, a text can be narrower or wider than its characters.
+SEQUENCE_PARTS = re.compile("[\u200d\ufe0f\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001f3ff]")
+
+
+def _estimated_width(char: str) -> int:
+    """Columns of one character by Python's own tables, where wcwidth is missing."""
+    import unicodedata
+    if unicodedata.category(char) in ("Mn", "Me", "Cf", "Cc"):
+        return 0
+    if "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff":
+        return 0  # Hangul jamo that complete the syllable before them
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+@functools.lru_cache(maxsize=1)
+def _width_table() -> Callable[[str], int]:
+    """Columns of one character: wcwidth's table, which blessed brings along, where it is there."""
+    try:
+        import wcwidth
+    except ImportError:
+        return _estimated_width
+    table: Callable[[str], int] = wcwidth.wcwidth
+    return table
+
+
+@functools.lru_cache(maxsize=4096)
+def _char_width(char: str) -> int:
+    return max(0, _width_table()(char))  # wcwidth has -1 for a control
+
+
+def _is_joined(before: str, char: str, pairs_flag: bool) -> bool:
+    """Whether ``char`` is drawn in the columns of what it follows."""
+    if char < "\u0300":
+        return False
+    if _char_width(char) == 0 or pairs_flag:
+        return True
+    if before == JOINER:
+        return char >= FIRST_SYMBOL
+    return SKIN_TONES[0] <= char <= SKIN_TONES[1] and before >= FIRST_SYMBOL
+
+
+def clusters(text: str) -> Iterator[str]:
+    """The parts of ``text`` that a terminal never divides: a character and what is drawn over it."""
+    start = 0
+    flag_letters = 0  # how many stand together before this character
+    for at, char in enumerate(text):
+        is_flag_letter = FLAG_LETTERS[0] <= char <= FLAG_LETTERS[1]
+        pairs_flag = is_flag_letter and flag_letters % 2 == 1
+        if at > start and not _is_joined(text[at - 1], char, pairs_flag):
+            yield text[start:at]
+            start = at
+        flag_letters = flag_letters + 1 if is_flag_letter else 0
+    if text:
+        yield text[start:]
+
+
+def _cluster_width(cluster: str) -> int:
+    first = cluster[0]
+    width = _char_width(first)
+    if len(cluster) == 1:
+        return width
+    is_emoji = first >= FIRST_SYMBOL or first in EMOJI_WITH_STYLE
+    if cluster[1] == EMOJI_STYLE and is_emoji:
+        return 2
+    if FLAG_LETTERS[0] <= cluster[1] <= FLAG_LETTERS[1]:
+        return 2
+    return width
+
+
 def text_width(text: str) -> int:
     """Terminal columns of ``text``: two for East Asian wide and emoji, none for combining marks."""
     if text.isascii():
         return len(text)
-    import unicodedata
-    return sum(
-        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1
-        for char in text
-    )
+    if not SEQUENCE_PARTS.search(text):
+        return sum(map(_char_width, text))
+    return sum(map(_cluster_width, clusters(text)))
 
 
 def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
     """``text`` in at most ``width`` columns, with an ``ellipsis`` where something was left out."""
     if text_width(text) <= width:
         return text
-    room, kept = width - text_width(ellipsis), ""
-    for char in text:
-        room -= text_width(char)
+    room = width - text_width(ellipsis)
+    if room < 0:
+        return ""
+    kept = []
+    for cluster in clusters(text):
+        room -= _cluster_width(cluster)
         if room < 0:
             break
-        kept += char
-    return (kept + ellipsis) if width >= text_width(ellipsis) else ""
+        kept.append(cluster)
+    return "".join(kept) + ellipsis
 
 
 # ---------------------------------------------------------------- 3. Home and auth
@@ -1921,9 +2184,8 @@ def ndjson(record: object) -> str:
     ``##`` is spelled so that a CI runner sees no ``##[`` in it.
     """
     try:
-        _, encoder = _codec()
-        return str(encoder.encode(record)).replace("##", "#\\u0023")
-    except RecursionError:
+        return compact_json(record).replace("##", "#\\u0023")
+    except ValueError:
         raise InvalidResponseError("an object is nested too deeply to be printed") from None
 
 
@@ -2043,7 +2305,7 @@ def rows_of(
 
 def shown_width(text: str) -> int:
     """The columns that ``text`` takes on a terminal, without its colours."""
-    return text_width(re.sub(_ESCAPES, "", text))
+    return text_width(ESCAPE_SEQUENCES.sub("", text))
 
 
 def least_width(column: Column, cells: Sequence[str]) -> int:

@@ -26,6 +26,7 @@ import shlex
 import signal
 import socket
 import ssl
+import string
 import struct
 import subprocess
 import sys
@@ -183,11 +184,17 @@ def service(url: str, token: str = TOKEN) -> Dict[str, str]:
 
 
 @pytest.mark.parametrize("status, code", [
-    (400, 1), (401, 64), (403, 65), (404, 1), (405, 1), (409, 1), (418, 1), (429, 75), (500, 1), (501, 69), (502, 69),
-    (503, 69), (504, 69), (599, 1),
+    (400, 1), (401, 64), (403, 65), (404, 1), (405, 1), (409, 1), (418, 1), (429, 75), (500, 1),
+    (501, 69), (502, 69), (503, 69), (504, 69), (599, 1),
+    *[(status, 69) for status in (408, 425, 520, 521, 522, 523, 524, 527, 529, 530)],
 ])
 def test_the_exit_code_follows_the_http_status(status: int, code: int) -> None:
     assert mogplex.error_class(status)("no").exit == code
+
+
+def test_what_may_succeed_later_is_told_by_the_status() -> None:
+    later = {408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 527, 529, 530}
+    assert {status for status in range(100, 600) if status in mogplex.TRANSIENT_STATUSES} == later
 
 
 def test_exit_codes_are_the_specification_s() -> None:
@@ -229,11 +236,110 @@ def test_sanitize_takes_everything_out_that_a_terminal_obeys() -> None:
     assert not [char for char in left if char < " " or "\x7f" <= char <= "\x9f" or "\u202a" <= char <= "\u202e"]
 
 
-@pytest.mark.parametrize("hostile", ["\x1b]" * 200_000, "\x1b[" * 200_000, "\x1b]0;" + "a" * 400_000, ":" * 400_000,
-                                     " " * 400_000, "\x9d" * 400_000, "#" * 400_000, "\n" * 400_000])
-def test_sanitize_is_linear(hostile: str) -> None:
-    # Quadratic work on these would take hours: that this ends is the proof.
-    assert len(mogplex.sanitize(hostile)) <= 3 * len(hostile)
+@pytest.mark.parametrize("invisible", [
+    "".join(map(chr, range(0xE0000, 0xE1000))),    # tag characters, which can spell a hidden text
+    "".join(map(chr, range(0xFE00, 0xFE10))),      # variation selectors
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u2066\u3164\ufeff\uffa0\ufff9",
+])
+def test_sanitize_leaves_nothing_that_is_not_seen(invisible: str) -> None:
+    assert mogplex.sanitize(f"a{invisible}b") == "ab"
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("\n" * 16000 + "::error::x", ": :error::x"),
+    ("a\n" + " " * 16000 + "::error::x", "a \u23ce " + " " * 16000 + ": :error::x"),
+    ("a\n\t\u2003::x", "a \u23ce  \u2003: :x"),
+])
+def test_a_command_after_much_white_space_is_still_one(text: str, shown: str) -> None:
+    assert mogplex.sanitize(text) == shown
+
+
+# Every pattern of the module, and every function of section 2 that takes any text, on long runs of
+# each character that the pattern names. Where one backtracks, quadratic work takes hours: the
+# names are printed before the work, so that the last one says which it was.
+LINEAR = r"""
+import mogplex, re, sys
+size = 200_000
+def runs(text):
+    characters = sorted(set(text) | set(" \t\n\r:;#/@[]()=?\\\"'aZ0.-_~%\x1b\x07\x9b\x9d\u0301\u200d\U0001f1e6\ufe0f"))
+    for char in characters:
+        yield char * size
+        yield "a" + char * size + "\x00"
+    for pair in ("\x1b]", "\x1b[", "::", "//", "[]", "\r\n", " \n", "##", "a b", "\\n", "://", "=?", "&id="):
+        yield pair * (size // len(pair))
+def attempt(act):
+    try:
+        act()
+    except mogplex.MogplexError:
+        pass
+    except ValueError:
+        pass
+for name, pattern in sorted(vars(mogplex).items()):
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
+        print(name, flush=True)
+        for text in runs(pattern.pattern):
+            pattern.match(text), pattern.sub("", text)
+secret = "mog_T0kenT0kenT0kenT0ken"
+for name, function in [
+    ("sanitize", mogplex.sanitize), ("redact", lambda text: mogplex.redact(text, secret, "a" * 24, "a b" * 9)),
+    ("parse_json", mogplex.parse_json), ("is_uuid", mogplex.is_uuid), ("parse_base_url", mogplex.parse_base_url),
+    ("format_time", mogplex.format_time), ("parse_duration", mogplex.parse_duration),
+    ("parse_retry_after", lambda text: mogplex.parse_retry_after(text[:65536], None)),
+    ("text_width", mogplex.text_width), ("fit", lambda text: mogplex.fit(text, 80)),
+    ("utf16_units", mogplex.utf16_units),
+]:
+    print(name, flush=True)
+    for text in runs(secret):
+        attempt(lambda: function(text))
+print("done")
+"""
+
+
+def test_every_pattern_and_every_reader_of_text_is_linear() -> None:
+    process = python(LINEAR)
+    try:
+        out, err = process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        pytest.fail(f"not linear: {out.split()[-1]}")
+    assert (out.split()[-1:], err) == (["done"], "")
+
+
+SECRET = "mog_T0ken+Zq/x9Lm3VwYrEpHs"
+
+
+def in_base64(before: str, encode: Callable[[bytes], bytes] = base64.b64encode) -> str:
+    return encode(f"{before}{SECRET}:more".encode()).decode()
+
+
+@pytest.mark.parametrize("text", [
+    SECRET, f"Bearer {SECRET}.", urllib.parse.quote(SECRET, safe=""),
+    re.sub("%..", lambda code: code.group().lower(), urllib.parse.quote(SECRET, safe="")),
+    *[in_base64("x" * before) for before in range(4)],
+    *[in_base64("x" * before, base64.urlsafe_b64encode) for before in range(3)],
+    base64.encodebytes(f"{'x' * 50}{SECRET}".encode()).decode(),
+    "\n".join(SECRET), "\r\n  ".join([SECRET[:9], SECRET[9:]]), " ".join(SECRET), "\\n".join(SECRET),
+    json.dumps({"key": f"{SECRET[:5]}\n\t{SECRET[5:]}"}), mogplex.sanitize("\n".join(SECRET)),
+])
+def test_a_secret_is_hidden_however_it_is_spelled(text: str) -> None:
+    left = mogplex.redact(f"before {text} after", SECRET)
+    assert left.startswith("before ") and left.endswith(" after") and "***" in left
+    spelled = re.sub(r"\\[nrt]|[\s\u23ce]", "", urllib.parse.unquote(left))
+    halves = [SECRET[:8], SECRET[-8:], in_base64("")[4:16], in_base64("x")[4:16], in_base64("xx")[4:16]]
+    assert not [half for half in halves if half.lower() in spelled.lower()]
+
+
+@pytest.mark.parametrize("text", [
+    "", "mog_T0ken", "mog_", SECRET[:-1], SECRET[1:], SECRET.swapcase(), "\n".join(SECRET[:-1]),
+    in_base64("")[:20], string.printable,
+])
+def test_what_is_no_secret_is_not_hidden(text: str) -> None:
+    assert mogplex.redact(text, SECRET, "", "short", "e") == text
+
+
+def test_several_secrets_are_hidden() -> None:
+    assert mogplex.redact("refresh-0 and access-0", "access-0", "refresh-0") == "*** and ***"
 
 
 @pytest.mark.parametrize("text, shown", [
@@ -298,6 +404,12 @@ def test_base_urls_that_may_not_be_used(text: str) -> None:
         mogplex.parse_base_url(text)
 
 
+def test_a_base_url_that_may_not_be_used_says_where_it_came_from() -> None:
+    for text in "https://[::1", "mogplex.com", "http://10.0.0.1":
+        with pytest.raises(mogplex.UsageError, match="^invalid base_url"):
+            mogplex.parse_base_url(text, allow_http=True, source="base_url")
+
+
 def test_plain_http_is_for_this_machine_in_development_only() -> None:
     for url in ("http://localhost:3000", "http://127.0.0.1:3000", "http://[::1]:3000"):
         assert mogplex.parse_base_url(url, allow_http=True) == url
@@ -315,10 +427,63 @@ def test_a_password_in_the_base_url_is_not_shown() -> None:
         assert "hunt" not in str(caught.value)
 
 
-def test_widths() -> None:
-    assert [mogplex.text_width(text) for text in ("abc", "\u6f22\u5b57", "e\u0301", "\U0001f600")] == [3, 4, 1, 2]
-    assert mogplex.fit("abcdef", 4) == "abc\u2026" and mogplex.fit("\u6f22\u5b57\u6f22", 4) == "\u6f22\u2026"
-    assert mogplex.fit("abc", 3) == "abc" and mogplex.fit("abc", 0) == ""
+WIDTHS = [
+    ("", 0), ("abc", 3), ("\u6f22\u5b57", 4), ("\uff21", 2), ("\u2502\u23ce", 2),
+    ("e\u0301", 1), ("\u0e01\u0e34", 1), ("a\u20dd", 1),    # marks: Mn twice, Me
+    ("\u1112\u1161\u11ab", 2),                             # Hangul jamo: one syllable
+    ("\U0001f600", 2), ("\u2764", 1), ("\u2764\ufe0f", 2),   # emoji, a sign, and that as an emoji
+    ("1\ufe0f\u20e3", 2), ("a\ufe0f", 1),                   # a keycap
+    ("\U0001f468\u200d\U0001f469\u200d\U0001f467", 2),     # a family, joined
+    ("\U0001f44d\U0001f3fd", 2),                           # a skin tone
+    ("\U0001f1e9\U0001f1ea\U0001f1eb\U0001f1f7", 4),       # two flags
+    ("a\u200db", 2),
+]
+
+
+@pytest.mark.parametrize("text, width", WIDTHS)
+def test_widths_are_the_terminal_s(text: str, width: int) -> None:
+    assert mogplex.text_width(text) == width
+    assert mogplex.text_width(f"\u2502{text}x") == width + 2
+    assert mogplex.fit(text, width) == text
+
+
+def test_widths_are_the_same_without_wcwidth() -> None:
+    script = (
+        "import sys; sys.modules['wcwidth'] = None\nimport mogplex, json\n"
+        "print(json.dumps([mogplex.text_width(text) for text in json.loads(sys.argv[1])]))")
+    out, err = python(script, json.dumps([text for text, _ in WIDTHS])).communicate()
+    assert (json.loads(out), err) == ([width for _, width in WIDTHS], "")
+
+
+@pytest.mark.parametrize("text, width, shown", [
+    ("abcdef", 4, "abc\u2026"), ("\u6f22\u5b57\u6f22", 4, "\u6f22\u2026"), ("abc", 3, "abc"), ("abc", 0, ""),
+    ("e\u0301e\u0301e\u0301", 2, "e\u0301\u2026"),
+    ("\U0001f468\u200d\U0001f469\u200d\U0001f467abc", 4, "\U0001f468\u200d\U0001f469\u200d\U0001f467a\u2026"),
+    ("\U0001f1e9\U0001f1eaab", 2, "\u2026"), ("1\ufe0f\u20e3bc", 3, "1\ufe0f\u20e3\u2026"),
+])
+def test_a_text_is_cut_where_a_terminal_can_cut_it(text: str, width: int, shown: str) -> None:
+    assert mogplex.fit(text, width) == shown
+
+
+@pytest.mark.parametrize("text", [
+    "", "{", "{}x", "[" * 100_000, '{"a":' * 100_000, "NaN", "[Infinity]", "'a'", '{"a": -Infinity}'])
+def test_what_is_no_json_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        mogplex.parse_json(text)
+
+
+def test_numbers_that_python_cannot_show_stay_text() -> None:
+    digits = "9" * 5000
+    assert mogplex.parse_json(f'{{"a": {digits}, "b": 1e999, "c": 1.5, "d": 7}}') == {
+        "a": digits, "b": "1e999", "c": 1.5, "d": 7}
+
+
+def test_a_value_nested_too_deeply_is_not_written() -> None:
+    value: List[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        mogplex.compact_json(value)
 
 
 def test_odd_records_are_read_without_complaint() -> None:
@@ -331,7 +496,7 @@ def test_odd_records_are_read_without_complaint() -> None:
 # ---------------------------------------------------------------- 3. Home and auth
 
 REFRESHABLE = {"access_token": "access-0", "refresh_token": "refresh-0", "expires_at": 1}
-CALLBACK = "GET /auth/callback?code=c0de&state={state} HTTP/1.1\r\nHost: {host}\r\n\r\n"
+CALLBACK = "GET /auth/callback?code=c0dec0de&state={state} HTTP/1.1\r\nHost: {host}\r\n\r\n"
 
 
 class Issuer:
@@ -633,7 +798,7 @@ def test_the_token_is_refreshed_a_minute_early(tmp_path: Any, left_s: Optional[i
         {"client_id": "mogplex-cli", "grant_type": "refresh_token", "refresh_token": "refresh-0"}]
 
 
-ECHO = {"error": "invalid_grant", "error_description": "bad \x1b[31mrefresh-0\n::error::, c0de"}
+ECHO = {"error": "invalid_grant", "error_description": "bad \x1b[31mrefresh-0\n::error::, c0dec0de"}
 
 
 @pytest.mark.parametrize("said, error, message", [
@@ -657,7 +822,7 @@ def test_a_refresh_that_fails_leaves_the_file_and_says_no_secret(
         for act in lambda: credential.current(post_form), lambda: credential.renew("access-0", post_form):
             with pytest.raises(error) as refusal:
                 act()
-            assert str(refusal.value) == expected.replace("{code}", "c0de")
+            assert str(refusal.value) == expected.replace("{code}", "c0dec0de")
         assert (tmp_path / "auth.json").read_bytes() == before and credential.token == "access-0"
         with pytest.raises(error) as refusal:
             sign_in(server.url, Browser(CALLBACK))
@@ -761,7 +926,7 @@ def test_the_whole_sign_in(tmp_path: Any) -> None:
     assert (credential.token, credential.refreshable) == ("access-1", True)
     assert entry["base_url"] == server.url and 3500 < entry["expires_at"] - time.time() <= 3600
     verifier, query = issuer.forms[0].pop("code_verifier"), browser.query
-    assert issuer.forms == [{"client_id": "mogplex-cli", "grant_type": "authorization_code", "code": "c0de",
+    assert issuer.forms == [{"client_id": "mogplex-cli", "grant_type": "authorization_code", "code": "c0dec0de",
                              "redirect_uri": query["redirect_uri"]}]
     assert len(base64.urlsafe_b64decode(verifier + "==")) == 64
     digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).decode().rstrip("=")
@@ -779,7 +944,7 @@ NOISE = [
     (CALLBACK.replace("{host}", "evil.example"), "404"),
     (CALLBACK.replace("{host}", "localhost"), "404"),
     (CALLBACK.replace("\r\n\r\n", "\r\nHost: {host}\r\n\r\n"), "404"),
-    ("GET /auth/callback?code=c0de&state={state} HTTP/1.0\r\n\r\n", "404"),
+    ("GET /auth/callback?code=c0dec0de&state={state} HTTP/1.0\r\n\r\n", "404"),
     ("GET /auth/callback?code=evil&state=wrong HTTP/1.1\r\nHost: {host}\r\n\r\n", "400"),
     ("GET /auth/callback?code=evil&state=%e2%82%ac HTTP/1.1\r\nHost: {host}\r\n\r\n", "400"),
     ("GET /auth/callback?code=evil HTTP/1.1\r\nHost: {host}\r\n\r\n", "400"),
@@ -3425,7 +3590,7 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["run", "--repo", "r", "x", "--idempotency-key", ""], "error: run: --idempotency-key is empty"),
     (["runs", "events", "r", "--timeout", "5"], "error: runs events: --timeout needs --follow"),
     (["runs", "events", "r", "--follow", "--timeout", "never"],
-     "error: 'never' is no duration: seconds, or a number with s, m or h, such as 90s or 30m"),
+     "error: invalid duration 'never': give seconds, or a number with s, m or h, such as 90s or 30m"),
     (["runs", "get"], "error: no run is remembered for this service: give a run's id"),
     (["runs", "get", "@last"], "error: no run is remembered for this service: give a run's id"),
     (["runs", "cancel"], "error: runs cancel: the following arguments are required: RUN"),
