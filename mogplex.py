@@ -38,6 +38,7 @@ import argparse
 import base64
 import contextlib
 import enum
+import errno
 import functools
 import json
 import os
@@ -2670,6 +2671,683 @@ def harmless(value: object, most: int = 500) -> str:
     return sanitize((value if isinstance(value, str) else text_of({"": value}, ""))[:most * 4])[:most]
 
 
+# -- The terminal: what it sends
+
+PASTE_START = "\x1b[200~"
+PASTE_END = "\x1b[201~"
+ESCAPE_DELAY_S = 0.05  # a key's bytes come together: after this long Esc is a key of its own
+
+SENT_KEYS = {  # what blessed has no name for, or not in every version
+    "\r": "enter", "\n": "newline", "\t": "tab", "\x7f": "backspace", "\x08": "backspace",
+    "\x01": "home", "\x05": "end", "\x1b": "esc", "\x1b[Z": "btab",
+    "\x1b\r": "newline", "\x1b\n": "newline", "\x1b\x7f": "^w", "\x1bb": "alt+b", "\x1bf": "alt+f",
+    "\x1b[1;5D": "ctrl+left", "\x1b[1;5C": "ctrl+right", "\x1b[1;3D": "ctrl+left",
+    "\x1b[1;3C": "ctrl+right", "\x1bOd": "ctrl+left", "\x1bOc": "ctrl+right",
+    "\x1b[1~": "home", "\x1b[4~": "end", "\x1b[7~": "home", "\x1b[8~": "end",
+    "\x1b[11~": "f1", "\x1b[[A": "f1",
+}
+# One thing that was sent, complete. Every repeat ends at a character that it does not take, so
+# that no input is looked at more than a few times.
+_SENT = re.compile(r"""
+    (?P<paste>     \x1b\[200~ )
+  | (?P<mouse>     \x1b\[<[0-9]{1,6};[0-9]{1,6};[0-9]{1,6}[Mm] )
+  | (?P<ignored>   \x1b\[M[^\x1b]{3}                            # a mouse report of the old kind
+                 | \x1b[\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\)      # the terminal's answer to a query
+                 | [\x80-\x9f] )
+  | (?P<modified>  \x1b\[(?:[0-9]{1,7}(?:;[0-9]{1,3})?u         # CSI-u
+                          | 27;[0-9]{1,3};[0-9]{1,7}~) )        # modifyOtherKeys
+  | (?P<key>       \x1b\[\[[A-E]                                # F1 to F5 of the Linux console
+                 | \x1b\[(?![\[M])[0-?]*[ -/]*[@-~]
+                 | \x1bO[A-FHIMP-SXa-dj-y]
+                 | [\x00-\x1a\x1c-\x1f\x7f] )
+  | (?P<alt>       \x1b[^\x1b\[\]OP_^X] )
+  | (?P<escape>    \x1b(?=\x1b|O[^A-FHIMP-SXa-dj-y]) )
+  | (?P<text>      [^\x00-\x1f\x7f-\x9f]+ )
+""", re.VERBOSE)
+_UNMARKED_PASTE = re.compile("[^\x00-\x1f]{2}[\r\n]+[^\r\n]")  # where pastes are not bracketed
+_INTERRUPTING = re.compile("(?:\x03|\x1b(?:\\[99;5u|\\[27;5;99~|\\[27u)?)+\\Z")  # Ctrl+C or Esc
+
+
+def newlines(text: str) -> str:
+    """A paste with ``\\n`` at its lines' ends, which terminals send as ``\\r``."""
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def unmodified(code: int, modifiers: int) -> str:
+    """The bytes by which a terminal sends a key that came as CSI-u or modifyOtherKeys.
+
+    ``code`` is a Unicode code point; ``modifiers`` is 1, and 1 for Shift, 2 for Alt, 4 for Ctrl
+    added. "" for a key that has no such bytes. Source: xterm's ctlseqs.
+    """
+    flags = modifiers - 1
+    shift = flags & 1
+    alt = flags & 2
+    ctrl = flags & 4
+    if flags & 0b111000:  # Super, Hyper, Meta
+        return ""
+    if code == 13 and flags & 0b111:
+        return "\x1b\r"
+    if code == 9 and shift:
+        return "\x1b[Z"
+    if code > sys.maxunicode:
+        return ""
+    char = chr(code)
+    if shift or ctrl:
+        char = char.upper()
+    if ctrl and "@" <= char <= "_":
+        char = chr(ord(char) - 64)
+    elif not char.isprintable() and char not in "\t\r\x08\x1b\x7f":
+        return ""  # such as the functional keys of the kitty protocol
+    return "\x1b" + char if alt else char
+
+
+def modified_key(sequence: str) -> str:
+    """``unmodified`` of a sequence ``ESC[code;modifiersu`` or ``ESC[27;modifiers;code~``."""
+    numbers = [int(number) for number in re.findall("[0-9]+", sequence)]
+    if sequence.endswith("~"):
+        return unmodified(numbers[2], numbers[1])
+    modifiers = numbers[1] if len(numbers) > 1 else 1
+    return unmodified(numbers[0], modifiers)
+
+
+def mouse_messages(report: str) -> List[Message]:
+    """The wheel's turn or the left button's press that an SGR mouse report tells, if either."""
+    button, column, row = [int(number) for number in re.findall("[0-9]+", report)]
+    button &= ~0b11100  # Shift, Alt and Ctrl
+    if button == 64:
+        return [Wheel(-3, column - 1, row - 1)]
+    if button == 65:
+        return [Wheel(3, column - 1, row - 1)]
+    if button == 0 and report.endswith("M"):
+        return [Click(column - 1, row - 1)]
+    return []
+
+
+def key_messages(sequence: str, resolve: Callable[[str], str]) -> List[Message]:
+    """The key that sends ``sequence``, if it has a name."""
+    name = SENT_KEYS.get(sequence, "")
+    if not name and len(sequence) == 1:
+        name = "^" + chr(ord(sequence) + 64).lower()
+    name = name or resolve(sequence)
+    return [Key(name)] if name else []
+
+
+def next_part(sent: str, at: int, final: bool) -> Optional[Tuple[str, str]]:
+    """(kind, text) of what stands at ``at``; None where its end has not come."""
+    match = _SENT.match(sent, at)
+    if not match:
+        return ("escape", "\x1b") if final else None
+    kind = str(match.lastgroup)
+    if kind == "paste":
+        end = sent.find(PASTE_END, at)  # a pattern that finds it is a hundred times slower
+        return (kind, sent[at:end + len(PASTE_END)]) if end >= 0 else None
+    if kind == "alt" and match.group() not in SENT_KEYS:
+        return "escape", "\x1b"  # and the letter by itself comes next
+    return kind, match.group()
+
+
+def part_messages(kind: str, part: str, resolve: Callable[[str], str]) -> List[Message]:
+    """What a part of one of the kinds of ``_SENT`` means."""
+    if kind == "text":
+        return [Text(part)]
+    if kind == "paste":
+        return [Paste(newlines(part[len(PASTE_START):-len(PASTE_END)]))]
+    if kind == "mouse":
+        return mouse_messages(part)
+    if kind == "ignored":
+        return []
+    return key_messages(part, resolve)
+
+
+def sliced(
+    sent: str, final: bool, resolve: Callable[[str], str],
+) -> Tuple[List[Message], str]:
+    """(messages, what is not complete yet) of what the terminal sent.
+
+    ``final`` says that nothing followed for a while: then the start of a sequence is Esc and
+    letters, but the start of a paste still waits for its end. ``resolve`` names the key that
+    sends an escape sequence, "" for none. Bytes that come together mean what they mean apart;
+    only text with a newline inside, in one go, is taken for a paste, because that runs nothing.
+    """
+    if "\x1b" not in sent and _UNMARKED_PASTE.search(sent):
+        return [Paste(newlines(sent))], ""
+    messages: List[Message] = []
+    at = 0
+    while at < len(sent):
+        found = next_part(sent, at, final)
+        if not found:
+            break
+        kind, part = found
+        at += len(part)
+        if kind == "modified":
+            messages += sliced(modified_key(part), True, resolve)[0]
+        else:
+            messages += part_messages(kind, part, resolve)
+    return messages, sent[at:]
+
+
+# -- The terminal: what it shows
+
+
+class Cell(NamedTuple):
+    """A segment and the column that it begins at, from 0."""
+
+    column: int
+    text: str
+    style: str
+
+
+def cells(row: Row) -> List[Cell]:
+    """The segments of a row with their places."""
+    placed = []
+    column = 0
+    for text, style in row:
+        placed.append(Cell(column, text, style))
+        column += width_of(text)
+    return placed
+
+
+def place(y: int, column: int) -> str:
+    """The sequence that moves the cursor to a cell, counted from 0."""
+    return f"\x1b[{y + 1};{column + 1}H"
+
+
+def rewritten(before: Row, row: Row) -> List[Cell]:
+    """The segments of ``row`` that must be written where ``before`` is on the screen.
+
+    Terminals disagree on the width of what is not ASCII: where such text comes or goes, all
+    that stands behind it is written anew.
+    """
+    new = cells(row)
+    changed = set(new).symmetric_difference(cells(before))
+    if not changed:  # but for what is cut off at the edge
+        return []
+    if all(cell.text.isascii() for cell in changed):
+        return [cell for cell in new if cell in changed]
+    start = min(changed).column
+    return [cell for cell in new if cell in changed or cell.column > start]
+
+
+def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str:
+    """What turns one row into another: each segment that differs, placed and styled."""
+    output = ""
+    column = -1  # where the cursor is, while that is certain
+    worn = None  # the style that is in force
+    end = sum(width_of(text) for text, _ in row)
+    for cell in rewritten(before, row):
+        if cell.column != column:
+            output += place(y, cell.column)
+        if cell.style != worn:
+            output += styles[cell.style]
+            worn = cell.style
+        column = cell.column + len(cell.text) if cell.text.isascii() else -1
+        if column == end and cell.style in ("", "dim") and cell.text.endswith(" "):
+            output += cell.text.rstrip(" ") + "\x1b[K"  # shorter than the blanks
+        else:
+            output += cell.text
+    return output
+
+
+def cursor_place(rows: Sequence[Row]) -> Optional[Tuple[int, int]]:
+    """(row, column) of the cursor, which is an empty segment of style "cursor"."""
+    for y, row in enumerate(rows):
+        if ("", "cursor") in row:
+            return y, next(cell.column for cell in cells(row) if cell.style == "cursor")
+    return None
+
+
+def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -> str:
+    """The characters that turn the screen ``old`` into ``new``; "" when nothing changed."""
+    output = ""
+    for y, row in enumerate(new):
+        before = old[y] if y < len(old) else ()
+        if row != before:
+            output += repaint_row(y, before, row, styles)
+    cursor_before = cursor_place(old)
+    cursor = cursor_place(new)
+    if not output and cursor == cursor_before:
+        return ""
+    if not cursor:
+        output += "\x1b[?25l"
+    else:
+        output += place(*cursor)
+        if not cursor_before:
+            output += "\x1b[?25h"
+    return f"\x1b[?2026h{output}\x1b[?2026l"  # shown at once, where a terminal knows that
+
+
+def to_ascii(text: str) -> str:
+    """Each glyph as its fallback, anything else as question marks of the same width."""
+    if text.isascii():
+        return text
+    signs = []
+    for char in text.translate(GLYPHS):
+        signs.append(char if char.isascii() else "?" * width_of(char))
+    return "".join(signs)
+
+
+def sgr_styles(colours: int) -> Dict[str, str]:
+    """The sequence that begins each style, on a terminal of so many colours; 0 is none."""
+    depth = 2
+    if colours >= 256:
+        depth = 0
+    elif colours >= 8:
+        depth = 1
+    styles = {"cursor": ""}
+    for name, parameters in STYLES.items():
+        sgr = ";".join(filter(None, ("0", parameters[depth])))
+        styles[name] = f"\x1b[{sgr}m"
+    return styles
+
+
+class Canvas:
+    """The frame that is on the screen, and how the next one is written over it."""
+
+    def __init__(self, environ: Mapping[str, str], colours: int) -> None:
+        locale = environ.get("LC_ALL") or environ.get("LC_CTYPE") or environ.get("LANG") or "UTF-8"
+        self.ascii = "utf" not in locale.lower()
+        self.styles = sgr_styles(0 if environ.get("NO_COLOR") else colours)
+        self.rows: Sequence[Row] = ()  # none: what is on the screen is not known
+
+    def frame(self, rows: Sequence[Row], clear: str) -> str:
+        """What turns the last frame into ``rows``, all of it behind ``clear`` if there is none."""
+        if self.ascii:
+            rows = [tuple((to_ascii(text), style) for text, style in row) for row in rows]
+        output = repaint(self.rows, rows, self.styles)
+        if not self.rows:
+            output = clear + output
+        self.rows = rows
+        return output
+
+
+# -- The terminal itself
+
+GONE = (errno.EIO, errno.ENXIO, errno.EBADF)  # the errors of a terminal that was closed
+
+
+class TerminalGone(Exception):
+    """The terminal was closed: nothing can be read from it or written to it any more."""
+
+
+def on_terminal(call: Callable[..., Any], *arguments: Any) -> Any:
+    """``call(*arguments)``; TerminalGone where the terminal is.
+
+    Any other error is one of this program, and stays as it is. EINTR, when ``fg`` continues a
+    job that was stopped in the middle of it, is tried again: ``termios`` does not do so itself.
+    """
+    import termios
+    while True:
+        try:
+            return call(*arguments)
+        except (OSError, termios.error) as error:
+            number = error.args[0]
+            if number in GONE:
+                raise TerminalGone from None
+            if number != errno.EINTR:
+                raise
+
+
+class Signals:
+    """The signals that the cockpit hears, while the ``with`` statement lasts.
+
+    Handlers only note them, and the loop sees to them between two frames: a handler that raised
+    would cut a frame in two, and leave half an escape sequence on the screen.
+    """
+
+    STUCK_S = 1.0  # a loop that has not come by for so long is not waited for
+
+    def __init__(self) -> None:
+        self.ending = 0             # the number of the first signal that ends the program
+        self.ending_since = 0.0     # on the monotonic clock
+        self.heard: List[int] = []  # the other signals
+        self.previous: Dict[int, Any] = {}
+        self.previous_wake = -1
+        self.wake_in, self.wake_out = os.pipe()
+        os.set_blocking(self.wake_in, False)
+        os.set_blocking(self.wake_out, False)
+
+    @staticmethod
+    def fatal() -> Tuple[int, ...]:
+        return signal.SIGTERM, signal.SIGHUP, signal.SIGINT
+
+    def __enter__(self) -> Signals:
+        for number in self.fatal():
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and `&` leave them
+                self.previous[number] = signal.signal(number, self.end)
+        for other in (signal.SIGWINCH, signal.SIGCONT, signal.SIGTSTP):
+            self.previous[other] = signal.signal(other, self.note)
+        # The kernel may hand a signal to a worker's thread, and then nothing else wakes the loop.
+        self.previous_wake = signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self.previous_wake)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def note(self, number: int, _: object) -> None:
+        """Handler of the signals that the loop sees to."""
+        self.heard.append(number)
+
+    def end(self, number: int, _: object) -> None:
+        """Handler of the signals that end the program: a second one also where the loop hangs."""
+        if not self.ending:
+            self.ending = number
+            self.ending_since = time.monotonic()
+        elif time.monotonic() - self.ending_since > self.STUCK_S:
+            self.ignore_fatal()
+            raise SystemExit(128 + self.ending)
+
+    def ignore_fatal(self) -> None:
+        """From now on no signal cuts the end short."""
+        for number in self.fatal():
+            signal.signal(number, signal.SIG_IGN)
+
+    def is_ending(self) -> bool:
+        return self.ending != 0
+
+    def take(self) -> List[int]:
+        """The other signals since the last call."""
+        heard = self.heard
+        self.heard = []
+        return heard
+
+    def wake(self) -> None:
+        """End the loop's wait. From any thread."""
+        with contextlib.suppress(BlockingIOError):  # a full pipe wakes it as well
+            os.write(self.wake_out, b"\0")
+
+    def stop_job(self) -> None:
+        """Stop all processes of this job, as the shell expects of Ctrl+Z, until ``fg`` or ``bg``."""
+        handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(0, signal.SIGTSTP)
+        signal.signal(signal.SIGTSTP, handler)
+
+
+class Tty:
+    """The terminal as a device, on standard input and output: its modes, bytes and size."""
+
+    def __init__(self) -> None:
+        import codecs
+        import termios
+        self.saved = on_terminal(termios.tcgetattr, 0)
+        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self.output = self.open_output()
+
+    @staticmethod
+    def open_output() -> int:
+        """A descriptor to write to that never blocks, where it can be had; else standard output.
+
+        Opened anew, because O_NONBLOCK holds for all who share what is open, the shell included.
+        """
+        try:
+            return os.open(os.ttyname(1), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+        except OSError:  # it belongs to another user, or is from outside of this container
+            return 1
+
+    def set_raw(self) -> None:
+        import termios
+        import tty
+        on_terminal(tty.setraw, 0, termios.TCSANOW)
+
+    def set_saved(self) -> None:
+        """The modes that there were; also from the background, where SIGTTOU would stop the job."""
+        import termios
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
+        try:
+            on_terminal(termios.tcsetattr, 0, termios.TCSANOW, self.saved)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+    def size(self) -> Tuple[int, int]:
+        """Columns and rows."""
+        columns, rows = on_terminal(os.get_terminal_size, 1)
+        return columns, rows
+
+    def is_foreground(self) -> bool:
+        """Whether this job may use the terminal now."""
+        try:
+            return bool(on_terminal(os.tcgetpgrp, 0) == os.getpgrp())
+        except OSError:  # a terminal without job control
+            return True
+
+    def write(self, text: str, give_up: Callable[[], bool]) -> None:
+        """All of ``text``; while the terminal takes nothing, as long as ``give_up`` says no."""
+        data = text.encode("utf-8", "replace")
+        while data:
+            try:
+                data = data[on_terminal(os.write, self.output, data):]
+            except BlockingIOError:
+                if give_up():
+                    return
+                select.select([], [self.output], [], 0.05)
+
+    def read(self) -> str:
+        """What was sent, as much as there is."""
+        sent = ""
+        while len(sent) < 1 << 20 and self.has_more(0.0):
+            data = on_terminal(os.read, 0, 1 << 16)
+            if not data:
+                raise TerminalGone
+            sent += self.decode(data)
+        return sent
+
+    def has_more(self, within_s: float) -> bool:
+        return bool(select.select([0], [], [], within_s)[0])
+
+
+def blessed_terminal(kind: str) -> Any:
+    """A Terminal of blessed that asks the terminal nothing and reads nothing from it.
+
+    Given a stream that is not sys.__stdout__ it does neither; for NO_COLOR it would drop every
+    capability, so the variable is hidden from it.
+    """
+    names = [name for name in ("NO_COLOR", "FORCE_COLOR") if name in os.environ]
+    hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        import blessed
+        return blessed.Terminal(kind, os.fdopen(os.dup(1), "w"), True)
+    except ImportError:
+        hint = "python -m pip install 'blessed>=1.20'"
+        raise MogplexError("the cockpit needs blessed", hint=hint) from None
+    finally:
+        os.environ.update(hidden)
+
+
+class Keyboard:
+    """What the terminal sends, as messages."""
+
+    def __init__(self, tty: Tty, terminal: Any) -> None:
+        self.tty = tty
+        self.terminal = terminal  # of blessed
+        self.pending = ""         # the start of a sequence or a paste whose end has not come
+
+    def resolve(self, sequence: str) -> str:
+        """The name of the key that sends it; "" for none, as for a late answer to a query."""
+        self.terminal.ungetch(sequence)
+        key = self.terminal.inkey(timeout=0, esc_delay=0)
+        while self.terminal.inkey(timeout=0, esc_delay=0):
+            pass
+        if key != sequence:
+            return ""
+        return str(key.name or "").replace("KEY_", "").lower()
+
+    def read(self) -> List[Message]:
+        """The messages that are complete; Esc is a key of its own when nothing follows it."""
+        sent = self.tty.read()
+        if self.in_paste() and _INTERRUPTING.match(sent) and self.is_all():
+            sent = PASTE_END + sent  # its end was lost, and it must not eat Esc or Ctrl+C
+        messages, self.pending = sliced(self.pending + sent, False, self.resolve)
+        if self.pending and not self.in_paste() and self.is_all():
+            rest, self.pending = sliced(self.pending, True, self.resolve)
+            messages += rest
+        return messages
+
+    def in_paste(self) -> bool:
+        return self.pending.startswith(PASTE_START)
+
+    def is_all(self) -> bool:
+        """Whether nothing follows for as long as the bytes of one key may take."""
+        return not self.tty.has_more(ESCAPE_DELAY_S)
+
+
+class Controls(NamedTuple):
+    """What to write to take this kind of terminal, to give it back, and to clear it."""
+
+    enter: str
+    leave: str
+    clear: str
+
+
+def controls_of(terminal: Any) -> Controls:
+    """From blessed, but for bracketed paste: it would ask the terminal, and some do not answer."""
+    screen = terminal.exit_fullscreen or terminal.clear
+    return Controls(
+        enter=f"{terminal.enter_fullscreen}{terminal.smkx}\x1b[?2004h\x1b[?25l",
+        # CAN ends a sequence that was cut in two, by a crash or a terminal that takes no more.
+        leave=f"\x18\x1b[?2026l{MOUSE[False]}\x1b[?2004l{terminal.normal}{terminal.rmkx}"
+              f"{terminal.normal_cursor}{screen}",
+        clear=f"\x1b[0m{terminal.clear}\x1b[?25l",
+    )
+
+
+def passed(moment: float) -> bool:
+    """Whether a moment of the monotonic clock has passed."""
+    return time.monotonic() >= moment
+
+
+class Screen:
+    """The terminal as the cockpit has it. For one thread alone, but for wake()."""
+
+    def __init__(self, environ: Mapping[str, str], signals: Signals) -> None:
+        terminal = blessed_terminal(environ["TERM"])
+        self.signals = signals
+        self.tty = Tty()
+        self.keyboard = Keyboard(self.tty, terminal)
+        self.controls = controls_of(terminal)
+        self.canvas = Canvas(environ, terminal.number_of_colors)
+        self.size = self.tty.size()  # columns, rows
+        self.size_told = (0, 0)      # by wait()
+        self.mouse = True            # whether it is reported here, or selects in the terminal
+        self.active = False          # between enter() and restore()
+
+    def enter(self) -> None:
+        """Take the terminal, once this job is in the foreground, and forget what is on it."""
+        while not self.tty.is_foreground() and not self.signals.ending:
+            os.kill(0, signal.SIGSTOP)  # SIGTTOU would not stop a job that no shell looks after
+        if self.signals.ending:
+            return
+        self.active = True
+        self.tty.set_raw()
+        self.write(self.controls.enter + MOUSE[self.mouse])
+        self.repaint()
+
+    def restore(self) -> None:
+        """The terminal as it was. May be called twice, and when the terminal is gone or stuck."""
+        if not self.active:
+            return
+        self.active = False
+        with contextlib.suppress(TerminalGone):
+            self.write_last(self.controls.leave)
+            self.tty.set_saved()
+
+    def suspend(self) -> None:
+        """Ctrl+Z: the terminal goes back to the shell, until ``fg``."""
+        self.restore()
+        self.signals.stop_job()
+        self.signals.take()  # SIGCONT, which this has seen to
+        self.enter()
+
+    def repaint(self) -> None:
+        """Draw the next frame as a whole, in the size that the terminal has now."""
+        self.canvas.rows = ()
+        self.size = self.tty.size()
+
+    def switch_mouse(self, on: bool) -> None:
+        """Have the mouse reported here, or let it select text in the terminal."""
+        self.mouse = on
+        self.write(MOUSE[on])
+
+    def write(self, text: str) -> None:
+        """Sequences of this program's own. A stuck terminal is waited for until a signal ends it."""
+        if self.active:
+            self.tty.write(text, self.signals.is_ending)
+
+    def write_last(self, text: str) -> None:
+        """For the end, which nothing may hold up: a terminal that is stuck or gone misses it."""
+        with contextlib.suppress(TerminalGone):
+            self.tty.write(text, functools.partial(passed, time.monotonic() + 0.1))
+
+    def draw(self, rows: Sequence[Row]) -> None:
+        """One frame, in one write: what differs from the last."""
+        self.write(self.canvas.frame(rows, self.controls.clear))
+
+    def wake(self) -> None:
+        """End the wait. From any thread."""
+        self.signals.wake()
+
+    def wait(self, seconds: float) -> List[Message]:
+        """What was typed and what signals ask for, at most so many seconds from now.
+
+        SystemExit, with the code, at a signal that ends the program; TerminalGone.
+        """
+        if self.size != self.size_told:
+            self.size_told = self.size
+            return [Resize(*self.size)]
+        ready = select.select([0, self.signals.wake_in], [], [], seconds)[0]
+        if self.signals.wake_in in ready:
+            os.read(self.signals.wake_in, 1 << 16)
+        if self.signals.ending:
+            raise SystemExit(128 + self.signals.ending)
+        messages: List[Message] = []
+        heard = self.signals.take()
+        if signal.SIGCONT in heard:  # after a stop that nobody announced
+            self.enter()
+        elif signal.SIGWINCH in heard:
+            self.repaint()
+        if signal.SIGTSTP in heard:
+            messages.append(Key("^z"))
+        if 0 in ready:
+            messages += self.keyboard.read()
+        return messages
+
+
+class CrashGuard:
+    """While the ``with`` statement lasts, an uncaught exception is told after the screen is left.
+
+    One of another thread is handed to ``on_crash``: the screen is for one thread alone.
+    """
+
+    def __init__(self, screen: Screen, on_crash: Callable[[BaseException], None]) -> None:
+        self.screen = screen
+        self.on_crash = on_crash
+        self.excepthook = sys.excepthook
+        self.thread_excepthook = threading.excepthook
+
+    def __enter__(self) -> None:
+        import atexit
+        atexit.register(self.screen.restore)
+        sys.excepthook = self.uncaught
+        threading.excepthook = self.uncaught_in_thread
+
+    def __exit__(self, *_: object) -> None:
+        import atexit
+        self.screen.restore()
+        atexit.unregister(self.screen.restore)
+        sys.excepthook = self.excepthook
+        threading.excepthook = self.thread_excepthook
+
+    def uncaught(self, *error: Any) -> None:
+        self.screen.restore()
+        self.excepthook(*error)
+
+    def uncaught_in_thread(self, failure: Any) -> None:
+        self.on_crash(failure.exc_value)
+
+
+# -- What the cockpit knows
+
+
 class Entry(NamedTuple):
     """One event, made harmless and short when it arrives."""
 
@@ -3652,191 +4330,6 @@ def view(state: State, width: int, height: int) -> List[Row]:
 # -- The shell: what touches the terminal and the network
 
 
-def cells(row: Row) -> List[Tuple[int, str, str]]:
-    """(column, text, style) of each segment."""
-    column, placed = 0, []
-    for text, style in row:
-        placed.append((column, text, style))
-        column += width_of(text)
-    return placed
-
-
-def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str:
-    """What changes one row: only the segments that differ are written, blanks at the end are erased.
-
-    Terminals disagree on the width of what is not ASCII: where such text changes, all that follows is written anew.
-    """
-    new, output, lost, worn = cells(row), "", True, None
-    changed = set(new).symmetric_difference(cells(before))
-    if not changed:  # but for what is cut off at the edge
-        return ""
-    plain, start = all(text.isascii() for _, text, _ in changed), min(changed)[0]
-    for cell in new:
-        x, text, style = cell
-        if cell in changed or x > start and not plain:
-            if cell is new[-1] and style in ("", "dim") and text.endswith(" "):
-                text = text.rstrip(" ") + "\x1b[K"
-            output += (f"\x1b[{y + 1};{x + 1}H" if lost else "") + (styles[style] if worn != style else "") + text
-            lost, worn = not text.isascii(), style
-        else:
-            lost = lost or bool(text)
-    return output
-
-
-def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -> str:
-    """The bytes that turn the screen ``old`` into ``new``; "" when nothing changed."""
-    output = "".join(repaint_row(y, old[y] if y < len(old) else (), row, styles)
-                     for y, row in enumerate(new) if y >= len(old) or old[y] != row)
-    shown, at = ([(y, x) for y, row in enumerate(rows) if ("", "cursor") in row for x, _, style in cells(row)
-                  if style == "cursor"] for rows in (old, new))
-    if not output and shown == at:
-        return ""
-    cursor = "".join(f"\x1b[{y + 1};{x + 1}H" + "\x1b[?25h" * (not shown) for y, x in at) or "\x1b[?25l"
-    return f"\x1b[?2026h{output}{cursor}\x1b[?2026l"
-
-
-SENT_KEYS = {  # what blessed has no name for, or another one
-    "\r": "enter", "\n": "newline", "\t": "tab", "\x7f": "backspace", "\x08": "backspace", "\x1b": "esc",
-    "\x01": "home", "\x05": "end", "\x1b\r": "newline", "\x1b\n": "newline", "\x1b[13;2u": "newline",
-    "\x1b[27;2;13~": "newline", "\x1b[1~": "home", "\x1b[4~": "end", "\x1b[11~": "f1", "\x1b[[A": "f1",
-}
-_SENT = (  # what is complete of what was sent; a paste that has no end yet is not
-    "(?s)\x1b\\[200~(.*?)\x1b\\[201~"            # a paste
-    "|\x1b\\[<(6[45]);(\\d+);\\d+M"              # the wheel
-    "|\x1b\\[M[^\x1b]{3}"                        # a mouse report of the old kind
-    "|\x1b(?!\\[200~)(?:\\[\\[[A-E]|\\[[0-?]*[ -/]*[@-~]|O[ -~]"  # a key
-    "|[\\]P_^X][^\x07\x1b]*(?:\x07|\x1b\\\\)"     # an answer of the terminal
-    "|[^\\[O\\]P_^X\x1b]|(?=\x1b))"               # Alt and a key; Esc before another sequence
-    "|([^\x00-\x1f\x7f-\x9f]+)|[^\x1b]")         # text; a control character
-
-
-def sliced(sent: str, final: bool, resolve: Callable[[str], str]) -> Tuple[List[Message], str]:
-    """(messages, what is not complete yet) of what the terminal sent; ``final``: nothing followed for a while.
-
-    ``resolve`` names the key of an escape sequence. Text with a newline inside, in one go, was pasted.
-    """
-    messages: List[Message] = []
-    if re.search("[^\x00-\x1f]{2}[\r\n]+[^\r\n\x1b]", sent) and "\x1b" not in sent:
-        return [("paste", re.sub("\r\n?", "\n", sent))], ""
-    while sent:
-        match = re.match(_SENT, sent)
-        if not match and not final:
-            break
-        part = match.group() or "\x1b" if match else "\x1b"
-        sent = sent[len(part):]
-        if match and match[1] is not None:
-            messages.append(("paste", re.sub("\r\n?", "\n", match[1])))
-        elif match and match[2]:
-            messages.append(("wheel", 3 if match[2] == "65" else -3, int(match[3]) - 1))
-        elif match and match[4]:
-            messages.append(("text", part))
-        else:
-            name = SENT_KEYS.get(part) or (resolve(part) if len(part) > 1 else f"^{chr(ord(part) % 32 + 96)}")
-            messages += [("key", name)] * bool(name)
-    return messages, sent
-
-
-def to_ascii(text: str) -> str:
-    """Each glyph as its fallback, anything else as question marks of the same width."""
-    return text if text.isascii() else "".join(
-        char if char.isascii() else "?" * text_width(char) for char in text.translate(GLYPHS))
-
-
-class Screen:
-    """The terminal: its modes, what it sends, what it shows. Only one thread may use it."""
-
-    def __init__(self, environ: Mapping[str, str]) -> None:
-        import codecs
-        import select
-        import termios
-        self.term, self.termios, self.saved = self._terminal(environ), termios, termios.tcgetattr(0)
-        self.select = select.select
-        self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self.active, self.pending, self.rows = False, "", []  # type: bool, str, List[Row]
-        colours = self.term.number_of_colors
-        depth = 2 if environ.get("NO_COLOR") or colours < 8 else int(colours < 256)
-        self.styles = {name: f"\x1b[0;{sgr[depth]}m".replace(";m", "m") for name, sgr in STYLES.items()}
-        self.styles["cursor"] = ""
-        locale = environ.get("LC_ALL") or environ.get("LC_CTYPE") or environ.get("LANG") or "UTF-8"
-        self.ascii = "utf" not in locale.lower()
-        self.size = tuple(os.get_terminal_size(1))
-
-    @staticmethod
-    def _terminal(environ: Mapping[str, str]) -> Any:
-        """A Terminal of blessed that asks the terminal nothing and reads nothing from it.
-
-        Given a stream that is not sys.__stdout__ it does neither; for NO_COLOR it would drop every
-        capability, so the variable is hidden from it.
-        """
-        hidden = {name: os.environ.pop(name) for name in ("NO_COLOR", "FORCE_COLOR") if name in os.environ}
-        try:
-            import blessed
-            return blessed.Terminal(environ["TERM"], os.fdopen(os.dup(1), "w"), True)
-        except ImportError:
-            raise MogplexError("the cockpit needs blessed", hint="python -m pip install 'blessed>=1.20'") from None
-        finally:
-            os.environ.update(hidden)
-
-    def resolve(self, sequence: str) -> str:
-        """The name of the key that sends this; "" for what is none, such as a late answer of the terminal."""
-        self.term.ungetch(sequence)
-        key = self.term.inkey(timeout=0, esc_delay=0)
-        while self.term.inkey(timeout=0, esc_delay=0):
-            pass
-        return str(key.name or "").replace("KEY_", "").lower() if key == sequence else ""
-
-    def enter(self, mouse: bool) -> None:
-        """Raw mode, the other screen, bracketed paste and mouse. The last two by hand: blessed asks first."""
-        import tty
-        self.active, self.rows = True, []
-        tty.setraw(0, self.termios.TCSANOW)
-        self.write(f"{self.term.enter_fullscreen}{self.term.smkx}\x1b[?2004h\x1b[?25l{MOUSE[mouse]}")
-
-    def restore(self) -> None:
-        """The terminal as it was. May be called twice, and when the terminal is gone or stuck."""
-        if self.active:
-            self.active = False
-            with contextlib.suppress(OSError, self.termios.error):
-                if self.select([], [1], [], 0.1)[1]:
-                    self.write(f"\x1b[?2026l{MOUSE[False]}\x1b[?2004l{self.term.normal}{self.term.rmkx}"
-                               f"{self.term.normal_cursor}{self.term.exit_fullscreen or self.term.clear}")
-                self.termios.tcsetattr(0, self.termios.TCSANOW, self.saved)
-
-    def write(self, text: str) -> None:
-        data = text.encode("utf-8", "replace")
-        while data:
-            try:
-                data = data[os.write(1, data):]
-            except BlockingIOError:  # who had the terminal before may have left it so
-                self.select([], [1], [], 1.0)
-
-    def draw(self, rows: List[Row]) -> None:
-        """One frame, in one write: what differs from the last; nothing once an excepthook has restored."""
-        if self.ascii:
-            rows = [tuple((to_ascii(text), style) for text, style in row) for row in rows]
-        clear = "" if self.rows else f"{self.styles['']}{self.term.clear}\x1b[?25l"
-        text = clear + repaint(self.rows, rows, self.styles)
-        if text and self.active:
-            self.rows = rows
-            self.write(text)
-
-    def read(self) -> List[Message]:
-        """What was typed. Esc is a key of its own when nothing follows it at once."""
-        sent = ""
-        while len(sent) < 1 << 20 and self.select([0], [], [], 0)[0]:
-            data = os.read(0, 1 << 16)
-            if not data:
-                raise OSError("the terminal is gone")
-            sent += self.decode(data)
-        if sent == "\x03" and self.pending:  # a paste whose end was lost must not eat Ctrl+C
-            self.pending = ""
-        messages, self.pending = sliced(self.pending + sent, False, self.resolve)
-        if self.pending and not self.pending.startswith("\x1b[200~") and not self.select([0], [], [], 0.05)[0]:
-            rest, self.pending = sliced(self.pending, True, self.resolve)
-            messages += rest
-        return messages
-
-
 class Switch(Exception):
     """Raised inside a tail: leave it for the job in ``args``."""
 
@@ -3958,34 +4451,31 @@ class Shell:
 
     def __init__(self, screen: Screen, state: State, **facts: Any) -> None:
         self.screen, self.state, self.inbox = screen, state, queue.SimpleQueue()  # type: Screen, State, Any
-        self.crash: Optional[BaseException] = None  # a worker's
-        self.wake_in, self.wake_out = os.pipe()
-        os.set_blocking(self.wake_in, False)
-        os.set_blocking(self.wake_out, False)
         poller, self.actions = Desk(self.post, **facts), Desk(self.post, **facts)
         self.desks = {"watch": [poller], "poll": [poller], "connect": [poller, self.actions]}
 
     def post(self, *message: Any) -> None:
         """A message from any thread, or from a signal handler."""
         self.inbox.put(message)
-        with contextlib.suppress(OSError):
-            os.write(self.wake_out, b"\0")
+        self.screen.wake()
+
+    def fail(self, error: BaseException) -> None:
+        """A thread's crash ends the cockpit: the loop raises it."""
+        self.post("crash", error)
 
     def loop(self) -> None:
         """Until SystemExit is raised: draw, wait, take every message that there is."""
         while True:
             self.screen.draw(view(self.state, *self.screen.size))
             self.effects()  # after the frame: the threads import what takes longer than to draw it
-            ready = self.screen.select([0, self.wake_in], [], [], 1.0 - time.time() % 1.0)[0]
-            if self.wake_in in ready:
-                os.read(self.wake_in, 1 << 16)
-            messages = self.screen.read() if 0 in ready else []
+            messages: List[Message] = []
+            for one in self.screen.wait(1.0 - time.time() % 1.0):
+                messages.append((type(one).__name__.lower(), *one[:2 if isinstance(one, Wheel) else None]))
             messages += [("tick",)] * (int(time.time()) != int(self.state.now))
             while not self.inbox.empty():
                 messages.append(self.inbox.get())
             for message in messages:
                 if message[0] == "crash":
-                    self.crash = message[1]
                     raise message[1]
                 self.effects()
                 self.state = update(self.state._replace(now=time.time()), message)
@@ -4005,7 +4495,7 @@ class Shell:
         raise SystemExit(Exit.OK)
 
     def do_repaint(self) -> None:
-        self.screen.rows = []
+        self.screen.repaint()
 
     def do_write(self, text: str) -> None:
         self.screen.write(text)
@@ -4014,21 +4504,13 @@ class Shell:
         self.actions.stopped = True
 
     def do_suspend(self) -> None:
-        """Ctrl+Z: the terminal goes back to the shell, and the whole job stops, as the shell expects."""
-        self.screen.restore()
-        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
-        os.kill(0, signal.SIGTSTP)
-        self.resume()
+        self.screen.mouse = self.state.mouse
+        self.screen.suspend()
 
-    def resume(self) -> None:
-        """After fg, also from a stop that nobody announced."""
-        signal.signal(signal.SIGTSTP, lambda *_: self.post("key", "^z"))
-        self.screen.enter(self.state.mouse)
-        self.resize()
-
-    def resize(self) -> None:
-        self.screen.rows, self.screen.size = [], tuple(os.get_terminal_size(1))
-        self.post("resize", *self.screen.size)
+    def last_words(self) -> str:
+        """What stands on the terminal when the screen is gone: leaving never stops a run."""
+        run_id = harmless(self.state.run_id)
+        return f"mogplex runs events {run_id} --follow\n" if run_id else ""
 
 
 def first_state(home: Home, environ: Mapping[str, str], base_url: str, text: str, run_id: str) -> State:
@@ -4049,65 +4531,50 @@ def first_state(home: Home, environ: Mapping[str, str], base_url: str, text: str
     return state
 
 
+def stay(screen: Screen, shell: Shell) -> int:
+    """The cockpit until it is left; the exit code. The terminal is as it was before."""
+    try:
+        screen.enter()
+        shell.loop()
+    except SystemExit as leave:
+        return int(leave.code or 0)
+    except TerminalGone:
+        return Exit.HANGUP
+    finally:
+        screen.signals.ignore_fatal()  # a second one must not cut the restoring short
+        screen.restore()
+    return Exit.OK
+
+
 def run_cockpit(
-    connect: Callable[..., Client], *, base_url: str, home: Home, environ: Mapping[str, str], text: str = "",
-    attach: str = "", run_browser: Optional[Callable[[str], object]] = None,
+    connect: Callable[..., Client], *, base_url: str, home: Home, environ: Mapping[str, str],
+    text: str = "", attach: str = "", run_browser: Optional[Callable[[str], object]] = None,
 ) -> int:
     """The cockpit, until it is left; the exit code. UsageError where there is no terminal for it.
 
-    ``connect`` builds a Client, from the credential given or the one in force; UnauthorizedError when there is none.
+    ``connect`` builds a Client, from the credential given or the one in force; UnauthorizedError
+    when there is none.
     """
-    import atexit
-    if environ.get("TERM", "dumb") in ("", "dumb") or not (os.isatty(0) and os.isatty(1)):
-        raise UsageError("the cockpit needs a terminal, and TERM that names its kind",
-                         hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands")
-    screen = Screen(environ)
-    shell = Shell(
-        screen, first_state(home, environ, base_url, text, attach), connect=connect, base_url=base_url, home=home,
-        environ=environ, run_browser=run_browser, overruled="MOGPLEX_API_KEY is set and stays in force: unset it."
-        if environ.get("MOGPLEX_API_KEY", "").strip() else "")
-
-    def end(number: int, _: object) -> None:
-        for one in fatal:
-            signal.signal(one, signal.SIG_IGN)  # a second one must not cut the restoring short
-        raise SystemExit(128 + number)
-
-    def fail(*error: Any) -> None:
-        screen.restore()
-        hooks[0](*error)
-
-    def fail_thread(failure: Any) -> None:
-        screen.restore()
-        shell.post("crash", failure.exc_value)  # the loop raises it, which prints it and ends the rest
-
-    hooks = sys.excepthook, threading.excepthook
-    fatal, code = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT), int(Exit.HANGUP)
-    handlers: Dict[int, Any] = {**dict.fromkeys(fatal, end), signal.SIGWINCH: lambda *_: shell.resize(),
-                                signal.SIGCONT: lambda *_: shell.resume(), signal.SIGTSTP: signal.SIG_DFL}
-    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    # The kernel may hand a signal to a worker's thread, and then the loop would sleep on until the next tick.
-    wake_before = signal.set_wakeup_fd(shell.wake_out, warn_on_full_buffer=False)
-    atexit.register(screen.restore)
-    sys.excepthook, threading.excepthook = fail, fail_thread
-    try:
-        shell.resume()
-        shell.loop()
-    except SystemExit as leave:
-        code = int(leave.code or 0)
-    except OSError as error:  # the terminal is gone
-        if error is shell.crash:
-            raise
-    finally:
-        screen.restore()
-        atexit.unregister(screen.restore)
-        sys.excepthook, threading.excepthook = hooks
-        signal.set_wakeup_fd(wake_before)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if shell.state.run_id:  # leaving never stops a run
-            with contextlib.suppress(OSError):
-                print(f"mogplex runs events {harmless(shell.state.run_id)} --follow", flush=True)
-    return code
+    if environ.get("TERM", "") in ("", "dumb") or not (os.isatty(0) and os.isatty(1)):
+        raise UsageError(
+            "the cockpit needs a terminal, and TERM that names its kind",
+            hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands",
+        )
+    overruled = ""
+    if environ.get("MOGPLEX_API_KEY", "").strip():
+        overruled = "MOGPLEX_API_KEY is set and stays in force: unset it."
+    with Signals() as signals:
+        screen = Screen(environ, signals)
+        shell = Shell(
+            screen, first_state(home, environ, base_url, text, attach), connect=connect,
+            base_url=base_url, home=home, environ=environ, run_browser=run_browser,
+            overruled=overruled,
+        )
+        with CrashGuard(screen, shell.fail):
+            try:
+                return stay(screen, shell)
+            finally:
+                screen.write_last(shell.last_words())
 
 
 # ---------------------------------------------------------------- 8. Demo
