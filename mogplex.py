@@ -2829,7 +2829,7 @@ def sliced(
 # -- The terminal: what it shows
 
 
-class Cell(NamedTuple):
+class Placed(NamedTuple):
     """A segment and the column that it begins at, from 0."""
 
     column: int
@@ -2837,12 +2837,12 @@ class Cell(NamedTuple):
     style: str
 
 
-def cells(row: Row) -> List[Cell]:
+def cells(row: Row) -> List[Placed]:
     """The segments of a row with their places."""
     placed = []
     column = 0
     for text, style in row:
-        placed.append(Cell(column, text, style))
+        placed.append(Placed(column, text, style))
         column += width_of(text)
     return placed
 
@@ -2852,7 +2852,7 @@ def place(y: int, column: int) -> str:
     return f"\x1b[{y + 1};{column + 1}H"
 
 
-def rewritten(before: Row, row: Row) -> List[Cell]:
+def rewritten(before: Row, row: Row) -> List[Placed]:
     """The segments of ``row`` that must be written where ``before`` is on the screen.
 
     Terminals disagree on the width of what is not ASCII: where such text comes or goes, all
