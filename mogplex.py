@@ -5010,7 +5010,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def discard(stream: Any) -> None:
-    """Point a stream that cannot be written to at nothing: the interpreter flushes it once more at its end."""
+    """Point a stream that cannot be written to at nothing: Python flushes it again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
@@ -5042,9 +5042,9 @@ def write_all(stream: Any, text: str) -> None:
 
 
 def trusted_certificates(environ: Mapping[str, str]) -> Union[bool, str]:
-    """The file or directory of certificates to trust, as the environment names it; True for the usual ones.
+    """The file or directory of certificates that the environment names; True for the usual ones.
 
-    A directory that is not there is passed over, as OpenSSL does: distributions set SSL_CERT_DIR to several.
+    SSL_CERT_DIR can name several directories; OpenSSL passes over those that do not exist.
     """
     for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
         if environ.get(name):
@@ -5056,9 +5056,10 @@ def trusted_certificates(environ: Mapping[str, str]) -> Union[bool, str]:
 
 
 def open_browser(environ: Mapping[str, str], url: str) -> bool:
-    """Open a page in the person's browser, which gets neither our variables nor our terminal; whether one was there.
+    """Open a page in the user's browser; whether there was one.
 
-    A Python of its own starts it: the browser inherits what that has, and webbrowser can be told neither.
+    It gets neither our variables, the token among them, nor our streams. The module webbrowser
+    cannot be told so, and therefore runs in a process of its own, from which the browser inherits.
     """
     import subprocess
     program = "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))"
@@ -5072,7 +5073,7 @@ def open_browser(environ: Mapping[str, str], url: str) -> bool:
 
 
 def open_in_demo(base_url: str, url: str) -> bool:
-    """Be the browser of the demo service, and open no other page; whether it was one of the service's."""
+    """Stand in for a browser, on the demo service's pages alone; whether this was one."""
     import urllib.request
     if not url.startswith(base_url):
         return False
@@ -5098,15 +5099,16 @@ class Context:
         self.in_demo = False
         self.credential: Optional[Credential] = None  # the one in use
         for stream in (stdout, stderr):
-            if hasattr(stream, "reconfigure"):  # what an encoding cannot spell becomes ?, and is no crash
-                stream.reconfigure(errors="replace")
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # what the encoding lacks becomes ?
 
     @property
     def base_url(self) -> str:
         """The service in force."""
         in_development = self.environ.get("MOGPLEX_DEV") == "1"
         allow_http = in_development and self.environ.get("NODE_ENV") != "production"
-        return parse_base_url(self.environ.get("MOGPLEX_URL", "").strip() or DEFAULT_URL, allow_http)
+        url = self.environ.get("MOGPLEX_URL", "").strip() or DEFAULT_URL
+        return parse_base_url(url, allow_http)
 
     @property
     def home(self) -> Home:
@@ -5128,15 +5130,19 @@ class Context:
         return time.time() if is_terminal(self.stdout) else None
 
     def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
-        """A Client with ``credential``, or with the one in force; UnauthorizedError when there is none."""
+        """A Client with ``credential``, or the one in force; UnauthorizedError for none."""
         self.credential = credential or resolve_credential(self.environ, self.base_url, self.home)
         return Client(
-            self.credential, self.base_url, trust_env=True, verify=trusted_certificates(self.environ),
-            log=self.note_request if self.debug else None, **settings,
+            self.credential,
+            self.base_url,
+            trust_env=True,
+            verify=trusted_certificates(self.environ),
+            log=self.note_request if self.debug else None,
+            **settings,
         )
 
     def browse(self, url: str) -> bool:
-        """Open a page in the person's browser, with --demo in a stand-in for one; whether that was possible."""
+        """Open a page in the user's browser, with --demo in a stand-in; whether there was one."""
         if self.in_demo:
             return open_in_demo(self.base_url, url)
         return open_browser(self.environ, url)
@@ -5203,7 +5209,7 @@ class Context:
         return redact(text, *(token for token in tokens if len(token) > 16))
 
     def note(self, line: str) -> None:
-        """One harmless line on stderr, without the token: an error can be the service's echo of it."""
+        """One harmless line on stderr, without the token, which the service can echo in an error."""
         # Twice: sanitizing joins what an escape sequence had split, and marks what a newline had.
         self.say(self.redacted(sanitize(self.redacted(line))) + "\n")
 
@@ -5540,7 +5546,9 @@ def cmd_runs_cancel(ctx: Context, run_id: str) -> int:
                            f"cancellation requested for run {sanitize(run_id)}\nstatus: {status}")
 
 
-def cmd_sandboxes_list(ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT) -> int:
+def cmd_sandboxes_list(
+    ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT,
+) -> int:
     """``sandboxes list``."""
     with ctx.client() as client:
         wanted = resolve_repo(client, repo) if repo else {}
@@ -5575,7 +5583,8 @@ def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
                 hint=f"stop it in the web app, under Sandboxes: {client.base_url}",
             ) from None
     status = sanitize(text_of(answer, "sandbox", "status") or text_of(answer, "status"))
-    return ctx.emit_record(answer, f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}")
+    text = f"stop requested for sandbox {sanitize(sandbox_id)}\nstatus: {status}"
+    return ctx.emit_record(answer, text)
 
 
 def is_in_ci(environ: Mapping[str, str]) -> bool:
@@ -5593,14 +5602,17 @@ def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: flo
         if no_browser or is_remote:
             port = url.partition("127.0.0.1%3A")[2][:5]
             forward = f"ssh -L {port}:127.0.0.1:{port} <this host>"
+            tokens = f"{ctx.base_url}/settings/api-keys"
             ctx.note(f"if your browser is on another machine, first run this there: {forward}")
-            ctx.note(f"or pass a token from {ctx.base_url}/settings/api-keys to `mogplex login --with-token`")
+            ctx.note(f"or pass a token from {tokens} to `mogplex login --with-token`")
         ctx.note(f"waiting for up to {format_duration(timeout_s)}; press Ctrl+C to stop")
 
     opens_one = ctx.in_demo or not is_remote
     browser = ctx.browse if opens_one and not no_browser else None
     return sign_in(
-        ctx.base_url, client.post_form, announce=announce, open_browser=browser, timeout_s=timeout_s)
+        ctx.base_url, client.post_form,
+        announce=announce, open_browser=browser, timeout_s=timeout_s,
+    )
 
 
 def read_token(ctx: Context) -> str:
@@ -5674,7 +5686,7 @@ def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tu
 
 
 def cmd_login_status(ctx: Context) -> int:
-    """``login status``: the credential in force, and the service's error when it does not accept it."""
+    """``login status``: the credential in force, and the service's error when it refuses it."""
     credential = resolve_credential(ctx.environ, ctx.base_url, ctx.home)
     problem: Optional[MogplexError] = None
     state = "accepted"
@@ -5693,7 +5705,7 @@ def cmd_login_status(ctx: Context) -> int:
 
 
 def log_out(ctx: Context) -> Tuple[bool, str]:
-    """Forget the stored sign-in, which the service cannot revoke: whether there was one, in words too."""
+    """Forget the stored sign-in, which nothing can revoke: whether there was one, and the text."""
     forgotten = ctx.home.forget_sign_in()
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set and still applies")
@@ -5742,7 +5754,7 @@ class Option(NamedTuple):
 class Subcommand(NamedTuple):
     """A command: a row of SUBCOMMANDS, under its name."""
 
-    function: Callable[..., int]  # gets the Context, the arguments, and the options given as keywords
+    function: Callable[..., int]  # called with the Context, the arguments, the options as keywords
     purpose: str
     examples: Tuple[str, str]
     arguments: Tuple[Argument, ...] = ()
@@ -5758,14 +5770,17 @@ def read_limit(text: str) -> int:
 
 RUN_ARGUMENT = Argument("RUN", "run ID; @last is the newest run started here", 1)
 OPTIONAL_RUN_ARGUMENT = Argument(
-    "[RUN]", "run ID; @last is the newest run started here (default: MOGPLEX_RUN_ID, then @last)", "?")
+    "[RUN]",
+    "run ID; @last is the newest run started here (default: MOGPLEX_RUN_ID, then @last)", "?")
 SANDBOX_ARGUMENT = Argument("SANDBOX", "sandbox ID, as listed", 1)
 TASK_ARGUMENT = Argument("[TASK...]", "what the agent is to do; - reads it from stdin", "*")
 
-LIMIT_OPTION = Option("--limit", "N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})", read_limit)
+LIMIT_OPTION = Option(
+    "--limit", "N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})", read_limit)
 FOLLOW_OPTIONS = (
     Option("--follow", "", "print events as they come, until the run ends"),
-    Option("--timeout", "TIME", "stop following after TIME: seconds, or 90s, 30m, 2h (default: 30m)",
+    Option("--timeout", "TIME",
+           "stop following after TIME: seconds, or 90s, 30m, 2h (default: 30m)",
            parse_duration, needs="--follow"),
     Option("--quiet", "", "print no signs of life on stderr", needs="--follow"),
     Option("--cancel-on-interrupt", "", "cancel the run on Ctrl+C or SIGTERM", needs="--follow"),
@@ -5801,18 +5816,23 @@ SUBCOMMANDS = {
     ),
     "run": Subcommand(
         cmd_run, "Start an agent run.",
-        ('run --repo acme/web "Fix the flaky cookie test"', "run --repo acme/web --follow - < task.md"),
+        ('run --repo acme/web "Fix the flaky cookie test"',
+         "run --repo acme/web --follow - < task.md"),
         (TASK_ARGUMENT,),
         (
-            Option("--repo", "REPO", "run in this repo, an ID or owner/name (default: MOGPLEX_REPO)"),
-            Option("--harness", "NAME", f"agent program: {' or '.join(HARNESSES)} (default: the service's)",
+            Option("--repo", "REPO",
+                   "run in this repo, an ID or owner/name (default: MOGPLEX_REPO)"),
+            Option("--harness", "NAME",
+                   f"agent program: {' or '.join(HARNESSES)} (default: the service's)",
                    known=tuple(HARNESSES)),
             Option("--base-branch", "NAME", "start from this branch (default: the repo's)"),
             Option("--branch", "NAME", "work on this branch (default: the service's choice)"),
             Option("--create-branch", "", "create the working branch"),
             Option("--root", "DIR", "work in this directory of the repo (default: the repo's)"),
-            Option("--idempotency-key", "KEY", "start one run per KEY, however often it is used; "
-                   "ci derives one from the CI job (default: random)", may_be_empty=False),
+            Option("--idempotency-key", "KEY",
+                   "start one run per KEY, however often it is used; "
+                   "ci derives one from the CI job (default: random)",
+                   may_be_empty=False),
             Option("--prompt-file", "FILE", "read the task from FILE"),
             *FOLLOW_OPTIONS,
         ),
@@ -5842,9 +5862,11 @@ SUBCOMMANDS = {
         cmd_sandboxes_list, "List cloud sandboxes, newest activity first.",
         ("sandboxes list --status running", "sandboxes list --repo acme/web --json"),
         options=(
-            Option("--repo", "REPO", "list only sandboxes of this repo, an ID or owner/name (default: all)"),
-            Option("--status", "STATUS", "list only sandboxes with this status: "
-                   f"{', '.join(SANDBOX_STATUSES)} (default: all)", known=tuple(SANDBOX_STATUSES)),
+            Option("--repo", "REPO",
+                   "list only sandboxes of this repo, an ID or owner/name (default: all)"),
+            Option("--status", "STATUS",
+                   f"list only those with this status: {', '.join(SANDBOX_STATUSES)} (default: all)",
+                   known=tuple(SANDBOX_STATUSES)),
             LIMIT_OPTION,
         ),
     ),
@@ -5862,9 +5884,11 @@ SUBCOMMANDS = {
         cmd_login, "Sign in with a browser; in CI set MOGPLEX_API_KEY instead.",
         ("login", "login --with-token < token.txt"),
         options=(
-            Option("--with-token", "", "read a token from stdin, or ask for it, instead of opening a browser"),
+            Option("--with-token", "",
+                   "read a token from stdin, or ask for it, instead of opening a browser"),
             Option("--no-browser", "", "print the address to open, and open nothing"),
-            Option("--timeout", "TIME", "wait this long for the browser: seconds, or 90s, 5m (default: 5m)",
+            Option("--timeout", "TIME",
+                   "wait this long for the browser: seconds, or 90s, 5m (default: 5m)",
                    parse_duration),
         ),
     ),
@@ -5880,12 +5904,12 @@ SUBCOMMANDS = {
 
 
 def arguments_of(name: str) -> Tuple[Argument, ...]:
-    """The arguments of a command; none of a group of commands such as ``runs``, and of the program ("")."""
+    """The arguments of a command; a group of commands, such as ``runs``, has none."""
     return SUBCOMMANDS[name].arguments if name in SUBCOMMANDS else ()
 
 
 def options_of(name: str) -> Tuple[Option, ...]:
-    """The options of a command, of a group of commands, or of the program (""), in the order of its help."""
+    """The options of a command or of the program (""), as the help orders them; a group has none."""
     if not name:
         return PROGRAM_OPTIONS
     if name not in SUBCOMMANDS:
@@ -5895,7 +5919,9 @@ def options_of(name: str) -> Tuple[Option, ...]:
 
 def below(name: str) -> Dict[str, Subcommand]:
     """The commands of a group; all of them for ""."""
-    return {other: row for other, row in SUBCOMMANDS.items() if not name or other.startswith(name + " ")}
+    if not name:
+        return SUBCOMMANDS
+    return {other: row for other, row in SUBCOMMANDS.items() if other.startswith(name + " ")}
 
 
 # -- The parser
@@ -5907,7 +5933,7 @@ def see_help(name: str) -> str:
 
 
 def unknown(what: str, word: str, known: Iterable[str], name: str = "") -> UsageError:
-    """The error for a word that is none of those known, with the nearest, and whose help lists them."""
+    """The error for a word that is not known, with the nearest that is, and the help to read."""
     near = nearest(word, known)
     message = f"{what} '{word}'"
     if near:
@@ -5916,9 +5942,9 @@ def unknown(what: str, word: str, known: Iterable[str], name: str = "") -> Usage
 
 
 def slip_of(word: str, known: Sequence[str]) -> str:
-    """The known word that ``word`` is a slip or the beginning of; "" where it may be newer than this version.
+    """The known word that ``word`` is a slip or the beginning of; "" for what may be a newer word.
 
-    Stricter than a suggestion: a word that is passed on in error is refused by the service.
+    Stricter than a suggestion has to be: this refuses, and what it lets pass the service checks.
     """
     import difflib
     for other in known:
@@ -5929,7 +5955,7 @@ def slip_of(word: str, known: Sequence[str]) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, but an error is a UsageError, with the option that was meant or the help to read."""
+    """argparse, whose errors become a UsageError that suggests an option or names the help."""
 
     def __init__(self, name: str) -> None:
         # What is not given leaves nothing behind: the defaults are those of the command's function.
@@ -5946,11 +5972,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def command_parser(name: str) -> CommandParser:
-    """The arguments and options of a command, or of the program (""), for argparse; values stay text."""
+    """The arguments and options of a command or of the program (""), for argparse, as text."""
     parser = CommandParser(name)
     for argument in arguments_of(name):
-        shown = argument.name.strip("[.]")
-        parser.add_argument(argument.name, metavar=shown, nargs=argument.number, help=argument.meaning)
+        parser.add_argument(
+            argument.name, metavar=argument.name.strip("[.]"),
+            nargs=argument.number, help=argument.meaning)
     for option in options_of(name):
         if option.value:
             parser.add_argument(option.flag, metavar=option.value, help=option.meaning)
@@ -5990,7 +6017,7 @@ def check_needs(name: str, values: Mapping[str, Any]) -> None:
 
 
 def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
-    """A command's arguments, and its options as keywords; what follows ``--`` is part of the task."""
+    """A command's arguments, and its options as keywords; ``--`` begins what is all task."""
     end = argv.index("--") if "--" in argv else len(argv)
     verbatim = argv[end + 1:]
     if verbatim and TASK_ARGUMENT not in arguments_of(name):
@@ -6082,7 +6109,7 @@ def offer_known_values(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every command in one parser, which parses nothing: what shell completions are generated from."""
+    """Every command in one parser, for tools that generate shell completions; it parses nothing."""
     root = argparse.ArgumentParser(prog="mogplex", parents=[command_parser("")])
     parsers = {"": root}
     groups: Dict[str, Any] = {}
@@ -6090,8 +6117,10 @@ def make_parser() -> argparse.ArgumentParser:
         group, _, word = name.rpartition(" ")
         if group not in groups:
             groups[group] = parsers[group].add_subparsers()
-        # Completions leave out a word that has no help.
-        parsers[name] = groups[group].add_parser(word, help=purpose_of(name), parents=[command_parser(name)])
+        parsers[name] = groups[group].add_parser(
+            word, parents=[command_parser(name)],
+            help=purpose_of(name),  # completions leave out a word that has none
+        )
         offer_known_values(parsers[name], name)
     return root
 
@@ -6113,7 +6142,8 @@ def needs_terminal(word: str) -> UsageError:
     """Why the cockpit does not open without a terminal, in words for what was typed first."""
     if word:
         return unknown("unknown subcommand", word, GROUPS)
-    return UsageError("the cockpit needs a terminal; `mogplex --help` lists the commands that do not")
+    hint = "`mogplex --help` lists the commands that need none"
+    return UsageError("the cockpit needs a terminal", hint=hint)
 
 
 def stray_option(flag: str) -> UsageError:
@@ -6124,7 +6154,7 @@ def stray_option(flag: str) -> UsageError:
 
 
 def cockpit_words(argv: Sequence[str]) -> Tuple[Optional[str], List[str]]:
-    """The run that --attach names, and the words for the composer; UsageError for another option."""
+    """The run that --attach names, and the words for the composer; UsageError for other options."""
     words = list(argv)
     attach: Optional[str] = None
     if words[:1] == ["--attach"]:
@@ -6159,7 +6189,7 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def command_named(argv: Sequence[str]) -> str:
-    """The command or the group of commands that ``argv``, which begins with one of GROUPS, begins with."""
+    """The command, or else the group of commands, that ``argv`` begins with."""
     name = " ".join(argv[:2])
     return name if name in SUBCOMMANDS else argv[0]
 
@@ -6174,7 +6204,7 @@ def check_verb(name: str, argv: Sequence[str]) -> None:
 
 
 def note_unknown_values(ctx: Context, name: str, options: Mapping[str, Any]) -> None:
-    """Say which values are passed on although this version does not know them: the service may be newer."""
+    """Say which values are unknown here and passed on: the service may be newer than we are."""
     for option in options_of(name):
         value = options.get(option.keyword)
         if value and option.known and value not in option.known:
@@ -6195,14 +6225,14 @@ def run_command(ctx: Context, argv: Sequence[str]) -> int:
 
 
 def command_or_cockpit(ctx: Context, argv: List[str]) -> int:
-    """What ``argv`` begins with decides: one of GROUPS is a command, anything else is the cockpit's."""
+    """A command, where ``argv`` begins with the first word of one, else the cockpit."""
     if argv and argv[0] in GROUPS:
         return run_command(ctx, argv)
     return open_cockpit(ctx, argv)
 
 
 def run(ctx: Context, argv: List[str]) -> int:
-    """A command or the cockpit, ``--logout`` before either; without one it is the command ``logout``."""
+    """A command or the cockpit; ``--logout`` comes before either, or alone means ``logout``."""
     if argv[:1] != ["--logout"]:
         return command_or_cockpit(ctx, argv)
     words = argv[1:]
@@ -6241,7 +6271,7 @@ def ending_at_sigterm() -> Iterator[None]:
 
 
 def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:
-    """``argv`` without the flags that may stand anywhere, which are heeded here; and whether --demo was one."""
+    """``argv`` without the global options, which take effect here; and whether --demo was one."""
     end = argv.index("--") if "--" in argv else len(argv)
     flags = [option.flag for option in GLOBAL_OPTIONS]
     found = {word for word in argv[:end] if word in flags}
