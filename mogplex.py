@@ -5094,7 +5094,7 @@ class Context:
         self.stdin = stdin
         self.stdout = stdout
         self.stderr = stderr
-        self.as_json = False
+        self.list_format = "table"  # of LIST_FORMATS
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
         self.in_demo = False
         self.credential: Optional[Credential] = None  # the one in use
@@ -5125,9 +5125,22 @@ class Context:
         return is_terminal(self.stdout)
 
     @property
+    def as_json(self) -> bool:
+        """Whether data is JSON."""
+        return self.list_format == "json"
+
+    @property
     def now(self) -> Optional[float]:
         """The time where ages read better than times: on a terminal."""
         return time.time() if is_terminal(self.stdout) else None
+
+    @property
+    def width(self) -> Optional[int]:
+        """The columns of the terminal; None where stdout is no terminal."""
+        if not is_terminal(self.stdout):
+            return None
+        import shutil
+        return shutil.get_terminal_size().columns
 
     def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
         """A Client with ``credential``, or the one in force; UnauthorizedError for none."""
@@ -5171,35 +5184,28 @@ class Context:
         self, records: Sequence[Json], empty: str, columns: Sequence[Column],
         limit: Optional[int] = None, repo_names: Mapping[str, str] = {},
     ) -> int:
-        """Records as NDJSON or as a table, and for none the sentence ``empty``; the exit code.
+        """Records in the format in force, and for none the sentence ``empty``; the exit code.
 
         A list as long as the ``limit`` that was asked for may have been cut off there, and says so.
         """
-        if self.as_json:
-            for record in records:
-                self.emit(ndjson(record))
-        elif not records:
+        if records:
+            self.emit(self.list_text(records, columns, repo_names))
+        elif not self.as_json:
             self.note(empty)
-        else:
-            self.emit_table(records, columns, repo_names)
         if limit is not None and len(records) >= limit:
             self.note(f"only the first {limit} are listed; there may be more")
         return Exit.OK
 
-    def emit_table(
+    def list_text(
         self, records: Sequence[Json], columns: Sequence[Column], repo_names: Mapping[str, str],
-    ) -> None:
-        """Records as rows under their titles, tab-separated where tabulate is missing."""
-        import shutil
-        width = None
-        if is_terminal(self.stdout):
-            width = shutil.get_terminal_size().columns
-        setting = Setting(self.colour, self.now, width, repo_names)
+    ) -> str:
+        """Records in the format in force; a table is tab-separated where tabulate is missing."""
+        setting = Setting(self.colour, self.now, self.width, repo_names)
         try:
-            self.emit(table(records, columns, setting))
+            return LIST_FORMATS[self.list_format](records, columns, setting)
         except ImportError:
             self.note("the package 'tabulate' is missing: the table is tab-separated")
-            self.emit(tab_separated(records, columns, setting))
+            return LIST_FORMATS["tsv"](records, columns, setting)
 
     def redacted(self, text: str) -> str:
         """``text`` without the token in use, or the one in the environment."""
@@ -5777,6 +5783,7 @@ TASK_ARGUMENT = Argument("[TASK...]", "what the agent is to do; - reads it from 
 
 LIMIT_OPTION = Option(
     "--limit", "N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})", read_limit)
+LIST_OPTIONS = (LIMIT_OPTION,)  # of every list; a format of LIST_FORMATS is a switch here
 FOLLOW_OPTIONS = (
     Option("--follow", "", "print events as they come, until the run ends"),
     Option("--timeout", "TIME",
@@ -5811,7 +5818,7 @@ SUBCOMMANDS = {
         ("repos list --query acme", "repos list --json | jq -r .id"),
         options=(
             Option("--query", "TEXT", "list only repos with TEXT in their name (default: all)"),
-            LIMIT_OPTION,
+            *LIST_OPTIONS,
         ),
     ),
     "run": Subcommand(
@@ -5840,7 +5847,7 @@ SUBCOMMANDS = {
     "runs list": Subcommand(
         cmd_runs_list, "List the runs started from here, newest first.",
         ("runs list", "runs list --limit 1 --json | jq -r .id"),
-        options=(LIMIT_OPTION,),
+        options=LIST_OPTIONS,
     ),
     "runs get": Subcommand(
         cmd_runs_get, "Get a run's current state.",
@@ -5867,7 +5874,7 @@ SUBCOMMANDS = {
             Option("--status", "STATUS",
                    f"list only those with this status: {', '.join(SANDBOX_STATUSES)} (default: all)",
                    known=tuple(SANDBOX_STATUSES)),
-            LIMIT_OPTION,
+            *LIST_OPTIONS,
         ),
     ),
     "sandboxes logs": Subcommand(
@@ -6211,6 +6218,12 @@ def note_unknown_values(ctx: Context, name: str, options: Mapping[str, Any]) -> 
             ctx.note(f"mogplex {__version__} does not know {option.flag} {value}; passing it on")
 
 
+def take_format(options: Json) -> str:
+    """The format of LIST_FORMATS that one of the ``options`` is named for, which is taken out."""
+    chosen = [name for name in LIST_FORMATS if options.pop(name, False)]
+    return chosen[0] if chosen else "table"
+
+
 def run_command(ctx: Context, argv: Sequence[str]) -> int:
     """The command that ``argv`` begins with, or its help."""
     name = command_named(argv)
@@ -6219,7 +6232,7 @@ def run_command(ctx: Context, argv: Sequence[str]) -> int:
         return Exit.OK
     check_verb(name, argv)
     words, options = parse_command(name, argv[len(name.split()):])
-    ctx.as_json = options.pop("json", False)
+    ctx.list_format = take_format(options)
     note_unknown_values(ctx, name, options)
     return SUBCOMMANDS[name].function(ctx, *words, **options)
 
@@ -6238,7 +6251,7 @@ def run(ctx: Context, argv: List[str]) -> int:
     words = argv[1:]
     on_terminal = is_terminal(ctx.stdin) and is_terminal(ctx.stdout)
     if words == ["--json"] or (not words and not on_terminal):
-        ctx.as_json = bool(words)
+        ctx.list_format = "json" if words else "table"
         return cmd_logout(ctx)
     ctx.note(log_out(ctx)[1])  # stdout is for what comes after it
     return command_or_cockpit(ctx, words)
