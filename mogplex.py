@@ -5212,7 +5212,7 @@ class Context:
         tokens = [self.environ.get("MOGPLEX_API_KEY", "").strip()]
         if self.credential:
             tokens.append(self.credential.token)
-        return redact(text, *(token for token in tokens if len(token) > 16))
+        return redact(text, *tokens)
 
     def note(self, line: str) -> None:
         """One harmless line on stderr, without the token, which the service can echo in an error."""
