@@ -4689,6 +4689,13 @@ def test_the_environment_that_is_told_is_the_code_s() -> None:
     assert {name for name in rows if name not in strings | libraries} == set()
 
 
+def test_the_messages_that_the_readme_explains_are_the_program_s() -> None:
+    for message, _ in table_cells("message"):
+        quoted = re.findall("`([^`]+)`", message)[0]
+        parts = [part.strip() for part in re.split("[0-9]+", quoted)]  # a number can be any
+        assert all(part in SOURCE for part in parts), f"the program does not say {quoted}"
+
+
 def test_the_flags_that_are_told_are_the_parser_s(cli: Callable[..., Result]) -> None:
     told = {flag for row in table_cells("flag") for flag in re.findall(r"--[a-z][a-z-]+", row[0])}
     known = set(re.findall(r"(?m)^  (--[a-z][a-z-]+)", cli("--help").out))
