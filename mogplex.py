@@ -5,21 +5,21 @@
 # ///
 """mogplex: start, follow, inspect and stop cloud coding-agent runs on Mogplex.
 
-One file, two faces. ``mogplex repos|run|runs|sandboxes|login|logout`` is a headless
-command for CI, scripts and dashboards; ``mogplex`` alone on a terminal is a cockpit.
+``mogplex repos|run|runs|sandboxes|login|logout`` are headless commands for CI, scripts and
+dashboards. ``mogplex`` alone, on a terminal, opens a full-screen cockpit.
 
-The sections, each using only those above it:
+Each section uses only those above it:
 
   1 Errors     exit codes, and which error ends in which of them
-  2 Values     pure functions: times, durations, hostile text, back-off
-  3 Home       the files in the home directory: credentials, sign-in, remembered runs
+  2 Values     pure functions: statuses, times, hostile text, secrets, widths, back-off
+  3 Home       the files in the home directory: sign-in, remembered runs; credentials
   4 Client     one method per route of the hosted API
   5 Tail       server-sent events, polling, de-duplication, the verdict on a run
   -            everything above this line can be copied out and used as a library
-  6 Output     rows, tables, NDJSON, summaries: functions that return strings
+  6 Output     columns, tables, NDJSON, summaries: functions that return strings
   7 Cockpit    state, update, view, and the shell that owns the terminal
   8 Demo       an embedded stand-in for the service
-  9 Commands   the parser, the commands and main()
+  9 Commands   the commands, the tables of commands and options, and main()
 
 Environment: MOGPLEX_API_KEY (token), MOGPLEX_URL (service), MOGPLEX_HOME (default
 ~/.mogplex), MOGPLEX_REPO, MOGPLEX_RUN_ID, MOGPLEX_ATTACH_RUN_ID, MOGPLEX_NO_HISTORY,
@@ -28,7 +28,7 @@ MOGPLEX_DEBUG, MOGPLEX_DEV with NODE_ENV (http:// to localhost), NO_COLOR, FORCE
 Exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,
 69 unavailable, 75 rate limited, 129 SIGHUP, 130 SIGINT, 141 closed pipe, 143 SIGTERM.
 
-For embedders: what ``__all__`` lists is stable within a major version. It prints
+For embedders: everything in ``__all__`` is stable within a major version. It prints
 nothing, never exits, and does not read ``os.environ``; every failure is a MogplexError.
 """
 from __future__ import annotations

@@ -148,7 +148,8 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     for name in list(os.environ):
         if name.startswith(("MOGPLEX_", "GITHUB_", "GITLAB_", "CI_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
-    for name in ("CI", "NO_COLOR", "FORCE_COLOR", "NODE_ENV", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"):
+    certificates = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
+    for name in ("CI", "NO_COLOR", "FORCE_COLOR", "NODE_ENV", "BROWSER", "SSH_CONNECTION", "SSH_TTY", *certificates):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MOGPLEX_HOME", str(tmp_path / "home"))
@@ -3727,7 +3728,7 @@ def test_an_empty_option_of_a_run_counts_as_not_given(cli: Callable[..., Result]
 
 
 @pytest.mark.parametrize("argv, flag, value", [
-    (["run", "--repo", "r", "x"], "--harness", "gemini"),
+    (["run", "--repo", "r", "x"], "--harness", "newer-agent"),
     (["run", "--repo", "r", "x"], "--harness", "codex-cloud"),
     (["sandboxes", "list"], "--status", "hibernated"),
     (["sandboxes", "list"], "--status", "starting"),
@@ -3751,7 +3752,7 @@ def test_a_value_that_is_known_is_passed_on_without_a_word(cli: Callable[..., Re
 
 @pytest.mark.parametrize("word, meant", [
     ("codx", "codex"), ("coedx", "codex"), ("claude", "claude-code"), ("claude_code", "claude-code"),
-    ("gemini", ""), ("codex-2000", ""), ("c", "codex"), ("codex", ""),
+    ("newer-agent", ""), ("codex-2000", ""), ("c", "codex"), ("codex", ""),
 ])
 def test_a_slip_is_told_from_a_newer_word(word: str, meant: str) -> None:
     assert mogplex.slip_of(word, list(mogplex.HARNESSES)) == meant
@@ -3848,7 +3849,7 @@ def test_a_token_that_the_service_echoes_is_not_shown(cli: Callable[..., Result]
 
 @pytest.mark.parametrize("argv, stdin, prompt", [
     (["-"], "from stdin\nline 2\n", "from stdin\nline 2"), (["--prompt-file", "task.md"], "", "from a file"),
-    (["--", "-x", "--follow"], "", "-x --follow"), (["a", "--branch", "b", "c"], "not read", "a c"),
+    (["--", "-x", "--follow"], "", "-x --follow"), (["a", "--", "-h", "--demo", "--debug"], "", "a -h --demo --debug"), (["a", "--branch", "b", "c"], "not read", "a c"),
     (["\U0001f600" * 50_000], "", "\U0001f600" * 50_000), (["-"], "\ufeffbom", "bom"),
 ])
 def test_where_a_task_comes_from(
@@ -4297,6 +4298,11 @@ def test_the_certificates_that_the_environment_names(
     given = {name: value.replace("{here}", here) for name, value in environ.items()}
     expected = trusted.replace("{here}", here) if isinstance(trusted, str) else trusted
     assert mogplex.trusted_certificates(given) == expected
+
+
+def test_the_certificates_of_the_environment_are_those_of_every_command(cli: Callable[..., Result]) -> None:
+    environ = {"MOGPLEX_URL": "https://127.0.0.1:9", "MOGPLEX_API_KEY": TOKEN, "SSL_CERT_FILE": "/nowhere.pem"}
+    assert "CA certificates cannot be read" in cli("repos", "list", env=environ).err
 
 
 def test_the_token_is_on_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
