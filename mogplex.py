@@ -40,6 +40,7 @@ import contextlib
 import enum
 import errno
 import functools
+import hashlib
 import json
 import os
 import queue
@@ -53,6 +54,7 @@ from typing import (
     Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
     Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
+import uuid
 
 __version__ = "1.0.0"
 __all__ = [
@@ -1664,8 +1666,10 @@ def start_recorded(
         if not error.delivered:
             home.forget_start(start)
         raise
-    announce(run)
-    home.record_run(start, run)
+    try:
+        announce(run)
+    finally:
+        home.record_run(start, run)
     return run
 
 
@@ -2534,11 +2538,56 @@ def silence_line(progress: Progress, now: float) -> str:
     return f"still {state}, last event {format_age(now - progress.last_event_at)} ago"
 
 
-def github_annotation(verdict: Verdict) -> str:
-    """The workflow command that marks the step: the only one that is ever written."""
-    what = sanitize(verdict.error or f"run {verdict.run_id} ended {verdict.status}", " ")[:1000].replace("%", "%25")
-    title = re.sub("[%:,]", lambda match: f"%{ord(match.group()):02X}", sanitize(verdict.status, " "))
-    return f"::error title=Mogplex run {title}::{what}"
+class Outcome(NamedTuple):
+    """What a CI is told of a run: how it has ended, or how it stood when a command left it."""
+
+    run_id: str                 # "" where none was started
+    status: str = ""
+    error: str = ""             # the run's own
+    branch: str = ""
+    pull_request_url: str = ""
+    repo_id: str = ""
+    duration_s: Optional[float] = None
+    left: str = ""              # why a command left it before its end
+
+
+def outcome_of_run(run: Json) -> Outcome:
+    """A run that has just been started."""
+    return Outcome(
+        text_of(run, "runId"), text_of(run, "status"), text_of(run, "error"), repo_id=text_of(run, "repoId"))
+
+
+def outcome_so_far(before: Outcome, progress: Progress) -> Outcome:
+    """A run that is being followed."""
+    return before._replace(
+        status=progress.status or before.status, branch=progress.branch or before.branch,
+        pull_request_url=progress.pull_request_url or before.pull_request_url,
+        repo_id=text_of(progress.run, "repoId") or before.repo_id)
+
+
+def outcome_of_verdict(verdict: Verdict) -> Outcome:
+    """A run that has ended."""
+    return Outcome(
+        verdict.run_id, verdict.status, verdict.error, verdict.working_branch, verdict.pull_request_url,
+        text_of(verdict.run, "repoId"), verdict.duration_s)
+
+
+def github_annotation(outcome: Outcome) -> str:
+    """The workflow command that marks the step: the only one that is ever written.
+
+    Its title says what ended: the run, or only the following of it.
+    """
+    if not outcome.run_id:
+        title = "Mogplex run not started"
+        text = outcome.left
+    elif outcome.left:
+        title = "Mogplex run no longer followed"
+        text = f"run {outcome.run_id} ({outcome.status or 'status unknown'}): {outcome.left}"
+    else:
+        title = f"Mogplex run {outcome.status}"
+        text = outcome.error or f"run {outcome.run_id} ended {outcome.status}"
+    escaped = re.sub("[%:,]", lambda match: f"%{ord(match.group()):02X}", sanitize(title, " "))
+    return f"::error title={escaped}::" + sanitize(text, " ")[:1000].replace("%", "%25")
 
 
 def _markdown(text: str) -> str:
@@ -2549,25 +2598,41 @@ def _markdown(text: str) -> str:
     return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match.group())};", line)
 
 
-def github_summary(verdict: Verdict, task: str, last_lines: Sequence[str]) -> str:
+def github_summary(outcome: Outcome, task: str, last_lines: Sequence[str]) -> str:
     """A short Markdown table on the run, and its last events."""
-    rows = [("task", task), ("run", verdict.run_id), ("repo", text_of(verdict.run, "repoId")),
-            ("status", verdict.status), *(note.split(": ", 1) for note in verdict_notes(verdict))]
+    duration = "" if outcome.duration_s is None else format_duration(outcome.duration_s)
+    rows = [
+        ("task", task), ("run", outcome.run_id), ("repo", outcome.repo_id), ("status", outcome.status),
+        ("left", outcome.left), ("run error", outcome.error), ("branch", outcome.branch),
+        ("pull request", outcome.pull_request_url), ("duration", duration),
+    ]
     table_rows = "".join(f"| {label} | {_markdown(value)} |\n" for label, value in rows if value)
     events = "".join(f"| {_markdown(line)} |\n" for line in last_lines)
     return f"### Mogplex run\n\n| | |\n| --- | --- |\n{table_rows}\n| last events |\n| --- |\n{events}\n"
 
 
-def github_output(verdict: Verdict) -> str:
-    """run_id, status, branch and pull_request_url for later steps, one a line."""
-    rows = (("run_id", verdict.run_id), ("status", verdict.status), ("branch", verdict.working_branch),
-            ("pull_request_url", verdict.pull_request_url))
-    return "".join(f"{name}={sanitize(value, ' ')}\n" for name, value in rows)
+def github_outputs(**values: str) -> str:
+    """Values for later steps, one a line."""
+    return "".join(f"{name}={sanitize(value, ' ')}\n" for name, value in values.items())
+
+
+def dotenv_text(outcome: Outcome) -> str:
+    """The same values as variables for later jobs.
+
+    What a shell that reads the file might obey becomes ``_``: an agent chooses the branch's name.
+    """
+    values = {
+        "RUN_ID": outcome.run_id, "STATUS": outcome.status, "BRANCH": outcome.branch,
+        "PULL_REQUEST_URL": outcome.pull_request_url,
+    }
+    lines = [f"MOGPLEX_{name}={re.sub('[^A-Za-z0-9_./:@-]', '_', value)}\n" for name, value in values.items()]
+    return "".join(lines)
 
 
 def gitlab_marker(edge: str, run_id: str, now: float) -> str:
     """What starts or ends ("start", "end") the section of a GitLab job's log that holds a run's events."""
-    name, title = re.sub("[^A-Za-z0-9]", "_", run_id)[:64], f"Mogplex run {sanitize(run_id)}" if edge == "start" else ""
+    name = re.sub("[^A-Za-z0-9]", "_", run_id)[:64]
+    title = f"Mogplex run {sanitize(run_id)}" if edge == "start" else ""
     return f"\x1b[0Ksection_{edge}:{int(now)}:mogplex_{name}\r\x1b[0K{title}\n"
 
 
@@ -5003,10 +5068,86 @@ def demo_environment(port: int = 0) -> Iterator[Dict[str, str]]:
 # ---------------------------------------------------------------- 9. Commands and main
 
 DEFAULT_TIMEOUT_S = 1800.0
+GRACE_S = 5.0    # for a start or a cancellation that is under way when a signal comes
+MAX_RERUNS = 5   # of a CI job whose runs have failed; each is looked up with a request of its own
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: leaves as Ctrl+C does, with another exit code."""
+class Interrupted(KeyboardInterrupt):
+    """A signal that ends the command: SIGINT, SIGTERM or SIGHUP."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit = Exit(128 + number)
+
+
+class Interrupts:
+    """The one place that decides what SIGINT, SIGTERM and SIGHUP do.
+
+    The first one is an exception. Those that follow it are passed over: what is still to be
+    done by then is bounded, and both GNU ``timeout`` and CI runners send more than one. A signal
+    that is ignored at the start (``nohup``, ``&`` in a script) stays ignored.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+
+    def __init__(self) -> None:
+        self.first: Optional[Interrupted] = None
+        self.held = False  # the first one waits too
+
+    def arrived(self, number: int, frame: object) -> None:
+        """The handler of all of them."""
+        if self.first is not None:
+            return
+        self.first = Interrupted(number)
+        if not self.held:
+            raise self.first
+
+    @contextlib.contextmanager
+    def handled(self) -> Iterator[None]:
+        """Handle them here, and afterwards as before. Only the main thread can do that."""
+        before: Dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
+            before = {number: signal.getsignal(number) for number in numbers}
+        ours = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]
+        for number in ours:
+            signal.signal(number, self.arrived)
+        try:
+            yield
+        finally:
+            for number in ours:
+                signal.signal(number, before[number])
+
+    def outlast(self, work: Callable[[], Json], grace_s: float) -> Json:
+        """What ``work``, on a thread of its own, returns or raises.
+
+        A signal does not cut it short: it is raised once the outcome is known, or after ``grace_s``.
+        """
+        results: List[Json] = []
+        errors: List[BaseException] = []
+
+        def labour() -> None:
+            try:
+                results.append(work())
+            except BaseException as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=labour, daemon=True)
+        leave_at = float("inf")
+        self.held = True
+        try:
+            thread.start()
+            while thread.is_alive() and time.monotonic() < leave_at:
+                thread.join(0.1)  # in slices: on Windows a signal does not end it
+                if self.first is not None:
+                    leave_at = min(leave_at, time.monotonic() + grace_s)
+        finally:
+            self.held = False
+        if errors:
+            raise errors[0]
+        if self.first is not None:
+            raise self.first
+        return results[0]
 
 
 def discard(stream: Any) -> None:
@@ -5098,6 +5239,7 @@ class Context:
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
         self.in_demo = False
         self.credential: Optional[Credential] = None  # the one in use
+        self.interrupts = Interrupts()
         for stream in (stdout, stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # what the encoding lacks becomes ?
@@ -5243,16 +5385,19 @@ def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
 
     An empty id is one that a script has lost, and means no run at all.
     """
-    run_id, source = given, ""
-    if given is None:
-        run_id, source = ctx.environ.get("MOGPLEX_RUN_ID", "").strip() or "@last", "MOGPLEX_RUN_ID"
+    run_id = given
+    source = ""
+    if run_id is None:
+        run_id = ctx.environ.get("MOGPLEX_RUN_ID", "@last").strip()
+        source = "MOGPLEX_RUN_ID"
     if run_id == "@last":
         remembered = ctx.home.runs(ctx.base_url)
         if not remembered:
-            raise UsageError("no run is remembered for this service: give a run's id")
-        run_id, source = text_of(remembered[0], "id"), "the newest started here"
-    if not run_id or not run_id.strip():
-        raise UsageError(f"'{sanitize(run_id)}' is no id")
+            raise UsageError("no run is remembered for this service; give a run id")
+        run_id = text_of(remembered[0], "id")
+        source = "the newest started here"
+    if not run_id.strip():
+        raise UsageError("MOGPLEX_RUN_ID is empty" if source else f"invalid run id '{sanitize(run_id)}'")
     if source:
         ctx.note(f"run {run_id} ({source})")
     return run_id
@@ -5265,164 +5410,400 @@ def resolve_repo(client: Client, given: str) -> Json:
     for repo in client.repos(query=given, limit=MAX_LIMIT):
         if text_of(repo, "full_name").lower() == given.lower():
             return repo
-    raise MogplexError(f"there is no repo '{sanitize(given)}'", code="NOT_FOUND",
-                       hint="find IDs via `mogplex repos list`")
+    raise MogplexError(
+        f"the service lists no repo '{sanitize(given)}'", code="NOT_FOUND",
+        hint="find IDs via `mogplex repos list`",
+    )
+
+
+def read_all(stream: Any, most: int) -> bytes:
+    """A binary stream up to its end, but at most ``most`` bytes; waits for one that does not block.
+
+    Python's own buffers answer with a first part when such a stream has no more for now.
+    """
+    raw = getattr(stream, "raw", stream)
+    data = bytearray()
+    while len(data) < most:
+        piece = raw.read(most - len(data))
+        if piece is None:  # nothing yet
+            select.select([raw], [], [])
+            continue
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
+def prompt_bytes(ctx: Context, words: Sequence[str], prompt_file: str, most: int) -> bytes:
+    """The task as it was given, at most ``most`` bytes of it."""
+    if prompt_file:
+        with open(prompt_file, "rb") as file:
+            return file.read(most)
+    if words[0] == "-":
+        return read_all(ctx.stdin.buffer, most)
+    return " ".join(words).encode("utf-8", "surrogateescape")
 
 
 def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
     """The task, from exactly one of the three places it can stand in; UsageError for none, two, or a bad one."""
     if bool(words) == bool(prompt_file) or (words and words[0] == "-" and len(words) > 1):
-        raise UsageError("run: give the task once: as words, as - for stdin, or with --prompt-file")
+        raise UsageError("run: give the task once: as arguments, as - for stdin, or with --prompt-file")
+    too_long = UsageError(f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units")
     most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
     try:
-        if prompt_file:
-            with open(prompt_file, "rb") as file:
-                data = file.read(most)
-        elif words[0] == "-":
-            data = ctx.stdin.buffer.read(most)
-        else:
-            data = " ".join(words).encode("utf-8", "surrogateescape")
-        prompt = data.decode("utf-8-sig").rstrip("\r\n") if len(data) < most else data.decode("latin-1")
+        data = prompt_bytes(ctx, words, prompt_file, most)
+        if len(data) >= most:
+            raise too_long
+        prompt = data.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         raise UsageError("run: the task is not valid UTF-8") from None
     except (OSError, AttributeError) as error:  # a stdin that is closed is None
-        reason = getattr(error, "strerror", "it cannot be read")
+        reason = getattr(error, "strerror", "cannot be read")
         raise UsageError(f"run: {prompt_file or 'stdin'}: {reason}") from None
     if not prompt.strip():
         raise UsageError("run: the task is empty")
     if utf16_units(prompt) > MAX_PROMPT_UNITS:
-        raise UsageError(f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units")
+        raise too_long
     return prompt
 
 
-def ci_idempotency_key(environ: Mapping[str, str], body: Json) -> str:
-    """The same key for the same request of the same CI job, however often that is re-run."""
-    import hashlib
-    names = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_JOB") if environ.get("GITHUB_RUN_ID") \
-        else ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
-    if not environ.get(names[1]):
+def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
+    """The CI job that this is, the same however often it is re-run, and its re-runs up to this one.
+
+    GitHub counts the attempts. In GitLab a retry is a job of its own, and cannot know whether it is the first.
+    """
+    if environ.get("GITHUB_RUN_ID"):
+        names = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_JOB")
+        attempt = environ.get("GITHUB_RUN_ATTEMPT", "")
+        last = int(attempt) if re.match(r"[0-9]{1,4}\Z", attempt) else 1
+        first = max(2, last - MAX_RERUNS + 1)
+        reruns = [str(number) for number in range(first, last + 1)]
+    elif environ.get("CI_PIPELINE_ID"):
+        names = ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
+        reruns = [environ["CI_JOB_ID"]] if environ.get("CI_JOB_ID") else []
+    else:
         raise UsageError("run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
-    parts = [environ.get(name, "") for name in names] + [body]
-    return "ci-" + hashlib.sha256(to_json(parts, sort_keys=True).encode()).hexdigest()
+    return [environ.get(name, "") for name in names], reruns
 
 
-def start(
-    ctx: Context, client: Client, body: Json, key: Optional[str], repo: str, announce: Callable[[Json], None],
+def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "") -> List[str]:
+    """The keys of one request of a CI job, to be tried in turn.
+
+    The first is the same however often the job is re-run, so that a re-run finds the run that was
+    started before. The others are for that run having failed: one for each re-run.
+    """
+    job, reruns = ci_job(environ)
+    if label:
+        job.append(label)
+    keys: List[str] = []
+    for rerun in ("", *reruns):
+        parts: List[object] = [*job, body]
+        if rerun:
+            parts.append(rerun)
+        keys.append("ci-" + hashlib.sha256(to_json(parts, sort_keys=True).encode()).hexdigest())
+    return keys
+
+
+def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str]) -> List[str]:
+    """The keys to start ``body`` with, in turn: a random one, the one given, or those of the CI job."""
+    if given is None:
+        return [str(uuid.uuid4())]
+    name, colon, label = given.strip().partition(":")
+    if name != "ci":
+        return [given.strip()]
+    if colon and not label:
+        raise UsageError("run: --idempotency-key ci: needs a label after the colon")
+    return ci_idempotency_keys(environ, body, label)
+
+
+class StartRequest(NamedTuple):
+    """A run to be started."""
+
+    body: Json                # as for Client.start_run
+    repo: str                 # what people call it
+    keys: Sequence[str]       # idempotency keys, to be tried in turn
+    key_is_ours: bool         # made at random, so that a replay answers an earlier try of our own
+
+
+def ended_badly(status: str) -> bool:
+    """Whether a run of this status has ended without success."""
+    return status != "success" and status_named(status).terminal
+
+
+def is_spent(run: Json) -> bool:
+    """Whether a start found a run of an earlier one that has failed or was cancelled."""
+    return run.get("replayed") is True and ended_badly(text_of(run, "status"))
+
+
+class CiReport:
+    """What a CI job is told of a run: as soon as the run exists, and however the command ends.
+
+    GitHub Actions gets outputs for later steps, an annotation of what ended badly, and a job
+    summary. The file that ``--dotenv`` names is for GitLab's ``artifacts:reports:dotenv``.
+    """
+
+    def __init__(self, ctx: Context, task: str = "", dotenv: str = "") -> None:
+        self.ctx = ctx
+        self.task = task
+        self.dotenv = dotenv
+        self.in_github = ctx.environ.get("GITHUB_ACTIONS") == "true"
+        self.newest: List[Json] = []  # events
+        if dotenv:
+            self.empty_dotenv()
+
+    def empty_dotenv(self) -> None:
+        """Make the file, so that one that cannot be written is known before a run is paid for."""
+        try:
+            with open(self.dotenv, "w", encoding="ascii"):
+                pass
+        except OSError as error:
+            raise UsageError(f"--dotenv {self.dotenv}: {error.strerror}") from None
+
+    def heard(self, event: Json) -> None:
+        """Keep the last few events for the summary."""
+        if self.in_github:
+            self.newest = [*self.newest[-9:], event]
+
+    def begin(self, outcome: Outcome) -> None:
+        """Tell the id of a run that exists, before anything else can fail."""
+        self.write(self.dotenv, "w", dotenv_text(outcome))
+        if self.in_github:
+            self.write_for_github("GITHUB_OUTPUT", github_outputs(run_id=outcome.run_id))
+
+    def end(self, outcome: Outcome) -> None:
+        """Tell how the run has ended, or how it stood when it was left."""
+        self.write(self.dotenv, "w", dotenv_text(outcome))
+        if not self.in_github:
+            return
+        if outcome.left or ended_badly(outcome.status):
+            self.ctx.say(github_annotation(outcome) + "\n")
+        if not outcome.run_id:
+            return
+        lines = [event_line(event)[:300] for event in self.newest]
+        self.write_for_github("GITHUB_STEP_SUMMARY", github_summary(outcome, self.task, lines))
+        self.write_for_github("GITHUB_OUTPUT", github_outputs(
+            status=outcome.status, branch=outcome.branch, pull_request_url=outcome.pull_request_url))
+
+    def write_for_github(self, variable: str, text: str) -> None:
+        """Append to the file that an environment variable of GitHub Actions names."""
+        self.write(self.ctx.environ.get(variable, ""), "a", text, variable)
+
+    def write(self, path: str, mode: str, text: str, name: str = "--dotenv") -> None:
+        """Write a report; where that fails, a line on stderr is all."""
+        if not path:
+            return
+        try:
+            with open(path, mode, encoding="utf-8", errors="replace") as file:
+                file.write(text)
+        except OSError as error:
+            self.ctx.note(f"cannot write {name}: {error.strerror}")
+
+
+def cancel_text(run_id: str, answer: Json, colour: bool) -> List[str]:
+    """What the answer to a cancellation says, in one line or two; the service has two spellings of it."""
+    run = sanitize(run_id)
+    word = sanitize(text_of(answer, "run", "status") or text_of(answer, "status"))
+    status = paint(word, colour)
+    if answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal":
+        return [f"run {run} is already {status}"]
+    return [f"cancellation requested for run {run}", f"status: {status}"]
+
+
+class Attendant:
+    """Stays with a run for a command, and settles what becomes of the run when the command ends first.
+
+    Where that was asked for a signal, or a reader of stdout that has gone, cancels the run. Otherwise
+    stderr says that it is still running, and how to follow and cancel it. CI is told in any case.
+    """
+
+    def __init__(self, ctx: Context, report: CiReport, cancels: bool) -> None:
+        self.ctx = ctx
+        self.report = report
+        self.cancels = cancels
+        self.outcome = Outcome("")  # what is known of the run so far
+        self.started = False        # this command has started it
+
+    def __enter__(self) -> Attendant:
+        return self
+
+    def __exit__(self, kind: object, error: Optional[BaseException], trace: object) -> None:
+        if isinstance(error, (KeyboardInterrupt, MogplexError, OSError)):
+            self.leave(error)
+
+    def announce(self, run: Json, replayed: bool) -> None:
+        """Tell the id of a run that was started: on stdout, then to CI."""
+        self.outcome = outcome_of_run(run)
+        self.started = True
+        try:
+            self.ctx.emit_record(run, started_text({**run, "replayed": replayed}, self.ctx.colour))
+        finally:
+            self.report.begin(self.outcome)
+
+    def attend(self, run_id: str) -> None:
+        """Stay with a run that was started elsewhere."""
+        self.outcome = Outcome(run_id)
+        self.report.begin(self.outcome)
+
+    def leave(self, error: BaseException) -> None:
+        """Settle what becomes of the run, and tell CI."""
+        outcome = self.outcome
+        if not status_named(outcome.status).terminal:
+            outcome = outcome._replace(left=self.settle(error))
+        self.report.end(outcome)
+
+    def settle(self, error: BaseException) -> str:
+        """Cancel the run or say that it is still running; why it was left, for CI."""
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or "stdout is closed"
+        if not self.outcome.run_id:
+            return reason
+        if self.cancels and isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
+            return f"{reason}; {self.cancel()}"
+        if self.started or self.outcome.status or isinstance(error, KeyboardInterrupt):
+            if self.started or not isinstance(error, BrokenPipeError):
+                self.tell_still_running()
+        return reason
+
+    def cancel(self) -> str:
+        """Request the run's cancellation, within a bounded time; what came of it, in words."""
+        try:
+            answer = self.request_cancellation(time.monotonic() + GRACE_S)
+        except MogplexError as error:
+            self.ctx.note(f"cannot cancel the run: {error}")
+            self.tell_still_running()
+            return "the run could not be cancelled"
+        told = cancel_text(self.outcome.run_id, answer, False)[0]
+        self.ctx.note(told)
+        return told
+
+    def request_cancellation(self, deadline: float) -> Json:
+        """The service's answer. A sandbox that is not ready yet is a 409, and worth another try."""
+        while True:
+            left_s = max(0.5, deadline - time.monotonic())
+            try:
+                with self.ctx.client(timeout_s=left_s, connect_timeout_s=left_s, tries=1) as client:
+                    return client.cancel(self.outcome.run_id)
+            except MogplexError as error:
+                again = error.transient or error.status == 409
+                if not again or deadline - time.monotonic() < 1.0:
+                    raise
+            time.sleep(0.5)
+
+    def tell_still_running(self) -> None:
+        """Say so, and what can be done about it."""
+        run_id = self.outcome.run_id
+        self.ctx.note(f"run {run_id} is still running")
+        self.ctx.note(f"follow: mogplex runs events {run_id} --follow")
+        self.ctx.note(f"cancel: mogplex runs cancel {run_id}")
+
+
+def warn_of_doubt(ctx: Context, client: Client, request: StartRequest, key: str) -> None:
+    """Say so where an earlier start of the same task may have gone through, and how to find out."""
+    start = start_record(client.base_url, request.body, key, request.repo)
+    earlier = ctx.home.start_in_doubt(start, time.time())
+    if earlier:
+        ctx.note(
+            "an earlier start of this task may have gone through; to find out instead of starting another, "
+            f"add --idempotency-key {text_of(earlier, 'key')}")
+
+
+def start_once(
+    ctx: Context, client: Client, request: StartRequest, key: str, attendant: Attendant,
 ) -> Json:
-    """Start a run; when it may have started all the same, say how to find out."""
-    import uuid
-    if key is None:
-        key = str(uuid.uuid4())
-    elif key == "ci":
-        key = ci_idempotency_key(ctx.environ, body)
+    """Start a run under one key; where it may have started although that failed, say how to find out."""
+
+    def announce(run: Json) -> None:
+        if key != request.keys[-1] and is_spent(run):
+            return  # of an earlier attempt of this CI job; the next key starts another
+        attendant.announce(run, run.get("replayed") is True and not request.key_is_ours)
+
+    work = functools.partial(start_recorded, client, ctx.home, request.body, key, request.repo, announce)
     try:
-        return start_recorded(client, ctx.home, body, key, repo, announce)
+        return ctx.interrupts.outlast(work, GRACE_S)
     except (MogplexError, KeyboardInterrupt) as error:
-        if getattr(error, "delivered", True):
+        if not attendant.started and getattr(error, "delivered", True):
             ctx.note(f"the run may have started; to find out without paying twice, add --idempotency-key {key}")
         raise
 
 
-def report_to_ci(ctx: Context, verdict: Verdict, task: str, last_lines: Sequence[str]) -> None:
-    """What GitHub Actions shows of a run: an annotation, a job summary, outputs for later steps."""
-    if ctx.environ.get("GITHUB_ACTIONS") != "true":
-        return
-    if verdict.status != "success":
-        ctx.say(github_annotation(verdict) + "\n")
-    for name, text in (("GITHUB_STEP_SUMMARY", github_summary(verdict, task, last_lines)),
-                       ("GITHUB_OUTPUT", github_output(verdict))):
-        try:
-            if ctx.environ.get(name):
-                with open(ctx.environ[name], "a", encoding="utf-8", errors="replace") as file:
-                    file.write(text)
-        except OSError as error:
-            ctx.note(f"{name} could not be written: {error.strerror}")
+def start(ctx: Context, client: Client, request: StartRequest, attendant: Attendant) -> Json:
+    """Start a run, or find the one that an earlier attempt of this CI job has started and that did not fail."""
+    for key in request.keys[:-1]:
+        run = start_once(ctx, client, request, key, attendant)
+        if not is_spent(run):
+            return run
+        run_id = text_of(run, "runId")
+        ctx.note(f"run {run_id} of an earlier attempt is {text_of(run, 'status')}; starting another")
+    warn_of_doubt(ctx, client, request, request.keys[-1])
+    return start_once(ctx, client, request, request.keys[-1], attendant)
 
 
-class Follower:
-    """``--follow``: events on stdout, signs of life on stderr, and the exit code that the run deserves."""
+class EventPrinter:
+    """Events on stdout.
 
-    def __init__(
-        self, ctx: Context, client: Client, run_id: str, as_json: bool, quiet: bool = False,
-        cancel_on_interrupt: bool = False, task: str = "", clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.ctx, self.client, self.run_id, self.as_json, self.quiet = ctx, client, run_id, as_json, quiet
-        self.cancel_on_interrupt, self.task, self.clock = cancel_on_interrupt, task, clock
-        self.live = is_terminal(ctx.stderr) and ctx.environ.get("TERM", "") not in ("", "dumb") and not quiet
+    What came together is written together: a write for each would cost more than all the rest.
+    """
+
+    def __init__(self, ctx: Context) -> None:
+        self.ctx = ctx
         self.newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
-        self.drawn, self.drawn_at, self.spoke_at = "", -1.0, clock()
-        self.last_lines: List[str] = []
-        # What came together is written together: a write for each would cost more than all the rest.
-        self.events, self.texts = [], []  # type: List[Json], List[str]
-        self.held, self.in_section, self.in_github = 0, False, ctx.environ.get("GITHUB_ACTIONS") == "true"
+        self.events: List[Json] = []
+        self.texts: List[str] = []  # the JSON that each came as, "" where that is not known
+        self.held = 0               # characters, about
 
-    def run(self, timeout_s: Optional[float], limit: int = MAX_LIMIT) -> int:
-        """Follow to the end; the exit code."""
-        self.mark_section(True)
-        try:
-            state = Tail(self.client, self.run_id, timeout_s or DEFAULT_TIMEOUT_S, limit, self.progress,
-                          clock=self.clock)
-            for item, text in state.items():
-                if isinstance(item, Verdict):
-                    return self.finish(item)
-                self.show(item, text)
-            raise AssertionError("a tail ends with its verdict")
-        except TailTimeout as error:
-            raise TailTimeout(f"--follow {error.message}", hint=f"resume: {self.again}") from None
-        except KeyboardInterrupt:
-            with contextlib.suppress(BrokenPipeError, MogplexError):  # Ctrl+C ended the reader too
-                self.flush()
-            self.interrupted()
-            raise
-        finally:
-            self.flush()
-            self.erase()
-            self.mark_section(False)
-
-    def mark_section(self, inside: bool) -> None:
-        """In GitLab, make a section of the log for the events: opened before the first, closed after the last."""
-        if self.ctx.environ.get("GITLAB_CI") == "true" and inside != self.in_section:
-            self.in_section = inside
-            self.ctx.say(gitlab_marker("start" if inside else "end", self.run_id, time.time()))
-
-    @property
-    def again(self) -> str:
-        return f"mogplex runs events {self.run_id} --follow"
-
-    def progress(self, progress: Progress) -> None:
-        """Called by the tail before it waits for anything, at least twice a second, and at each change."""
-        self.flush()
-        if reader_left(self.ctx.stdout):
-            raise BrokenPipeError
-        now = self.clock()
-        if progress.message:
-            self.erase()
-            self.ctx.note(progress.message)
-        if self.live and now - self.drawn_at >= 1.0:
-            import shutil
-            line = fit(status_line(progress, now), shutil.get_terminal_size().columns - 1)
-            self.ctx.say("\r" + line + " " * (len(self.drawn) - len(line)))
-            self.drawn, self.drawn_at = line, now
-        elif not self.live and not self.quiet and now - max(self.spoke_at, progress.last_event_at) >= 60.0:
-            self.ctx.note(silence_line(progress, now))
-            self.spoke_at = now
-
-    def show(self, event: Json, text: str) -> None:
-        """An event's line: it is out before the tail waits for more."""
-        if self.in_github:
-            self.last_lines = [*self.last_lines[-9:], event_line(event)[:300]]
+    def add(self, event: Json, text: str) -> None:
+        """One more to be written."""
         self.events.append(event)
         self.texts.append(text)
         self.held += len(text) or 65536  # what came in a poll can be of any length
-        if self.held > 65536:
-            self.flush()
 
     def flush(self) -> None:
-        if self.events:
-            events, texts, self.events, self.texts, self.held = self.events, self.texts, [], [], 0
+        """Write them."""
+        events = self.events
+        texts = self.texts
+        self.events = []
+        self.texts = []
+        self.held = 0
+        if self.ctx.as_json:
+            self.ctx.emit(ndjson_lines(events, texts))
+        else:
+            self.ctx.emit("\n".join([event_line(event, self.newline) for event in events]))
+
+
+class LifeSigns:
+    """What stderr shows while a run is silent: a status line on a terminal, a line a minute in a log."""
+
+    def __init__(self, ctx: Context, quiet: bool, clock: Callable[[], float]) -> None:
+        self.ctx = ctx
+        self.quiet = quiet
+        self.clock = clock
+        self.on_terminal = is_terminal(ctx.stderr) and ctx.environ.get("TERM", "") not in ("", "dumb")
+        self.drawn = ""  # the status line that is on the screen
+        self.drawn_at = float("-inf")
+        self.spoke_at = clock()
+
+    def show(self, progress: Progress) -> None:
+        """Called at least twice a second."""
+        if progress.message:
             self.erase()
-            self.ctx.emit(ndjson_lines(events, texts) if self.as_json else
-                          "\n".join([event_line(event, self.newline) for event in events]))
+            self.ctx.note(progress.message)
+        now = self.clock()
+        if self.quiet:
+            return
+        if self.on_terminal:
+            if now - self.drawn_at >= 1.0:
+                self.draw(status_line(progress, now))
+                self.drawn_at = now
+        elif now - max(self.spoke_at, progress.last_event_at) >= 60.0:
+            self.ctx.note(silence_line(progress, now))
+            self.spoke_at = now
+
+    def draw(self, text: str) -> None:
+        """Put a status line in the place of the last one."""
+        import shutil
+        line = fit(text, shutil.get_terminal_size().columns - 1)
+        rest = text_width(self.drawn) - text_width(line)
+        self.ctx.say("\r" + line + " " * rest)
+        self.drawn = line
 
     def erase(self) -> None:
         """Take the status line away before something else is written."""
@@ -5430,35 +5811,104 @@ class Follower:
             self.ctx.say("\r" + " " * text_width(self.drawn) + "\r")
             self.drawn = ""
 
+
+@contextlib.contextmanager
+def log_section(ctx: Context, run_id: str) -> Iterator[None]:
+    """In a GitLab job's log, a section of its own."""
+    if ctx.environ.get("GITLAB_CI") != "true":
+        yield
+        return
+    ctx.say(gitlab_marker("start", run_id, time.time()))
+    try:
+        yield
+    finally:
+        ctx.say(gitlab_marker("end", run_id, time.time()))
+
+
+class FollowOptions(NamedTuple):
+    """The options that go with ``--follow``, as the parser gives them."""
+
+    follow: bool = False
+    timeout: Optional[float] = None
+    limit: int = MAX_LIMIT
+    quiet: bool = False
+    cancel_on_interrupt: bool = False
+    dotenv: str = ""
+
+
+class Follower:
+    """``--follow``: hands what a tail brings to what prints it, shows signs of life and tells CI."""
+
+    def __init__(
+        self, ctx: Context, client: Client, attendant: Attendant, options: FollowOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ctx = ctx
+        self.attendant = attendant
+        self.printer = EventPrinter(ctx)
+        self.life = LifeSigns(ctx, options.quiet, clock)
+        self.tail = Tail(
+            client, attendant.outcome.run_id, options.timeout or DEFAULT_TIMEOUT_S, options.limit,
+            self.progress, clock=clock)
+
+    def run(self) -> int:
+        """Follow to the end; the exit code that the run deserves."""
+        with log_section(self.ctx, self.tail.run_id):
+            try:
+                verdict = self.read()
+                self.flush()
+            except TailTimeout as error:
+                raise TailTimeout(f"--follow {error.message}") from None
+            finally:
+                self.life.erase()
+        return self.finish(verdict)
+
+    def read(self) -> Verdict:
+        """The verdict; the events before it are shown."""
+        try:
+            for item, text in self.tail.items():
+                if isinstance(item, Verdict):
+                    return item
+                self.show(item, text)
+        except MogplexError:
+            self.flush()
+            raise
+        raise AssertionError("a tail ends with its verdict")
+
+    def show(self, event: Json, text: str) -> None:
+        """An event's line: it is out before the tail waits for more."""
+        self.attendant.report.heard(event)
+        self.printer.add(event, text)
+        if self.printer.held > 65536:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the events that have come."""
+        if self.printer.events:
+            self.life.erase()
+            self.printer.flush()
+
+    def progress(self, progress: Progress) -> None:
+        """Called by the tail before it waits for anything, at least twice a second, and at each change."""
+        self.flush()
+        if reader_left(self.ctx.stdout):
+            raise BrokenPipeError
+        self.attendant.outcome = outcome_so_far(self.attendant.outcome, progress)
+        self.life.show(progress)
+
     def finish(self, verdict: Verdict) -> int:
         """The trailer, and what is worth knowing."""
-        self.flush()
-        self.erase()
-        self.mark_section(False)
-        run_id, status = sanitize(verdict.run_id), sanitize(verdict.status)
-        self.ctx.emit(ndjson(verdict_json(verdict)) if self.as_json
-                      else f"--- run {run_id} {paint(status, self.ctx.colour)} ---")
+        outcome = outcome_of_verdict(verdict)
+        self.attendant.outcome = outcome
+        if self.ctx.as_json:
+            self.ctx.emit(ndjson(verdict_json(verdict)))
+        else:
+            status = paint(sanitize(verdict.status), self.ctx.colour)
+            self.ctx.emit(f"--- run {sanitize(verdict.run_id)} {status} ---")
         for line in verdict_notes(verdict):
             self.ctx.note(line)
-        report_to_ci(self.ctx, verdict, self.task, self.last_lines)
+        self.attendant.report.end(outcome)
         return Exit.OK if verdict.status == "success" else Exit.FAILURE
-
-    def interrupted(self) -> None:
-        """Ctrl+C or SIGTERM: the run goes on, unless it is to be cancelled."""
-        self.erase()
-        if self.cancel_on_interrupt:
-            try:
-                with self.ctx.client(timeout_s=5.0, connect_timeout_s=5.0, tries=1) as client:
-                    client.cancel(self.run_id)
-                return self.ctx.note(f"cancellation requested for run {self.run_id}")
-            except MogplexError as error:
-                self.ctx.note(f"the run could not be cancelled: {error}")
-        self.goes_on()
-
-    def goes_on(self) -> None:
-        """Say so, and what to do about it."""
-        cancel = f"mogplex runs cancel {self.run_id}"
-        self.ctx.note(f"run {self.run_id} goes on; follow it: {self.again}; cancel it: {cancel}")
 
 
 def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
@@ -5469,87 +5919,121 @@ def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> 
     return ctx.emit_list(repos, empty, REPO_COLUMNS, limit)
 
 
-def cmd_run(
-    ctx: Context, *words: str, repo: str = "", harness: str = "", base_branch: str = "", branch: str = "",
-    create_branch: bool = False, root: Optional[str] = None, prompt_file: str = "",
-    idempotency_key: Optional[str] = None, follow: bool = False, timeout: Optional[float] = None,
-    quiet: bool = False, cancel_on_interrupt: bool = False,
-) -> int:
-    repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
-    if not repo:
+class StartOptions(NamedTuple):
+    """The options of ``run`` but for those of --follow, as the parser gives them."""
+
+    repo: str = ""
+    harness: str = ""
+    base_branch: str = ""
+    branch: str = ""
+    create_branch: bool = False
+    root: Optional[str] = None  # "" means the repo's root, None the repo's default
+    prompt_file: str = ""
+    idempotency_key: Optional[str] = None
+
+
+def start_body(repo_id: str, prompt: str, options: StartOptions) -> Json:
+    """The body of POST /runs: what was not asked for is left to the service."""
+    asked = {
+        "harness": options.harness, "baseBranch": options.base_branch,
+        "workingBranch": options.branch, "createBranch": options.create_branch,
+    }
+    body: Json = {"repoId": repo_id, "prompt": prompt}
+    body.update({key: value for key, value in asked.items() if value})
+    if options.root is not None:
+        body["rootDirectory"] = options.root
+    return body
+
+
+def split_options(options: Json) -> Tuple[StartOptions, FollowOptions]:
+    """The options of ``run`` in the two records that take them."""
+    of_start = {name: value for name, value in options.items() if name in StartOptions._fields}
+    of_follow = {name: value for name, value in options.items() if name not in of_start}
+    return StartOptions(**of_start), FollowOptions(**of_follow)
+
+
+def report_start(ctx: Context, outcome: Outcome) -> int:
+    """The exit code of a start; one that the service answers with a run already failed is none."""
+    if not ended_badly(outcome.status):
+        return Exit.OK
+    ctx.note(f"run error: {outcome.error or outcome.status}")
+    return Exit.FAILURE
+
+
+def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
+    """Read the task, find the repo, start, tell, follow."""
+    starting, following = split_options(options)
+    repo_name = starting.repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
+    if not repo_name:
         raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
-    prompt = read_prompt(ctx, words, prompt_file)
-    with ctx.client() as client:
-        found = resolve_repo(client, repo)
-        body: Json = {"repoId": text_of(found, "id"), "prompt": prompt}
-        asked = (("harness", harness), ("baseBranch", base_branch), ("workingBranch", branch),
-                 ("createBranch", create_branch))
-        body.update({key: value for key, value in asked if value})
-        if root is not None:
-            body["rootDirectory"] = root
-        started: List[Json] = []
-
-        def announce(run: Json) -> None:
-            started.append(run)
-            ctx.emit_record(run, started_text(run, ctx.colour))
-
-        try:
-            start(ctx, client, body, idempotency_key, text_of(found, "full_name"), announce)
-        except (KeyboardInterrupt, MogplexError) as error:
-            if started:  # the id must not be lost with stdout, nor the run with an interrupt
-                follower = Follower(ctx, client, text_of(started[0], "runId"), ctx.as_json, quiet, cancel_on_interrupt)
-                if isinstance(error, KeyboardInterrupt):
-                    follower.interrupted()
-                else:
-                    follower.goes_on()
-            raise
-        if not follow:
-            return Exit.OK
-        run_id = text_of(started[0], "runId")
-        return Follower(ctx, client, run_id, ctx.as_json, quiet, cancel_on_interrupt, prompt).run(timeout)
+    task = read_prompt(ctx, words, starting.prompt_file)
+    report = CiReport(ctx, task, following.dotenv)
+    with Attendant(ctx, report, following.cancel_on_interrupt) as attendant, ctx.client() as client:
+        repo = resolve_repo(client, repo_name)
+        body = start_body(text_of(repo, "id"), task, starting)
+        keys = idempotency_keys(ctx.environ, body, starting.idempotency_key)
+        request = StartRequest(
+            body, text_of(repo, "full_name"), keys, key_is_ours=starting.idempotency_key is None)
+        start(ctx, client, request, attendant)
+        if following.follow:
+            return Follower(ctx, client, attendant, following).run()
+        report.end(attendant.outcome)
+    return report_start(ctx, attendant.outcome)
 
 
 def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
+    """The runs that were started here, and the starts whose answer never came."""
     records = ctx.home.history(ctx.base_url)[:limit]
-    return ctx.emit_list(records, "no runs started from here yet", HISTORY_COLUMNS)
+    code = ctx.emit_list(records, "no runs started from here yet", HISTORY_COLUMNS, limit)
+    if not all(text_of(record, "id") for record in records):
+        ctx.note("in doubt: the answer to the start never came; to find out whether the run exists, "
+                 "repeat `mogplex run` with --idempotency-key and the key shown")
+    return code
 
 
 def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
+    """One run as it is now."""
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         run = client.run(run_id)
     if not run:
-        raise InvalidResponseError("the answer has no run in it")
+        raise InvalidResponseError("the response contains no run")
     return ctx.emit_record(run, run_text(run, ctx.colour))
 
 
-def cmd_runs_events(
-    ctx: Context, run_id: Optional[str] = None, *, limit: int = MAX_LIMIT, follow: bool = False,
-    timeout: Optional[float] = None, quiet: bool = False, cancel_on_interrupt: bool = False,
-) -> int:
+def follow_run(ctx: Context, run_id: str, options: FollowOptions) -> int:
+    """Follow a run that was started elsewhere."""
+    report = CiReport(ctx, dotenv=options.dotenv)
+    with Attendant(ctx, report, options.cancel_on_interrupt) as attendant:
+        attendant.attend(run_id)
+        with ctx.client() as client:
+            return Follower(ctx, client, attendant, options).run()
+
+
+def cmd_runs_events(ctx: Context, run_id: Optional[str] = None, **options: Any) -> int:
+    """The events of a run: those of now, or all as they come."""
+    following = FollowOptions(**options)
     run_id = resolve_run_id(ctx, run_id)
+    if following.follow:
+        return follow_run(ctx, run_id, following)
     with ctx.client() as client:
-        if follow:
-            return Follower(ctx, client, run_id, ctx.as_json, quiet, cancel_on_interrupt).run(timeout, limit)
-        events = dicts_of(client.events(run_id, limit=limit), "events")
+        events = dicts_of(client.events(run_id, limit=following.limit), "events")
     newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
     for event in events:
         ctx.emit_record(event, event_line(event, newline))
     if not events:
         ctx.note("no events yet")
-    elif len(events) >= limit:
+    elif len(events) >= following.limit:
         ctx.note(f"only the first {len(events)} events are listed; there may be more")
     return Exit.OK
 
 
 def cmd_runs_cancel(ctx: Context, run_id: str) -> int:
+    """Request a run's cancellation."""
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
         answer = client.cancel(run_id)
-    status = paint(sanitize(text_of(answer, "run", "status") or text_of(answer, "status")), ctx.colour)
-    ended = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
-    return ctx.emit_record(answer, f"run {sanitize(run_id)} is already {status}" if ended else
-                           f"cancellation requested for run {sanitize(run_id)}\nstatus: {status}")
+    return ctx.emit_record(answer, "\n".join(cancel_text(run_id, answer, ctx.colour)))
 
 
 def cmd_sandboxes_list(
@@ -5790,8 +6274,11 @@ FOLLOW_OPTIONS = (
            "stop following after TIME: seconds, or 90s, 30m, 2h (default: 30m)",
            parse_duration, needs="--follow"),
     Option("--quiet", "", "print no signs of life on stderr", needs="--follow"),
-    Option("--cancel-on-interrupt", "", "cancel the run on Ctrl+C or SIGTERM", needs="--follow"),
+    Option("--cancel-on-interrupt", "", "cancel the run on Ctrl+C, SIGTERM or SIGHUP",
+           needs="--follow"),
 )
+DOTENV_OPTION = Option(
+    "--dotenv", "FILE", "write the run's ID, status, branch and pull request to FILE, for GitLab CI")
 GLOBAL_OPTIONS = (  # before a command or after it
     Option("--demo", "", "use a built-in demo service: no account, no network"),
     Option("--debug", "", "print a line per request on stderr"),
@@ -5838,10 +6325,12 @@ SUBCOMMANDS = {
             Option("--root", "DIR", "work in this directory of the repo (default: the repo's)"),
             Option("--idempotency-key", "KEY",
                    "start one run per KEY, however often it is used; "
-                   "ci derives one from the CI job (default: random)",
+                   "ci derives one from the CI job, ci:LABEL for a leg of a matrix "
+                   "(default: random)",
                    may_be_empty=False),
             Option("--prompt-file", "FILE", "read the task from FILE"),
             *FOLLOW_OPTIONS,
+            DOTENV_OPTION,
         ),
     ),
     "runs list": Subcommand(
@@ -5858,7 +6347,7 @@ SUBCOMMANDS = {
         cmd_runs_events, "List or follow a run's events.",
         ("runs events @last --follow", "runs events --follow --timeout 30m --json"),
         (OPTIONAL_RUN_ARGUMENT,),
-        (LIMIT_OPTION, *FOLLOW_OPTIONS),
+        (LIMIT_OPTION, *FOLLOW_OPTIONS, DOTENV_OPTION._replace(needs="--follow")),
     ),
     "runs cancel": Subcommand(
         cmd_runs_cancel, "Request cancellation of a run.",
@@ -6265,24 +6754,6 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
         return run(ctx, argv)
 
 
-@contextlib.contextmanager
-def ending_at_sigterm() -> Iterator[None]:
-    """SIGTERM becomes an exception, so that what is open is put away."""
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, terminate)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:
     """``argv`` without the global options, which take effect here; and whether --demo was one."""
     end = argv.index("--") if "--" in argv else len(argv)
@@ -6306,12 +6777,11 @@ def dispatch(ctx: Context, argv: Sequence[str]) -> int:
     if first in ("-h", "--help"):
         ctx.emit(help_text(""))
         return Exit.OK
-    with ending_at_sigterm():
-        if first == "--demo-server":
-            return serve_demo(ctx, words[1:])
-        if in_demo:
-            return with_demo(ctx, words)
-        return run(ctx, words)
+    if first == "--demo-server":
+        return serve_demo(ctx, words[1:])
+    if in_demo:
+        return with_demo(ctx, words)
+    return run(ctx, words)
 
 
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
@@ -6329,7 +6799,7 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
         discard(ctx.stdout)
         return Exit.BROKEN_PIPE
     except KeyboardInterrupt as interrupt:
-        return Exit.TERMINATED if isinstance(interrupt, Terminated) else Exit.INTERRUPTED
+        return interrupt.exit if isinstance(interrupt, Interrupted) else Exit.INTERRUPTED
     except OSError as error:
         ctx.note(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         return Exit.FAILURE
@@ -6339,7 +6809,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line, of ``argv`` or of this process; the exit code."""
     words = sys.argv[1:] if argv is None else argv
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    return rescue(ctx, lambda: dispatch(ctx, words))
+    with ctx.interrupts.handled():  # around the rescue, which a second signal must not end
+        return rescue(ctx, functools.partial(dispatch, ctx, words))
 
 
 if __name__ == "__main__":

@@ -142,6 +142,19 @@ def refusal(status: int, code: str, message: str, **headers: str) -> bytes:
     return answer(status, {"ok": False, "error": {"code": code, "message": message}}, **headers)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def signals_as_on_a_terminal() -> Iterator[None]:
+    """Tests in the background, or under nohup, ignore signals, and so would every process that they start."""
+    if threading.current_thread() is not threading.main_thread() or os.name == "nt":
+        yield
+        return
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """No setting, proxy or file of the person who runs the tests reaches them."""
@@ -3639,10 +3652,10 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["--attach"], "error: --attach needs a run ID or @last"),
     (["--attach", "r"], "error: the cockpit needs a terminal"),
     (["run", "x"], "error: run: --repo <id> is required (find IDs via `mogplex repos list`)"),
-    (["run", "--repo", "r"], "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
+    (["run", "--repo", "r"], "error: run: give the task once: as arguments, as - for stdin, or with --prompt-file"),
     (["run", "--repo", "r", "x", "--prompt-file", "f"],
-     "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
-    (["run", "--repo", "r", "-", "x"], "error: run: give the task once: as words, as - for stdin, or with --prompt-file"),
+     "error: run: give the task once: as arguments, as - for stdin, or with --prompt-file"),
+    (["run", "--repo", "r", "-", "x"], "error: run: give the task once: as arguments, as - for stdin, or with --prompt-file"),
     (["run", "--repo", "r", " ", "\t"], "error: run: the task is empty"),
     (["run", "--repo", "r", "-"], "error: run: the task is empty"),
     (["run", "--repo", "r", "--prompt-file", "/nonexistent"], "error: run: /nonexistent: No such file or directory"),
@@ -3669,12 +3682,12 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["runs", "events", "r", "--timeout", "5"], "error: runs events: --timeout needs --follow"),
     (["runs", "events", "r", "--follow", "--timeout", "never"],
      "error: invalid duration 'never': give seconds, or a number with s, m or h, such as 90s or 30m"),
-    (["runs", "get"], "error: no run is remembered for this service: give a run's id"),
-    (["runs", "get", "@last"], "error: no run is remembered for this service: give a run's id"),
+    (["runs", "get"], "error: no run is remembered for this service; give a run id"),
+    (["runs", "get", "@last"], "error: no run is remembered for this service; give a run id"),
     (["runs", "cancel"], "error: runs cancel: the following arguments are required: RUN"),
-    (["runs", "get", ".."], "error: '..' is no id"), (["runs", "get", " "], "error: ' ' is no id"),
-    (["runs", "get", ""], "error: '' is no id"), (["runs", "events", "", "--follow"], "error: '' is no id"),
-    (["runs", "cancel", ""], "error: '' is no id"),
+    (["runs", "get", ".."], "error: '..' is no id"), (["runs", "get", " "], "error: invalid run id ' '"),
+    (["runs", "get", ""], "error: invalid run id ''"), (["runs", "events", "", "--follow"], "error: invalid run id ''"),
+    (["runs", "cancel", ""], "error: invalid run id ''"),
     (["runs", "get", "a", "b"], "error: runs get: unrecognized arguments: b"),
     (["runs", "get", "a", "--", "b"], "error: runs get: nothing can follow --"),
     (["repos", "list", "--limit", "0"], "error: --limit takes a whole number from 1 to 200, not '0'"),
@@ -3949,12 +3962,72 @@ def test_hostile_text_stays_text(run_demo: Callable[..., Result]) -> None:
     assert "\\u001b[2J" in raw and raw.isascii()
 
 
-def test_a_timeout_says_how_to_resume(cli: Callable[..., Result]) -> None:
+def test_a_timeout_says_that_the_run_is_still_running(cli: Callable[..., Result]) -> None:
     with one_answer(ok({"run": {"status": "streaming"}, "events": []})) as server:
         result = cli("runs", "events", "R", "--follow", "--timeout", "0.4", env=service(server.url))
     assert (result.code, result.out) == (1, "")
-    assert result.err == ("error: --follow timed out after 0.4s waiting for terminal status\n"
-                          "resume: mogplex runs events R --follow\n")
+    assert result.err == (
+        STILL_RUNNING.format("R") + "error: --follow timed out after 0.4s waiting for terminal status\n")
+
+
+@pytest.mark.parametrize("error, code", [
+    (refusal(403, "FORBIDDEN", "Scope"), 65), (refusal(404, "NOT_FOUND", "Gone"), 1)])
+def test_a_follow_that_ends_in_the_middle_says_that_the_run_is_still_running(
+    cli: Callable[..., Result], error: bytes, code: int,
+) -> None:
+    with RawServer(lambda count, *_: STREAMING if count == 1 else error) as server:
+        result = cli("runs", "events", "R", "--follow", env=service(server.url))
+    assert result.code == code and result.err.startswith(STILL_RUNNING.format("R") + "error: ")
+
+
+def test_a_follow_that_never_had_an_answer_does_not_claim_that_the_run_is_running(cli: Callable[..., Result]) -> None:
+    with one_answer(refusal(404, "NOT_FOUND", "Run not found")) as server:
+        result = cli("runs", "events", "R", "--follow", env=service(server.url))
+    assert result.code == 1 and "is still running" not in result.err
+
+
+FAILED_AT_ONCE = {"runId": "R-1", "status": "failed", "error": "The queue is full", "replayed": True}
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_start_that_the_service_could_not_queue_has_failed(cli: Callable[..., Result], flags: List[str]) -> None:
+    """It answers 500, and the try after that finds the run, failed: the run of this start and of no other."""
+    with RawServer(lambda count, *_: refusal(500, "INTERNAL_ERROR", "Oops") if count == 1 else ok(
+            FAILED_AT_ONCE)) as server:
+        result = cli("run", "--repo", "r", "x", *flags, env=service(server.url))
+    assert (result.code, result.err) == (1, "run error: The queue is full\n")
+    assert result.out.startswith('{"runId":"R-1",' if flags else "started run R-1 (failed)\n")
+
+
+def test_a_failed_run_that_a_given_key_finds_is_an_existing_one(cli: Callable[..., Result]) -> None:
+    with one_answer(ok(FAILED_AT_ONCE)) as server:
+        result = cli("run", "--repo", "r", "x", "--idempotency-key", "K", env=service(server.url))
+    assert (result.code, result.err) == (1, "run error: The queue is full\n")
+    assert result.out.startswith("matched existing run R-1 (failed)\n")
+
+
+def test_a_task_comes_whole_from_a_stdin_that_does_not_block() -> None:
+    """As a pipe that is shared with Node."""
+    ours, theirs = os.pipe()
+    fcntl.fcntl(ours, fcntl.F_SETFL, fcntl.fcntl(ours, fcntl.F_GETFL) | os.O_NONBLOCK)
+    with one_answer(ok(RUN)) as server:
+        process = run_file("run", "--repo", "r", "-", url=server.url, stdin=ours)
+        for part in (b"first ", b"second ", b"third"):
+            os.write(theirs, part)
+            while struct.unpack("i", fcntl.ioctl(ours, termios.FIONREAD, b"1234"))[0]:
+                time.sleep(0.01)  # until it was read
+        os.close(theirs)
+        _, err = process.communicate(timeout=60)
+        os.close(ours)
+    assert (process.returncode, err) == (0, b"")
+    assert [body["prompt"] for body in posted(server)] == ["first second third"]
+
+
+def test_an_empty_variable_is_no_run(cli: Callable[..., Result]) -> None:
+    for command in ("get", "events"):
+        for value in ("", " "):
+            result = cli("runs", command, env={**service("http://127.0.0.1:1"), "MOGPLEX_RUN_ID": value})
+            assert result == Result(2, "", "error: MOGPLEX_RUN_ID is empty\n")
 
 
 def test_remembered_runs(run_demo: Callable[..., Result], tmp_path: Any, demo: mogplex.DemoServer) -> None:
@@ -3963,7 +4036,7 @@ def test_remembered_runs(run_demo: Callable[..., Result], tmp_path: Any, demo: m
            for repo in ("acme/web", mogplex.DEMO_API)]
     listed = [json.loads(line) for line in run_demo("runs", "list", "--json").out.splitlines()]
     assert [record["id"] for record in listed] == ids[::-1]
-    assert listed[1]["task"] == ("task acme/web " + "y" * 100)[:80] and listed[1]["repo"] == "acme/web"
+    assert listed[1]["task"] == "task acme/web " + "y" * 100 and listed[1]["repo"] == "acme/web"
     assert listed[1]["service"] == demo.url and listed[1]["branch"] == "main"
     assert run_demo("runs", "list", "--limit", "1").out.splitlines()[0].split() == ["ID", "REPO", "BRANCH", "STARTED", "TASK"]
     assert len(run_demo("runs", "list", "--limit", "1").out.splitlines()) == 2
@@ -4148,73 +4221,218 @@ def test_a_login_redirect_is_unauthorized_and_names_the_base_url(cli: Callable[.
     assert result.code == 64 and "MOGPLEX_URL" in result.err and len(server.requests) == 1
 
 
-def run_file(*argv: str, url: str = "", **settings: Any) -> "subprocess.Popen[bytes]":
-    """The program as its user starts it."""
+def run_file(*argv: str, url: str = "", wrapper: Sequence[str] = (), **settings: Any) -> "subprocess.Popen[bytes]":
+    """The program as its user starts it, by itself or through a ``wrapper``."""
     env = {**os.environ, "PYTHONIOENCODING": "", **(service(url) if url else {}), **settings.pop("env", {})}
-    return subprocess.Popen([sys.executable, MODULE, *argv], stdout=settings.pop("stdout", subprocess.PIPE),
-                            stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=env, **settings)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **settings}
+    return subprocess.Popen([*wrapper, sys.executable, MODULE, *argv], env=env, **streams)
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+FATAL = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+if os.name != "nt":
+    FATAL.append((signal.SIGHUP, 129))
+STREAMING = ok({"run": {"status": "streaming"}, "events": [{"id": "e", "type": "log", "message": "here"}]})
+STILL_RUNNING = (
+    "run {0} is still running\n"
+    "follow: mogplex runs events {0} --follow\n"
+    "cancel: mogplex runs cancel {0}\n"
+)
+
+
+def paths(server: RawServer) -> List[str]:
+    """The last parts of the paths that a server was asked for."""
+    return [request.split(" ")[1].partition("?")[0].rpartition("/")[2] for request in server.requests]
+
+
+class Watched:
+    """A command, and a service that can do something to it when it is asked for something.
+
+    ``answer(path, process)`` gives the bytes to answer with.
+    """
+
+    def __init__(self, answer: Callable[[str, "subprocess.Popen[bytes]"], bytes], *argv: str, **settings: Any) -> None:
+        started = threading.Event()
+
+        def serve(count: int, request: str, connection: socket.socket) -> bytes:
+            assert started.wait(30)
+            path = request.split(" ")[1].partition("?")[0]
+            return answer(path.rpartition("/")[2], self.process)
+
+        with RawServer(serve) as self.server:
+            self.process = run_file(*argv, url=self.server.url, **settings)
+            started.set()
+            out, err = self.process.communicate(timeout=60)
+        self.code = self.process.returncode
+        self.out = (out or b"").decode()
+        self.err = err.decode()
+
+
+@pytest.mark.parametrize("number, code", FATAL)
 @pytest.mark.parametrize("flags, cancelled", [([], False), (["--cancel-on-interrupt"], True)])
 def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled: bool) -> None:
-    def serve(count: int, request: str, connection: socket.socket) -> bytes:
-        return ok({"run": {"status": "streaming"}, "events": [{"id": "e", "type": "log", "message": "here"}]})
-
-    with RawServer(serve) as server:
+    with RawServer(lambda *_: STREAMING) as server:
         process = run_file("runs", "events", "R", "--follow", *flags, url=server.url)
         assert process.stdout is not None and b"here" in process.stdout.readline()
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (code, b"") and b"Traceback" not in err
-    assert any("/runs/R/cancel" in request for request in server.requests) is cancelled
-    assert (b"cancellation requested for run R" if cancelled else b"mogplex runs cancel R") in err
+    assert (process.returncode, out) == (code, b"")
+    assert ("cancel" in paths(server)) is cancelled
+    assert err.decode() == ("cancellation requested for run R\n" if cancelled else STILL_RUNNING.format("R"))
 
 
-class Interrupting(Dict[str, str]):
-    """An environment in which Ctrl+C or SIGTERM comes when one variable is asked for."""
+@pytest.mark.parametrize("number, code", FATAL)
+@pytest.mark.parametrize("flags, cancelled", [
+    (["--follow"], False), (["--follow", "--cancel-on-interrupt"], True), ([], False)])
+def test_a_signal_during_the_start_waits_for_the_id(number: int, code: int, flags: List[str], cancelled: bool) -> None:
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        if path == "runs":
+            process.send_signal(number)
+        return ok({"run": RUN, **RUN})
 
-    def __init__(self, variables: Dict[str, str], name: str, raised: BaseException) -> None:
-        super().__init__(variables)
-        self.name, self.raised = name, raised
-
-    def get(self, name: str, default: Any = None) -> Any:
-        if name == self.name:
-            raise self.raised
-        return super().get(name, default)
+    done = Watched(answer, "run", "--repo", "r", "x", *flags)
+    assert (done.code, done.out) == (code, mogplex.started_text(RUN, False) + "\n")
+    assert paths(done.server) == ["runs", *(["cancel"] if cancelled else [])]
+    told = "cancellation requested for run run-uuid\n" if cancelled else STILL_RUNNING.format("run-uuid")
+    assert done.err == told
 
 
-@pytest.mark.parametrize("raised, code", [(mogplex.Terminated(), 143), (KeyboardInterrupt(), 130)])
-@pytest.mark.parametrize("flags, cancelled", [(["--follow"], False), (["--follow", "--cancel-on-interrupt"], True), ([], False)])
-def test_an_interrupt_between_the_start_of_a_run_and_its_tail(
-    capsys: pytest.CaptureFixture[str], raised: BaseException, code: int, flags: List[str], cancelled: bool,
+def test_a_start_that_is_not_answered_does_not_hold_a_signal_for_ever() -> None:
+    waiting = threading.Event()
+    interrupts = mogplex.Interrupts()
+    interrupts.first = mogplex.Interrupted(signal.SIGTERM)
+    with pytest.raises(mogplex.Interrupted):
+        interrupts.outlast(lambda: {"answered": waiting.wait(60)}, 0.01)
+    waiting.set()
+
+
+def test_an_interrupted_start_without_an_answer_tells_its_key() -> None:
+    left = threading.Event()
+
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        process.send_signal(signal.SIGINT)
+        left.wait(60)  # longer than the command does
+        return b""
+
+    done = Watched(answer, "run", "--repo", "r", "x", "--idempotency-key", "K-1")
+    left.set()
+    assert (done.code, done.out) == (130, "") and "add --idempotency-key K-1\n" in done.err
+
+
+def test_further_signals_do_not_end_the_cancellation() -> None:
+    """GNU timeout sends two, CI runners an interrupt and then SIGTERM."""
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if path == "cancel" or number == signal.SIGINT:
+                process.send_signal(number)
+        return ok({"run": {"status": "streaming"}, "events": [], **RUN})
+
+    done = Watched(answer, "run", "--repo", "r", "x", "--follow", "--cancel-on-interrupt")
+    assert done.code == 130 and paths(done.server)[-1] == "cancel"
+    assert done.err == "cancellation requested for run run-uuid\n"
+
+
+def test_a_cancellation_is_tried_again_while_the_sandbox_is_not_ready() -> None:
+    refused = [refusal(409, "CONFLICT", "Sandbox not ready"), refusal(503, "SERVICE_UNAVAILABLE", "Oops")]
+
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        if path == "events":
+            process.send_signal(signal.SIGTERM)
+            return STREAMING
+        return refused.pop() if refused else ok({"status": "cancellation_requested"})
+
+    done = Watched(answer, "runs", "events", "R", "--follow", "--cancel-on-interrupt")
+    assert (done.code, paths(done.server)) == (143, ["events", "cancel", "cancel", "cancel"])
+    assert done.err == "cancellation requested for run R\n"
+
+
+def test_a_cancellation_that_fails_says_that_the_run_is_still_running() -> None:
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        if path == "events":
+            process.send_signal(signal.SIGTERM)
+            return STREAMING
+        return refusal(403, "FORBIDDEN", "Scope")
+
+    done = Watched(answer, "runs", "events", "R", "--follow", "--cancel-on-interrupt")
+    told = "cannot cancel the run: FORBIDDEN: Scope (HTTP 403)\n" + STILL_RUNNING.format("R")
+    assert (done.code, done.err) == (143, told)
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored() -> None:
+    """As nohup and ``&`` in a script ask for."""
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGHUP)
+        return ok({"repos": []})
+
+    shell = 'trap "" INT HUP; exec "$@"'
+    done = Watched(answer, "repos", "list", "--json", wrapper=["sh", "-c", shell, "sh"])
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_a_killed_start_is_remembered_as_one_in_doubt(cli: Callable[..., Result]) -> None:
+    def kill(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        process.kill()
+        process.wait()
+        return b""
+
+    done = Watched(kill, "run", "--repo", "r", "Fix it")
+    key = re.findall(r"(?i)idempotency-key: (\S+)", done.server.requests[0])[0]
+    env = service(done.server.url)
+    listed = cli("runs", "list", env=env)
+    assert listed.code == 0 and f"in doubt: key {key}" in listed.out and "--idempotency-key" in listed.err
+    records = [json.loads(line) for line in cli("runs", "list", "--json", env=env).out.splitlines()]
+    assert [(record["key"], record["task"], record.get("id")) for record in records] == [(key, "Fix it", None)]
+    assert cli("runs", "get", env=env).code == 2  # which has no id to ask for
+
+
+@pytest.mark.parametrize("task, key, told", [
+    ("Fix it", [], True), ("Fix it", ["--idempotency-key", "other"], True), ("Fix that", [], False),
+    ("Fix it", ["--idempotency-key", "K-1"], False),
+])
+def test_a_start_in_doubt_is_told_to_the_next_of_the_same_request(
+    cli: Callable[..., Result], task: str, key: List[str], told: bool,
 ) -> None:
-    with RawServer(lambda _, request, __: ok({"run": RUN, **RUN})) as server:
-        # MOGPLEX_NO_HISTORY is asked for when the run has been started and is to be remembered.
-        environ = Interrupting(service(server.url), "MOGPLEX_NO_HISTORY", raised)
-        context = mogplex.Context(environ, sys.stdin, sys.stdout, sys.stderr)
-        assert mogplex.rescue(context, lambda: mogplex.dispatch(context, ["run", "--repo", "r", "x", *flags])) == code
-    out, err = capsys.readouterr()
-    assert out == "" and ("cancellation requested for run run-uuid" if cancelled else "run run-uuid goes on") in err
-    assert [request.split(" ")[1].rpartition("/")[2] for request in server.requests] == ["runs", *(["cancel"] * cancelled)]
+    with one_answer(ok(RUN)) as server:
+        start = mogplex.start_record(server.url, {"repoId": "r", "prompt": "Fix it"}, "K-1", "r")
+        mogplex.Home(os.environ["MOGPLEX_HOME"]).record_start(start)
+        result = cli("run", "--repo", "r", task, *key, env=service(server.url))
+    assert result.code == 0
+    assert ("may have gone through" in result.err) is told and ("--idempotency-key K-1" in result.err) is told
 
 
-def test_an_interrupt_that_ended_the_reader_too_still_cancels(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_id_is_out_before_the_history_is_written(tmp_path: Any) -> None:
+    (tmp_path / "home").mkdir()
+    lock = open(tmp_path / "home" / "runs.jsonl.lock", "w", encoding="ascii")
+
+    def serve(count: int, request: str, connection: socket.socket) -> bytes:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return ok(RUN)
+
+    with RawServer(serve) as server:
+        process = run_file("run", "--repo", "r", "x", url=server.url)
+        assert process.stdout is not None and process.stdout.readline() == b"started run run-uuid (pending)\n"
+        lock.close()
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+
+
+def test_a_run_whose_stdout_is_gone_in_the_middle_is_cancelled_where_that_was_asked_for() -> None:
     """Ctrl+C in ``mogplex ... | tee log`` is for both of them."""
-    class Interrupted(io.StringIO):
-        def write(self, text: str) -> int:
-            raise KeyboardInterrupt
+    polled = threading.Event()
 
-        def flush(self) -> None:
-            raise BrokenPipeError
+    def serve(count: int, request: str, connection: socket.socket) -> bytes:
+        if count > 1:
+            polled.wait(30)
+        return STREAMING
 
-    answer = ok({"run": {"status": "streaming"}, "events": [{"id": "e", "type": "log", "message": "here"}]})
-    with RawServer(lambda *_: answer) as server:
-        context = mogplex.Context(service(server.url), sys.stdin, Interrupted(), sys.stderr)
-        with context.client() as one, pytest.raises(KeyboardInterrupt):
-            mogplex.Follower(context, one, "R", False, cancel_on_interrupt=True).run(None)
-    assert ["/runs/R/cancel" in request for request in server.requests] == [False, True]
-    assert "cancellation requested for run R" in capsys.readouterr().err
+    with RawServer(serve) as server:
+        process = run_file("runs", "events", "R", "--follow", "--cancel-on-interrupt", url=server.url)
+        assert process.stdout is not None and process.stderr is not None and process.stdout.readline()
+        process.stdout.close()
+        polled.set()
+        assert process.wait(30) == 141
+        assert process.stderr.read() == b"cancellation requested for run R\n"
+    assert paths(server)[-1] == "cancel"
 
 
 def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
@@ -4320,9 +4538,25 @@ def test_the_token_is_on_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_id_of_a_run_is_not_lost_with_stdout() -> None:
     with one_answer(ok(RUN)) as server, open("/dev/full", "wb") as full:
         process = run_file("run", "--repo", "r", "x", url=server.url, stdout=full)
-        told = process.communicate(timeout=60)[1].decode().splitlines()
-    assert process.returncode == 1 and told[0].startswith("run run-uuid goes on; follow it: ")
-    assert told[1:] == ["error: cannot write to stdout: No space left on device"]
+        told = process.communicate(timeout=60)[1].decode()
+    failure = "error: cannot write to stdout: No space left on device\n"
+    assert (process.returncode, told) == (1, STILL_RUNNING.format("run-uuid") + failure)
+
+
+@pytest.mark.parametrize("flags, told", [
+    ([], STILL_RUNNING.format("run-uuid")),
+    (["--follow"], STILL_RUNNING.format("run-uuid")),
+    (["--follow", "--cancel-on-interrupt"], "cancellation requested for run run-uuid\n"),
+])
+def test_the_id_of_a_run_is_not_lost_with_the_reader_of_stdout(flags: List[str], told: str) -> None:
+    """As in ``mogplex run ... | true``."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with one_answer(ok({"run": RUN, **RUN})) as server:
+        process = run_file("run", "--repo", "r", "x", *flags, url=server.url, stdout=theirs)
+        os.close(theirs)
+        err = process.communicate(timeout=60)[1].decode()
+    assert (process.returncode, err) == (141, told)
 
 
 def test_an_encoding_that_lacks_a_character_gets_a_replacement(demo: mogplex.DemoServer) -> None:
@@ -4353,32 +4587,49 @@ def test_a_real_bug_keeps_its_traceback(cli: Callable[..., Result], monkeypatch:
         cli("runs", "list")
 
 
-def test_signs_of_life_in_a_log(capsys: pytest.CaptureFixture[str]) -> None:
-    now = [1000.0]
-    ctx = mogplex.Context({}, sys.stdin, sys.stdout, sys.stderr)
-    silent, spoken = [mogplex.Follower(ctx, mogplex.Client(TOKEN), "R", False, quiet, clock=lambda: now[0])
-                      for quiet in (True, False)]
+def silent(now: float, message: str = "") -> mogplex.Progress:
+    """A run that has shown its last event at 1000."""
+    return mogplex.Progress("connected", "streaming", 990.0, 1000.0, None, 0, message, 1.0, {})
+
+
+def life_signs(stderr: Any, environ: Dict[str, str], now: List[float], quiet: bool = False) -> mogplex.LifeSigns:
+    """What shows signs of life on ``stderr``, at the time that ``now`` holds."""
+    ctx = mogplex.Context(environ, sys.stdin, io.StringIO(), stderr)
+    return mogplex.LifeSigns(ctx, quiet, lambda: now[0])
+
+
+@pytest.mark.parametrize("quiet, told", [
+    (True, ""), (False, "still streaming, last event 1m ago\nstill streaming, last event 2m ago\n")])
+def test_a_log_gets_a_sign_of_life_every_minute(quiet: bool, told: str) -> None:
+    stderr, now = io.StringIO(), [1000.0]
+    life = life_signs(stderr, {}, now, quiet)
     for now[0] in (1000.0, 1030.0, 1060.0, 1061.0, 1119.0, 1120.0, 1121.0):
-        for follower in (silent, spoken):
-            follower.progress(mogplex.Progress("connected", "streaming", 1000.0, 1000.0, None, 0, "", 1.0, {}))
-    assert capsys.readouterr().err == (
-        "still streaming, last event 1m ago\nstill streaming, last event 2m ago\n")
+        life.show(silent(now[0]))
+    assert stderr.getvalue() == told
+
+
+class TerminalText(io.StringIO):
+    """A screen that keeps what was written."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def test_the_status_line_of_a_terminal_is_redrawn_at_most_once_a_second() -> None:
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    now, screen, data = [1000.0], Terminal(), io.StringIO()
-    ctx = mogplex.Context({"TERM": "xterm"}, sys.stdin, data, screen)
-    follower = mogplex.Follower(ctx, mogplex.Client(TOKEN), "R", False, clock=lambda: now[0])
+    screen, now = TerminalText(), [1000.0]
+    life = life_signs(screen, {"TERM": "xterm"}, now)
     for now[0] in (1000.0, 1000.25, 1000.5, 1001.0, 1001.25):
-        follower.progress(mogplex.Progress("connected", "streaming", 990.0, 995.0, None, 0, "", 1.0, {}))
-    follower.erase()
-    lines = ["streaming 10s | last event 5s ago | connected", "streaming 11s | last event 6s ago | connected"]
+        life.show(silent(now[0]))
+    life.erase()
+    lines = ["streaming 10s | last event 0s ago | connected", "streaming 11s | last event 1s ago | connected"]
     assert screen.getvalue() == "\r" + lines[0] + "\r" + lines[1] + "\r" + " " * len(lines[1]) + "\r"
-    assert data.getvalue() == ""
+
+
+@pytest.mark.parametrize("environ", [{}, {"TERM": "dumb"}])
+def test_a_terminal_that_cannot_go_back_gets_no_status_line(environ: Dict[str, str]) -> None:
+    screen, now = TerminalText(), [1000.0]
+    life_signs(screen, environ, now).show(silent(1000.0, "connection is back"))
+    assert screen.getvalue() == "connection is back\n"
 
 
 def test_the_specification_s_own_script(demo: mogplex.DemoServer, tmp_path: Any) -> None:
@@ -5026,24 +5277,41 @@ def test_the_readme_s_ci_examples(shell_tools: str, tmp_path_factory: Any) -> No
             assert [text.count(f"\x1b[0Ksection_{edge}:") for text in runs for edge in ("start", "end")] == [1] * 4
 
 
-def ended(**changes: Any) -> mogplex.Verdict:
+def ended(**changes: Any) -> mogplex.Outcome:
     """How a run ended, as a CI is told of it."""
-    known = mogplex.Verdict("r-1", "failed", "exit code 1: a, 50% done", "agent/x", "https://github.com/a/b/pull/1", False, 125.0,
-                            {"repoId": "repo-1"})
+    known = mogplex.Outcome(
+        "r-1", "failed", "exit code 1: a, 50% done", "agent/x", "https://github.com/a/b/pull/1", "repo-1", 125.0)
     return known._replace(**changes)
 
 
-def test_github_s_annotation_and_summary_and_outputs() -> None:
-    assert mogplex.github_annotation(ended()) == "::error title=Mogplex run failed::exit code 1: a, 50%25 done"
-    assert mogplex.github_annotation(ended(error="", status="can:c,%")) == (
-        "::error title=Mogplex run can%3Ac%2C%25::run r-1 ended can:c,%25")
+@pytest.mark.parametrize("changes, annotation", [
+    ({}, "::error title=Mogplex run failed::exit code 1: a, 50%25 done"),
+    ({"error": "", "status": "can:c,%"},
+     "::error title=Mogplex run can%3Ac%2C%25::run r-1 ended can:c,%25"),
+    ({"status": "streaming", "left": "gave up"},
+     "::error title=Mogplex run no longer followed::run r-1 (streaming): gave up"),
+    ({"status": "", "left": "gave up"},
+     "::error title=Mogplex run no longer followed::run r-1 (status unknown): gave up"),
+    ({"run_id": "", "left": "Scope\n::x"}, "::error title=Mogplex run not started::Scope : :x"),
+])
+def test_github_s_annotation_says_what_ended(changes: Dict[str, str], annotation: str) -> None:
+    assert mogplex.github_annotation(ended(**changes)) == annotation
+
+
+def test_github_s_summary_and_outputs() -> None:
     assert mogplex.github_summary(ended(error="a|b\n# <i>"), "Fix `it` @all", ["12:00 log x|y"]) == (
         "### Mogplex run\n\n| | |\n| --- | --- |\n| task | Fix &#96;it&#96; &#64;all |\n| run | r&#45;1 |\n"
         "| repo | repo&#45;1 |\n| status | failed |\n| run error | a&#124;b &#35; &#60;i&#62; |\n| branch | agent&#47;x |\n"
         "| pull request | https://github.com/a/b/pull/1 |\n| duration | 2m 05s |\n"
         "\n| last events |\n| --- |\n| 12&#58;00 log x&#124;y |\n\n")
-    assert mogplex.github_output(ended(working_branch="a\nstatus=success\r\nb<<X")) == (
-        "run_id=r-1\nstatus=failed\nbranch=a status=success b<<X\npull_request_url=https://github.com/a/b/pull/1\n")
+    assert mogplex.github_outputs(run_id="r", branch="a\nstatus=success\r\nb<<X") == (
+        "run_id=r\nbranch=a status=success b<<X\n")
+
+
+def test_a_dotenv_file_holds_nothing_that_a_shell_obeys() -> None:
+    assert mogplex.dotenv_text(ended(branch="a b;$(rm -rf ~)\nX='1'`")) == (
+        "MOGPLEX_RUN_ID=r-1\nMOGPLEX_STATUS=failed\nMOGPLEX_BRANCH=a_b___rm_-rf____X__1__\n"
+        "MOGPLEX_PULL_REQUEST_URL=https://github.com/a/b/pull/1\n")
 
 
 @pytest.mark.parametrize("url", [
@@ -5060,16 +5328,59 @@ def test_gitlab_s_markers() -> None:
     assert (hostile.count("\n"), hostile.count("\r"), hostile.count("\x1b")) == (1, 1, 2) and "\n::" not in hostile
 
 
-def test_a_ci_key_is_that_of_the_pipeline_s_run_the_job_and_the_request() -> None:
-    github = {"GITHUB_RUN_ID": "7", "GITHUB_JOB": "agent", "GITHUB_REPOSITORY": "acme/web", "GITHUB_RUN_ATTEMPT": "1"}
-    gitlab = {"CI_PIPELINE_ID": "7", "CI_JOB_NAME": "agent", "CI_PROJECT_ID": "3", "CI_JOB_ID": "90"}
-    body = {"repoId": "r", "prompt": "p"}
-    keys = [mogplex.ci_idempotency_key(environ, request) for environ, request in [
-        (github, body), ({**github, "GITHUB_JOB": "x"}, body), ({**github, "GITHUB_RUN_ID": "8"}, body), (github, {**body, "a": 1}),
-        ({**github, "GITHUB_REPOSITORY": "x"}, body), (gitlab, body), ({**gitlab, "CI_JOB_NAME": "agent 1/2"}, body)]]
+GITHUB = {"GITHUB_RUN_ID": "7", "GITHUB_JOB": "agent", "GITHUB_REPOSITORY": "acme/web"}
+GITLAB = {"CI_PIPELINE_ID": "7", "CI_JOB_NAME": "agent", "CI_PROJECT_ID": "3", "CI_JOB_ID": "90"}
+BODY = {"repoId": "r", "prompt": "p"}
+
+
+def test_a_ci_key_is_that_of_the_pipeline_s_run_the_job_the_label_and_the_request() -> None:
+    requests = [
+        (GITHUB, BODY, ""), ({**GITHUB, "GITHUB_JOB": "x"}, BODY, ""), ({**GITHUB, "GITHUB_RUN_ID": "8"}, BODY, ""),
+        (GITHUB, {**BODY, "a": 1}, ""), ({**GITHUB, "GITHUB_REPOSITORY": "x"}, BODY, ""), (GITHUB, BODY, "0"),
+        (GITHUB, BODY, "1"), (GITLAB, BODY, ""), ({**GITLAB, "CI_JOB_NAME": "agent 1/2"}, BODY, ""),
+    ]
+    keys = [mogplex.ci_idempotency_keys(*request)[0] for request in requests]
     assert len(set(keys)) == len(keys) and all(re.fullmatch("ci-[0-9a-f]{64}", key) for key in keys)
-    again = mogplex.ci_idempotency_key({**github, "GITHUB_RUN_ATTEMPT": "2"}, dict(reversed(list(body.items()))))
-    assert again == keys[0] and keys[5] == mogplex.ci_idempotency_key({**gitlab, "CI_JOB_ID": "91"}, body)
+    reordered = dict(reversed(list(BODY.items())))
+    assert mogplex.ci_idempotency_keys(GITHUB, reordered)[0] == keys[0]
+
+
+def test_the_ci_keys_of_a_re_run_begin_with_those_before_it() -> None:
+    attempts = [mogplex.ci_idempotency_keys({**GITHUB, "GITHUB_RUN_ATTEMPT": str(number)}, BODY) for number in (1, 2, 3)]
+    assert [len(keys) for keys in attempts] == [1, 2, 3]
+    assert attempts[2][:2] == attempts[1] and attempts[1][:1] == attempts[0] and len(set(attempts[2])) == 3
+    assert len(mogplex.ci_idempotency_keys({**GITHUB, "GITHUB_RUN_ATTEMPT": "4000"}, BODY)) == 1 + mogplex.MAX_RERUNS
+    first, retry = [mogplex.ci_idempotency_keys({**GITLAB, "CI_JOB_ID": job}, BODY) for job in ("90", "91")]
+    assert first[0] == retry[0] and first[1] != retry[1]
+
+
+@pytest.mark.parametrize("task, env, again, word", [
+    ("Please fail", GITHUB, {"GITHUB_RUN_ATTEMPT": "2"}, "started"),
+    ("Please fail", GITHUB, {"GITHUB_RUN_ATTEMPT": "1"}, "matched"),
+    ("Fix it", GITHUB, {"GITHUB_RUN_ATTEMPT": "2"}, "matched"),
+    ("Please fail", GITLAB, {"CI_JOB_ID": "91"}, "started"),
+    ("Fix it", GITLAB, {"CI_JOB_ID": "91"}, "matched"),
+])
+def test_a_re_run_of_a_ci_job_starts_another_run_only_where_the_first_failed(
+    run_demo: Callable[..., Result], task: str, env: Dict[str, str], again: Dict[str, str], word: str,
+) -> None:
+    argv = ["run", "--repo", "acme/web", "--idempotency-key", "ci", "--follow", task]
+    first = run_demo(*argv, **env)
+    second = run_demo(*argv, **{**env, **again})
+    assert first.out.startswith("started run ") and second.out.startswith(f"{word} ")
+    assert first.code == second.code == int(task == "Please fail")
+    run_id = first.out.split()[2]
+    told = f"run {run_id} of an earlier attempt is failed; starting another\n"
+    assert second.err.startswith(told) is (word == "started")
+    assert second.out.count("--- run ") == 1
+
+
+def test_a_label_tells_the_legs_of_a_matrix_apart(run_demo: Callable[..., Result]) -> None:
+    keys = ("ci:0", "ci:1", "ci:0")
+    ids = [json.loads(run_demo("run", "--repo", "acme/web", "--json", "--idempotency-key", key, "x", **GITHUB).out)["runId"]
+           for key in keys]
+    assert ids[0] != ids[1] and ids[0] == ids[2]
+    assert run_demo("run", "--repo", "acme/web", "--idempotency-key", "ci:", "x", **GITHUB).code == 2
 
 
 AGENT_TEXT = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u2028::add-mask::e ##[group]f ##vso[task.complete]g ###[h\x1b[0K"
@@ -5102,8 +5413,96 @@ def test_an_agent_s_text_is_never_a_command_to_a_ci(tmp_path: Any) -> None:
 
 @pytest.mark.parametrize("name", ["GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT"])
 def test_a_report_that_cannot_be_written_is_a_line_on_stderr(
-    capsys: pytest.CaptureFixture[str], tmp_path: Any, name: str,
+    run_demo: Callable[..., Result], tmp_path: Any, name: str,
 ) -> None:
-    ctx = mogplex.Context({"GITHUB_ACTIONS": "true", name: str(tmp_path)}, sys.stdin, sys.stdout, sys.stderr)
-    mogplex.report_to_ci(ctx, ended(status="success"), "task", [])
-    assert capsys.readouterr() == ("", f"{name} could not be written: Is a directory\n")
+    result = run_demo("runs", "events", FINISHED, "--follow", **{"GITHUB_ACTIONS": "true", name: str(tmp_path)})
+    assert result.code == 0 and f"cannot write {name}: Is a directory\n" in result.err
+
+
+class Job:
+    """The files in which GitHub Actions and GitLab look for what a step has to tell them."""
+
+    def __init__(self, directory: Any) -> None:
+        self.output = directory / "output"
+        self.summary = directory / "summary"
+        self.dotenv = directory / "run.env"
+        self.env = {
+            "GITHUB_ACTIONS": "true", "GITHUB_OUTPUT": str(self.output), "GITHUB_STEP_SUMMARY": str(self.summary)}
+
+    def outputs(self) -> Dict[str, str]:
+        """The outputs of a step."""
+        return dict(re.findall("(?m)^(.*?)=(.*)$", self.output.read_text()))
+
+
+@pytest.fixture
+def job(tmp_path: Any) -> Job:
+    """A CI job."""
+    return Job(tmp_path)
+
+
+def test_ci_knows_the_run_before_anything_else_can_fail(cli: Callable[..., Result], job: Job) -> None:
+    seen: List[str] = []
+
+    def serve(count: int, request: str, connection: socket.socket) -> bytes:
+        if not request.startswith("POST"):
+            seen.extend([job.output.read_text(), job.dotenv.read_text().splitlines()[0]])
+        return ok({"run": {**RUN, "status": "success"}, "events": [], **RUN})
+
+    with RawServer(serve) as server:
+        argv = ["run", "--repo", "r", "x", "--follow", "--dotenv", str(job.dotenv)]
+        assert cli(*argv, env={**service(server.url), **job.env}).code == 0
+    assert seen[:2] == ["run_id=run-uuid\n", "MOGPLEX_RUN_ID=run-uuid"]
+
+
+def test_ci_is_told_of_a_run_that_is_not_followed(cli: Callable[..., Result], job: Job) -> None:
+    with one_answer(ok(RUN)) as server:
+        argv = ["run", "--repo", "r", "x", "--dotenv", str(job.dotenv)]
+        assert cli(*argv, env={**service(server.url), **job.env}).code == 0
+    assert (job.outputs()["run_id"], job.outputs()["status"]) == ("run-uuid", "streaming")
+    assert "MOGPLEX_RUN_ID=run-uuid\nMOGPLEX_STATUS=streaming\n" in job.dotenv.read_text()
+
+
+@pytest.mark.parametrize("answers, argv, code, told", [
+    ([STREAMING], ["--timeout", "0.3"], 1, "run R (streaming): --follow timed out after 0.3s"),
+    ([STREAMING, refusal(403, "FORBIDDEN", "No scope")], [], 65, "run R (streaming): FORBIDDEN: No scope"),
+    ([refusal(401, "UNAUTHORIZED", "Unauthorized")], [], 64, "run R (status unknown): UNAUTHORIZED"),
+    ([refusal(503, "SERVICE_UNAVAILABLE", "Away")], [], 69, "run R (status unknown): SERVICE_UNAVAILABLE"),
+])
+def test_ci_is_told_when_only_the_following_ends(
+    cli: Callable[..., Result], job: Job, answers: List[bytes], argv: List[str], code: int, told: str,
+) -> None:
+    with RawServer(lambda count, *_: answers[min(count, len(answers)) - 1]) as server:
+        argv = ["runs", "events", "R", "--follow", *argv, "--dotenv", str(job.dotenv)]
+        result = cli(*argv, env={**service(server.url), **job.env})
+    assert result.code == code
+    assert f"\n::error title=Mogplex run no longer followed::{told}" in "\n" + result.err
+    status = "streaming" if "streaming" in told else ""
+    assert job.outputs() == {"run_id": "R", "status": status, "branch": "", "pull_request_url": ""}
+    assert "| left | " in job.summary.read_text() and f"MOGPLEX_STATUS={status}\n" in job.dotenv.read_text()
+
+
+def test_ci_is_told_of_a_signal(job: Job) -> None:
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        if path == "events":
+            process.send_signal(signal.SIGTERM)
+        return ok({"status": "cancellation_requested"}) if path == "cancel" else STREAMING
+
+    done = Watched(answer, "runs", "events", "R", "--follow", "--cancel-on-interrupt", env=job.env)
+    assert done.code == 143 and "interrupted; cancellation requested for run R\n" in done.err
+    assert "interrupted" in job.summary.read_text() and job.outputs()["run_id"] == "R"
+
+
+def test_ci_is_told_of_a_run_that_could_not_be_started(cli: Callable[..., Result], job: Job) -> None:
+    with one_answer(refusal(403, "FORBIDDEN", "No scope")) as server:
+        result = cli("run", "--repo", "r", "x", env={**service(server.url), **job.env})
+    assert result.code == 65 and not job.output.exists()
+    assert "::error title=Mogplex run not started::FORBIDDEN: No scope (HTTP 403)\n" in result.err
+
+
+def test_a_dotenv_file_that_cannot_be_written_is_known_before_a_run_is_paid_for(
+    cli: Callable[..., Result], tmp_path: Any,
+) -> None:
+    with one_answer(ok(RUN)) as server:
+        result = cli("run", "--repo", "r", "x", "--dotenv", str(tmp_path), env=service(server.url))
+    assert (result.code, result.err) == (2, f"error: --dotenv {tmp_path}: Is a directory\n")
+    assert server.requests == []
