@@ -35,24 +35,29 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import atexit
 import base64
 import contextlib
 import enum
 import errno
 import functools
 import hashlib
+import hmac
 import json
 import os
 import queue
 import re
 import select
 import signal
+import socket
+import stat
 import sys
 import threading
 import time
+import urllib.parse
 from typing import (
-    Any, Callable, Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
-    Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    Any, Callable, ContextManager, Dict, Generator, Iterable, Iterator, List, Mapping,
+    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 import uuid
 
@@ -160,6 +165,10 @@ class InvalidResponseError(MogplexError):
     """An answer that is not the service's: HTML, a cut body, JSON without the envelope (exit 1)."""
 
 
+class UnwritableError(MogplexError):
+    """A file of ours that cannot be written; the message names it, and says why (exit 1)."""
+
+
 class TailTimeout(MogplexError):
     """The time given to a tail is over and the run is not (exit 1)."""
 
@@ -236,7 +245,7 @@ INVISIBLES = re.compile(
     "\x00-\x08\x0e-\x1f\x7f-\x9f"                  # C0 without white space, DEL, C1
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5"   # soft hyphen, joiners, marks, fillers
     "\u180b-\u180f\u200b-\u200f\u202a-\u202e"      # Mongolian selectors, zero width, bidi
-    "\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb" # invisible operators, fillers, annotations
+    "\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"  # invisible operators, fillers, annotations
     "\ufe00-\ufe0f\U000e0000-\U000e0fff"           # variation selectors and tag characters
     "]")
 CI_COMMAND_AT_START = re.compile(r"^([^\S\n]*):(?=:)", re.MULTILINE)  # GitHub's ::error::
@@ -718,163 +727,476 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 Warn = Callable[[str], None]
 # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
 PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
-LOGIN_PORTS = (24816, 24818)  # the only two that the service redirects to
-AUTHORIZE_PATH, TOKEN_PATH = "/api/auth/mcp/authorize", "/api/auth/mcp/token"
-_TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
-_OUR_KEYS = ("mogplex", "refresh_token", "expires_at", "base_url") + _TOKEN_KEYS
+
+
+def unheard(line: str) -> None:
+    """The Warn of those who do not want to know."""
+
+
+# -- Files: read with bounds, swapped in whole, locked for a bounded time
+
+MAX_FILE = 8 << 20          # bytes of a file that is read
+RENEWAL_ROOM = 64 << 10     # bytes that a new sign-in may need
+LOCK_NOTICE_S = 1.0         # a wait for a lock is mentioned after this,
+LOCK_WAIT_S = 5.0           # and given up after this
+LOCK_POLL_S = 0.05
+NO_LOCKING = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # NFS, some containers
 
 
 def home_directory(environ: Mapping[str, str]) -> str:
     """The absolute path of ``$MOGPLEX_HOME`` or ``~/.mogplex``; creates nothing."""
-    user = environ.get("HOME") or os.path.expanduser("~")  # still "~" for a user whom nothing names
-    home = environ.get("MOGPLEX_HOME") or os.path.join(user if os.path.isabs(user) else os.sep, ".mogplex")
+    user = environ.get("HOME") or os.path.expanduser("~")
+    if not os.path.isabs(user):
+        user = os.sep  # still "~": nothing names this user's home
+    home = environ.get("MOGPLEX_HOME") or os.path.join(user, ".mogplex")
     return os.path.abspath(os.path.expanduser(home))
 
 
-def check_token(token: str, place: str) -> str:
-    """``token`` if a header can carry it, else UnauthorizedError: names the ``place``, not the token."""
-    if not re.match(r"[!-~]+\Z", token):
-        raise UnauthorizedError(f"{place}: no token has such characters (controls, spaces, not ASCII)")
-    return token
+def make_private_directory(path: str) -> None:
+    """Make ``path`` and its missing parents, each with mode 0700 whatever the umask is."""
+    missing = []
+    while not os.path.isdir(path):
+        missing.append(path)
+        path = os.path.dirname(path)
+    for path in reversed(missing):
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            continue  # another process was faster, or a file is there, which the next step says
+        os.chmod(path, 0o700)
+
+
+def read_regular_file(path: str) -> Tuple[bytes, int]:
+    """The content of a file and its mode bits; OSError for anything but a regular file of up to 8 MiB.
+
+    Opened without waiting: a fifo that nobody writes to would hold us for ever.
+    """
+    nonblocking = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, os.O_RDONLY | nonblocking)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "Not a regular file")
+        with open(descriptor, "rb", closefd=False) as stream:
+            data = stream.read(MAX_FILE + 1)
+    finally:
+        os.close(descriptor)
+    if len(data) > MAX_FILE:
+        raise OSError(errno.EFBIG, f"Larger than {MAX_FILE >> 20} MiB")
+    return data, stat.S_IMODE(mode)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
+class Replacement:
+    """The next content of a file, swapped in whole: whenever we are killed, the old or the new is there.
+
+    A link is followed. For use under the file's lock, so that the temporary name can be fixed:
+    what a killed process left there, tokens in it, is taken away by the next one. ``room``
+    bytes are taken on the disk at once: whatever can fail fails before the content is known.
+    """
+
+    def __init__(self, path: str, room: int = 0) -> None:
+        self._path = os.path.realpath(path)
+        self._temporary = self._path + ".tmp"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._temporary)
+        self._stream = open(self._temporary, "xb", opener=_open_private)
+        try:
+            self._write(b" " * room)
+        except OSError:
+            self.discard()
+            raise
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.discard()
+
+    def commit(self, data: bytes) -> None:
+        """Put ``data`` in the place of the file's content."""
+        self._stream.seek(0)
+        self._write(data)
+        self._stream.truncate()
+        self._stream.close()
+        try:
+            os.replace(self._temporary, self._path)
+        except OSError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            self._overwrite(data)  # a file that is mounted by itself, as containers do
+
+    def discard(self) -> None:
+        """Leave no temporary file."""
+        with contextlib.suppress(OSError):  # closing writes what could not be written before
+            self._stream.close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._temporary)
+
+    def _write(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def _overwrite(self, data: bytes) -> None:
+        with open(self._path, "r+b") as stream:
+            stream.write(data)
+            stream.truncate()
+            stream.flush()
+            os.fsync(stream.fileno())
+
+
+def rehearse_replacement(path: str) -> None:
+    """Replace a file by itself: OSError when it cannot be replaced, found out before it matters."""
+    data, _ = read_regular_file(path)
+    with Replacement(path) as same:
+        same.commit(data)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Whether the lock on an open file is ours now; OSError where there is no locking."""
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # the first is POSIX's, the second Windows'
+        return False
+    return True
+
+
+def _wait_for_lock(descriptor: int, path: str, warn: Warn) -> None:
+    """Take the lock; UnavailableError when somebody else keeps it for 5 s."""
+    started = time.monotonic()
+    told = False
+    while not _try_lock(descriptor):
+        waited_s = time.monotonic() - started
+        if waited_s >= LOCK_WAIT_S:
+            raise UnavailableError(
+                f"another process holds {path}", transient=True,
+                hint="wait for it, or find it with `lsof` or `fuser`")
+        if waited_s >= LOCK_NOTICE_S and not told:
+            warn(f"waiting for another process, which holds {path}")
+            told = True
+        time.sleep(LOCK_POLL_S)
 
 
 @contextlib.contextmanager
-def _locked(path: str) -> Iterator[str]:
-    """Keep other threads and processes out of ``path``; the value is why that cannot be done, or ""."""
-    problem, descriptor = "", -1
+def naming_file(verb: str, path: str) -> Iterator[None]:
+    """Make of an OSError a MogplexError that says what could not be done with ``path``, and why."""
     try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        descriptor = os.open(path + ".lock", os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
-        if sys.platform == "win32":
-            import msvcrt
-            msvcrt.locking(descriptor, msvcrt.LK_LOCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     except OSError as error:
-        problem = error.strerror or str(error)
-    try:
-        yield problem
-    finally:
-        if descriptor >= 0:
-            os.close(descriptor)  # which lets go of the lock
+        raise UnwritableError(f"cannot {verb} {path}: {error.strerror or error}") from None
 
 
-def _replace_file(path: str, text: str, problem: str) -> None:
-    """Write so that a process killed at any instant leaves the old file or the new; MogplexError.
+# -- Records that are kept
 
-    For use under ``_locked``, whose value ``problem`` is. So the temporary name can be fixed:
-    what a killed process left there, tokens in it, is taken away by the next one.
+TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
+SIGN_IN_KEYS = ("mogplex", "refresh_token", "expires_at", "base_url", *TOKEN_KEYS)
+EPOCH_SECONDS = re.compile(r"\d{1,11}(\.\d+)?\Z", re.ASCII)
+TOKEN = re.compile(r"[!-~]+\Z")
+HISTORY_SIZE = 500      # records in runs.jsonl
+IN_DOUBT_S = 86400.0    # how long an earlier start of the same request matters
+
+
+def check_token(token: str, place: str) -> str:
+    """``token`` if a header can carry it; else UnauthorizedError, with the ``place`` but not the token."""
+    if not TOKEN.match(token):
+        raise UnauthorizedError(
+            f"{place}: the token contains spaces, control or non-ASCII characters")
+    return token
+
+
+class SignIn(NamedTuple):
+    """What is known of one sign-in."""
+
+    token: str
+    refresh_token: str = ""
+    expires_at: Optional[float] = None  # seconds since the epoch; None: it is not known
+
+    def __repr__(self) -> str:
+        return "SignIn(***)"  # it gets into tracebacks
+
+    def ends_within(self, seconds: float) -> bool:
+        """Whether it is known to have ended ``seconds`` from now."""
+        return self.expires_at is not None and time.time() >= self.expires_at - seconds
+
+
+def sign_in_of(entry: object) -> SignIn:
+    """The sign-in in one object of auth.json, under any usual name; with the token "" for none."""
+    tokens = [text_of(entry, key).strip() for key in TOKEN_KEYS]
+    found = list(filter(None, tokens))
+    expiry = text_of(entry, "expires_at")
+    return SignIn(
+        token=found[0] if found else "",
+        refresh_token=text_of(entry, "refresh_token"),
+        expires_at=float(expiry) if EPOCH_SECONDS.match(expiry) else None)
+
+
+def start_record(base_url: str, body: Json, key: str, repo: str) -> Json:
+    """How a start of ``body`` (as for Client.start_run) is written down.
+
+    ``repo`` is what people call it. ``digest`` tells equal requests: same service, repo and task.
     """
-    if not problem and (os.path.islink(path) or os.path.isdir(path)):
-        problem = "a link or a directory stands in its place, remove that first"
-    if problem:
-        raise MogplexError(f"cannot write {path}: {problem}")
-    temporary = path + ".tmp"
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        with open(temporary, "x", encoding="utf-8", opener=lambda name, flags: os.open(name, flags, 0o600)) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise MogplexError(f"cannot write {path}: {error.strerror or error}") from None
+    request = {
+        "service": base_url,
+        "repo": text_of(body, "repoId"),
+        "task": text_of(body, "prompt"),
+    }
+    digest = hashlib.sha256(to_json(request, sort_keys=True).encode()).hexdigest()
+    now = time.time()
+    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    return {
+        "key": key,
+        "service": base_url,
+        "repo": repo or request["repo"],
+        "digest": digest[:32],
+        "task": sanitize(request["task"], " ")[:200],
+        "time": f"{seconds}.{int(now % 1 * 1e6):06d}Z",
+    }
+
+
+def _same_start(one: Json, other: Json) -> bool:
+    """Whether two records tell of one idempotency key, which is what makes a start one."""
+    key = text_of(one, "key")
+    return bool(key) and (key, one.get("service")) == (other.get("key"), other.get("service"))
+
+
+def _same_run(one: Json, other: Json) -> bool:
+    run_id = text_of(one, "id")
+    return bool(run_id) and (run_id, one.get("service")) == (other.get("id"), other.get("service"))
+
+
+def _is_in_doubt(record: Json, now: float) -> bool:
+    """Whether a record is of a start of the last day whose answer never came."""
+    started_at = parse_time(record.get("time")) or 0.0
+    return not text_of(record, "id") and now - started_at < IN_DOUBT_S
+
+
+def with_start(records: List[Json], start: Json) -> List[Json]:
+    """The history when ``start`` is about to be sent.
+
+    A key that was sent before keeps its record: the id in it, or its doubt, is still true.
+    """
+    if any(_same_start(record, start) for record in records):
+        return records
+    return [*records, start]
+
+
+def with_run(records: List[Json], entry: Json) -> List[Json]:
+    """The history with ``entry`` as the one record of its start and its run."""
+    others = [
+        record for record in records
+        if not _same_start(record, entry) and not _same_run(record, entry)]
+    return [*others, entry]
+
+
+def without_start(records: List[Json], start: Json) -> List[Json]:
+    """The history without ``start``, but with an earlier start under the same key."""
+    return [record for record in records if record != start]
+
+
+def newest_records(records: List[Json], now: float) -> List[Json]:
+    """Those that are kept: the newest, and each start that is still in doubt."""
+    older, newest = records[:-HISTORY_SIZE], records[-HISTORY_SIZE:]
+    return [record for record in older if _is_in_doubt(record, now)] + newest
 
 
 class Home:
-    """The directory of our files, and the only thing that knows what is in it: auth.json and runs.jsonl.
+    """The directory of our files, and the only thing that knows what is in it.
 
-    ``warn`` gets one line about whatever is wrong and can be gone on with. Nothing is created before
-    it is written. Without ``keeps_history`` runs.jsonl is neither read nor written.
+    ``auth.json`` holds the sign-in, ``runs.jsonl`` what was started. ``warn`` gets one line about
+    what is wrong without being an error. Nothing is created before it is written. Without
+    ``keeps_history`` runs.jsonl is neither read nor written.
     """
 
-    def __init__(self, directory: str, warn: Warn = lambda line: None, keeps_history: bool = True) -> None:
+    def __init__(
+        self, directory: str, warn: Warn = unheard, keeps_history: bool = True,
+    ) -> None:
         self.directory = directory
         self.warn = warn
         self.keeps_history = keeps_history
         self.auth_path = os.path.join(directory, "auth.json")
         self.history_path = os.path.join(directory, "runs.jsonl")
+        self._warned_of_locks = False
+
+    @contextlib.contextmanager
+    def _lock(self, path: str) -> Iterator[None]:
+        """Keep other threads and processes away from ``path``; UnavailableError when it is busy.
+
+        OSError when there can be no lock file. Without locking at all it goes on, with one warning.
+        """
+        lock_path = os.path.realpath(path) + ".lock"
+        make_private_directory(os.path.dirname(lock_path))
+        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        descriptor = os.open(lock_path, flags, 0o600)
+        try:
+            self._take_lock(descriptor, lock_path)
+            yield
+        finally:
+            os.close(descriptor)  # which lets go of the lock
+
+    def _take_lock(self, descriptor: int, lock_path: str) -> None:
+        try:
+            _wait_for_lock(descriptor, lock_path, self.warn)
+        except OSError as error:
+            if error.errno not in NO_LOCKING:
+                raise
+            if not self._warned_of_locks:
+                self._warned_of_locks = True
+                self.warn(
+                    f"{self.directory} does not support locks ({error.strerror}): "
+                    "do not run two commands that sign in or start runs at once")
+
+    # -- auth.json
 
     def _document(self, warn: Warn) -> Json:
         """auth.json, {} for none; UnauthorizedError that names it when it cannot be read or understood."""
         try:
-            with open(self.auth_path, encoding="utf-8-sig") as stream:
-                mode, document = os.fstat(stream.fileno()).st_mode & 0o777, parse_json(stream.read())
-            if not isinstance(document, dict):
-                raise ValueError
+            data, mode = read_regular_file(self.auth_path)
+            document = parse_json(data.decode("utf-8-sig"))
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except OSError as error:
-            raise UnauthorizedError(f"{self.auth_path} cannot be read: {error.strerror or error}") from None
+            raise UnauthorizedError(
+                f"cannot read {self.auth_path}: {error.strerror or error}") from None
         except ValueError:
-            raise UnauthorizedError(f"{self.auth_path} holds no JSON object", hint="correct or remove it") from None
+            document = None
+        if not isinstance(document, dict):
+            raise UnauthorizedError(f"{self.auth_path} is not valid JSON", hint="fix or delete it")
         if mode & 0o077 and os.name != "nt":
-            warn(f"{self.auth_path} is open to other users (mode {mode:04o}); to close it: chmod 600 {self.auth_path}")
+            warn(
+                f"{self.auth_path} is open to other users (mode {mode:04o}); "
+                f"to close it: chmod 600 {self.auth_path}")
         return document
 
-    def sign_in_for(self, base_url: str, warn: Optional[Warn] = None) -> Json:
-        """What auth.json has for the service at ``base_url``, as keywords of Credential; {} for nothing.
+    def sign_in_for(self, base_url: str, warn: Optional[Warn] = None) -> Optional[SignIn]:
+        """What auth.json has for the service at ``base_url``; None for nothing.
 
-        Read generously: a token under any of its usual names, in any of three places.
+        Read generously, for it may be written by hand or by other programs: ours is under
+        "mogplex", others' under "providers", a person's at the top. An entry that names
+        another service is passed over, with a warning.
         """
-        document = self._document(warn or self.warn)
-        for entry in (document.get("mogplex"), dict_of(document, "providers").get("mogplex"), document):
-            token = next(filter(None, (text_of(entry, key).strip() for key in _TOKEN_KEYS)), "")
-            issuer, expiry = text_of(entry, "base_url").rstrip("/"), text_of(entry, "expires_at")
-            if token and issuer and issuer != base_url:
-                (warn or self.warn)(f"the sign-in in {self.auth_path} is for {sanitize(issuer)} and does not count for {base_url}")
-            elif token:
-                return {"token": check_token(token, self.auth_path), "refresh_token": text_of(entry, "refresh_token"),
-                        "expires_at": float(expiry) if re.match(r"[0-9]{1,11}(\.[0-9]+)?\Z", expiry) else None}
-        return {}
+        say = warn or self.warn
+        document = self._document(say)
+        providers = dict_of(document, "providers")
+        for entry in (document.get("mogplex"), providers.get("mogplex"), document):
+            found = sign_in_of(entry)
+            service = text_of(entry, "base_url").rstrip("/")
+            if not found.token:
+                continue
+            if service in ("", base_url):
+                check_token(found.token, self.auth_path)
+                return found
+            say(f"ignored the sign-in in {self.auth_path}: it is for {sanitize(service)}, "
+                f"not for {base_url}")
+        return None
 
-    def _put_sign_in(self, entry: Json, problem: str) -> bool:
-        """Make ``entry`` all that auth.json has of ours ({}: nothing), under ``_locked``; whether it had any."""
-        document = self._document(lambda text: None)
-        kept = {key: value for key, value in document.items() if key not in _OUR_KEYS}
-        if "mogplex" in dict_of(kept, "providers"):
-            kept["providers"] = {key: value for key, value in kept["providers"].items() if key != "mogplex"}
-        if entry or kept != document:
-            ours = {"mogplex": entry} if entry else {}
-            _replace_file(self.auth_path, to_json({"version": 1, **kept, **ours}, indent=2) + "\n", problem)
-        return kept != document
+    def _content_with(self, entry: Json) -> Tuple[bytes, bool]:
+        """auth.json with ``entry`` as all that it has of ours ({}: nothing); whether it had any."""
+        document = self._document(unheard)
+        kept = {key: value for key, value in document.items() if key not in SIGN_IN_KEYS}
+        providers = dict_of(document, "providers")
+        if "mogplex" in providers:
+            kept["providers"] = {
+                name: value for name, value in providers.items() if name != "mogplex"}
+        had_one = kept != document
+        if entry:
+            kept["mogplex"] = entry
+        text = to_json({"version": 1, **kept}, indent=2)
+        return f"{text}\n".encode(), had_one
 
     def store_sign_in(self, entry: Json) -> str:
-        """Put ``entry`` into auth.json, whose path is the value; what others keep there stays."""
-        with _locked(self.auth_path) as problem:
-            self._put_sign_in(entry, problem)
+        """Put ``entry`` into auth.json, whose path is the value; what others keep there stays.
+
+        MogplexError that names the file when it cannot be written, or is held by another process.
+        """
+        with naming_file("write", self.auth_path), self._lock(self.auth_path):
+            content, _ = self._content_with(entry)
+            with Replacement(self.auth_path) as replacement:
+                replacement.commit(content)
         return self.auth_path
 
     def forget_sign_in(self) -> bool:
         """Take our sign-in, and nothing else, out of auth.json; whether there was one."""
-        with _locked(self.auth_path if os.path.lexists(self.auth_path) else "") as problem:
-            return self._put_sign_in({}, problem)
+        if not os.path.lexists(self.auth_path):
+            return False
+        with naming_file("write", self.auth_path), self._lock(self.auth_path):
+            content, had_one = self._content_with({})
+            if had_one:
+                with Replacement(self.auth_path) as replacement:
+                    replacement.commit(content)
+        return had_one
+
+    @contextlib.contextmanager
+    def sign_in_lock(self) -> Iterator[None]:
+        """For reading the sign-in and storing its successor; MogplexErrors as ``store_sign_in``."""
+        with contextlib.ExitStack() as stack:
+            with naming_file("lock", self.auth_path):
+                stack.enter_context(self._lock(self.auth_path))
+            yield
+
+    @contextlib.contextmanager
+    def sign_in_successor(self) -> Iterator[Callable[[Json], None]]:
+        """A function that stores an entry, under ``sign_in_lock``, with all that can fail done before.
+
+        UnwritableError when the entry could not be stored: known before a refresh token is spent.
+        """
+        with contextlib.ExitStack() as stack:
+            with naming_file("write", self.auth_path):
+                rehearse_replacement(self.auth_path)
+                size = os.stat(self.auth_path).st_size
+                replacement = Replacement(self.auth_path, room=size + RENEWAL_ROOM)
+                stack.enter_context(replacement)
+
+            def store(entry: Json) -> None:
+                content, _ = self._content_with(entry)
+                try:
+                    with naming_file("write", self.auth_path):
+                        replacement.commit(content)
+                except UnwritableError as error:
+                    self.warn(f"{error}; the renewed sign-in serves this process only")
+
+            yield store
+
+    # -- runs.jsonl
 
     def record_start(self, start: Json) -> None:
-        """Write a start down before it is sent: key, service, repo, task, digest, time; see ``start_record``."""
-        self._rewrite_history(lambda records: [*self._without(records, start), start])
+        """Write a start down before it is sent; see ``start_record``. Where that fails, a warning is all."""
+        self._change_history(with_start, start)
 
     def record_run(self, start: Json, run: Json) -> None:
-        """Add the answer to a start that was written down: the run's id, branch and time; one entry a run."""
-        known = {"id": text_of(run, "runId"), "branch": text_of(run, "branch", "working"),
-                 "time": text_of(run, "createdAt") or text_of(start, "time")}
-        self._rewrite_history(lambda records: [*self._without(records, {**start, **known}), {**start, **known}])
+        """Add the answer to a start that was written down: the run's id, branch and time; one record a run."""
+        entry = {
+            **start,
+            "id": text_of(run, "runId"),
+            "branch": text_of(run, "branch", "working"),
+            "time": text_of(run, "createdAt") or text_of(start, "time"),
+        }
+        self._change_history(with_run, entry)
 
     def forget_start(self, start: Json) -> None:
         """Take a start away again that the service refused for good."""
-        self._rewrite_history(lambda records: self._without(records, start))
+        self._change_history(without_start, start)
 
     def history(self, base_url: str) -> List[Json]:
-        """What was started here on the service at ``base_url``, newest first; without ``id``, a start in doubt."""
+        """What was started here on the service at ``base_url``, newest first; without ``id``: in doubt."""
         if not self.keeps_history:
             return []
-        with contextlib.suppress(OSError):
-            return [record for record in reversed(self._records()) if text_of(record, "service") == base_url]
-        return []
+        try:
+            records = self._records()
+        except OSError as error:
+            self.warn(f"cannot read {self.history_path}: {error.strerror or error}")
+            return []
+        return [record for record in reversed(records) if record.get("service") == base_url]
 
     def runs(self, base_url: str) -> List[Json]:
         """Those of the history whose id is known."""
@@ -883,197 +1205,410 @@ class Home:
     def start_in_doubt(self, start: Json, now: float) -> Json:
         """An earlier start of the same request within a day whose answer never came; {} for none."""
         for record in self.history(text_of(start, "service")):
-            at = parse_time(record.get("time")) or 0.0
-            same = text_of(record, "digest") == text_of(start, "digest") and record.get("key") != start.get("key")
-            if same and not text_of(record, "id") and now - at < 86400:
+            same_request = record.get("digest") == start.get("digest")
+            if same_request and not _same_start(record, start) and _is_in_doubt(record, now):
                 return record
         return {}
 
-    @staticmethod
-    def _without(records: List[Json], entry: Json) -> List[Json]:
-        """The records that are neither of the same key nor of the same run as ``entry``."""
-        key, run_id = text_of(entry, "key"), text_of(entry, "id")
-        return [record for record in records
-                if not (key and record.get("key") == key) and not (run_id and record.get("id") == run_id)]
-
     def _records(self) -> List[Json]:
         """All that runs.jsonl holds, oldest first; a torn line is passed over."""
-        found: List[Json] = []
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            with open(self.history_path, encoding="utf-8", errors="replace") as stream:
-                for line in stream:
-                    with contextlib.suppress(ValueError):
-                        record = parse_json(line.strip())
-                        found += [record] if isinstance(record, dict) else []
-        return found
+        try:
+            data, _ = read_regular_file(self.history_path)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        records = []
+        for line in data.decode("utf-8", "replace").split("\n"):
+            with contextlib.suppress(ValueError):
+                record = parse_json(line.strip())
+                if isinstance(record, dict):
+                    records.append(record)
+        return records
 
-    def _rewrite_history(self, change: Callable[[List[Json]], List[Json]]) -> None:
-        """Change runs.jsonl, which keeps 500; where that cannot be done, a warning is all."""
+    def _change_history(
+        self, change: Callable[[List[Json], Json], List[Json]], record: Json,
+    ) -> None:
+        """Change runs.jsonl by one record, under its lock; where that fails, a warning is all."""
         if not self.keeps_history:
             return
-        with _locked(self.history_path) as problem:
-            try:
-                lines = [to_json(record) for record in change(self._records())[-500:]]
-                _replace_file(self.history_path, "\n".join([*lines, ""]), problem)
-            except (MogplexError, OSError) as error:
-                self.warn(f"this run will not be remembered: {error}")
+        try:
+            with naming_file("write", self.history_path), self._lock(self.history_path):
+                records = newest_records(change(self._records(), record), time.time())
+                lines = [to_json(record) + "\n" for record in records]
+                with Replacement(self.history_path) as replacement:
+                    replacement.commit("".join(lines).encode())
+        except MogplexError as error:
+            self.warn(f"this run is not recorded in the history: {error}")
 
 
-def home_from(environ: Mapping[str, str], warn: Warn = lambda line: None) -> Home:
-    """The Home that the environment names: MOGPLEX_HOME, HOME and MOGPLEX_NO_HISTORY."""
+def home_from(environ: Mapping[str, str], warn: Warn = unheard) -> Home:
+    """The Home that the environment names: MOGPLEX_HOME, HOME and MOGPLEX_NO_HISTORY.
+
+    MOGPLEX_NO_HISTORY empty or 0 keeps the history, as if it were not set.
+    """
     keeps_history = environ.get("MOGPLEX_NO_HISTORY", "") in ("", "0")
     return Home(home_directory(environ), warn, keeps_history)
 
 
-def start_record(base_url: str, body: Json, key: str, repo: str) -> Json:
-    """How a start of ``body`` (as for Client.start_run) is written down; ``repo`` is what people call it."""
-    import hashlib
-    asked = {"service": base_url, "repo": text_of(body, "repoId"), "task": text_of(body, "prompt")}
-    digest = hashlib.sha256(to_json(asked, sort_keys=True).encode()).hexdigest()[:32]
-    return {
-        "key": key, "service": base_url, "repo": repo or text_of(body, "repoId"), "digest": digest,
-        "task": sanitize(text_of(body, "prompt"), " ")[:200],
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+# -- Credentials
+
+CLIENT_ID = "mogplex-cli"
+TOKEN_PATH = "/api/auth/mcp/token"
+REFRESH_EARLY_S = 60.0   # before its end a token is refreshed
+SETTLE_S = 5.0           # the longest wait for a refresh that is under way when the program leaves
 
 
-def _exchange(post: PostForm, base_url: str, **form: str) -> Json:
-    """Ask the token endpoint; the entry to store. No secret gets into an error, not even when echoed."""
-    status, answer = post(base_url + TOKEN_PATH, {"client_id": "mogplex-cli", **form})
-    token, lifetime_s = text_of(answer, "access_token"), answer.get("expires_in")  # type: str, Any
+def _ask_for_token(post: PostForm, base_url: str, **form: str) -> Json:
+    """Ask the token endpoint; the entry to store. No secret gets into an error, not even when echoed.
+
+    Facts: 401 with OAuth's error for a code or refresh token that is bad, used or expired; 429 as
+    plain text; an empty 500 in an outage.
+    """
+    status, answer = post(base_url + TOKEN_PATH, {"client_id": CLIENT_ID, **form})
+    token = text_of(answer, "access_token")
     if status == 200 and token:
-        known = isinstance(lifetime_s, (int, float)) and 0 < lifetime_s < 1e9
-        return {"access_token": check_token(token, "the new token"), "base_url": base_url,
-                "refresh_token": text_of(answer, "refresh_token") or form.get("refresh_token", ""),
-                "expires_at": int(time.time() + lifetime_s) if known else None}
+        lifetime_s = answer.get("expires_in")
+        expires_at = None
+        if isinstance(lifetime_s, (int, float)) and 0 < lifetime_s < 1e9:
+            expires_at = int(time.time() + lifetime_s)
+        return {
+            "access_token": check_token(token, "the new token"),
+            "refresh_token": text_of(answer, "refresh_token") or form.get("refresh_token", ""),
+            "expires_at": expires_at,
+            "base_url": base_url,
+        }
+    raise _token_error(base_url, status, answer, form)
+
+
+def _token_error(base_url: str, status: int, answer: Json, form: Dict[str, str]) -> MogplexError:
+    """What an answer of the token endpoint without a token means."""
+    if status == 429:
+        return RateLimitedError("too many sign-ins", status=status, transient=True)
     if status >= 500:
-        raise UnavailableError("the sign-in service is out of order", status=status, transient=True)
+        return UnavailableError("the sign-in service is unavailable", status=status, transient=True)
     if status not in (400, 401, 403):
-        raise InvalidResponseError(f"no token came from {base_url}{TOKEN_PATH}", status=status)
-    said = filter(None, (text_of(answer, key) for key in ("error", "error_description")))
-    secrets = (form.get(key, "") for key in ("code", "code_verifier", "refresh_token"))
-    words = redact(sanitize(": ".join(said)), *secrets) or "no reason is given"
-    raise UnauthorizedError(f"sign in again, {words}", status=status, hint="run `mogplex login`")
+        message = f"unexpected response from {base_url}{TOKEN_PATH}: no token in it"
+        return InvalidResponseError(message, status=status)
+    reasons = [text_of(answer, key) for key in ("error", "error_description")]
+    reason = sanitize(": ".join(filter(None, reasons))) or "no reason given"
+    secrets = [form.get(key, "") for key in ("code", "code_verifier", "refresh_token")]
+    message = f"the service refused the sign-in: {redact(reason, *secrets)}"
+    return UnauthorizedError(message, status=status, hint="run `mogplex login`")
+
+
+def _not_stored(entry: Json) -> None:
+    """What a credential without a home does with a new sign-in."""
 
 
 class Credential:
     """A token, refreshed when it must be; safe from several threads and processes.
 
     ``source``: "environment", "file" or "given". With a ``home`` it takes over what
-    another process has stored there, and stores what it gets.
+    another process has stored there, and stores what it gets. UnauthorizedError for no token.
     """
 
     def __init__(
-        self, token: str, *, source: str = "given", base_url: str = "", refresh_token: str = "",
-        expires_at: Optional[float] = None, home: Optional[Home] = None,
+        self, token: Optional[str], *, source: str = "given", base_url: str = "",
+        refresh_token: str = "", expires_at: Optional[float] = None, home: Optional[Home] = None,
     ) -> None:
-        self.token, self.source, self.expires_at = token and check_token(token, "token"), source, expires_at
-        self._base_url, self._refresh_token, self._home = base_url, refresh_token, home
-        self._mutex, self._spent, self._warned = threading.Lock(), {token}, False
+        if not token:
+            raise UnauthorizedError("no token given", hint="is the variable that holds it set?")
+        self.source = source
+        self._sign_in = SignIn(check_token(token, "given token"), refresh_token, expires_at)
+        self._base_url = base_url
+        self._home = home
+        self._renewing = threading.Lock()
+        self._seen = {token}  # a file that cannot be written keeps its first, which is no news
+        self._settled = threading.Event()
+        self._settled.set()
+
+    @classmethod
+    def anonymous(cls) -> Credential:
+        """The credential of nobody, for the requests of a sign-in: no token is sent."""
+        credential = cls("nobody")
+        credential._sign_in = SignIn("")
+        return credential
+
+    @property
+    def token(self) -> str:
+        """The token in force; "" for nobody's."""
+        return self._sign_in.token
+
+    @property
+    def expires_at(self) -> Optional[float]:
+        """When the token ends, in seconds since the epoch; None where that is not known."""
+        return self._sign_in.expires_at
 
     @property
     def refreshable(self) -> bool:
         """Whether it can outlive its ``expires_at``."""
-        return bool(self._refresh_token)
-
-    def _is_due(self) -> bool:
-        return self.refreshable and self.expires_at is not None and time.time() > self.expires_at - 60
+        return bool(self._sign_in.refresh_token)
 
     def current(self, post: PostForm) -> str:
-        """The token to send, refreshed first when it ends within 60 s; errors as those of ``renew``."""
-        token = self.token
+        """The token to send, refreshed when it ends within 60 s.
+
+        Where it cannot be refreshed it serves until its end, and then the errors are ``renew``'s.
+        """
+        sign_in = self._sign_in
         if self._is_due():
-            self.renew(token, post)
+            try:
+                self.renew(sign_in.token, post)
+            except MogplexError:
+                if self._sign_in.ends_within(0):
+                    raise
         return self.token
 
     def renew(self, refused: str, post: PostForm) -> bool:
         """Whether another token than ``refused`` is in force now: a refreshed one, or the file's.
 
-        UnauthorizedError when only a new sign-in helps, UnavailableError in an outage; the file stays.
+        UnauthorizedError when only a new sign-in helps, or when none could be stored here;
+        UnavailableError in an outage, or while another process holds the lock; the file stays.
         """
-        with self._mutex, _locked(self._home.auth_path if self._home else "") as problem:
-            if self._home:
-                stored = self._home.sign_in_for(self._base_url, lambda text: None)
-                if not stored:
-                    return False  # signed out meanwhile, which a refresh must not undo
-                if stored["token"] not in self._spent:  # a file that cannot be written keeps its first
-                    self._adopt(**stored)
-            if self.token != refused and not self._is_due() or not self.refreshable:
+        with self._renewing:
+            if self._home is None:
+                if self._needs_refresh(refused):
+                    self._refresh(post, contextlib.nullcontext(_not_stored))
                 return self.token != refused
-            entry = _exchange(post, self._base_url, grant_type="refresh_token", refresh_token=self._refresh_token)
-            self._adopt(entry["access_token"], entry["refresh_token"], entry["expires_at"])
             try:
-                if self._home:
-                    self._home._put_sign_in(entry, problem)
-            except MogplexError as error:
-                if self._home and not self._warned:
-                    self._warned = True
-                    self._home.warn(f"{error}; the refreshed sign-in serves this process only")
-            return True
+                with self._home.sign_in_lock():
+                    return self._renew_stored(self._home, refused, post)
+            except UnwritableError as problem:
+                return self._renew_unstored(self._home, refused, problem)
 
-    def _adopt(self, token: str, refresh_token: str, expires_at: Optional[float]) -> None:
-        self._spent.add(token)
-        self.token, self._refresh_token, self.expires_at = token, refresh_token, expires_at
+    def settle(self, seconds: float = SETTLE_S) -> bool:
+        """Wait for a refresh that is under way: its answer is the only copy of the new tokens."""
+        return self._settled.wait(seconds)
+
+    def _is_due(self) -> bool:
+        return self.refreshable and self._sign_in.ends_within(REFRESH_EARLY_S)
+
+    def _needs_refresh(self, refused: str) -> bool:
+        return self.refreshable and (self.token == refused or self._is_due())
+
+    def _renew_stored(self, home: Home, refused: str, post: PostForm) -> bool:
+        if not self._take_over(home):
+            return False  # signed out meanwhile, which a refresh must not undo
+        if self._needs_refresh(refused):
+            self._refresh(post, home.sign_in_successor())
+        return self.token != refused
+
+    def _renew_unstored(self, home: Home, refused: str, problem: MogplexError) -> bool:
+        """Without writing: what another process has stored, or the old token until its end."""
+        self._take_over(home)
+        if self.token != refused or not self._sign_in.ends_within(0):
+            return self.token != refused
+        raise UnauthorizedError(
+            f"the sign-in has ended and cannot be renewed here: {problem}",
+            hint="run `mogplex login` where it can be stored, or set MOGPLEX_API_KEY")
+
+    def _take_over(self, home: Home) -> bool:
+        """Adopt what the file has, if that is news; whether it has a sign-in at all."""
+        stored = home.sign_in_for(self._base_url, unheard)
+        if stored is None:
+            return False
+        if stored.token not in self._seen:
+            self._adopt(stored)
+        return True
+
+    def _adopt(self, sign_in: SignIn) -> None:
+        self._seen.add(sign_in.token)
+        self._sign_in = sign_in
+
+    def _refresh(
+        self, post: PostForm, successor: ContextManager[Callable[[Json], None]],
+    ) -> None:
+        """Spend the refresh token, once ``successor`` is ready to store what comes for it."""
+        with successor as store, self._under_way():
+            entry = _ask_for_token(
+                post, self._base_url, grant_type="refresh_token",
+                refresh_token=self._sign_in.refresh_token)
+            self._adopt(sign_in_of(entry))
+            store(entry)
+
+    @contextlib.contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Let ``settle`` and the end of the interpreter wait for what is done meanwhile."""
+        self._settled.clear()
+        atexit.register(self.settle)
+        try:
+            yield
+        finally:
+            self._settled.set()
+            atexit.unregister(self.settle)
 
 
 def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) -> Credential:
     """MOGPLEX_API_KEY, else what auth.json has for ``base_url``; UnauthorizedError for none or nonsense."""
     token = environ.get("MOGPLEX_API_KEY", "").strip()
     if token:
-        return Credential(check_token(token, "MOGPLEX_API_KEY"), source="environment", base_url=base_url)
+        check_token(token, "MOGPLEX_API_KEY")
+        return Credential(token, source="environment", base_url=base_url)
     stored = home.sign_in_for(base_url)
-    if not stored:
-        hint = f"run `mogplex login`, or set MOGPLEX_API_KEY to a token from {base_url}/settings/api-keys"
-        raise UnauthorizedError(f"not signed in: {home.auth_path} has no token for {base_url}", hint=hint)
-    return Credential(source="file", base_url=base_url, home=home, **stored)
+    if stored is None:
+        raise UnauthorizedError(
+            f"not signed in: {home.auth_path} has no token for {base_url}",
+            hint=f"run `mogplex login`, or set MOGPLEX_API_KEY to a token from "
+                 f"{base_url}/settings/api-keys")
+    return Credential(
+        stored.token, source="file", base_url=base_url, home=home,
+        refresh_token=stored.refresh_token, expires_at=stored.expires_at)
 
 
-def _answer_callback(head: str, port: int, state: str) -> Tuple[int, str, Json]:
-    """What one request to the loopback port means: HTTP status, words for the person, what ends the wait."""
-    import hmac
-    import urllib.parse
-    # A space may stand in the target: the service does not escape those of an error.
-    target = re.match(r"GET /auth/callback\?([^\r\n]*) HTTP/1\.[01]\r\n", head)
-    hosts = re.findall(r"(?im)^host:\s*(\S*)", head)  # another name is another site's page, come by DNS
-    if not target or hosts != [f"127.0.0.1:{port}"]:
-        return 404, "There is nothing here.", {}
-    values = dict(urllib.parse.parse_qsl(target.group(1)))
-    known = hmac.compare_digest(values.get("state", "").encode(), state.encode())
-    if "error" in values and (known or "state" not in values):
-        words = sanitize(": ".join(values[key] for key in ("error", "error_description") if key in values))
-        return 200, f"The sign-in failed: {words}. You can return to the terminal.", {"error": words}
-    if not known or "code" not in values:
-        return 400, "This is not the answer that the terminal waits for.", {}
-    return 200, "You can close this page and return to the terminal, which finishes the sign-in.", values
+# -- Sign-in through a browser
+
+LOGIN_PORTS = (24816, 24818)  # the only two that the service redirects to
+AUTHORIZE_PATH = "/api/auth/mcp/authorize"
+CALLBACK_PATH = "/auth/callback"
+SCOPES = "read write offline_access"  # without the last there is no refresh token
+MAX_CALLBACK = 65536                  # bytes of a request
+# A space may stand in the target: the service does not escape those of an error.
+CALLBACK_REQUEST = re.compile(r"GET ([^\r\n?]*)\?([^\r\n]*) HTTP/1\.[01]\Z")
 
 
-def _serve_callback(connection: Any, port: int, state: str, outcomes: List[Json]) -> None:
-    """Answer one connection; what ends the wait goes to ``outcomes``, once the browser has its page."""
-    import html
+class Attempt(NamedTuple):
+    """One sign-in that waits for its browser."""
+
+    port: int
+    state: str     # tells our browser's answer from another page's
+    verifier: str  # proves to the token endpoint that the code is ours (PKCE)
+
+    @property
+    def redirect_uri(self) -> str:
+        """Where the service sends the browser in the end."""
+        return f"http://127.0.0.1:{self.port}{CALLBACK_PATH}"
+
+    def authorize_url(self, base_url: str) -> str:
+        """The page that the person opens."""
+        digest = hashlib.sha256(self.verifier.encode()).digest()
+        query = {
+            "response_type": "code",
+            "client_id": CLIENT_ID,
+            "redirect_uri": self.redirect_uri,
+            "scope": SCOPES,
+            "state": self.state,
+            "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
+            "code_challenge_method": "S256",
+        }
+        return f"{base_url}{AUTHORIZE_PATH}?{urllib.parse.urlencode(query)}"
+
+
+class Reply(NamedTuple):
+    """What one request to the loopback port is answered."""
+
+    status: int
+    text: str                      # for the person who looks at the browser
+    outcome: Optional[Json] = None  # what ends the wait: ``code``, or ``error``
+
+
+NOTHING_HERE = Reply(404, "There is nothing here.")
+WRONG_STATE = Reply(400, "This is not the answer that the terminal waits for.")
+
+
+def _hosts_named(head: str) -> List[str]:
+    """The values of all Host fields of a request."""
+    hosts = []
+    for line in head.split("\r\n")[1:]:
+        name, _, value = line.partition(":")
+        if name.lower() == "host":
+            hosts.append(value.strip().lower())
+    return hosts
+
+
+def reply_to_callback(head: str, attempt: Attempt) -> Reply:
+    """What a request's head means to a sign-in."""
+    match = CALLBACK_REQUEST.match(head.partition("\r\n")[0])
+    if not match or match.group(1) != CALLBACK_PATH:
+        return NOTHING_HERE
+    # A page of another site can reach this port under a name of its own, by DNS.
+    if _hosts_named(head) not in ([f"127.0.0.1:{attempt.port}"], [f"localhost:{attempt.port}"]):
+        return NOTHING_HERE
+    values = dict(urllib.parse.parse_qsl(match.group(2)))
+    is_ours = hmac.compare_digest(values.get("state", "").encode(), attempt.state.encode())
+    if "error" in values and (is_ours or "state" not in values):  # the service sends it without
+        reasons = [values[key] for key in ("error", "error_description") if key in values]
+        reason = sanitize(": ".join(reasons))
+        text = f"The sign-in failed: {reason}. You can return to the terminal."
+        return Reply(200, text, {"error": reason})
+    if not is_ours or "code" not in values:
+        return WRONG_STATE
+    text = "You can close this page and return to the terminal, which finishes the sign-in."
+    return Reply(200, text, {"code": values["code"]})
+
+
+def _read_head(connection: socket.socket) -> str:
+    """A request's head; "" when it never ends, or is too long."""
     head = b""
+    while b"\r\n\r\n" not in head:
+        data = connection.recv(MAX_CALLBACK)
+        head += data
+        if not data or len(head) > MAX_CALLBACK:
+            return ""
+    return head.decode("latin-1")
+
+
+def _send_page(connection: socket.socket, reply: Reply) -> None:
+    import html
+    page = f"<!doctype html><title>Mogplex</title><p>{html.escape(reply.text)}\n"
+    lines = [
+        f"HTTP/1.1 {reply.status} Answer",
+        "Content-Type: text/html; charset=utf-8",
+        "Cache-Control: no-store",
+        "Connection: close",
+        "",
+        page,
+    ]
+    connection.sendall("\r\n".join(lines).encode())
+
+
+def _serve_callback(connection: socket.socket, attempt: Attempt, outcomes: List[Json]) -> None:
+    """Answer one connection; what ends the wait goes to ``outcomes``, once the browser has its page."""
     with connection, contextlib.suppress(OSError):
         connection.settimeout(10.0)
-        while b"\r\n\r\n" not in head:
-            data = connection.recv(65536)
-            if not data or len(head) > 65536:
-                return
-            head += data
-        status, words, outcome = _answer_callback(head.decode("latin-1"), port, state)
-        fields = "Content-Type: text/html; charset=utf-8\r\nCache-Control: no-store\r\nConnection: close"
-        page = f"<!doctype html><title>Mogplex</title><p>{html.escape(words)}\n"
+        head = _read_head(connection)
+        if not head:
+            return
+        reply = reply_to_callback(head, attempt)
         try:
-            connection.sendall(f"HTTP/1.1 {status} Answer\r\n{fields}\r\n\r\n{page}".encode())
+            _send_page(connection, reply)
         finally:
-            outcomes.extend([outcome] if outcome else [])
+            if reply.outcome is not None:
+                outcomes.append(reply.outcome)
 
 
-def _listen(ports: Sequence[int]) -> Any:
-    import socket
+def _listen(ports: Sequence[int]) -> socket.socket:
     for port in ports:
         with contextlib.suppress(OSError):
             return socket.create_server(("127.0.0.1", port))
     names = " and ".join(map(str, ports))
-    raise MogplexError(f"ports {names} of 127.0.0.1 are taken", hint="is another sign-in waiting?")
+    raise MogplexError(
+        f"ports {names} of 127.0.0.1 are in use", hint="is another sign-in waiting?")
+
+
+def start_thread(function: Callable[..., object], *arguments: object) -> None:
+    """Run ``function`` on a daemon thread; MogplexError when there can be no further thread."""
+    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise MogplexError(f"cannot start a thread: {error}") from None
+
+
+def _await_callback(
+    listener: socket.socket, attempt: Attempt, timeout_s: float, stopped: Callable[[], bool],
+) -> Json:
+    """What the browser brings; each visitor has a thread, so that a silent one holds up nobody."""
+    outcomes: List[Json] = []
+    deadline = time.monotonic() + timeout_s
+    listener.settimeout(0.1)
+    while not outcomes:
+        if stopped():
+            raise MogplexError("the sign-in was cancelled")
+        if time.monotonic() >= deadline:
+            raise MogplexError(
+                f"the browser did not finish the sign-in within {format_duration(timeout_s)}")
+        with contextlib.suppress(OSError):  # the time-out among them: nobody came
+            connection, _ = listener.accept()
+            start_thread(_serve_callback, connection, attempt, outcomes)
+    return outcomes[0]
 
 
 def sign_in(
@@ -1086,34 +1621,21 @@ def sign_in(
     ``announce`` gets the URL to open. UnauthorizedError when the service refuses, MogplexError
     when ``timeout_s`` is over, ``stopped`` says so, or no port is free.
     """
-    import base64
-    import hashlib
     import secrets
-    import urllib.parse
-    verifier, state = secrets.token_urlsafe(64), secrets.token_urlsafe(32)
-    digest = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest())
-    deadline, outcomes = time.monotonic() + timeout_s, []  # type: Tuple[float, List[Json]]
     with _listen(ports) as listener:
         port = listener.getsockname()[1]
-        redirect_uri = f"http://127.0.0.1:{port}/auth/callback"
-        url = f"{base_url}{AUTHORIZE_PATH}?" + urllib.parse.urlencode({
-            "response_type": "code", "client_id": "mogplex-cli", "redirect_uri": redirect_uri,
-            "scope": "read write offline_access", "state": state,
-            "code_challenge": digest.decode().rstrip("="), "code_challenge_method": "S256"})
+        attempt = Attempt(port, secrets.token_urlsafe(32), secrets.token_urlsafe(64))
+        url = attempt.authorize_url(base_url)
         announce(url)
-        if open_browser:  # on a thread: a browser inside the terminal returns when the person leaves it
-            threading.Thread(target=open_browser, args=(url,), daemon=True).start()
-        listener.settimeout(0.1)
-        while not outcomes and time.monotonic() < deadline and not stopped():
-            with contextlib.suppress(OSError):  # the time-out among them: nobody came
-                visit = (listener.accept()[0], port, state, outcomes)
-                threading.Thread(target=_serve_callback, args=visit, daemon=True).start()
-    if not outcomes:
-        raise MogplexError(f"no answer came from the browser within {format_duration(timeout_s)}")
-    if "error" in outcomes[0]:
-        raise UnauthorizedError(f"the sign-in failed: {outcomes[0]['error']}")
-    return _exchange(post, base_url, grant_type="authorization_code", code=outcomes[0]["code"],
-                     redirect_uri=redirect_uri, code_verifier=verifier)
+        if open_browser:
+            # On a thread: a browser inside the terminal returns when the person leaves it.
+            start_thread(open_browser, url)
+        outcome = _await_callback(listener, attempt, timeout_s, stopped)
+    if "error" in outcome:
+        raise UnauthorizedError(f"the sign-in failed: {outcome['error']}")
+    return _ask_for_token(
+        post, base_url, grant_type="authorization_code", code=outcome["code"],
+        redirect_uri=attempt.redirect_uri, code_verifier=attempt.verifier)
 
 
 # ---------------------------------------------------------------- 4. Client
@@ -1436,7 +1958,7 @@ class Client:
         sleep: Callable[[float], None] = time.sleep, random: Callable[[], float] = random_unit,
     ) -> None:
         self.base_url = base_url.rstrip("/")
-        self.credential = Credential(token) if isinstance(token, str) else token
+        self.credential = token if isinstance(token, Credential) else Credential(token)
         self._given, self._session, self._lock = session is not None, session, threading.Lock()
         self._timeout_s, self._connect_timeout_s, self._tries = timeout_s, connect_timeout_s, tries
         self._trust_env, self._verify, self._log = trust_env, verify, log
@@ -4496,7 +5018,7 @@ class Desk:
 
     def do_login(self) -> Message:
         self.stopped, base_url = False, self.facts["base_url"]
-        with self.facts["connect"](Credential("")) as client:
+        with self.facts["connect"](Credential.anonymous()) as client:
             return self.store(sign_in(
                 base_url, client.post_form, announce=lambda url: self.post("announced", url),
                 open_browser=self.facts["run_browser"], stopped=lambda: self.stopped))
@@ -6138,7 +6660,7 @@ def cmd_login(
         hint = "set MOGPLEX_API_KEY, or pipe a token to `mogplex login --with-token`"
         raise UsageError("login: there is no browser in a CI job", hint=hint)
     else:
-        with ctx.client(Credential("")) as client:
+        with ctx.client(Credential.anonymous()) as client:
             entry = browser_entry(ctx, client, no_browser, timeout)
     path = ctx.home.store_sign_in(entry)
     ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")

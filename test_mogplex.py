@@ -12,6 +12,7 @@ import concurrent.futures
 import configparser
 import contextlib
 import dis
+import errno
 import hashlib
 import html
 import http.client
@@ -293,7 +294,9 @@ for name, pattern in sorted(vars(mogplex).items()):
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         print(name, flush=True)
         for text in runs(pattern.pattern):
-            pattern.match(text), pattern.sub("", text)
+            pattern.match(text)
+            if not pattern.pattern.rstrip().endswith(r"\Z"):  # which says that it is for match()
+                pattern.sub("", text)
 secret = "mog_T0kenT0kenT0kenT0ken"
 for name, function in [
     ("sanitize", mogplex.sanitize), ("redact", lambda text: mogplex.redact(text, secret, "a" * 24, "a b" * 9)),
@@ -550,16 +553,23 @@ def no_post(url: str, form: Dict[str, str]) -> Tuple[int, Dict[str, Any]]:
     raise AssertionError("nothing may be sent")
 
 
-def signed_in(home: Any, base_url: str, warnings: Optional[List[str]] = None, **entry: Any) -> mogplex.Credential:
-    """The credential of a home that has just been given an expired sign-in for ``base_url``."""
-    mogplex.Home(str(home)).store_sign_in({**REFRESHABLE, "base_url": base_url, **entry})
-    warn = (warnings if warnings is not None else []).append
-    return mogplex.resolve_credential({"MOGPLEX_HOME": str(home)}, base_url, mogplex.home_from({"MOGPLEX_HOME": str(home)}, warn))
+def home_of(path: Any, warn: Callable[[str], Any] = print) -> mogplex.Home:
+    return mogplex.home_from({"MOGPLEX_HOME": str(path)}, warn)
 
 
-def resolve(home: Any, warn: Callable[[str], Any] = print) -> mogplex.Credential:
+def resolve(
+    home: Any, warn: Callable[[str], Any] = print, base_url: str = "https://a.example",
+) -> mogplex.Credential:
     """The credential in force when only this home has one."""
-    return mogplex.resolve_credential({"MOGPLEX_HOME": str(home)}, "https://a.example", mogplex.home_from({"MOGPLEX_HOME": str(home)}, warn))
+    return mogplex.resolve_credential({"MOGPLEX_HOME": str(home)}, base_url, home_of(home, warn))
+
+
+def signed_in(
+    home: Any, base_url: str, warnings: Optional[List[str]] = None, **entry: Any,
+) -> mogplex.Credential:
+    """The credential of a home that has just been given an expired sign-in for ``base_url``."""
+    home_of(home).store_sign_in({**REFRESHABLE, "base_url": base_url, **entry})
+    return resolve(home, (warnings if warnings is not None else []).append, base_url)
 
 
 def put(home: Any, content: Union[str, bytes, Dict[str, Any], List[Any]]) -> Any:
@@ -610,7 +620,7 @@ def test_auth_json_is_read_generously(tmp_path: Any, document: Any, token: str) 
         assert str(path) in str(refusal.value)
         assert "mogplex login" in refusal.value.hint and "MOGPLEX_API_KEY" in refusal.value.hint
     assert warnings == [
-        f"the sign-in in {path} is for https://b.example and does not count for https://a.example"
+        f"ignored the sign-in in {path}: it is for https://b.example, not for https://a.example"
     ] * ("https://b.example" in str(document))
 
 
@@ -645,7 +655,7 @@ def test_a_senseless_file_is_an_error_that_names_it(tmp_path: Any, content: Unio
         lambda: mogplex.Home(str(tmp_path)).store_sign_in({"token": "new"}),
         lambda: mogplex.Home(str(tmp_path)).forget_sign_in(),
     ):
-        with pytest.raises(mogplex.UnauthorizedError, match="auth.json holds no JSON object") as refusal:
+        with pytest.raises(mogplex.UnauthorizedError, match="auth.json is not valid JSON") as refusal:
             act()
         assert "s3cret" not in repr(refusal.value)
     assert path.read_bytes() == (content if isinstance(content, bytes) else content.encode())
@@ -653,7 +663,7 @@ def test_a_senseless_file_is_an_error_that_names_it(tmp_path: Any, content: Unio
 
 def test_an_unreadable_file_is_an_error_that_names_it(tmp_path: Any) -> None:
     (tmp_path / "auth.json").mkdir()
-    with pytest.raises(mogplex.UnauthorizedError, match="auth.json cannot be read: Is a directory"):
+    with pytest.raises(mogplex.UnauthorizedError, match="cannot read .*auth.json: Is a directory"):
         resolve(tmp_path)
 
 
@@ -762,40 +772,256 @@ def link_at(home: Any, name: str) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("obstacle, reason", [
-    (full_disk, "File too large"),
-    (lambda home: directory_at(home, "auth.json.lock"), "Is a directory"),
-    (lambda home: directory_at(home, "auth.json.tmp"), "Is a directory"),
-    (lambda home: link_at(home, "auth.json"), "a link or a directory stands in its place, remove that first"),
-    (lambda home: link_at(home, "auth.json.lock"), "Too many levels of symbolic links"),
-])
-def test_a_home_that_cannot_be_written_to(tmp_path: Any, obstacle: Any, reason: str) -> None:
-    issuer, warnings, home = Issuer(), [], tmp_path / "home"  # type: Tuple[Issuer, List[str], Any]
+OBSTACLES = [
+    (full_disk, "write", "File too large"),
+    (lambda home: directory_at(home, "auth.json.lock"), "lock", "Is a directory"),
+    (lambda home: directory_at(home, "auth.json.tmp"), "write", "Is a directory"),
+    (lambda home: link_at(home, "auth.json.lock"), "lock", "Too many levels of symbolic links"),
+]
+
+
+@pytest.mark.parametrize("obstacle, step, reason", OBSTACLES)
+def test_a_refresh_token_is_spent_only_where_its_successor_can_be_stored(
+    tmp_path: Any, obstacle: Any, step: str, reason: str,
+) -> None:
+    home, warnings = tmp_path / "home", []  # type: Tuple[Any, List[str]]
+    credential = signed_in(home, "https://a.example", warnings, expires_at=int(time.time()) + 50)
+    path = home / "auth.json"
+    before = path.read_bytes()
+    with obstacle(home):
+        # It is due, and not over: it goes on serving. Refused by the service, it is not renewed.
+        assert credential.current(no_post) == "access-0"
+        assert not credential.renew("access-0", no_post)
+        over = mogplex.Credential(
+            "access-0", base_url="https://a.example", refresh_token="refresh-0", expires_at=1.0,
+            home=home_of(home, warnings.append))
+        with pytest.raises(mogplex.UnauthorizedError) as refusal:
+            over.current(no_post)
+        assert refusal.value.message == (
+            f"the sign-in has ended and cannot be renewed here: cannot {step} {path}: {reason}")
+        with pytest.raises(mogplex.MogplexError) as unwritten:
+            home_of(home).store_sign_in({"token": "new"})
+        assert unwritten.value.message == f"cannot write {path}: {reason}"
+    assert path.read_bytes() == before and warnings == []
+    assert (home / "auth.json.tmp").is_dir() or not (home / "auth.json.tmp").exists()
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Any) -> None:
+    issuer, home = Issuer(), tmp_path / "home"
     with RawServer(issuer) as server:
-        credential = signed_in(home, server.url, warnings)
-        before = (home / "auth.json").read_bytes()
-        with obstacle(home):
-            with pytest.raises(mogplex.MogplexError) as refusal:
-                mogplex.Home(str(home)).store_sign_in({"token": "new"})
-            assert refusal.value.message == f"cannot write {home / 'auth.json'}: {reason}"
-            # Reading goes on, and the new tokens, refreshed twice, serve this process.
-            assert credential.current(post_form) == credential.current(no_post) == "access-1"
-            assert credential.renew("access-1", post_form) and credential.current(no_post) == "access-2"
-            assert warnings == [f"{refusal.value}; the refreshed sign-in serves this process only"]
-        assert (home / "auth.json").read_bytes() == before
-        assert (home / "auth.json.tmp").is_dir() or not (home / "auth.json.tmp").exists()
+        credential = signed_in(home, server.url)
+        with link_at(home, "auth.json"):
+            assert credential.current(post_form) == "access-1"
+            assert (home / "auth.json").is_symlink() and stored(home)["mogplex"]["access_token"] == "access-1"
+            assert sorted(os.listdir(tmp_path)) == ["home", "target", "target.lock"]
+            assert home_of(home).forget_sign_in() and (home / "auth.json").is_symlink()
+
+
+MOUNTED = """
+import os, subprocess, sys, mogplex
+home, source, mode = sys.argv[1:]
+mount = subprocess.run(["mount", "--bind", "-o", mode, source, home + "/auth.json"], stderr=subprocess.DEVNULL)
+if mount.returncode or mode == "ro" and subprocess.run(
+        ["mount", "-o", "remount,bind,ro", home + "/auth.json"], stderr=subprocess.DEVNULL).returncode:
+    raise SystemExit("cannot mount")
+spent = []
+def post(url, form):
+    spent.append(form["refresh_token"])
+    return 200, {"access_token": "access-1", "refresh_token": "refresh-1", "expires_in": 3600}
+credential = mogplex.resolve_credential({}, "https://a.example", mogplex.Home(home, print))
+try:
+    print(credential.current(post))
+except mogplex.MogplexError as error:
+    print(error)
+print(*spent, *sorted(os.listdir(home)))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bind mounts are Linux's")
+@pytest.mark.parametrize("mode, told, spent, access", [
+    ("rw", "access-1", "refresh-0 ", "access-1"),
+    ("ro", "the sign-in has ended and cannot be renewed here: cannot write {path}: Read-only file system",
+     "", "access-0"),
+])
+def test_a_file_mounted_by_itself_is_written_in_place_or_not_renewed(
+    tmp_path: Any, mode: str, told: str, spent: str, access: str,
+) -> None:
+    home = tmp_path / "home"
+    signed_in(home, "https://a.example")
+    (home / "auth.json").rename(tmp_path / "source")
+    (home / "auth.json").write_text("")
+    process = subprocess.run(
+        ["unshare", "--mount", "--map-root-user", sys.executable, "-c", MOUNTED,
+         str(home), str(tmp_path / "source"), mode],
+        cwd=os.path.dirname(MODULE), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        universal_newlines=True, timeout=60)
+    if "cannot mount" in process.stderr or "unshare" in process.stderr:
+        pytest.skip("no mounts here")
+    lines = [told.replace("{path}", f"{home}/auth.json"), f"{spent}auth.json auth.json.lock"]
+    assert (process.stdout.splitlines(), process.stderr) == (lines, "")
+    assert json.loads((tmp_path / "source").read_text())["mogplex"]["access_token"] == access
+
+
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_home_without_locks_is_used_with_one_warning(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, code: int,
+) -> None:
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr(fcntl, "flock", flock)
+    issuer, warnings = Issuer(), []  # type: Tuple[Issuer, List[str]]
+    with RawServer(issuer) as server:
+        credential = signed_in(tmp_path, server.url, warnings)
+        assert credential.current(post_form) == "access-1"
+        assert credential.renew("access-1", post_form)
+    assert warnings == [
+        f"{tmp_path} does not support locks ({os.strerror(code)}): "
+        "do not run two commands that sign in or start runs at once"]
+    assert stored(tmp_path)["mogplex"]["access_token"] == "access-2"
+
+
+@contextlib.contextmanager
+def held(path: Any) -> Iterator[None]:
+    """The lock of a file, in another's hands."""
+    with open(f"{path}.lock", "w") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+def test_no_wait_for_a_lock_is_without_an_end(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mogplex, "LOCK_NOTICE_S", 0.1)
+    monkeypatch.setattr(mogplex, "LOCK_WAIT_S", 0.3)
+    warnings: List[str] = []
+    over = signed_in(tmp_path, "https://a.example", warnings)
+    auth, history = tmp_path / "auth.json", tmp_path / "runs.jsonl"
+    with held(auth), held(history):
+        for act in (
+            lambda: over.current(no_post),
+            lambda: home_of(tmp_path, warnings.append).store_sign_in({"token": "t"}),
+            home_of(tmp_path, warnings.append).forget_sign_in,
+        ):
+            with pytest.raises(mogplex.UnavailableError) as busy:
+                act()
+            assert busy.value.message == f"another process holds {auth}.lock" and busy.value.transient
+        assert warnings == [f"waiting for another process, which holds {auth}.lock"] * 3
+        home_of(tmp_path, warnings.append).record_start({"key": "k", "service": "a"})
+    assert warnings[3:] == [
+        f"waiting for another process, which holds {history}.lock",
+        f"this run is not recorded in the history: another process holds {history}.lock"]
+    assert stored(tmp_path)["mogplex"]["access_token"] == "access-0" and not history.exists()
+
+
+def test_a_token_that_still_serves_does_not_wait_for_the_end_of_a_busy_lock(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mogplex, "LOCK_WAIT_S", 0.1)
+    credential = signed_in(tmp_path, "https://a.example", expires_at=int(time.time()) + 50)
+    with held(tmp_path / "auth.json"):
+        assert credential.current(no_post) == "access-0"
+
+
+class Pending:
+    """A PostForm whose answer comes when it is told to."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self.answered = threading.Event()
+
+    def __call__(self, url: str, form: Dict[str, str]) -> Tuple[int, Dict[str, Any]]:
+        self.asked.set()
+        assert self.answered.wait(20)
+        return 200, {"access_token": "access-1", "refresh_token": "refresh-1", "expires_in": 3600}
+
+
+def test_a_refresh_that_is_under_way_is_waited_for(tmp_path: Any) -> None:
+    credential, post = signed_in(tmp_path, "https://a.example"), Pending()
+    assert credential.settle(0.0)  # there is none
+    thread = threading.Thread(target=credential.current, args=(post,))
+    thread.start()
+    assert post.asked.wait(20)
+    assert not credential.settle(0.01)
+    post.answered.set()
+    assert credential.settle(20.0)
+    assert stored(tmp_path)["mogplex"]["refresh_token"] == "refresh-1"
+    thread.join()
+
+
+LEAVING = """
+import sys, threading, time, mogplex
+asked = threading.Event()
+def post(url, form):
+    asked.set()
+    time.sleep(0.5)
+    return 200, {"access_token": "access-1", "refresh_token": "refresh-1", "expires_in": 3600}
+credential = mogplex.resolve_credential({}, "https://a.example", mogplex.Home(sys.argv[1], print))
+threading.Thread(target=credential.current, args=(post,), daemon=True).start()
+asked.wait()
+"""
+
+
+def test_the_interpreter_does_not_end_in_the_middle_of_a_refresh(tmp_path: Any) -> None:
+    signed_in(tmp_path, "https://a.example")
+    assert python(LEAVING, str(tmp_path)).communicate() == ("", "")
+    assert stored(tmp_path)["mogplex"]["refresh_token"] == "refresh-1"
+
+
+def fifo_at(path: Any) -> None:
+    os.mkfifo(path)
+
+
+def device_at(path: Any) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def giant_at(path: Any) -> None:
+    with path.open("wb") as stream:
+        stream.truncate(1 << 40)
+
+
+@pytest.mark.parametrize("make, reason", [
+    (fifo_at, "Not a regular file"), (device_at, "Not a regular file"),
+    (giant_at, "Larger than 8 MiB"), (lambda path: path.mkdir(), "Is a directory"),
+])
+def test_only_regular_files_of_a_sensible_size_are_read(tmp_path: Any, make: Any, reason: str) -> None:
+    warnings: List[str] = []
+    auth, history = tmp_path / "auth.json", tmp_path / "runs.jsonl"
+    make(auth)
+    make(history)
+    with pytest.raises(mogplex.UnauthorizedError) as refusal:
+        resolve(tmp_path)
+    assert refusal.value.message == f"cannot read {auth}: {reason}"
+    with pytest.raises(mogplex.MogplexError):
+        home_of(tmp_path).store_sign_in({"token": "t"})
+    home = home_of(tmp_path, warnings.append)
+    assert home.history("a") == []
+    home.record_start({"key": "k", "service": "a"})
+    assert warnings == [
+        f"cannot read {history}: {reason}",
+        f"this run is not recorded in the history: cannot write {history}: {reason}"]
+
+
+def test_every_new_directory_is_private_whatever_the_umask_is(tmp_path: Any) -> None:
+    for mask in 0, 0o777:
+        home = tmp_path / f"{mask:o}" / "b" / "c"
+        before = os.umask(mask)
+        try:
+            home_of(home).store_sign_in({"token": "t"})
+        finally:
+            os.umask(before)
+        modes = [os.stat(path).st_mode & 0o777 for path in (home, home.parent, home.parent.parent)]
+        assert modes == [0o700] * 3
 
 
 def test_a_home_below_a_file(tmp_path: Any) -> None:
     (tmp_path / "file").write_text("")
     home, warnings = str(tmp_path / "file" / "home"), []  # type: Tuple[str, List[str]]
     with pytest.raises(mogplex.UnauthorizedError, match="not signed in"):
-        mogplex.resolve_credential({"MOGPLEX_HOME": home}, "https://a.example", mogplex.home_from({"MOGPLEX_HOME": home}, warnings.append))
+        resolve(home, warnings.append)
     with pytest.raises(mogplex.MogplexError, match="cannot write .*auth.json: Not a directory"):
         mogplex.Home(home).store_sign_in({"token": "t"})
     assert not mogplex.Home(home).forget_sign_in() and mogplex.Home(home).runs("https://a.example") == []
     mogplex.Home(home, warnings.append).record_start({"id": "1"})
-    assert warnings == [f"this run will not be remembered: cannot write {home}/runs.jsonl: Not a directory"]
+    assert warnings == [f"this run is not recorded in the history: cannot write {home}/runs.jsonl: Not a directory"]
 
 
 @pytest.mark.parametrize("left_s, refreshed", [(-5, True), (50, True), (80, False), (None, False)])
@@ -818,13 +1044,13 @@ ECHO = {"error": "invalid_grant", "error_description": "bad \x1b[31mrefresh-0\n:
 
 @pytest.mark.parametrize("said, error, message", [
     (answer(401, ECHO), mogplex.UnauthorizedError,
-     "sign in again, invalid_grant: bad *** \u23ce : :error::, {code} (HTTP 401)"),
-    (answer(400, {}), mogplex.UnauthorizedError, "sign in again, no reason is given (HTTP 400)"),
-    (answer(500, ""), mogplex.UnavailableError, "the sign-in service is out of order (HTTP 500)"),
-    (answer(200, {"access_token": []}), mogplex.InvalidResponseError, "no token came from {url} (HTTP 200)"),
-    (answer(404, "<html>"), mogplex.InvalidResponseError, "no token came from {url} (HTTP 404)"),
+     "the service refused the sign-in: invalid_grant: bad *** \u23ce : :error::, {code} (HTTP 401)"),
+    (answer(400, {}), mogplex.UnauthorizedError, "the service refused the sign-in: no reason given (HTTP 400)"),
+    (answer(500, ""), mogplex.UnavailableError, "the sign-in service is unavailable (HTTP 500)"),
+    (answer(200, {"access_token": []}), mogplex.InvalidResponseError, "unexpected response from {url}: no token in it (HTTP 200)"),
+    (answer(404, "<html>"), mogplex.InvalidResponseError, "unexpected response from {url}: no token in it (HTTP 404)"),
     (answer(200, {"access_token": "a\nb"}), mogplex.UnauthorizedError,
-     "the new token: no token has such characters (controls, spaces, not ASCII)"),
+     "the new token: the token contains spaces, control or non-ASCII characters"),
     (b"", mogplex.UnavailableError, "no answer"),
 ])
 def test_a_refresh_that_fails_leaves_the_file_and_says_no_secret(
@@ -937,7 +1163,7 @@ def test_the_whole_sign_in(tmp_path: Any) -> None:
     with RawServer(issuer) as server:
         entry = sign_in(server.url, browser)
         mogplex.Home(str(tmp_path)).store_sign_in(entry)
-        credential = mogplex.resolve_credential({"MOGPLEX_HOME": str(tmp_path)}, server.url, mogplex.home_from({"MOGPLEX_HOME": str(tmp_path)}, print))
+        credential = resolve(tmp_path, base_url=server.url)
     assert (credential.token, credential.refreshable) == ("access-1", True)
     assert entry["base_url"] == server.url and 3500 < entry["expires_at"] - time.time() <= 3600
     verifier, query = issuer.forms[0].pop("code_verifier"), browser.query
@@ -997,13 +1223,16 @@ def test_the_second_port_and_no_port() -> None:
         browser = Browser(CALLBACK)
         sign_in(server.url, browser, ports=(taken[0], 0))
         assert f":{taken[0]}/" not in browser.query["redirect_uri"]
-        with pytest.raises(mogplex.MogplexError, match=f"ports {taken[0]} and {taken[1]} of 127.0.0.1 are"):
+        with pytest.raises(mogplex.MogplexError, match=f"ports {taken[0]} and {taken[1]} of 127.0.0.1 are in use"):
             mogplex.sign_in(server.url, no_post, announce=print, open_browser=None, ports=taken)
 
 
-@pytest.mark.parametrize("options", [{"timeout_s": 0.0}, {"stopped": lambda: True}])
-def test_the_wait_ends_by_itself(options: Dict[str, Any]) -> None:
-    with pytest.raises(mogplex.MogplexError, match="no answer came from the browser within"):
+@pytest.mark.parametrize("options, message", [
+    ({"timeout_s": 0.0}, "the browser did not finish the sign-in within 0s"),
+    ({"stopped": lambda: True}, "the sign-in was cancelled"),
+])
+def test_the_wait_ends_by_itself(options: Dict[str, Any], message: str) -> None:
+    with pytest.raises(mogplex.MogplexError, match=message):
         mogplex.sign_in(
             "https://a.example", no_post, announce=print, open_browser=None, ports=(0,), **options)
 
@@ -1037,12 +1266,12 @@ def test_500_runs_are_kept_and_none_is_lost_between_processes(tmp_path: Any) -> 
 
 @pytest.mark.parametrize("obstacle", [
     full_disk, lambda home: directory_at(home, "runs.jsonl"),
-    lambda home: directory_at(home, "runs.jsonl.lock"), lambda home: link_at(home, "runs.jsonl")])
+    lambda home: directory_at(home, "runs.jsonl.lock"), lambda home: directory_at(home, "runs.jsonl.tmp")])
 def test_a_run_that_cannot_be_remembered_is_no_error(tmp_path: Any, obstacle: Any) -> None:
     warnings: List[str] = []
     with obstacle(tmp_path):
         mogplex.Home(str(tmp_path), warnings.append).record_start({"id": "1", "service": "a"})
-    assert len(warnings) == 1 and warnings[0].startswith("this run will not be remembered: ")
+    assert len(warnings) == 1 and warnings[0].startswith("this run is not recorded in the history: ")
     assert mogplex.Home(str(tmp_path)).runs("a") == []
 
 
@@ -1484,7 +1713,6 @@ def test_a_refused_token_is_renewed_once_and_the_request_repeated() -> None:
     with RawServer(reply) as server, mogplex.Client(renewable(server.url), server.url) as one:
         assert one.start_run({"repoId": "r"}, "k") == {"runId": "1"}
         assert said == ["/runsold", "token", "/runsnew"]
-        one.credential.token = "worse"  # now nothing helps
         with pytest.raises(mogplex.UnauthorizedError):
             mogplex.Client(mogplex.Credential("never"), server.url).repos()
 
