@@ -2173,19 +2173,23 @@ class Client:
 def start_recorded(
     client: Client, home: Home, body: Json, key: str, repo: str, announce: Callable[[Json], None],
 ) -> Json:
-    """Start a run so that no death of this process loses it: written down, sent, told, and its id written down.
+    """Start a run so that no death of this process loses it.
 
-    ``announce`` gets the Run before anything else that can wait or fail. A start that the service
-    refuses for good is taken away again; errors are those of ``Client.start_run``.
+    The start is written down, sent, told, and its id written down: ``announce`` gets the Run
+    before anything that can wait or fail. A start that the service refuses for good is taken
+    away again, unless an earlier one under the same key may have gone through. Errors are
+    those of ``Client.start_run``, and what ``announce`` raises.
     """
     start = start_record(client.base_url, body, key, repo)
-    home.record_start(start)
+    is_new = all(text_of(record, "key") != key for record in home.history(client.base_url))
+    if is_new:
+        home.record_start(start)
     try:
         run = client.start_run(body, key)
         if not text_of(run, "runId"):
-            raise InvalidResponseError("the answer to the start has no run's id in it", delivered=True)
+            raise InvalidResponseError("the response to the start contains no run ID", delivered=True)
     except MogplexError as error:
-        if not error.delivered:
+        if is_new and not error.delivered:
             home.forget_start(start)
         raise
     try:
@@ -6505,12 +6509,15 @@ def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
 
 def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
     """The runs that were started here, and the starts whose answer never came."""
-    records = ctx.home.history(ctx.base_url)[:limit]
-    code = ctx.emit_list(records, "no runs started from here yet", HISTORY_COLUMNS, limit)
+    remembered = ctx.home.history(ctx.base_url)
+    records = remembered[:limit]
+    ctx.emit_list(records, "no runs started from here yet", HISTORY_COLUMNS)
+    if len(remembered) > limit:
+        ctx.note(f"only the newest {limit} of {len(remembered)} are listed")
     if not all(text_of(record, "id") for record in records):
-        ctx.note("in doubt: the answer to the start never came; to find out whether the run exists, "
+        ctx.note("in doubt: no answer to the start ever came; to find out whether the run exists, "
                  "repeat `mogplex run` with --idempotency-key and the key shown")
-    return code
+    return Exit.OK
 
 
 def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:

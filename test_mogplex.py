@@ -4628,6 +4628,32 @@ def test_a_start_in_doubt_is_told_to_the_next_of_the_same_request(
     assert ("may have gone through" in result.err) is told and ("--idempotency-key K-1" in result.err) is told
 
 
+@pytest.mark.parametrize("again", [
+    refusal(409, "IDEMPOTENCY_CONFLICT", "Same key, other body"), refusal(401, "UNAUTHORIZED", "Unauthorized"),
+])
+def test_a_run_stays_remembered_when_its_key_is_used_again_in_vain(cli: Callable[..., Result], again: bytes) -> None:
+    with RawServer(lambda count, *_: ok(RUN) if count == 1 else again) as server:
+        env = service(server.url)
+        argv = ["run", "--repo", "r", "--idempotency-key", "K"]
+        assert [cli(*argv, task, env=env).code for task in ("x", "y")] != [0, 0]
+        listed = cli("runs", "list", "--json", env=env)
+    assert [json.loads(line)["id"] for line in listed.out.splitlines()] == ["run-uuid"]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409])
+def test_a_start_that_is_refused_for_good_is_forgotten(cli: Callable[..., Result], status: int) -> None:
+    with one_answer(refusal(status, "CODE", "No")) as server:
+        assert cli("run", "--repo", "r", "x", env=service(server.url)).code != 0
+        assert cli("runs", "list", "--json", env=service(server.url)) == Result(0, "", "")
+
+
+def test_a_replay_is_remembered_once(cli: Callable[..., Result]) -> None:
+    with one_answer(ok(RUN)) as server:
+        for _ in range(2):
+            assert cli("run", "--repo", "r", "x", "--idempotency-key", "K", env=service(server.url)).code == 0
+        assert len(cli("runs", "list", "--json", env=service(server.url)).out.splitlines()) == 1
+
+
 def test_the_id_is_out_before_the_history_is_written(tmp_path: Any) -> None:
     (tmp_path / "home").mkdir()
     lock = open(tmp_path / "home" / "runs.jsonl.lock", "w", encoding="ascii")
@@ -5479,58 +5505,150 @@ def test_every_command_that_the_readme_shows_prints_what_it_says(shell_tools: st
     assert sessions and "\n".join(wrong) == ""
 
 
-def workflow_steps(block: str) -> List[Tuple[str, Dict[str, str]]]:
-    """The shell texts of a CI example, each with the variables that its ``env:`` or ``variables:`` give it."""
-    found: List[Tuple[str, Dict[str, str]]] = []
-    for step in re.split(r"(?m)^(?= +- (?:uses|id|if|name|run):)", block) if "steps:" in block else [block]:
-        text = re.search(r"(?m)^( +)(?:run: |- )\|\n((?:\1 .*\n|\n)+)", step)
-        env = re.search(r"(?m)^( +)(?:env|variables):\n((?:\1 +.*\n)+)", step)
-        if text:
-            found.append((textwrap.dedent(text.group(2)), dict(re.findall(r"(?m)^ +(\w+): (.*)$", env.group(2) if env else ""))))
+class Step(NamedTuple):
+    """A shell step of a CI example in the README."""
+
+    when: str                  # its ``if:``; of GitLab's, "script" or "after_script"
+    script: str
+    variables: Dict[str, str]
+
+
+def github_steps(block: str) -> List[Step]:
+    """The steps of a workflow that run a script."""
+    found: List[Step] = []
+    for part in re.split(r"(?m)^(?= +- (?:uses|id|if):)", block):
+        when = re.search(r"(?m)^ +- if: (.*)$", part)
+        script = re.search(r"(?m)^( +)run: \|\n((?:\1 .*\n)+)", part)
+        env = re.search(r"(?m)^( +)env:\n((?:\1 +.*\n)+)", part)
+        if script:
+            variables = dict(re.findall(r"(?m)^ +(\w+): (.*)$", env.group(2) if env else ""))
+            found.append(Step(when.group(1) if when else "", textwrap.dedent(script.group(2)), variables))
     return found
 
 
-def ci_job(block: str, task: str, tools: str, directory: Any) -> Tuple[List[str], List[int]]:
-    """What the steps of a CI example print, and their codes, when it runs and then runs again: the same pipeline."""
-    ci = {"GITLAB_CI": "true", "CI_PROJECT_ID": "3", "CI_PIPELINE_ID": "8", "CI_JOB_NAME": "agent"}
-    if "steps:" in block:
-        ci = {"GITHUB_ACTIONS": "true", "GITHUB_RUN_ID": "7", "GITHUB_JOB": "agent", "GITHUB_REPOSITORY": "acme/web",
-              "GITHUB_STEP_SUMMARY": str(directory / "summary"), "GITHUB_OUTPUT": str(directory / "output")}
-    with zipfile.ZipFile(directory / "mogplex.pyz", "w") as archive:
-        archive.write(MODULE, "mogplex.py")
-        archive.writestr("__main__.py", "import sys, mogplex; sys.exit(mogplex.main())")
-    printed, codes = [], []  # type: Tuple[List[str], List[int]]
-    with mogplex.DemoServer(speed=20.0) as demo:
-        values = {"secrets.MOGPLEX_API_KEY": demo.token, "inputs.task": task}
-        for script, env in workflow_steps(block) * 2:
-            if codes and codes[-1] and "steps.agent.outputs" in str(env):
-                continue  # as after a step that failed
-            given = {name: re.sub(r"\$\{\{ (.*?) \}\}", lambda found: values[found.group(1)], value) for name, value in env.items()}
-            process = shell("set -e\n" + script, tools, str(directory), demo, **{**ci, **given, "TASK": task})
-            printed.append(process.communicate(timeout=60)[0].decode())
-            codes.append(process.returncode)
-            outputs = (directory / "output").read_text() if (directory / "output").exists() else ""
-            values.update((f"steps.agent.outputs.{name}", value) for name, value in re.findall("(?m)^(.*?)=(.*)$", outputs))
-    return printed, codes
+def gitlab_steps(block: str) -> List[Step]:
+    """The scripts of a job, each with the job's variables."""
+    env = re.search(r"(?m)^  variables:\n((?:    .*\n)+)", block)
+    assert env
+    variables = dict(re.findall(r"(?m)^ +(\w+): (.*)$", env.group(1)))
+    scripts = re.findall(r"(?m)^  (script|after_script):\n    - \|\n((?:      .*\n)+)", block)
+    return [Step(when, textwrap.dedent(script), variables) for when, script in scripts]
 
 
-def test_the_readme_s_ci_examples(shell_tools: str, tmp_path_factory: Any) -> None:
-    """Run, and run again as a CI does on request, each with a task that succeeds and one that fails."""
-    (github,), (gitlab,) = ([block for block in fenced("yaml") if word in block] for word in ("steps:", "script:"))
-    jobs = [(block, task) for block in (github, gitlab) for task in ("Fix the flaky cookie test", "Please fail")]
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        done = list(pool.map(lambda job: ci_job(*job, shell_tools, tmp_path_factory.mktemp("job")), jobs))
-    for (block, task), (printed, codes) in zip(jobs, done):
-        fails = task == "Please fail"
-        runs = [text for text in printed if "--- run " in text]
-        assert codes == ([1, 1] if fails else [0] * len(codes)), printed
-        assert [text.split()[0].split("\n")[-1] for text in runs] == ["started", "matched"]
-        assert len({word for text in runs for word in re.findall(r"--- run (\S+) ", text)}) == 1
-        if block == github:
-            assert "".join(runs).count("::error ") == 2 * fails
-            assert fails or "Please review https://github.com/acme/web/pull/" in printed[1]
-        else:
-            assert [text.count(f"\x1b[0Ksection_{edge}:") for text in runs for edge in ("start", "end")] == [1] * 4
+class CiJob:
+    """A CI job of the README with a service of its own, run as its CI runs it: each step is a script for bash."""
+
+    def __init__(self, kind: str, task: str, tools: str, directory: Any, speed: float) -> None:
+        (block,) = [block for block in fenced("yaml") if ("steps:" in block) is (kind == "github")]
+        self.steps = github_steps(block) if kind == "github" else gitlab_steps(block)
+        self.kind = kind
+        self.directory = directory
+        self.demo = mogplex.DemoServer(speed=speed)
+        self.values = {"secrets.MOGPLEX_API_KEY": self.demo.token, "inputs.task": task}
+        self.status = "success"
+        self.environ = {
+            **os.environ, **service(self.demo.url, self.demo.token), "TASK": task,
+            "MOGPLEX_HOME": str(directory), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+        with zipfile.ZipFile(directory / "mogplex.pyz", "w") as archive:
+            archive.write(MODULE, "mogplex.py")
+            archive.writestr("__main__.py", "import sys, mogplex; sys.exit(mogplex.main())")
+
+    def __enter__(self) -> CiJob:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.demo.__exit__()
+
+    def settings(self, attempt: int) -> Dict[str, str]:
+        """What its CI tells a job, in its first run and when it is run again."""
+        if self.kind == "gitlab":
+            return {"GITLAB_CI": "true", "CI_PROJECT_ID": "3", "CI_PIPELINE_ID": "8", "CI_JOB_NAME": "agent",
+                    "CI_JOB_ID": str(90 + attempt), "CI_JOB_STATUS": self.status}
+        return {"GITHUB_ACTIONS": "true", "GITHUB_RUN_ID": "7", "GITHUB_JOB": "agent", "GITHUB_REPOSITORY": "acme/web",
+                "GITHUB_RUN_ATTEMPT": str(attempt), "GITHUB_OUTPUT": str(self.directory / "output"),
+                "GITHUB_STEP_SUMMARY": str(self.directory / "summary")}
+
+    def due(self, step: Step) -> bool:
+        """Whether the CI would run a step."""
+        if step.when == "after_script":
+            return True
+        if step.when.startswith("cancelled()") and self.status != "canceled":
+            return False
+        if not step.when.startswith("cancelled()") and self.status != "success":
+            return False
+        outputs = re.findall(r"steps\.agent\.outputs\.\w+", step.when)
+        return all(self.values.get(name) for name in outputs)
+
+    def begin(self, step: Step, attempt: int) -> "subprocess.Popen[bytes]":
+        """Start a step."""
+        given = {name: re.sub(r"\$\{\{ (.*?) \}\}", lambda found: self.values[found.group(1)], value)
+                 for name, value in step.variables.items()}
+        script = self.directory / "step.sh"
+        script.write_text(step.script, encoding="utf-8")
+        env = {**self.environ, **self.settings(attempt), **given, "TASK": self.values["inputs.task"]}
+        return subprocess.Popen(
+            ["bash", "-e", str(script)], env=env, cwd=self.directory, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+    def end(self, process: "subprocess.Popen[bytes]") -> str:
+        """What a step prints until it ends; its outputs are known to those after it."""
+        printed = process.communicate(timeout=60)[0].decode()
+        with contextlib.suppress(FileNotFoundError):
+            outputs = re.findall("(?m)^(.*?)=(.*)$", (self.directory / "output").read_text())
+            self.values.update((f"steps.agent.outputs.{name}", value) for name, value in outputs)
+        return printed
+
+    def run(self, attempt: int) -> List[str]:
+        """What each step prints that is due."""
+        self.status = "success"
+        printed: List[str] = []
+        for step in self.steps:
+            if self.due(step):
+                process = self.begin(step, attempt)
+                printed.append(self.end(process))
+                if process.returncode:
+                    self.status = "failed"
+        return printed
+
+
+@pytest.mark.parametrize("kind", ["github", "gitlab"])
+@pytest.mark.parametrize("task, status, words", [
+    ("Fix the flaky cookie test", "success", ["started", "matched"]), ("Please fail", "failed", ["started", "started"])])
+def test_the_readme_s_ci_examples(
+    shell_tools: str, tmp_path: Any, kind: str, task: str, status: str, words: List[str],
+) -> None:
+    """Run, and run again as a CI does on request."""
+    with CiJob(kind, task, shell_tools, tmp_path, speed=20.0) as job:
+        for attempt, word in enumerate(words, 1):
+            first, *others = job.run(attempt)
+            assert job.status == status, first
+            assert re.search(rf"(?m)^{word} (existing )?run ", first)
+            assert first.count("::error ") == (kind == "github" and status == "failed")
+            markers = [first.count(f"\x1b[0Ksection_{edge}:") for edge in ("start", "end")]
+            assert markers == [kind == "gitlab"] * 2
+            if kind == "github" and status == "success":
+                assert others[0].startswith("Please review https://github.com/acme/web/pull/")
+            if kind == "gitlab":
+                assert f"MOGPLEX_STATUS={status}\n" in (tmp_path / "agent.env").read_text()
+
+
+@pytest.mark.parametrize("kind, number", [("github", signal.SIGINT), ("gitlab", signal.SIGTERM)])
+def test_the_readme_s_ci_examples_cancel_the_run(shell_tools: str, tmp_path: Any, kind: str, number: int) -> None:
+    """GitHub interrupts the shell of the step alone, and kills what is left 10 s later."""
+    with CiJob(kind, "Fix the flaky cookie test", shell_tools, tmp_path, speed=0.1) as job:
+        process = job.begin(job.steps[0], 1)
+        assert process.stdout is not None
+        while b"External Mogplex run accepted" not in process.stdout.readline():
+            pass
+        process.send_signal(number)
+        assert process.wait(7.5) == 128 + number
+        job.end(process)
+        (run_id,) = set(job.demo.service.runs) - {record["id"] for record in job.demo.seeded_runs}
+        with mogplex.Client(job.demo.token, job.demo.url) as client:
+            assert client.run(run_id)["status"] == "cancelled"
+        job.status = "canceled"
+        (last,) = [step for step in job.steps[1:] if job.due(step)]
+        assert job.end(job.begin(last, 1)) == f"run {run_id} is already cancelled\n"
 
 
 def ended(**changes: Any) -> mogplex.Outcome:
