@@ -1971,7 +1971,11 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Close the connections that were kept; those of a session given to us are the giver's."""
+        """Close the connections that were kept; those of a session given to us are the giver's.
+
+        Waits up to 5 s for a refresh of the credential that is under way.
+        """
+        self.credential.settle()
         with self._lock:
             if self._session is not None and not self._given:
                 self._session.close()

@@ -965,6 +965,31 @@ def test_the_interpreter_does_not_end_in_the_middle_of_a_refresh(tmp_path: Any) 
     assert stored(tmp_path)["mogplex"]["refresh_token"] == "refresh-1"
 
 
+def test_closing_a_client_waits_for_a_refresh_that_is_under_way(tmp_path: Any) -> None:
+    issuer = Issuer()
+
+    def slowly(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        asked.set()
+        assert leaving.wait(20)
+        time.sleep(0.1)  # so that a client that does not wait is gone before the answer
+        return issuer(number, request, connection)
+
+    class Left(Exception):
+        """What an interrupt, or a deadline, does to the caller."""
+
+    def leave_when_asked() -> None:
+        if asked.is_set():
+            leaving.set()
+            raise Left
+    asked, leaving = threading.Event(), threading.Event()
+    with RawServer(slowly) as server:
+        credential = signed_in(tmp_path, server.url)
+        with pytest.raises(Left), mogplex.Client(credential, server.url) as client:
+            with client.open_run("R", tick=leave_when_asked):
+                pass
+        assert stored(tmp_path)["mogplex"]["refresh_token"] == "refresh-1"
+
+
 def fifo_at(path: Any) -> None:
     os.mkfifo(path)
 
