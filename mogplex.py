@@ -5782,9 +5782,9 @@ class Context:
         url = self.environ.get("MOGPLEX_URL", "").strip() or DEFAULT_URL
         return parse_base_url(url, allow_http)
 
-    @property
+    @functools.cached_property
     def home(self) -> Home:
-        """Our files."""
+        """Our files; one Home, which gives each of its warnings once."""
         return home_from(self.environ, self.note)
 
     @property
@@ -6685,7 +6685,7 @@ def overruled_sign_in(ctx: Context, credential: Credential) -> str:
     if credential.source != "environment":
         return ""
     with contextlib.suppress(UnauthorizedError):
-        if ctx.home.sign_in_for(ctx.base_url, lambda line: None):
+        if ctx.home.sign_in_for(ctx.base_url, unheard):
             return ctx.home.auth_path
     return ""
 
