@@ -13,6 +13,7 @@ import configparser
 import contextlib
 import dis
 import errno
+import functools
 import hashlib
 import html
 import http.client
@@ -3262,8 +3263,13 @@ def hooked(*_):
         sys.excepthook(*sys.exc_info())
         sys.excepthook(*sys.exc_info())
         os._exit(1)
-def torn(*_):
-    raise OSError("ZeroDivisionError it is not")
+def torn(*_):  # as a disk does it
+    raise OSError(5, "ZeroDivisionError it is not")
+def spin(*_):
+    while True:
+        pass
+if os.environ.get("CRASH") == "spin":
+    mogplex.Keyboard.read = spin
 crashes = {"job": crash, "torn": torn, "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
 if "CRASH" in os.environ:
     mogplex.Desk.do_export = crashes.get(os.environ["CRASH"], crash)
@@ -3274,10 +3280,24 @@ sys.exit(mogplex.run_cockpit(connect, base_url=url, home=mogplex.home_from(os.en
 """
 
 
+def adopt(ignored: Sequence[int] = ()) -> None:
+    """In a child, before it begins: the head of a session on the terminal that is its stdin.
+
+    Signals are as a shell leaves them, whatever the tests were started with.
+    """
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+
 class Terminal:
     """The real cockpit on a pseudo-terminal, read by pyte. It waits for what is on the screen, with a deadline."""
 
-    def __init__(self, argv: Sequence[str], width: int = 100, height: int = 24, **environ: str) -> None:
+    def __init__(
+        self, argv: Sequence[str], width: int = 100, height: int = 24, ignored: Sequence[int] = (),
+        **environ: str,
+    ) -> None:
         self.screen, self.output, self.lock = Emulator(width, height), b"", threading.Lock()
         self.stream = pyte.ByteStream(self.screen)
         self.fd, child = pty.openpty()
@@ -3285,12 +3305,10 @@ class Terminal:
         self.resize(width, height)
         self.modes = termios.tcgetattr(child)
         variables = {**os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8", "PYTHONPATH": os.path.dirname(MODULE), **environ}
-        self.process = subprocess.Popen(argv, stdin=child, stdout=child, stderr=child, env=variables, preexec_fn=self._adopt)
+        self.process = subprocess.Popen(
+            argv, stdin=child, stdout=child, stderr=child, env=variables,
+            preexec_fn=functools.partial(adopt, ignored))
         threading.Thread(target=self._read, daemon=True).start()
-
-    def _adopt(self) -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
     def _read(self) -> None:
         with contextlib.suppress(OSError):
@@ -3429,6 +3447,59 @@ def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Termin
     assert ("ZeroDivisionError" if code == 1 else "runs events nope --follow") in terminal.ended(code)
 
 
+@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)], ids=str)
+def test_a_terminal_that_takes_nothing_holds_nobody(cockpit: Callable[..., Terminal], how: int, code: int) -> None:
+    terminal = cockpit(attach="nope").until("TIMELINE")
+    termios.tcflow(terminal.child, termios.TCOOFF)
+    terminal.send("never seen")
+    time.sleep(0.2)  # a moment for it to begin a frame; if it is late, the test only proves less
+    terminal.process.send_signal(how)
+    assert terminal.process.wait(15) == code
+    assert termios.tcgetattr(terminal.child) == terminal.modes
+    termios.tcflow(terminal.child, termios.TCOON)
+
+
+def test_a_loop_that_hangs_is_left_at_the_second_signal(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit(attach="nope", CRASH="spin").until("TIMELINE").send("a")
+
+    def ends_at_a_signal() -> bool:
+        terminal.process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            terminal.process.wait(1.2)
+        return terminal.process.returncode is not None
+
+    terminal.until(ends_at_a_signal)
+    assert terminal.process.returncode in (143, -signal.SIGTERM)  # a third one meets no handler
+    terminal.ended(terminal.process.returncode)
+
+
+def test_a_signal_that_was_ignored_at_the_start_stays_so(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit(ignored=(signal.SIGINT, signal.SIGHUP)).until("acme/web")
+    terminal.process.send_signal(signal.SIGINT)
+    terminal.process.send_signal(signal.SIGHUP)
+    terminal.send("still here").until("› still here").send("\x03\x03")
+    terminal.ended(0)
+
+
+@pytest.mark.parametrize("ignored", [(), (signal.SIGHUP,)], ids=["heard", "nohup"])
+def test_closing_the_terminal_ends_it_quietly(demo: mogplex.DemoServer, tmp_path: Any, ignored: Sequence[int]) -> None:
+    master, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environ = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": os.path.dirname(MODULE), "MOGPLEX_HOME": str(tmp_path)}
+    with open(tmp_path / "stderr", "w+") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", COCKPIT, demo.url, demo.token, "nope"], stdin=child, stdout=child, stderr=stderr,
+            env=environ, preexec_fn=functools.partial(adopt, ignored))
+        os.close(child)
+        shown = b""
+        while b"TIMELINE" not in shown:
+            shown += os.read(master, 65536)
+        os.close(master)
+        assert process.wait(15) == 129
+        stderr.seek(0)
+        assert stderr.read() == ""
+
+
 def test_the_demo_s_browser_opens_the_demo_alone(demo: mogplex.DemoServer) -> None:
     """Also a page that is not there, as a browser would."""
     context = mogplex.Context(service(demo.url, demo.token), None, io.StringIO(), io.StringIO())
@@ -3448,6 +3519,35 @@ def test_suspended_the_shell_is_sane_and_fg_repaints(cockpit: Callable[..., Term
         terminal.send("\x1a").until("Stopped").until("ready>").send("stty -a | md5sum\r").until("  -\nready>")
         assert re.findall("[0-9a-f]{32}", terminal.text())[-1:] == before[-1:] and terminal.on() <= {"2004"}
         terminal.send("fg\r").until("› half a task").send("\x03\x03").until("ready>")
+
+
+def test_in_the_background_it_waits_for_fg(demo: mogplex.DemoServer, tmp_path: Any) -> None:
+    with Terminal(["bash", "--norc", "--noprofile", "-i"], PS1="ready> ", MOGPLEX_REPO="acme/web",
+                  MOGPLEX_HOME=str(tmp_path)) as terminal:
+        program = tmp_path / "cockpit.py"
+        program.write_text(COCKPIT)
+        terminal.until("ready>").send(f"clear; {sys.executable} {program} {demo.url} {demo.token} ''\r")
+        terminal.until("acme/web ⎇ main").send("half a task").until("› half a task")
+        terminal.send("\x1a").until("Stopped").send("clear; bg\r").until("Stopped")
+        for _ in range(2):
+            terminal.send("clear; kill -CONT %1\r").until("Stopped")
+        terminal.send("stty -a | grep -c -- -icanon\r").until("\n0\n")
+        terminal.send("fg\r").until("› half a task").send("\x03\x03").until("ready>")
+        assert "Traceback" not in terminal.text() and b"Traceback" not in terminal.output
+
+
+def test_a_paste_whose_end_is_lost_eats_neither_esc_nor_ctrl_c(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit().until("acme/web ⎇ main").send("\x1b[200~half a paste")
+
+    def pressed(key: str) -> None:
+        """Again and again: what comes in one read with the paste is a part of it."""
+        time.sleep(0.1)
+        terminal.send(key)
+
+    terminal.until(lambda: pressed("\x1b") or "› half a paste" in terminal.text())
+    terminal.send(" and more").until("› half a paste and more").send("\x1b[200~lost")
+    terminal.until(lambda: pressed("\x1b[99;5u") or terminal.process.poll() is not None)
+    terminal.ended(0)
 
 
 def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Terminal]) -> None:
