@@ -3516,8 +3516,8 @@ def to_ascii(text: str) -> str:
     if text.isascii():
         return text
     signs = []
-    for char in text.translate(GLYPHS):
-        signs.append(char if char.isascii() else "?" * width_of(char))
+    for sign in clusters(text.translate(GLYPHS)):
+        signs.append(sign if sign.isascii() else "?" * width_of(sign))
     return "".join(signs)
 
 
