@@ -5804,7 +5804,9 @@ class Context:
     @property
     def now(self) -> Optional[float]:
         """The time where ages read better than times: on a terminal."""
-        return time.time() if is_terminal(self.stdout) else None
+        if not is_terminal(self.stdout):
+            return None
+        return time.time()
 
     @property
     def width(self) -> Optional[int]:
@@ -5849,7 +5851,10 @@ class Context:
 
     def emit_record(self, record: Json, text: str) -> int:
         """A record, with --json as it came and else as ``text``; the exit code."""
-        self.emit(ndjson(record) if self.as_json else text)
+        if self.as_json:
+            self.emit(ndjson(record))
+        else:
+            self.emit(text)
         return Exit.OK
 
     def emit_list(
@@ -5889,7 +5894,8 @@ class Context:
     def note(self, line: str) -> None:
         """One harmless line on stderr, without the token, which the service can echo in an error."""
         # Twice: sanitizing joins what an escape sequence had split, and marks what a newline had.
-        self.say(self.redacted(sanitize(self.redacted(line))) + "\n")
+        harmless = sanitize(self.redacted(line))
+        self.say(self.redacted(harmless) + "\n")
 
     def note_request(self, line: str) -> None:
         """What --debug says of a request."""
@@ -6443,9 +6449,11 @@ class Follower:
 
 def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
     """``repos list``."""
+    empty = "no repos; link one in the web app"
+    if query:
+        empty = f"no repo matches '{query}'"
     with ctx.client() as client:
         repos = client.repos(query=query, limit=limit)
-    empty = f"no repo matches '{query}'" if query else "no repos; link one in the web app"
     return ctx.emit_list(repos, empty, REPO_COLUMNS, limit)
 
 
@@ -6573,12 +6581,14 @@ def cmd_sandboxes_list(
     ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT,
 ) -> int:
     """``sandboxes list``."""
-    with ctx.client() as client:
-        wanted = resolve_repo(client, repo) if repo else {}
-        sandboxes = client.sandboxes(repo_id=text_of(wanted, "id"), status=status, limit=limit)
+    repo_id = ""
     names: Dict[str, str] = {}
-    if text_of(wanted, "full_name"):
-        names[text_of(wanted, "id")] = text_of(wanted, "full_name")
+    with ctx.client() as client:
+        if repo:
+            wanted = resolve_repo(client, repo)
+            repo_id = text_of(wanted, "id")
+            names[repo_id] = text_of(wanted, "full_name") or repo_id
+        sandboxes = client.sandboxes(repo_id=repo_id, status=status, limit=limit)
     return ctx.emit_list(sandboxes, "no sandboxes", SANDBOX_COLUMNS, limit, names)
 
 
@@ -6612,7 +6622,8 @@ def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
 
 def is_in_ci(environ: Mapping[str, str]) -> bool:
     """Whether this is a CI job, by the variable that GitHub, GitLab and nearly all others set."""
-    return environ.get("CI", "").lower() not in ("", "0", "false")
+    value = environ.get("CI", "")
+    return value.lower() not in ("", "0", "false")
 
 
 def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
@@ -6630,8 +6641,9 @@ def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: flo
             ctx.note(f"or pass a token from {tokens} to `mogplex login --with-token`")
         ctx.note(f"waiting for up to {format_duration(timeout_s)}; press Ctrl+C to stop")
 
-    opens_one = ctx.in_demo or not is_remote
-    browser = ctx.browse if opens_one and not no_browser else None
+    browser: Optional[Callable[[str], object]] = ctx.browse
+    if no_browser or (is_remote and not ctx.in_demo):
+        browser = None
     return sign_in(
         ctx.base_url, client.post_form,
         announce=announce, open_browser=browser, timeout_s=timeout_s,
@@ -6692,17 +6704,24 @@ def overruled_sign_in(ctx: Context, credential: Credential) -> str:
 
 def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tuple[str, str]]:
     """What ``login status`` tells of a credential: labels and values."""
-    in_file = credential.source == "file"
-    is_personal = credential.token.startswith("mog_")
+    source = "MOGPLEX_API_KEY"
+    if credential.source == "file":
+        source = ctx.home.auth_path
+    kind = "sign-in"
+    if credential.token.startswith("mog_"):
+        kind = "personal access token"
+    beginning = credential.token[:8]
+    if len(credential.token) <= 16:
+        beginning = ""  # it would be too much of it
     expires = ""
     if credential.expires_at:
         expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(credential.expires_at))
     return [
         ("service", ctx.base_url),
-        ("source", ctx.home.auth_path if in_file else "MOGPLEX_API_KEY"),
+        ("source", source),
         ("hides", overruled_sign_in(ctx, credential)),
-        ("kind", "personal access token" if is_personal else "sign-in"),
-        ("token", credential.token[:8] if len(credential.token) > 16 else ""),  # never the whole
+        ("kind", kind),
+        ("token", beginning),
         ("expires", expires),
         ("state", state),
     ]
@@ -6727,18 +6746,23 @@ def cmd_login_status(ctx: Context) -> int:
     return Exit.OK
 
 
-def log_out(ctx: Context) -> Tuple[bool, str]:
-    """Forget the stored sign-in, which nothing can revoke: whether there was one, and the text."""
+def log_out(ctx: Context) -> bool:
+    """Forget the stored sign-in, which nothing can revoke; whether there was one."""
     forgotten = ctx.home.forget_sign_in()
     if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
         ctx.note("MOGPLEX_API_KEY is set and still applies")
-    return forgotten, "signed out" if forgotten else "not signed in"
+    return forgotten
+
+
+def logout_text(forgotten: bool) -> str:
+    """What ``log_out`` did, in words."""
+    return "signed out" if forgotten else "not signed in"
 
 
 def cmd_logout(ctx: Context) -> int:
     """``logout``."""
-    forgotten, text = log_out(ctx)
-    return ctx.emit_record({"forgotten": forgotten}, text)
+    forgotten = log_out(ctx)
+    return ctx.emit_record({"forgotten": forgotten}, logout_text(forgotten))
 
 
 # -- The tables: the parser, the help and the shell completions are made of them.
@@ -6934,7 +6958,9 @@ SUBCOMMANDS = {
 
 def arguments_of(name: str) -> Tuple[Argument, ...]:
     """The arguments of a command; a group of commands, such as ``runs``, has none."""
-    return SUBCOMMANDS[name].arguments if name in SUBCOMMANDS else ()
+    if name not in SUBCOMMANDS:
+        return ()
+    return SUBCOMMANDS[name].arguments
 
 
 def options_of(name: str) -> Tuple[Option, ...]:
@@ -6944,6 +6970,11 @@ def options_of(name: str) -> Tuple[Option, ...]:
     if name not in SUBCOMMANDS:
         return ()
     return (*SUBCOMMANDS[name].options, *COMMON_OPTIONS)
+
+
+def flags_of(name: str) -> List[str]:
+    """The flags of those options."""
+    return [option.flag for option in options_of(name)]
 
 
 def below(name: str) -> Dict[str, Subcommand]:
@@ -6995,8 +7026,8 @@ class CommandParser(argparse.ArgumentParser):
         """What argparse calls with its message."""
         stray = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
         if stray:
-            flags = [option.flag for option in options_of(self.name)]
-            raise unknown(f"{self.name}: unknown option", stray.group(1), flags, self.name)
+            what = f"{self.name}: unknown option"
+            raise unknown(what, stray.group(1), flags_of(self.name), self.name)
         raise UsageError(f"{self.name}: {message}", hint=see_help(self.name))
 
 
@@ -7041,24 +7072,35 @@ def read_options(name: str, given: Mapping[str, Any]) -> Json:
 def check_needs(name: str, values: Mapping[str, Any]) -> None:
     """Refuse an option that has no effect without another which was not given."""
     for option in options_of(name):
-        if option.keyword in values and option.needs and keyword_of(option.needs) not in values:
-            raise UsageError(f"{name}: {option.flag} needs {option.needs}", hint=see_help(name))
+        is_given = option.keyword in values
+        if is_given and option.needs and keyword_of(option.needs) not in values:
+            message = f"{name}: {option.flag} needs {option.needs}"
+            raise UsageError(message, hint=see_help(name))
+
+
+def split_at_dashes(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """``argv`` before the first ``--``, where options count, and from there on."""
+    for index, word in enumerate(argv):
+        if word == "--":
+            return list(argv[:index]), list(argv[index:])
+    return list(argv), []
 
 
 def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
     """A command's arguments, and its options as keywords; ``--`` begins what is all task."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    verbatim = argv[end + 1:]
+    before, after = split_at_dashes(argv)
+    verbatim = after[1:]
     if verbatim and TASK_ARGUMENT not in arguments_of(name):
         raise UsageError(f"{name}: nothing can follow --", hint=see_help(name))
-    given = vars(command_parser(name).parse_intermixed_args(argv[:end]))
+    given = vars(command_parser(name).parse_intermixed_args(before))
     words: List[str] = []
     for argument in arguments_of(name):
         found = given.get(argument.name, [])
         words.extend([found] if isinstance(found, str) else found)
+    words.extend(verbatim)
     options = read_options(name, given)
     check_needs(name, options)
-    return [*words, *verbatim], options
+    return words, options
 
 
 # -- Help
@@ -7076,7 +7118,9 @@ def purpose_of(name: str) -> str:
     """What a command, a group of commands, or the program ("") is for."""
     if not name:
         return PURPOSE
-    return SUBCOMMANDS[name].purpose if name in SUBCOMMANDS else f"Commands of mogplex {name}."
+    if name not in SUBCOMMANDS:
+        return f"Commands of mogplex {name}."
+    return SUBCOMMANDS[name].purpose
 
 
 def usage_line(name: str) -> str:
@@ -7103,23 +7147,42 @@ def help_row(what: str, meaning: str) -> str:
     return textwrap.fill(meaning, 80, initial_indent=f"  {what:<23} ", subsequent_indent=" " * 26)
 
 
-def help_block(title: str, rows: Iterable[str]) -> str:
+def help_block(title: str, rows: Sequence[str]) -> str:
     """A part of the help under its heading; "" for one without rows."""
-    lines = list(rows)
-    return "\n".join([f"{title}:", *lines]) if lines else ""
+    if not rows:
+        return ""
+    return "\n".join([f"{title}:", *rows])
+
+
+def command_rows(name: str) -> List[str]:
+    """The rows on the commands of a group, or on all; none for a command."""
+    if name in SUBCOMMANDS:
+        return []
+    return [f"  {other:<16} {command.purpose}" for other, command in below(name).items()]
+
+
+def argument_rows(name: str) -> List[str]:
+    """The rows on the arguments of a command."""
+    return [help_row(argument.name, argument.meaning) for argument in arguments_of(name)]
+
+
+def option_rows(name: str) -> List[str]:
+    """The rows on the options of a command or of the program ("")."""
+    rows = []
+    for option in options_of(name):
+        rows.append(help_row(f"{option.flag} {option.value}", option.meaning))
+    return rows
 
 
 def help_text(name: str) -> str:
     """The help of a command, of a group of commands such as ``runs``, or of the program ("")."""
-    commands: Mapping[str, Subcommand] = {} if name in SUBCOMMANDS else below(name)
-    options = [(f"{option.flag} {option.value}", option.meaning) for option in options_of(name)]
     parts = [
         usage_line(name),
         purpose_of(name),
-        help_block("commands", (f"  {other:<16} {row.purpose}" for other, row in commands.items())),
-        help_block("arguments", (help_row(row.name, row.meaning) for row in arguments_of(name))),
-        help_block("options", (help_row(what, meaning) for what, meaning in options)),
-        help_block("examples", (f"  mogplex {line}" for line in examples_of(name))),
+        help_block("commands", command_rows(name)),
+        help_block("arguments", argument_rows(name)),
+        help_block("options", option_rows(name)),
+        help_block("examples", [f"  mogplex {line}" for line in examples_of(name)]),
         EXIT_CODES,
     ]
     return "\n\n".join(part for part in parts if part)
@@ -7177,9 +7240,10 @@ def needs_terminal(word: str) -> UsageError:
 
 def stray_option(flag: str) -> UsageError:
     """The error for an option before a command that is none of the program's."""
-    if any(flag == option.flag for name in SUBCOMMANDS for option in options_of(name)):
-        return UsageError(f"{flag} goes after the subcommand", hint=see_help(""))
-    return unknown("unknown option", flag, [option.flag for option in PROGRAM_OPTIONS])
+    for name in SUBCOMMANDS:
+        if flag in flags_of(name):
+            return UsageError(f"{flag} goes after the subcommand", hint=see_help(""))
+    return unknown("unknown option", flag, flags_of(""))
 
 
 def cockpit_words(argv: Sequence[str]) -> Tuple[Optional[str], List[str]]:
@@ -7213,14 +7277,16 @@ def open_cockpit(ctx: Context, argv: Sequence[str]) -> int:
 
 def asks_for_help(argv: Sequence[str]) -> bool:
     """Whether -h or --help stands among the options."""
-    end = argv.index("--") if "--" in argv else len(argv)
-    return "-h" in argv[:end] or "--help" in argv[:end]
+    before, _ = split_at_dashes(argv)
+    return "-h" in before or "--help" in before
 
 
 def command_named(argv: Sequence[str]) -> str:
     """The command, or else the group of commands, that ``argv`` begins with."""
     name = " ".join(argv[:2])
-    return name if name in SUBCOMMANDS else argv[0]
+    if name in SUBCOMMANDS:
+        return name
+    return argv[0]
 
 
 def check_verb(name: str, argv: Sequence[str]) -> None:
@@ -7242,8 +7308,10 @@ def note_unknown_values(ctx: Context, name: str, options: Mapping[str, Any]) -> 
 
 def take_format(options: Json) -> str:
     """The format of LIST_FORMATS that one of the ``options`` is named for, which is taken out."""
-    chosen = [name for name in LIST_FORMATS if options.pop(name, False)]
-    return chosen[0] if chosen else "table"
+    for name in LIST_FORMATS:
+        if options.pop(name, False):
+            return name
+    return "table"
 
 
 def run_command(ctx: Context, argv: Sequence[str]) -> int:
@@ -7271,11 +7339,12 @@ def run(ctx: Context, argv: List[str]) -> int:
     if argv[:1] != ["--logout"]:
         return command_or_cockpit(ctx, argv)
     words = argv[1:]
+    if words == ["--json"]:
+        return run_command(ctx, ["logout", "--json"])
     on_terminal = is_terminal(ctx.stdin) and is_terminal(ctx.stdout)
-    if words == ["--json"] or (not words and not on_terminal):
-        ctx.list_format = "json" if words else "table"
-        return cmd_logout(ctx)
-    ctx.note(log_out(ctx)[1])  # stdout is for what comes after it
+    if not words and not on_terminal:
+        return run_command(ctx, ["logout"])
+    ctx.note(logout_text(log_out(ctx)))  # stdout is for what comes after it
     return command_or_cockpit(ctx, words)
 
 
@@ -7289,15 +7358,15 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
 
 def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:
     """``argv`` without the global options, which take effect here; and whether --demo was one."""
-    end = argv.index("--") if "--" in argv else len(argv)
+    before, after = split_at_dashes(argv)
     flags = [option.flag for option in GLOBAL_OPTIONS]
-    found = {word for word in argv[:end] if word in flags}
+    found = {word for word in before if word in flags}
     if "--debug" in found:
         ctx.debug = True
     if "--no-color" in found:
         ctx.environ = {**ctx.environ, "NO_COLOR": "1"}
-    left = [word for word in argv[:end] if word not in found]
-    return [*left, *argv[end:]], "--demo" in found
+    left = [word for word in before if word not in found]
+    return left + after, "--demo" in found
 
 
 def dispatch(ctx: Context, argv: Sequence[str]) -> int:
