@@ -1436,12 +1436,27 @@ class Credential:
             atexit.unregister(self.settle)
 
 
-def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) -> Credential:
-    """MOGPLEX_API_KEY, else what auth.json has for ``base_url``; UnauthorizedError for none or nonsense."""
+class GivenToken(NamedTuple):
+    """A token that the environment gives: it takes precedence over a sign-in."""
+
+    variable: str  # that it comes from; "" for none
+    token: str
+
+
+def token_given(environ: Mapping[str, str]) -> GivenToken:
+    """The token that the environment gives, if any."""
     token = environ.get("MOGPLEX_API_KEY", "").strip()
-    if token:
-        check_token(token, "MOGPLEX_API_KEY")
-        return Credential(token, source="environment", base_url=base_url)
+    if not token:
+        return GivenToken("", "")
+    return GivenToken("MOGPLEX_API_KEY", token)
+
+
+def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) -> Credential:
+    """The token that the environment gives, else the sign-in; UnauthorizedError for none."""
+    given = token_given(environ)
+    if given.variable:
+        check_token(given.token, given.variable)
+        return Credential(given.token, source="environment", base_url=base_url)
     stored = home.sign_in_for(base_url)
     if stored is None:
         raise UnauthorizedError(
@@ -5156,8 +5171,9 @@ def run_cockpit(
             hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands",
         )
     overruled = ""
-    if environ.get("MOGPLEX_API_KEY", "").strip():
-        overruled = "MOGPLEX_API_KEY is set and stays in force: unset it."
+    given = token_given(environ)
+    if given.variable:
+        overruled = f"{given.variable} is set and stays in force: unset it."
     with Signals() as signals:
         screen = Screen(environ, signals)
         shell = Shell(
@@ -5886,7 +5902,7 @@ class Context:
 
     def redacted(self, text: str) -> str:
         """``text`` without the token in use, or the one in the environment."""
-        tokens = [self.environ.get("MOGPLEX_API_KEY", "").strip()]
+        tokens = [token_given(self.environ).token]
         if self.credential:
             tokens.append(self.credential.token)
         return redact(text, *tokens)
@@ -6687,8 +6703,9 @@ def cmd_login(
             entry = browser_entry(ctx, client, no_browser, timeout)
     path = ctx.home.store_sign_in(entry)
     ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")
-    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
-        ctx.note("MOGPLEX_API_KEY is set and takes precedence over this sign-in")
+    given = token_given(ctx.environ)
+    if given.variable:
+        ctx.note(f"{given.variable} is set and takes precedence over this sign-in")
     return Exit.OK
 
 
@@ -6704,9 +6721,7 @@ def overruled_sign_in(ctx: Context, credential: Credential) -> str:
 
 def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tuple[str, str]]:
     """What ``login status`` tells of a credential: labels and values."""
-    source = "MOGPLEX_API_KEY"
-    if credential.source == "file":
-        source = ctx.home.auth_path
+    source = token_given(ctx.environ).variable or ctx.home.auth_path
     kind = "sign-in"
     if credential.token.startswith("mog_"):
         kind = "personal access token"
@@ -6749,8 +6764,9 @@ def cmd_login_status(ctx: Context) -> int:
 def log_out(ctx: Context) -> bool:
     """Forget the stored sign-in, which nothing can revoke; whether there was one."""
     forgotten = ctx.home.forget_sign_in()
-    if ctx.environ.get("MOGPLEX_API_KEY", "").strip():
-        ctx.note("MOGPLEX_API_KEY is set and still applies")
+    given = token_given(ctx.environ)
+    if given.variable:
+        ctx.note(f"{given.variable} is set and still applies")
     return forgotten
 
 
