@@ -33,7 +33,6 @@ nothing, never exits, and does not read ``os.environ``; every failure is a Mogpl
 """
 from __future__ import annotations
 
-import _thread
 import argparse
 import atexit
 import base64
@@ -1343,6 +1342,11 @@ class Credential:
         """Whether it can outlive its ``expires_at``."""
         return bool(self._sign_in.refresh_token)
 
+    @property
+    def secrets(self) -> Tuple[str, str]:
+        """The tokens, which must not be shown."""
+        return (self.token, self._sign_in.refresh_token)
+
     def current(self, post: PostForm) -> str:
         """The token to send, refreshed when it ends within 60 s.
 
@@ -1655,17 +1659,97 @@ def sign_in(
 
 # ---------------------------------------------------------------- 4. Client
 
-MAX_BODY = 32 << 20  # bytes, after decompression
-_PIECE = 1 << 18
-_SLICE_S = 0.25  # the longest wait in one go: on Windows Ctrl+C does not wake a waiting lock
-# An idle connection is closed by the service after 5 to 6 s, and a reused one then fails on its first byte.
-_KEEP_ALIVE_S = 4.5
-_HOSTS = {"www.mogplex.com", "mogplex.com"}
+MAX_BODY = 32 << 20      # bytes, after decompression
+READ_SIZE = 1 << 18      # bytes read at once, at most
+INFLATED_SIZE = 1 << 20  # bytes decompressed at once, at most: half a MiB can hold half a GiB
+LONGEST_WAIT_S = 0.25    # in one go: on Windows Ctrl+C does not wake a waiting lock
+LONGEST_ASKED_S = 5.0    # the longest Retry-After that a one-shot command waits for
+# The service closes an idle connection after 5 to 6 s, and a reused one then fails on its first byte.
+KEEP_ALIVE_S = 4.5
+JSON_TYPE = "application/json"
+STREAM_TYPE = "text/event-stream"
+SERVICE_HOSTS = {"www.mogplex.com", "mogplex.com"}  # which may redirect to each other
 
 
-def _target(url: str, location: str) -> Any:
-    """The URL that a redirect names, split; empty for nonsense."""
-    import urllib.parse
+class Shape(NamedTuple):
+    """What the ``data`` of a good answer must hold. Anything else may be missing, or of an odd type."""
+
+    lists: Tuple[str, ...] = ()
+    objects: Tuple[str, ...] = ()
+    run_id: str = ""  # the run that was asked for: another one's answer is not ours
+
+
+class Limits(NamedTuple):
+    """How long one exchange may take, in seconds."""
+
+    total_s: float
+    connect_s: float
+    idle_s: float = 0.0  # a stream may be silent for so long, if that is more than total_s
+
+
+class Request(NamedTuple):
+    """One request: what is sent, and what may be done about its answer."""
+
+    method: str
+    url: str  # with its query
+    headers: Mapping[str, Union[str, bytes]]
+    limits: Limits
+    body: Optional[bytes] = None
+    authorized: bool = True    # our token is sent with it
+    renews: bool = True        # when the token is refused, it is renewed and the request sent again
+    repeatable: bool = False   # sending it twice does no more than sending it once
+    expects: Shape = Shape()
+
+    @property
+    def keyed(self) -> bool:
+        """Whether an idempotency key makes it repeatable."""
+        return "Idempotency-Key" in self.headers
+
+
+def misfit(data: Json, shape: Shape) -> str:
+    """Why ``data`` is not of that ``shape``; "" when it is."""
+    for key in shape.lists:
+        if not isinstance(data.get(key), list):
+            return f"no list '{key}'"
+    for key in shape.objects:
+        if not isinstance(data.get(key), dict):
+            return f"no object '{key}'"
+    run_id = text_of(data, "run", "runId")
+    if run_id and shape.run_id and run_id.lower() != shape.run_id.lower():
+        return f"run '{sanitize(run_id)[:100]}' instead of '{sanitize(shape.run_id)[:100]}'"
+    return ""
+
+
+def path_segment(identifier: str) -> str:
+    """An id as one segment of a URL's path; UsageError for one that would name another path."""
+    identifier = identifier.strip()
+    if identifier in ("", ".", ".."):
+        raise UsageError(f"invalid id '{sanitize(identifier)}'")
+    return urllib.parse.quote(identifier, safe="", errors="replace")
+
+
+def query_string(params: Mapping[str, object]) -> str:
+    """``?`` and those of ``params`` that are neither None nor empty; "" when there are none.
+
+    What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
+    """
+    given = {name: str(value) for name, value in params.items() if value not in ("", None)}
+    query = urllib.parse.urlencode(given, errors="replace")
+    return query and "?" + query
+
+
+def json_body(body: object) -> bytes:
+    """``body`` as JSON; UsageError for what cannot be sent as such."""
+    try:
+        return to_json(body, allow_nan=False).encode()
+    except RecursionError:
+        raise UsageError("the request body is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"the request body is not JSON: {error}") from None
+
+
+def split_url(url: str, location: str = "") -> urllib.parse.SplitResult:
+    """The URL that ``location`` names as seen from ``url``, in its parts; empty for nonsense."""
     try:
         return urllib.parse.urlsplit(urllib.parse.urljoin(url, location))
     except ValueError:
@@ -1673,311 +1757,766 @@ def _target(url: str, location: str) -> Any:
 
 
 def redirect_target(url: str, status: int, location: str) -> str:
-    """Where the token may follow a redirect: a 307 or 308 between the two hosts of the service; else ""."""
-    here, there = _target(url, ""), _target(url, location)
-    hosts = {here.netloc.lower(), there.netloc.lower()}
-    allowed = status in (307, 308) and here.scheme == there.scheme == "https" and hosts == _HOSTS
-    return str(there.geturl()) if allowed else ""
+    """Where the token may follow a redirect: 307 or 308, between the service's two hosts; else ""."""
+    if status not in (307, 308):
+        return ""
+    here = split_url(url)
+    there = split_url(url, location)
+    if not here.scheme == there.scheme == "https":
+        return ""
+    if {here.netloc.lower(), there.netloc.lower()} != SERVICE_HOSTS:
+        return ""
+    return there.geturl()
 
 
-def _redirect_error(url: str, status: int, location: str) -> MogplexError:
-    there = _target(url, location)
-    if there.path.endswith("/login") and there.netloc == _target(url, "").netloc:
+def redirect_error(url: str, status: int, location: str) -> MogplexError:
+    """The error for a redirect that is not followed."""
+    there = split_url(url, location)
+    if there.path.endswith("/login") and there.netloc == split_url(url).netloc:
         hint = "the token was not understood, or MOGPLEX_URL is not the service's base URL"
-        return UnauthorizedError("the service asks for a sign-in", code="UNAUTHORIZED", status=status, hint=hint)
-    message = f"refused to follow a redirect to {sanitize(there.geturl() or location)[:500]}"
-    hint = "check MOGPLEX_URL: the token is sent to no other address"
-    return InvalidResponseError(message, code="REDIRECT", status=status, hint=hint)
+        return UnauthorizedError(
+            "the service asks for a sign-in", code="UNAUTHORIZED", status=status, hint=hint)
+    target = sanitize(there.geturl() or location)
+    return InvalidResponseError(
+        f"refused to follow a redirect to {target[:500]}", code="REDIRECT", status=status,
+        hint="check MOGPLEX_URL: the token is sent to no other address")
 
 
-def _odd_id(url: str) -> str:
-    """The id in a URL of the service that is not spelled as its ids are, or ""."""
-    import urllib.parse
-    ids = re.findall(r"(?:/runs/|/sandboxes/|[?&](?:repo_)?id=)([^/?&]+)", url.rpartition(API_PATH)[2])
-    identifier = urllib.parse.unquote_plus(ids[0]) if ids else ""
-    return "" if is_uuid(identifier) else sanitize(identifier)[:100]
+def unexpected_response(headers: Mapping[str, str], size: int) -> str:
+    """What to say of an answer of so many characters that is not the service's."""
+    content_type = sanitize(headers.get("Content-Type")).split(";")[0].strip()
+    message = f"unexpected response ({content_type or 'no content type'}, {size} characters)"
+    if "html" in content_type.lower():
+        message += ": is a proxy or login page in between?"
+    return message
 
 
-def _answer_error(url: str, status: int, headers: Mapping[str, str], answer: Any, size: int) -> MogplexError:
-    """The MogplexError for an answer that is no success in the service's envelope."""
-    kind = error_class(status) if status >= 300 else InvalidResponseError
-    error, odd_id = dict_of(answer, "error"), _odd_id(url) if status == 500 else ""  # what a malformed id is answered
-    code, message = sanitize(text_of(error, "code")), sanitize(text_of(error, "message") or text_of(answer, "error"))
+def malformed_id_hint(url: str) -> str:
+    """A hint where the id in a URL of the service is not spelled as its ids are; else ""."""
+    path = url.rpartition(API_PATH)[2]
+    match = re.search(r"(?:/runs/|/sandboxes/|[?&](?:repo_)?id=)([^/?&]+)", path)
+    if not match:
+        return ""
+    identifier = urllib.parse.unquote_plus(match.group(1))
+    if is_uuid(identifier):
+        return ""
+    return f"'{sanitize(identifier)[:100]}' does not look like an id of the service"
+
+
+def answer_error(
+    url: str, status: int, headers: Mapping[str, str], answer: object, size: int,
+) -> MogplexError:
+    """The MogplexError for an answer that is no success in the service's envelope.
+
+    ``answer`` is the JSON in it, None for none, and ``size`` how many characters came.
+    """
+    kind: Type[MogplexError] = InvalidResponseError
+    if status >= 300:
+        kind = error_class(status)
+    code = sanitize(text_of(answer, "error", "code"))
+    message = sanitize(text_of(answer, "error", "message") or text_of(answer, "error"))
     if not message and not code:
-        content = sanitize(headers.get("Content-Type")).split(";")[0] or "no content type"
-        message = f"the answer is not the service's ({size} characters, {content})"
-    return kind(
-        message[:1000] or "no message", code=code[:100], status=status,
-        hint=odd_id and f"'{odd_id}' does not look like an id of the service",
-        retry_after_s=parse_retry_after(headers.get("Retry-After"), headers.get("Date")),
-        delivered=status >= 500 or status < 300, transient=status in (429, 500, 502, 503, 504) or status < 300)
+        message = unexpected_response(headers, size)
+    error = kind(message[:1000] or "no message", code=code[:100], status=status)
+    if status == 500:  # what a malformed id is answered
+        error.hint = malformed_id_hint(url)
+    error.retry_after_s = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
+    error.transient = status < 300 or status in TRANSIENT_STATUSES
+    error.delivered = status < 300 or status >= 500 or status in UNAVAILABLE_STATUSES
+    return error
 
 
-def retry_wait_s(error: MogplexError, attempt: int, tries: int, random: float, keyed: bool = False) -> Optional[float]:
-    """How long a one-shot command waits before it tries again, None for not at all.
+def should_retry(error: MogplexError, attempt: int, tries: int, keyed: bool) -> bool:
+    """Whether a one-shot command sends its request again after ``error``."""
+    if attempt >= tries or not error.transient:
+        return False
+    if isinstance(error, RateLimitedError):
+        return False  # the caller is told how long to wait, and decides
+    if isinstance(error, InvalidResponseError) and not keyed:
+        return False  # it would come garbled again; with a key, the answer to a start is worth it
+    return (error.retry_after_s or 0.0) <= LONGEST_ASKED_S
 
-    ``keyed``: what has an idempotency key is repeated even when its answer came, and was garbage.
+
+def retry_delay_s(error: MogplexError, attempt: int, random: float) -> float:
+    """How long to wait before that."""
+    return max(error.retry_after_s or 0.0, backoff_s(attempt, random))
+
+
+def tries_after(error: MogplexError, attempt: int, tries: int, keyed: bool) -> int:
+    """How many tries there may be in all: after a 500 a start has one more.
+
+    When the service's queue refuses a start, the same key finds the failed run at once, and
+    each try uses up the user's budget of starts.
     """
-    asked_s, garbled = error.retry_after_s or 0.0, isinstance(error, InvalidResponseError)
-    again = error.transient and attempt < tries and asked_s <= 5 and (keyed or not garbled)
-    return max(asked_s, backoff_s(attempt, random)) if again and not isinstance(error, RateLimitedError) else None
+    if keyed and error.status == 500:
+        return min(tries, attempt + 1)
+    return tries
 
 
-# What the names of the errors behind a lost connection say, and whether the request may have got through.
-_LOST = (
-    ("gaierror", "the host name was not found", False), ("ConnectionRefusedError", "the connection was refused", False),
-    ("NewConnectionError", "no connection", False), ("ConnectTimeoutError", "no connection", False),
-    ("timeout", "no answer for {:g} s", True), ("TimeoutError", "no answer for {:g} s", True),
-    ("BaseException", "the connection was lost", True))
+# What an error behind a lost connection says by its name, and whether the request may have arrived.
+LOST_CONNECTIONS = (
+    ("gaierror", "the host name was not found", False),
+    ("ConnectionRefusedError", "the connection was refused", False),
+    ("NewConnectionError", "no connection", False),
+    ("ConnectTimeoutError", "no connection", False),
+    ("timeout", "no answer for {:g} s", True),
+    ("TimeoutError", "no answer for {:g} s", True),
+    ("BaseException", "the connection was lost", True),
+)
+BAD_URL_ERRORS = {"InvalidURL", "InvalidSchema", "LocationValueError", "UnicodeError"}
+HTTP_ERRORS = {"RequestException", "HTTPError", "HTTPException", "OSError"}
 
 
-def _transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
-    """The MogplexError for an exception of the HTTP library, or from under it; a bug's comes back as it is.
+class Cause:
+    """What lies under an exception of the HTTP library, whose layers wrap each other's.
 
-    Told apart by their kinds: a URL in a text may have any words. urllib3 1.26 calls it a ProxyError
-    too when a connection inside the tunnel is lost, and that request may have got through.
+    Errors are told apart by their kinds: a URL in a text may have any words.
     """
-    causes, cause = [], error  # type: List[Any], Any
-    while cause is not None:  # the libraries wrap each other's, and urllib3 some only as a "reason"
-        causes += [getattr(cause, "reason", None), cause]
-        cause = cause.__context__
-    kinds, text = {kind.__name__ for one in causes for kind in type(one).__mro__}, " ".join(map(str, causes))
-    words, delivered = next((words.format(limit_s), sent) for kind, words, sent in _LOST if kind in kinds)
-    if kinds & {"SSLCertVerificationError", "CertificateError"}:
-        words = sanitize(getattr(causes[-1], "verify_message", causes[-1]))
+
+    def __init__(self, error: BaseException) -> None:
+        chain: List[Any] = []
+        cause: Optional[BaseException] = error
+        while cause is not None:  # some of urllib3's are only a "reason"
+            chain += [getattr(cause, "reason", None), cause]
+            cause = cause.__context__
+        self.root: Any = chain[-1]
+        self.text = " ".join(map(str, chain))
+        self.kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
+
+    def lost(self, limit_s: float) -> Tuple[str, bool]:
+        """How the connection was lost, and whether the request may have arrived before that."""
+        for kind, words, delivered in LOST_CONNECTIONS:
+            if kind in self.kinds:
+                return words.format(limit_s), delivered
+        raise AssertionError("every exception is a BaseException")
+
+
+def tls_error(cause: Cause) -> Optional[MogplexError]:
+    """The error for a certificate that is not valid, or cannot be checked."""
+    if cause.kinds & {"SSLCertVerificationError", "CertificateError"}:
+        words = sanitize(getattr(cause.root, "verify_message", cause.root))
         hint = "behind a company proxy, name its CA in REQUESTS_CA_BUNDLE"
         return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS", hint=hint)
-    if re.search(r"CA certificate bundle|\[X509|PEM lib", text):
-        hint = "check REQUESTS_CA_BUNDLE and SSL_CERT_FILE"
-        return MogplexError("the file of CA certificates cannot be read", code="TLS", hint=hint)
-    if proxy and "ProxyError" in kinds:
-        refused = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", text)
-        message = f"no connection through the proxy {proxy}: {refused.group(1) if refused else words}"
-        return UnavailableError(message, code="PROXY", delivered=delivered and not refused, transient=True,
-                                hint="check HTTPS_PROXY and NO_PROXY")
-    if kinds & {"InvalidURL", "InvalidSchema", "LocationValueError", "UnicodeError"} or proxy and "ValueError" in kinds:
-        if proxy:
-            hint = "check HTTPS_PROXY; a SOCKS proxy needs PySocks"
-            return UsageError(f"the proxy {proxy} cannot be used", hint=hint)
+    if re.search(r"CA certificate bundle|\[X509|PEM lib", cause.text):
+        hint = "check REQUESTS_CA_BUNDLE, SSL_CERT_FILE and SSL_CERT_DIR"
+        return MogplexError("cannot read the CA certificates", code="TLS", hint=hint)
+    return None
+
+
+def proxy_error(cause: Cause, limit_s: float, proxy: str) -> Optional[MogplexError]:
+    """The error for a proxy that cannot be used, or refuses.
+
+    urllib3 1.26 calls it a ProxyError too when a connection inside the tunnel is lost, and that
+    request may have arrived.
+    """
+    if "ProxyError" in cause.kinds:
+        words, delivered = cause.lost(limit_s)
+        refused = re.search(r"Tunnel connection failed: (\d+ [\w ]+)", cause.text)
+        if refused:
+            words = refused.group(1)
+            delivered = False
+        return UnavailableError(
+            f"no connection through the proxy {proxy}: {words}", code="PROXY",
+            delivered=delivered, transient=True, hint="check HTTPS_PROXY and NO_PROXY")
+    if cause.kinds & (BAD_URL_ERRORS | {"ValueError"}):
+        hint = "check HTTPS_PROXY; a SOCKS proxy needs PySocks"
+        return UsageError(f"the proxy {proxy} cannot be used", hint=hint)
+    return None
+
+
+def transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
+    """The MogplexError for an exception of the HTTP library; a bug's comes back as it is."""
+    cause = Cause(error)
+    found = tls_error(cause)
+    if not found and proxy:
+        found = proxy_error(cause, limit_s, proxy)
+    if found:
+        return found
+    if cause.kinds & BAD_URL_ERRORS:
         return UsageError("MOGPLEX_URL cannot be used: it names no host that can exist")
     if type(error).__module__ == "zlib":
-        return InvalidResponseError("the answer's compression is broken", transient=True, delivered=True)
-    if kinds & {"RequestException", "HTTPError", "HTTPException", "OSError"}:
+        return InvalidResponseError(
+            "the compression of the response is broken", transient=True, delivered=True)
+    if re.search(r"got more than \d+ (headers|bytes)", cause.text):  # http.client's own limits
+        return InvalidResponseError(
+            "the response has too many headers, or too long ones", transient=True, delivered=True)
+    if cause.kinds & HTTP_ERRORS:
+        words, delivered = cause.lost(limit_s)
         return UnavailableError(words, code="UNAVAILABLE", delivered=delivered, transient=True)
     return error
 
 
-def _inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Gzip undone, at most 1 MiB at a time: half a MiB can hold half a GiB."""
+def inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Gzip undone, a bounded piece at a time."""
     import zlib
     inflater = zlib.decompressobj(31)
     for piece in pieces:
         full = False
         while (piece or full) and not inflater.eof:
-            some = inflater.decompress(piece, 1 << 20)
-            yield some
-            piece, full = inflater.unconsumed_tail, len(some) == 1 << 20
+            inflated = inflater.decompress(piece, INFLATED_SIZE)
+            yield inflated
+            piece = inflater.unconsumed_tail
+            full = len(inflated) == INFLATED_SIZE
     if not inflater.eof:
         raise zlib.error("the end is missing")
 
 
-def _raw_pieces(response: Any) -> Iterator[bytes]:
-    """The body as it arrives; ConnectionError when it is cut short.
+class Answer:
+    """An HTTP answer as requests gives it, with its body still to be read."""
 
-    Not ``iter_content``: on a body that is not chunked it holds small pieces back until it has
-    enough of them, and it loses at a reset what had come. urllib3 has ``read1`` from 2.2 on;
-    before that http.client's own is as prompt, and has to be told where the body ends.
+    def __init__(self, response: Any) -> None:
+        self.url: str = response.url
+        self.status: int = response.status_code
+        self.headers: Any = response.headers  # names in any case
+        self._raw = response.raw
+        # http.client's answer, under urllib3's; what an adapter of the embedder's gives may have none.
+        self._source = getattr(response.raw, "_fp", response.raw)
+
+    def pass_over_interim(self) -> None:
+        """Read on to the final answer; http.client itself passes over nothing but "100 Continue"."""
+        while 100 <= self.status < 200 and self.status != 101:
+            self._source.headers = None  # makes begin() read one more
+            self._source.begin()
+            self.status = self._source.status
+            self.headers = self.headers.copy()
+            self.headers.clear()
+            self.headers.update(self._source.headers.items())
+
+    def descriptor(self) -> int:
+        """That of the socket; -1 when it has none."""
+        try:
+            return int(self._raw.fileno())
+        except (AttributeError, OSError, ValueError):
+            return -1
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body, decompressed, as it arrives. We ask for no compression; a proxy may add it."""
+        encoding = self.headers.get("Content-Encoding", "").strip().lower()
+        if encoding in ("", "identity"):
+            return self._raw_pieces()
+        if encoding == "gzip":
+            return inflate(self._raw_pieces())
+        raise InvalidResponseError(
+            f"unknown encoding of the response: {sanitize(encoding)[:100]}", delivered=True)
+
+    def _raw_pieces(self) -> Iterator[bytes]:
+        """The body as it arrives; ConnectionResetError when it is cut short.
+
+        Neither requests' ``iter_content`` nor urllib3's ``read``: they hold small pieces back,
+        and lose at a reset what had come. http.client's ``read1`` has to be told where the body
+        ends.
+        """
+        left = self._length()
+        while left:
+            piece = self._source.read1(min(READ_SIZE, left))
+            if not piece:
+                break
+            left -= len(piece)
+            yield piece
+        if 0 < left < float("inf"):
+            raise ConnectionResetError("the response was cut short")
+
+    def _length(self) -> Any:
+        """The bytes of the body as announced, infinity when they are not."""
+        length = self.headers.get("Content-Length", "")
+        chunked = "chunked" in self.headers.get("Transfer-Encoding", "").lower()
+        if chunked or not re.match("[0-9]{1,18}\\Z", length):
+            return float("inf")
+        return int(length)
+
+    def keep(self) -> None:
+        """Give back the connection of an answer that was read to its end, for the next request."""
+        if getattr(self._source, "will_close", True) or not hasattr(self._raw, "release_conn"):
+            self.close()
+            return
+        self._source.close()  # tells http.client that this answer is over
+        self._raw.release_conn()
+
+    def close(self) -> None:
+        """Close the connection, unless it was given back: nobody knows where a next answer begins."""
+        self._raw.close()
+
+
+class SocketHandle:
+    """The socket on which a thread waits, by which another thread ends that wait.
+
+    No time limit of a socket ends a wait for a peer that sends a byte now and then; shutting
+    it down does. Held is a duplicate: urllib3 may wrap or close its own at any moment.
     """
-    raw, length = response.raw, response.headers.get("Content-Length", "")
-    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-    left = int(length) if re.match("[0-9]{1,18}\\Z", length) and not chunked else float("inf")
-    while left:
-        size = min(_PIECE, left)
-        piece = raw.read1(size, decode_content=False) if hasattr(raw, "read1") else raw._fp.read1(size)
-        if not piece:
-            break
-        left -= len(piece)
-        yield piece
-    if 0 < left < float("inf"):
-        raise ConnectionResetError("the answer was cut short")
-    raw._fp.close()  # tells http.client that this answer was read whole, so that the connection can be kept
-    raw.release_conn()
+
+    def __init__(self) -> None:
+        self.is_cut = False
+        self._lock = threading.Lock()
+        self._socket: Optional[socket.socket] = None
+        self._pid = os.getpid()
+
+    @property
+    def is_held(self) -> bool:
+        """Whether there is a socket."""
+        return self._socket is not None
+
+    def hold(self, descriptor: int) -> None:
+        """Hold the socket of this descriptor, in place of the last."""
+        self.let_go()
+        with self._lock, contextlib.suppress(OSError):
+            self._socket = socket.fromfd(descriptor, socket.AF_INET, socket.SOCK_STREAM)
+        if self.is_cut:
+            self.cut()
+
+    def let_go(self) -> bool:
+        """Hold nothing; whether it was never cut, so that the connection may be kept."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+            return not self.is_cut
+
+    def cut(self) -> None:
+        """End all waiting on it, now and later."""
+        with self._lock:
+            self.is_cut = True
+            if self._socket is None:
+                return
+            if self._pid == os.getpid():  # in a fork's child, it is the parent that waits
+                with contextlib.suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+            self._socket.close()
+            self._socket = None
 
 
-def _pieces(response: Any) -> Iterator[bytes]:
-    """The body, decompressed, as it arrives. We ask for no compression; a proxy may think better of it."""
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    if encoding not in ("", "identity", "gzip"):
-        raise InvalidResponseError(f"the answer has an unknown encoding: {sanitize(encoding)[:100]}", delivered=True)
-    return _inflate(_raw_pieces(response)) if encoding == "gzip" else _raw_pieces(response)
+class Worker(threading.Thread):
+    """The thread of one exchange: it sends the request, and reads a piece of the body when asked.
 
-
-class Exchange:
-    """One request and its answer, on a daemon thread of its own; used in a ``with`` statement.
-
-    The thread posts what arrives, and whoever waits can leave at any moment: the HTTP library
-    has no limit for a whole exchange, and a silent DNS look-up under it can't be interrupted.
-    ``tick`` is called before each wait, and at least every quarter of a second; it may raise.
+    It posts the Answer, then pieces, then None; or an exception instead of any of them.
     """
 
     def __init__(
-        self, url: str, send: Callable[[], Any], explain: Callable[[Exception], Exception], limit_s: float,
-        tick: Callable[[], None], done: Callable[[str], None],
+        self, send: Callable[[], Answer], explain: Callable[[Exception], Exception],
     ) -> None:
-        self.url, self.status, self.size = url, 0, 0
-        self.headers: Mapping[str, str] = {}
-        self._send, self._explain, self._limit_s, self._tick, self._done = send, explain, limit_s, tick, done
-        # The answer, the pieces of its body, and None or an error; a piece is read when it is asked for, not before.
-        self._posted: Any = queue.SimpleQueue()
-        self._wanted, self._asked = threading.Semaphore(0), True
-        self._left, self._started = False, time.monotonic()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        super().__init__(daemon=True)
+        self.handle = SocketHandle()
+        self.size = 0  # bytes of the body so far
+        self.send_request = send
+        self.explain = explain
+        self.posted: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.wanted = threading.Semaphore(0)
+        self.is_asked = True  # for the answer, at first
+
+    def begin(self) -> None:
+        """Start; MogplexError when the system has no thread to give."""
+        try:
+            self.start()
+        except RuntimeError as error:
+            raise MogplexError(f"cannot start a thread: {error}", transient=True) from None
+
+    def take(self, wait_s: float) -> Any:
+        """What it posts next, waited for so long; queue.Empty when nothing came."""
+        if not self.is_asked:
+            self.is_asked = True
+            self.wanted.release()
+        item = self.posted.get(timeout=wait_s)
+        self.is_asked = False
+        return item
+
+    def leave(self) -> None:
+        """End it, wherever it is; only a look-up of a host name cannot be ended."""
+        self.handle.cut()
+        self.wanted.release()
+
+    def run(self) -> None:
+        """The thread's own part."""
+        answer = None
+        try:
+            answer = self.send_request()
+            if not self.handle.is_held:  # the connections of a given session are its own
+                self.handle.hold(answer.descriptor())
+            self.posted.put(answer)
+            self._read(answer)
+        except Exception as error:
+            self.posted.put(self.explain(error))
+        finally:
+            if answer is not None:
+                answer.close()
+            self.handle.let_go()
+
+    def _read(self, answer: Answer) -> None:
+        pieces = filter(None, answer.pieces())
+        while True:
+            self.wanted.acquire()
+            if self.handle.is_cut:
+                return
+            piece = next(pieces, None)
+            if piece is None:
+                if self.handle.let_go():
+                    answer.keep()
+                self.posted.put(None)
+                return
+            self.size += len(piece)
+            self.posted.put(piece)
+
+
+def do_nothing() -> None:
+    """The tick of an exchange that nobody watches."""
+
+
+class Exchange:
+    """One request and its answer, on a thread of its own; used in a ``with`` statement.
+
+    Whoever waits can leave at any moment: the HTTP library has no limit for a whole exchange,
+    and a silent DNS look-up under it cannot be interrupted. ``tick`` is called before each
+    wait, and at least every quarter of a second; it may raise. All text is redacted by ``clean``.
+    """
+
+    def __init__(
+        self, request: Request, worker: Worker, tick: Callable[[], None],
+        clean: Callable[[str], str], report: Callable[[str], None],
+    ) -> None:
+        self.url = request.url
+        self.status = 0
+        self.headers: Any = {}
+        self.clean = clean
+        self._request = request
+        self._worker = worker
+        self._tick = tick
+        self._report = report
+        self._started = time.monotonic()
 
     def __enter__(self) -> Exchange:
         try:
-            self._thread.start()
-            response = self._in_time()
-            self.url, self.status, self.headers = response.url, response.status_code, response.headers
+            self._worker.begin()
+            answer = self._in_time()
+            self.url = answer.url
+            self.status = answer.status
+            self.headers = answer.headers.copy()
+            for name, value in answer.headers.items():
+                self.headers[name] = self.clean(value)
         except BaseException:
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._left = True
-        self._wanted.release()
+        self._worker.leave()
         took_ms = (time.monotonic() - self._started) * 1000
-        self._done(f"{self.url} {self.status or 'no answer'} {took_ms:.0f} ms {self.size} bytes")
+        outcome = self.status or "no answer"
+        self._report(f"{self.url} {outcome} {took_ms:.0f} ms {self._worker.size} bytes")
 
     @property
     def streams(self) -> bool:
         """Whether the answer is a stream of server-sent events."""
         content_type = self.headers.get("Content-Type") or ""
-        return self.status == 200 and content_type.split(";")[0].strip().lower() == "text/event-stream"
+        media_type = content_type.split(";")[0].strip().lower()
+        return self.status == 200 and media_type == STREAM_TYPE
 
     def text(self) -> str:
-        """The whole body, invalid UTF-8 replaced; within the limit of the exchange, and 32 MiB."""
+        """The whole body, invalid UTF-8 replaced, redacted; within the limits of time and size."""
         body = bytearray()
         while True:
             piece = self._in_time()
             if piece is None:
-                return body.decode("utf-8-sig", "replace")
+                return self.clean(body.decode("utf-8-sig", "replace"))
             body += piece
             if len(body) > MAX_BODY:
                 raise InvalidResponseError(
-                    f"refused an answer of over {MAX_BODY >> 20} MiB", code="TOO_LARGE", delivered=True)
+                    f"refused a response of over {MAX_BODY >> 20} MiB", code="TOO_LARGE",
+                    delivered=True)
 
     def data(self) -> Json:
-        """The ``data`` of an answer in the service's envelope; the MogplexError that any other one means."""
+        """The ``data`` of a good answer; the MogplexError that any other one means."""
         location = self.headers.get("Location") or ""
+        url = self.clean(self.url)
         if 300 <= self.status < 400 and location:  # whose body nobody wants
-            raise _redirect_error(self.url, self.status, location)
-        text, answer = self.text(), None
+            raise redirect_error(url, self.status, location)
+        text = self.text()
+        answer = None
         with contextlib.suppress(ValueError):
             answer = parse_json(text)
-        data = answer.get("data") if isinstance(answer, dict) and answer.get("ok") is True else None
-        if 200 <= self.status < 300 and isinstance(data, dict):
-            return data
-        raise _answer_error(self.url, self.status, self.headers, answer, len(text))
+        data = None
+        if isinstance(answer, dict) and answer.get("ok") is True:
+            data = answer.get("data")
+        if not 200 <= self.status < 300 or not isinstance(data, dict):
+            raise answer_error(url, self.status, self.headers, answer, len(text))
+        problem = misfit(data, self._request.expects)
+        if problem:
+            raise InvalidResponseError(
+                f"unexpected response: {problem}", status=self.status,
+                delivered=True, transient=True)
+        return data
 
     def piece(self, idle_s: float) -> Optional[bytes]:
-        """The next piece of the body, None at its end, b"" when nothing came for ``idle_s``."""
+        """The next piece of the body, None at its end, b"" when nothing came for ``idle_s``.
+
+        Not redacted: a token may stand across two pieces. Give what is made of them to ``clean``.
+        """
         piece: Optional[bytes] = self._next(time.monotonic() + idle_s)
         return piece
 
     def _in_time(self) -> Any:
-        item = self._next(self._started + self._limit_s)
+        limit_s = self._request.limits.total_s
+        item = self._next(self._started + limit_s)
         if item == b"":
-            raise UnavailableError(f"no complete answer within {self._limit_s:g} s", code="UNAVAILABLE",
-                                   delivered=True, transient=True)
+            raise UnavailableError(
+                f"no complete answer within {limit_s:g} s", code="UNAVAILABLE",
+                delivered=True, transient=True)
         return item
 
     def _next(self, until: float) -> Any:
-        """What the thread posted next, b"" when that is nothing; what it posted as an error is raised."""
+        """What the thread posts next, b"" when that is nothing; an exception is raised."""
         while True:
             self._tick()
-            if not self._asked:
-                self._asked = True
-                self._wanted.release()
-            now = time.monotonic()
-            if now >= until:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
                 return b""
             with contextlib.suppress(queue.Empty):
-                item = self._posted.get(timeout=min(_SLICE_S, until - now))
-                self._asked = False
+                item = self._worker.take(min(LONGEST_WAIT_S, left_s))
                 if isinstance(item, Exception):
                     raise item
                 return item
 
-    def _run(self) -> None:
-        response = None
-        try:
-            response = self._send()
-            self._posted.put(response)
-            pieces = filter(None, _pieces(response))
-            while self._wanted.acquire() and not self._left:
-                piece = next(pieces, None)
-                self.size += len(piece or b"")
-                self._posted.put(piece)
-        except Exception as error:
-            self._posted.put(error if isinstance(error, MogplexError) else self._explain(error))
-        finally:
-            if response is not None:
-                response.raw.close()
+
+class HeldConnection:
+    """Mixed into urllib3's connections: tells the Worker that uses one which socket it waits on."""
+
+    sock: Any
+
+    def _new_conn(self) -> Any:
+        """A new socket, before any TLS or tunnel is on it."""
+        sock = super()._new_conn()  # type: ignore[misc]
+        self._hold(sock)
+        return sock
+
+    def putrequest(self, *args: Any, **kwargs: Any) -> None:
+        """Called first for each request; on a kept connection there is a socket already."""
+        if self.sock is not None:
+            self._hold(self.sock)
+        super().putrequest(*args, **kwargs)  # type: ignore[misc]
+
+    @staticmethod
+    def _hold(sock: Any) -> None:
+        worker = threading.current_thread()
+        if isinstance(worker, Worker):
+            worker.handle.hold(sock.fileno())
 
 
-# Two threads that import a package of many modules at once can each be given half of it (seen on Python 3.8).
-_IMPORTING = _thread.allocate_lock()
+@functools.lru_cache(None)
+def held_pool(kind: Any) -> Any:
+    """A subclass of one of urllib3's pools, whose connections are HeldConnections."""
+    if issubclass(kind.ConnectionCls, HeldConnection):
+        return kind
+    connection = type("Connection", (HeldConnection, kind.ConnectionCls), {})
+    return type("Pool", (kind,), {"ConnectionCls": connection})
 
 
-def _new_session() -> Any:
-    """A session that sends nothing of its own accord: no ~/.netrc, no cookie, no proxy, no redirect."""
+def hold_connections(manager: Any) -> Any:
+    """Make one of urllib3's pool managers use held pools."""
+    kinds = manager.pool_classes_by_scheme
+    manager.pool_classes_by_scheme = {scheme: held_pool(kinds[scheme]) for scheme in kinds}
+    return manager
+
+
+# Two threads that import a large package at once can each be given half of it (seen on Python 3.8).
+IMPORTING = threading.Lock()
+
+
+def import_requests() -> Any:
+    """The package; MogplexError when it is missing."""
     try:
-        import http.cookiejar
-        with _IMPORTING:
+        with IMPORTING:
             import requests
+            import requests.adapters
     except ImportError:
         hint = "install it: python3 -m pip install requests"
         raise MogplexError("the package 'requests' is missing", hint=hint) from None
-    session: Any = requests.Session()
+    return requests
+
+
+def new_session() -> Any:
+    """A session that sends nothing of its own accord: no ~/.netrc, no cookie, no proxy."""
+    import http.cookiejar
+    requests = import_requests()
+
+    class Adapter(requests.adapters.HTTPAdapter):  # type: ignore[misc, name-defined]
+        """The usual adapter, with HeldConnections."""
+
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs)
+            hold_connections(self.poolmanager)
+
+        def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+            return hold_connections(super().proxy_manager_for(*args, **kwargs))
+
+    session = requests.Session()
     session.trust_env = False
     session.cookies.set_policy(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-    # Even where redirects are not followed, requests reads a redirect's whole body into memory, and parses its target.
-    session.get_redirect_target = lambda response: None
+    session.mount("https://", Adapter())
+    session.mount("http://", Adapter())
     return session
 
 
-def _segment(identifier: str) -> str:
-    """An id as one segment of a URL's path; UsageError for one that would name another path."""
-    import urllib.parse
-    if identifier.strip() in ("", ".", ".."):
-        raise UsageError(f"'{sanitize(identifier)}' is no id")
-    return urllib.parse.quote(identifier.strip(), safe="", errors="replace")
+class Stamp:
+    """Puts our headers on a request of requests, and takes its answer as soon as it is there.
+
+    As its "auth", even without a token: else requests asks ~/.netrc for one, and refuses some
+    legal header values. With a hook, before requests parses a redirect's target and reads
+    its whole body into memory, though redirects are not followed.
+    """
+
+    def __init__(self, headers: Mapping[str, Union[str, bytes]]) -> None:
+        self.answer: Optional[Answer] = None
+        self._headers = headers
+
+    def __call__(self, prepared: Any) -> Any:
+        prepared.headers.pop("Authorization", None)  # a given session may have one of its own
+        prepared.headers.update(self._headers)
+        prepared.register_hook("response", self.take)
+        return prepared
+
+    def take(self, response: Any, **_: Any) -> Any:
+        """Called with the answer as it arrives."""
+        self.answer = Answer(response)
+        response.headers = response.headers.copy()
+        response.headers.pop("Location", None)
+        return response
+
+
+class Transport:
+    """Sends a Request, and hands back its Answer; blocks meanwhile. Keeps connections.
+
+    ``session`` is the embedder's, whose proxies, certificates and adapters are its own affair,
+    or None. After a fork the child begins with connections and a lock of its own.
+    """
+
+    def __init__(self, session: Any, verify: Union[bool, str], trust_env: bool) -> None:
+        self.clock = time.monotonic
+        self._given = session
+        self._verify = verify
+        self._trust_env = trust_env
+        self._session = session
+        self._lock = threading.Lock()
+        self._used_at = 0.0
+        self._pid = os.getpid()
+
+    def send(self, request: Request, token: str) -> Answer:
+        """The answer to ``request``, with ``token`` unless that is ""; any exception of requests."""
+        headers = dict(request.headers)
+        if token:
+            headers["Authorization"] = f"Bearer {token}"
+        stamp = Stamp(headers)
+        limits = request.limits
+        read_s = max(limits.total_s, limits.idle_s + LONGEST_WAIT_S)
+        response = self._take_session().request(
+            request.method, request.url, data=request.body, auth=stamp,
+            timeout=(limits.connect_s, read_s), allow_redirects=False, stream=True,
+            **self._settings(request.url))
+        answer = stamp.answer or Answer(response)
+        try:
+            answer.pass_over_interim()
+        except BaseException:
+            answer.close()
+            raise
+        return answer
+
+    def explain(self, request: Request, error: Exception) -> Exception:
+        """The MogplexError that an exception of ``send``, or of reading the body, means."""
+        if isinstance(error, MogplexError):
+            return error
+        return transport_error(error, request.limits.total_s, self._proxy(request.url))
+
+    def rest(self) -> None:
+        """Note that an exchange is over: its connection is idle from now on."""
+        self._used_at = self.clock()
+
+    def close(self) -> None:
+        """Close the kept connections; those of a given session are the giver's."""
+        self._notice_fork()
+        with self._lock:
+            if self._given is None and self._session is not None:
+                self._session.close()
+                self._session = None
+
+    def _take_session(self) -> Any:
+        self._notice_fork()
+        with self._lock:
+            if self._session is None:
+                self._session = new_session()
+            elif self._given is None and self.clock() - self._used_at > KEEP_ALIVE_S:
+                self._session.close()  # its idle connections; the session goes on working
+            self._used_at = self.clock()
+            return self._session
+
+    def _notice_fork(self) -> None:
+        """Leave the connections to the parent: a child that used them too would get its answers."""
+        if self._pid == os.getpid():
+            return
+        self._pid = os.getpid()
+        self._lock = threading.Lock()  # a thread that held it is the parent's
+        self._session = self._given
+        if self._given is not None:
+            self._given.close()  # the child's copies of its idle connections
+
+    def _settings(self, url: str) -> Json:
+        """Proxies and certificates for requests; a given session has its own, except what is asked for."""
+        settings: Json = {}
+        if self._given is None or self._verify is not True:
+            settings["verify"] = self._verify
+        if self._trust_env:
+            settings["proxies"] = self._proxies(url)
+        return settings
+
+    def _proxies(self, url: str) -> Dict[str, str]:
+        """Those of the environment; none on the way to this machine."""
+        if not self._trust_env or is_loopback(split_url(url).hostname):
+            return {}
+        return dict(import_requests().utils.get_environ_proxies(url))
+
+    def _proxy(self, url: str) -> str:
+        """The proxy on the way to ``url``, without its password; "" for none."""
+        proxies = self._proxies(url)
+        if self._given is not None:
+            proxies = {**self._given.proxies, **proxies}
+        proxy = import_requests().utils.select_proxy(url, proxies) or ""
+        return sanitize(re.sub(r"(//|^)[^/]*@", r"\1", proxy))
+
+
+def mcp_server_kind(config: Json) -> str:
+    """How an MCP server is reached: "http", "stdio", or "" when its config does not tell."""
+    if text_of(config, "url"):
+        return "http"
+    if text_of(config, "command"):
+        return "stdio"
+    return ""
 
 
 class Client:
     """The hosted API: one method per route, each returning plain dicts as the service sent them.
 
-    ``token`` is a string, or a Credential that renews itself. Every request sends it to ``base_url``
-    alone. Failures are MogplexErrors: UnauthorizedError, ForbiddenError, RateLimitedError,
-    UnavailableError (no answer, 502 to 504), InvalidResponseError, and the base class for the rest.
-    A request takes at most ``timeout_s`` in all, and up to ``tries`` tries. ``trust_env`` lets
-    proxies come from the environment; ``verify`` is a CA file, as for requests. ``log`` gets a line per request.
-    It can be used from several threads, and in a ``with`` statement.
+    ``token`` is a string, or a Credential that renews itself. Every request sends it to
+    ``base_url`` alone: https, or http to this machine. Failures are MogplexErrors: UsageError
+    for such a URL, UnauthorizedError, ForbiddenError, RateLimitedError, UnavailableError (no
+    answer, or one like 502 to 504), InvalidResponseError (which includes another run's answer,
+    and one without its list or object), and the base class for the rest. No error and no
+    answer holds the token. A request takes at most ``timeout_s`` in all, and up to ``tries``
+    tries. ``trust_env`` lets proxies come from the environment; ``verify`` is a file or
+    directory of CAs, as for requests; a ``session`` of requests keeps its own. ``log`` gets a
+    line per request. It can be used from several threads, on both sides of a fork, and in a
+    ``with`` statement.
     """
 
     def __init__(
         self, token: Union[str, Credential], base_url: str = DEFAULT_URL, *, session: Any = None,
-        timeout_s: float = 30.0, connect_timeout_s: float = 10.0, tries: int = 3, trust_env: bool = False,
-        verify: Union[bool, str] = True, log: Optional[Callable[[str], None]] = None,
+        timeout_s: float = 30.0, connect_timeout_s: float = 10.0, tries: int = 3,
+        trust_env: bool = False, verify: Union[bool, str] = True,
+        log: Optional[Callable[[str], None]] = None,
         sleep: Callable[[float], None] = time.sleep, random: Callable[[], float] = random_unit,
     ) -> None:
-        self.base_url = base_url.rstrip("/")
+        self.base_url = parse_base_url(base_url, allow_http=True, source="base_url")
         self.credential = token if isinstance(token, Credential) else Credential(token)
-        self._given, self._session, self._lock = session is not None, session, threading.Lock()
-        self._timeout_s, self._connect_timeout_s, self._tries = timeout_s, connect_timeout_s, tries
-        self._trust_env, self._verify, self._log = trust_env, verify, log
-        self._sleep, self._random, self._used_at = sleep, random, 0.0
+        self.transport = Transport(session, verify, trust_env)
+        self._limits = Limits(timeout_s, connect_timeout_s)
+        self._tries = tries
+        self._log = log
+        self._sleep = sleep
+        self._random = random
 
     def __enter__(self) -> Client:
         return self
@@ -1991,202 +2530,294 @@ class Client:
         Waits up to 5 s for a refresh of the credential that is under way.
         """
         self.credential.settle()
-        with self._lock:
-            if self._session is not None and not self._given:
-                self._session.close()
-                self._session = None
+        self.transport.close()
+
+    def request(
+        self, method: str, path: str, *, params: Optional[Mapping[str, object]] = None,
+        body: Optional[Json] = None, idempotency_key: str = "",
+    ) -> Json:
+        """Any route, ``path`` being what follows ``/api/v1/mogplex``: the ``data`` of its answer.
+
+        Sent again after a fault where that does no harm: a GET, PUT or DELETE, or one with a key.
+        """
+        return self._answered(self._api_request(method, path, params, body, idempotency_key))
 
     def repos(self, query: str = "", repo_id: str = "", limit: Optional[int] = None) -> List[Json]:
-        """GET /repos, by name; ``query`` is part of a name, in which ``_`` and ``%`` are wildcards."""
-        return dicts_of(self._get("/repos", q=query, id=repo_id, limit=limit), "repos")
+        """GET /repos, by name; ``query`` is part of one, in which ``_`` and ``%`` are wildcards."""
+        return self._listed("repos", "/repos", q=query, id=repo_id, limit=limit)
 
-    def sandboxes(self, repo_id: str = "", status: str = "", limit: Optional[int] = None) -> List[Json]:
+    def sandboxes(
+        self, repo_id: str = "", status: str = "", limit: Optional[int] = None,
+    ) -> List[Json]:
         """GET /sandboxes, newest activity first."""
-        return dicts_of(self._get("/sandboxes", repo_id=repo_id, status=status, limit=limit), "sandboxes")
+        return self._listed("sandboxes", "/sandboxes", repo_id=repo_id, status=status, limit=limit)
 
     def sandbox_logs(self, sandbox_id: str) -> Json:
-        """GET /sandboxes/{id}/logs: ``{sandbox: {..., install_log, dev_log}, lifecycle_events: [...]}``."""
-        return self._get(f"/sandboxes/{_segment(sandbox_id)}/logs")
+        """GET /sandboxes/{id}/logs: ``{sandbox: {..., install_log, dev_log}, lifecycle_events}``."""
+        request = self._api_request("GET", f"/sandboxes/{path_segment(sandbox_id)}/logs")
+        expected = Shape(objects=("sandbox",), lists=("lifecycle_events",))
+        return self._answered(request._replace(expects=expected))
 
     def create_sandbox(self, body: Json) -> Json:
-        """POST /sandboxes with repoId, baseBranch, workingBranch, createBranch, rootDirectory: the sandbox."""
-        return dict_of(self._send("POST", "/sandboxes", body=body, tries=1), "sandbox")
+        """POST /sandboxes: the sandbox.
+
+        ``body`` holds repoId, baseBranch, workingBranch, createBranch, rootDirectory. Never
+        sent twice: the service takes no idempotency key for it.
+        """
+        request = self._api_request("POST", "/sandboxes", body=body)
+        data = self._answered(request._replace(expects=Shape(objects=("sandbox",))))
+        return dict_of(data, "sandbox")
 
     def stop_sandbox(self, sandbox_id: str) -> Json:
-        """POST /sandboxes/{id}/stop, a route that does not exist yet: InvalidResponse or 404 until it does."""
-        return self._send("POST", f"/sandboxes/{_segment(sandbox_id)}/stop")
+        """POST /sandboxes/{id}/stop, which does not exist yet: InvalidResponse or 404 until then."""
+        request = self._api_request("POST", f"/sandboxes/{path_segment(sandbox_id)}/stop")
+        return self._answered(request._replace(repeatable=True))
 
     def start_run(self, body: Json, idempotency_key: str) -> Json:
         """POST /runs: the Run, and ``replayed``.
 
         ``body`` holds repoId and prompt, and harness, baseBranch, workingBranch, createBranch,
-        rootDirectory where wanted. Whatever fails may be repeated under the same key.
+        rootDirectory where wanted. What failed may be repeated under the same key, and must
+        not be under another one when the error says ``delivered``.
         """
-        if not 1 <= len(idempotency_key.strip()) <= 200 or re.search(r"[^ -~]", idempotency_key):
+        key = idempotency_key.strip()
+        if not 1 <= len(key) <= 200 or re.search(r"[^ -~]", idempotency_key):
             raise UsageError("an idempotency key has 1 to 200 printable ASCII characters")
-        return self._send("POST", "/runs", body=body, key=idempotency_key.strip())
+        request = self._api_request("POST", "/runs", body=body, key=key)
+        refusal = functools.partial(self._start_refusal, text_of(body, "repoId"))
+        run = self._answered(request, refusal)
+        if not text_of(run, "runId"):  # and asking again would not make one
+            raise InvalidResponseError("unexpected response: no 'runId'", delivered=True)
+        return run
 
     def run(self, run_id: str) -> Json:
         """GET /runs/{id}: the Run."""
-        return dict_of(self._get(f"/runs/{_segment(run_id)}"), "run")
+        return dict_of(self._answered(self._run_request(run_id)), "run")
 
     def events(self, run_id: str, limit: Optional[int] = None) -> Json:
-        """GET /runs/{id}/events: ``{run, events}``, always the run's first ``limit`` (at most 200) events."""
-        return self._get(f"/runs/{_segment(run_id)}/events", limit=limit)
+        """GET /runs/{id}/events: ``{run, events}``, the first ``limit`` (at most 200) events."""
+        return self._answered(self._events_request(run_id, limit))
 
     def cancel(self, run_id: str) -> Json:
         """POST /runs/{id}/cancel, safe to repeat: ``{run, status, alreadyTerminal}``."""
-        return self._send("POST", f"/runs/{_segment(run_id)}/cancel")
+        request = self._api_request("POST", f"/runs/{path_segment(run_id)}/cancel")
+        expected = Shape(run_id=run_id.strip())
+        return self._answered(request._replace(repeatable=True, expects=expected))
 
     def agents(self) -> List[Json]:
         """GET /agents."""
-        return dicts_of(self._get("/agents"), "agents")
+        return self._listed("agents", "/agents")
 
     def models(self) -> List[Json]:
         """GET /models."""
-        return dicts_of(self._get("/models"), "models")
+        return self._listed("models", "/models")
 
     def mcp_servers(self) -> List[Json]:
-        """GET /mcp/servers: name and enabled of each; its ``config`` holds live secrets and is left here."""
-        servers = dicts_of(self._get("/mcp/servers"), "servers")
-        return [{key: server.get(key) for key in ("name", "enabled")} for server in servers]
+        """GET /mcp/servers: name, enabled and kind ("http", "stdio" or "") of each.
+
+        Its ``config`` holds live secrets, and is left here.
+        """
+        return [
+            {
+                "name": server.get("name"),
+                "enabled": server.get("enabled"),
+                "kind": mcp_server_kind(dict_of(server, "config")),
+            }
+            for server in self._listed("servers", "/mcp/servers")
+        ]
 
     def post_form(self, url: str, form: Dict[str, str]) -> Tuple[int, Json]:
-        """POST a form without our token: (HTTP status, JSON object or {}); UnavailableError without an answer."""
+        """POST a form without our token: (HTTP status, JSON object or {}); errors as of a request."""
+        request = Request(
+            "POST", parse_base_url(url, allow_http=True, source="URL"),
+            self._headers({"Content-Type": "application/x-www-form-urlencoded"}), self._limits,
+            body=urllib.parse.urlencode(form).encode(), authorized=False)
         try:
-            with self._open("POST", url, data=form) as exchange:
-                text, headers = exchange.text(), exchange.headers
-            if exchange.status == 429:  # plain text, and its wait under another name than the API's
-                asked_s = parse_retry_after(headers.get("X-Retry-After"), headers.get("Date"))
-                raise RateLimitedError("too many sign-ins", status=429, retry_after_s=asked_s, transient=True)
-            answer = parse_json(text)
+            with self._open(request) as exchange:
+                text = exchange.text()
         except MogplexError as error:
             error.delivered = False  # as for the request that has to wait for this one
             raise
-        except ValueError:
-            answer = {}
-        return exchange.status, answer if isinstance(answer, dict) else {}
+        if exchange.status == 429:  # plain text, and its wait under another name than the API's
+            headers = exchange.headers
+            asked_s = parse_retry_after(headers.get("X-Retry-After"), headers.get("Date"))
+            raise RateLimitedError(
+                "too many sign-ins", status=429, retry_after_s=asked_s, transient=True)
+        with contextlib.suppress(ValueError):
+            answer = parse_json(text)
+            if isinstance(answer, dict):
+                return exchange.status, answer
+        return exchange.status, {}
 
     def open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
-        """One GET /runs/{id}, not retried, for a tail; ``tick`` is called while it takes."""
-        return self._open("GET", f"/runs/{_segment(run_id)}", tick=tick, renew=renew)
+        """One GET /runs/{id}, not sent again, for a tail; ``tick`` is called while it takes.
+
+        A refused token is renewed where ``renew`` says so.
+        """
+        return self._open(self._run_request(run_id)._replace(renews=renew), tick)
 
     def open_events(
-        self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str, idle_s: float,
+        self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str,
+        idle_s: float,
     ) -> Exchange:
-        """The same for a run's events, in whichever form the service gives them."""
-        return self._open(
-            "GET", f"/runs/{_segment(run_id)}/events", params={"limit": limit}, tick=tick, renew=renew,
-            accept="text/event-stream, application/json", last_event_id=last_event_id, idle_s=idle_s)
+        """The same for a run's events, as a stream if the service offers one.
 
-    def _get(self, path: str, **params: Any) -> Json:
-        return self._send("GET", path, params=params)
+        That resumes after ``last_event_id``, and may be silent for ``idle_s``.
+        """
+        request = self._events_request(run_id, limit)
+        headers = {**request.headers, "Accept": f"{STREAM_TYPE}, {JSON_TYPE}"}
+        resume_at = last_event_id.encode("utf-8", "replace")  # a str would be sent as Latin-1
+        if 0 < len(resume_at) <= 4096:
+            headers["Last-Event-ID"] = resume_at
+        limits = request.limits._replace(idle_s=idle_s)
+        return self._open(request._replace(headers=headers, limits=limits, renews=renew), tick)
 
-    def _send(
-        self, method: str, path: str, *, params: Optional[Json] = None, body: Optional[Json] = None, key: str = "",
-        tries: int = 0,
-    ) -> Json:
-        attempt, delivered, asked = 1, False, False
-        # What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
-        sent = {name: str(value).encode("utf-8", "replace") for name, value in (params or {}).items()
-                if value not in ("", None)}
-        while True:
-            try:
-                with self._open(method, path, params=sent, json=body, key=key, attempt=attempt) as answer:
-                    return answer.data()
-            except MogplexError as error:
-                delivered = error.delivered = error.delivered or delivered
-                if key and error.status == 503 and not asked:
-                    asked = True
-                    self._refuse_unknown_repo(text_of(body, "repoId"))
-                wait_s = retry_wait_s(error, attempt, tries or self._tries, self._random(), keyed=bool(key))
-                if wait_s is None:
-                    raise
-            self._sleep(wait_s)
-            attempt += 1
+    def _headers(self, more: Mapping[str, Union[str, bytes]]) -> Mapping[str, Union[str, bytes]]:
+        agent = f"mogplex/{__version__}"
+        return {"Accept": JSON_TYPE, "Accept-Encoding": "identity", "User-Agent": agent, **more}
+
+    def _api_request(
+        self, method: str, path: str, params: Optional[Mapping[str, object]] = None,
+        body: Optional[Json] = None, key: str = "",
+    ) -> Request:
+        """A request to the API, and whether it is repeatable by its method or its key."""
+        if not path.startswith("/") or re.search(r"[\s?#\\]", path):
+            raise UsageError(f"invalid path '{sanitize(path)}'")
+        headers = {}
+        content = None
+        if body is not None:
+            content = json_body(body)
+            headers["Content-Type"] = JSON_TYPE
+        if key:
+            headers["Idempotency-Key"] = key
+        url = self.base_url + API_PATH + path + query_string(params or {})
+        repeatable = method in ("GET", "PUT", "DELETE") or bool(key)
+        return Request(
+            method, url, self._headers(headers), self._limits, body=content, repeatable=repeatable)
+
+    def _run_request(self, run_id: str) -> Request:
+        request = self._api_request("GET", f"/runs/{path_segment(run_id)}")
+        return request._replace(expects=Shape(objects=("run",), run_id=run_id.strip()))
+
+    def _events_request(self, run_id: str, limit: Optional[int]) -> Request:
+        path = f"/runs/{path_segment(run_id)}/events"
+        request = self._api_request("GET", path, params={"limit": limit})
+        return request._replace(expects=Shape(lists=("events",), run_id=run_id.strip()))
+
+    def _listed(self, key: str, path: str, **params: object) -> List[Json]:
+        """The objects of the list that a route answers under ``key``."""
+        request = self._api_request("GET", path, params)
+        return dicts_of(self._answered(request._replace(expects=Shape(lists=(key,)))), key)
 
     def _open(
-        self, method: str, path: str, *, params: Optional[Json] = None, json: Any = None, data: Any = None,
-        accept: str = "application/json", key: str = "", last_event_id: str = "", attempt: int = 1,
-        tick: Callable[[], None] = lambda: None, renew: bool = True, idle_s: float = 0.0,
+        self, request: Request, tick: Callable[[], None] = do_nothing, attempt: int = 1,
     ) -> Exchange:
-        """An exchange, not begun yet, of JSON with the API or of a form (``data``) with a URL beside it.
+        """An exchange, not begun yet. For what its credential has to ask it waits too."""
+        send = functools.partial(self._send_renewing, request)
+        worker = Worker(send, functools.partial(self._explain, request))
+        report = functools.partial(self._report, request.method, attempt)
+        return Exchange(request, worker, tick, self._clean, report)
 
-        Of its credential's own requests it waits for those too, on its thread.
-        """
-        url = path if data else self.base_url + API_PATH + path
-        session, event_id = self._take_session(), last_event_id.encode("utf-8", "replace")
+    # The four rules around the transport; the first three run on the worker's thread.
 
-        def request(token: str, where: str, query: Optional[Json]) -> Any:
-            headers: Dict[str, Any] = {
-                "Accept": accept, "Accept-Encoding": "identity", "User-Agent": f"mogplex/{__version__}",
-                "Authorization": token and f"Bearer {token}", "Idempotency-Key": key,
-                "Last-Event-ID": event_id if len(event_id) <= 4096 else b""}  # a str would be sent as Latin-1
+    def _token_for(self, request: Request) -> str:
+        """Rule 1, the token: renewed first when it is about to end; "" for what sends none."""
+        if not request.authorized:
+            return ""
+        return self.credential.current(self.post_form)
 
-            def give(prepared: Any) -> Any:
-                prepared.headers.update({name: value for name, value in headers.items() if value})
-                return prepared
+    def _send_redirected(self, request: Request, token: str) -> Answer:
+        """Rule 2, redirects: one is followed, between the two hosts of the service."""
+        answer = self.transport.send(request, token)
+        location = answer.headers.get("Location") or ""
+        target = redirect_target(answer.url, answer.status, location)
+        if not target:
+            return answer
+        answer.close()
+        return self.transport.send(request._replace(url=target), token)
 
-            # As its "auth", even without a token: else requests asks ~/.netrc for one. And it refuses some legal ids.
-            return session.request(
-                method, where, params=query, data=data, json=json, auth=give, stream=True, allow_redirects=False,
-                verify=self._verify, proxies=self._proxies(where),
-                timeout=(self._connect_timeout_s, max(self._timeout_s, idle_s + _SLICE_S)))
-
-        def send() -> Any:
-            token = "" if data else self.credential.current(self.post_form)
-            response = request(token, url, params)
-            target = redirect_target(response.url, response.status_code, response.headers.get("Location") or "")
-            if target:
-                response.close()
-                response = request(token, target, None)
-            if response.status_code == 401 and token and renew and self.credential.renew(token, self.post_form):
-                response.close()
-                response = request(self.credential.token, target or url, None if target else params)
-            return response
-
-        def done(line: str) -> None:
-            self._used_at = time.monotonic()
-            if self._log:
-                self._log(redact(f"{method} {line} try {attempt}", self.credential.token))
-
-        def explain(error: Exception) -> Exception:
-            return _transport_error(error, self._timeout_s, self._proxy(url))
-
-        return Exchange(url, send, explain, self._timeout_s, tick, done)
-
-    def _proxies(self, url: str) -> Dict[str, str]:
-        import urllib.parse
-
-        import requests
-        if not self._trust_env or is_loopback(urllib.parse.urlsplit(url).hostname):
-            return {}
-        return dict(requests.utils.get_environ_proxies(url))
-
-    def _proxy(self, url: str) -> str:
-        """The proxy on the way to ``url``, without its password; "" for none."""
-        import requests
-        proxy = requests.utils.select_proxy(url, self._proxies(url)) or ""
-        return sanitize(re.sub(r"(//|^)[^/]*@", r"\1", proxy))
-
-    def _take_session(self) -> Any:
-        with self._lock:
-            if self._session is None:
-                self._session = _new_session()
-            elif not self._given and time.monotonic() - self._used_at > _KEEP_ALIVE_S:
-                self._session.close()  # its idle connections; it goes on working
-            self._used_at = time.monotonic()
-            return self._session
-
-    def _refuse_unknown_repo(self, repo_id: str) -> None:
+    def _send_renewing(self, request: Request) -> Answer:
+        """Rule 3, renewal: a refused token is renewed once, and the request sent again."""
+        token = self._token_for(request)
+        answer = self._send_redirected(request, token)
+        if answer.status != 401 or not token or not request.renews:
+            return answer
         try:
-            known = dicts_of(self._send("GET", "/repos", params={"id": repo_id}, tries=1), "repos")
-        except MogplexError as error:
-            known = [] if error.status == 500 and not is_uuid(repo_id) else [{}]
-        if not known:
-            raise MogplexError(
-                f"there is no repo '{sanitize(repo_id)}'", code="NOT_FOUND", status=503,
-                hint="find IDs via `mogplex repos list`")
+            renewed = self.credential.renew(token, self.post_form)
+        except BaseException:
+            answer.close()
+            raise
+        if not renewed:
+            return answer
+        answer.close()
+        return self._send_redirected(request, self.credential.token)
+
+    def _answered(
+        self, request: Request,
+        refusal: Optional[Callable[[MogplexError], MogplexError]] = None,
+    ) -> Json:
+        """Rule 4, retries: the data of the first good answer; what is not repeatable is sent once.
+
+        Errors are ``delivered`` when any try may have been. ``refusal`` may know a better error
+        than that of the first try which may have arrived.
+        """
+        tries = self._tries if request.repeatable else 1
+        arrived = False
+        attempt = 1
+        while True:
+            try:
+                with self._open(request, attempt=attempt) as exchange:
+                    return exchange.data()
+            except MogplexError as error:
+                failure = error
+            if refusal and not arrived:
+                failure = refusal(failure)
+            arrived = arrived or failure.delivered
+            failure.delivered = arrived
+            tries = tries_after(failure, attempt, tries, request.keyed)
+            if not should_retry(failure, attempt, tries, request.keyed):
+                raise failure
+            self._sleep(retry_delay_s(failure, attempt, self._random()))
+            attempt += 1
+
+    def _start_refusal(self, repo_id: str, error: MogplexError) -> MogplexError:
+        """A better error for a start than ``error``, where a 503 means that there is no such repo.
+
+        The service answers so to an unknown id. An empty list is what suggests it: retrying a
+        typing error for ever is the trap. It proves nothing where the start may have got through.
+        """
+        if error.status != 503:
+            return error
+        request = self._api_request("GET", "/repos", params={"id": repo_id})
+        once = request._replace(repeatable=False, expects=Shape(lists=("repos",)))
+        try:
+            known = self._answered(once)["repos"]
+        except MogplexError:
+            return error
+        if known:
+            return error
+        return MogplexError(
+            f"the service lists no repo '{sanitize(repo_id)}'", code="NOT_FOUND", status=503,
+            hint="find IDs via `mogplex repos list`")
+
+    def _clean(self, text: str) -> str:
+        """``text`` without our tokens: whatever comes from outside passes here before it is cut."""
+        return redact(text, *self.credential.secrets)
+
+    def _explain(self, request: Request, error: Exception) -> Exception:
+        """The MogplexError for an exception of the worker, without our tokens."""
+        explained = self.transport.explain(request, error)
+        if isinstance(explained, MogplexError):
+            explained.message = self._clean(explained.message)
+            explained.hint = self._clean(explained.hint)
+            explained.args = (explained.message,)
+        return explained
+
+    def _report(self, method: str, attempt: int, outcome: str) -> None:
+        """An exchange is over."""
+        self.transport.rest()
+        if self._log:
+            self._log(self._clean(f"{method} {outcome} try {attempt}"))
 
 
 def start_recorded(

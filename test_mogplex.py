@@ -1351,47 +1351,107 @@ def envelope(data: Any) -> bytes:
     return json.dumps({"ok": True, "data": data}).encode()
 
 
+class Fault(NamedTuple):
+    """What a server does, and what a caller of the client then sees."""
+
+    step: Step
+    kind: type
+    words: str              # in the message
+    tries: int = 1
+    delivered: bool = True  # the request may have reached the service
+    waits: Sequence[float] = (0.5, 1.0)
+
+
+Invalid = mogplex.InvalidResponseError
+Unavailable = mogplex.UnavailableError
 GOOD = ok(REPOS)
 CUT = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+CHUNKED = CUT + b"Transfer-Encoding: chunked\r\n\r\n"
 SQUEEZED = zlib.compressobj(9, zlib.DEFLATED, -15)
-BOMB = b"\x1f\x8b\b\0\0\0\0\0\0\3" + (SQUEEZED.compress(b"\0" * (1 << 20)) + SQUEEZED.flush(zlib.Z_FULL_FLUSH)) * 512
-UNDELIVERED = {"401", "403", "404", "429", "a long message", "login", "their login", "redirect", "odd redirect", "a redirect's endless body"}
-FAULTS: Dict[str, Tuple[Step, type, int, str]] = {  # what the server does, the error, tries, words of the message
-    "closed": (lambda connection: None, mogplex.UnavailableError, 3, "connection was lost"),
-    "reset before the headers": (reset_after(b""), mogplex.UnavailableError, 3, "connection was lost"),
-    "reset in the headers": (reset_after(CUT[:20]), mogplex.UnavailableError, 3, "connection was lost"),
-    "reset in the body": (reset_after(GOOD[:-5]), mogplex.UnavailableError, 3, "connection was lost"),
-    "short body": (GOOD[:-5], mogplex.UnavailableError, 3, "connection was lost"),
-    "short chunk": (CUT + b"Transfer-Encoding: chunked\r\n\r\n40\r\n{", mogplex.UnavailableError, 3, "connection was lost"),
-    "no last chunk": (CUT + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n", mogplex.UnavailableError, 3, "was lost"),
-    "no chunk size": (CUT + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", mogplex.UnavailableError, 3, "was lost"),
-    "short gzip": (answer(200, packed(envelope(REPOS))[:-9], Content_Encoding="gzip"), mogplex.InvalidResponseError, 1, "broken"),
-    "no gzip": (answer(200, b"{}", Content_Encoding="gzip"), mogplex.InvalidResponseError, 1, "compression is broken"),
-    "brotli": (answer(200, b"{}", Content_Encoding="br"), mogplex.InvalidResponseError, 1, "unknown encoding: br"),
-    "no HTTP": (b"\0\1\2\r\n\r\n", mogplex.UnavailableError, 3, "connection was lost"),
-    "a thousand headers": (b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000 + b"\r\n", mogplex.UnavailableError, 3, "was lost"),
-    "HTML": (answer(200, "<html>", Content_Type="text/html"), mogplex.InvalidResponseError, 1, "not the service's (6 characters, text/html)"),
-    "empty": (answer(200), mogplex.InvalidResponseError, 1, "(0 characters, no content type)"),
-    "no envelope": (answer(200, {"repos": []}), mogplex.InvalidResponseError, 1, "not the service's"),
-    "no data": (answer(200, {"ok": True, "data": []}), mogplex.InvalidResponseError, 1, "not the service's"),
-    "deep JSON": (answer(200, b"[" * 100000), mogplex.InvalidResponseError, 1, "not the service's"),
-    "500": (answer(500), mogplex.MogplexError, 3, "HTTP 500"), "502": (answer(502, "<html>"), mogplex.UnavailableError, 3, "HTTP 502"),
-    "503": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="2"), mogplex.UnavailableError, 3, "SERVICE_UNAVAILABLE: later (HTTP 503)"),
-    "503 for long": (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="6"), mogplex.UnavailableError, 1, "later"),
-    "504": (answer(504, {"error": "too\nlate"}), mogplex.UnavailableError, 3, "too \u23ce late (HTTP 504)"), "501": (answer(501), mogplex.UnavailableError, 1, "HTTP 501"),
-    "401": (refusal(401, "UNAUTHORIZED", "Unauthorized"), mogplex.UnauthorizedError, 1, "UNAUTHORIZED: Unauthorized (HTTP 401)"),
-    "403": (refusal(403, "FORBIDDEN", "Missing scope"), mogplex.ForbiddenError, 1, "Missing scope"),
-    "404": (refusal(404, "BAD_REQUEST", "Repo not found"), mogplex.MogplexError, 1, "BAD_REQUEST: Repo not found (HTTP 404)"),
-    "429": (refusal(429, "RATE_LIMITED", "slow\n::error::", Retry_After="1"), mogplex.RateLimitedError, 1, "slow \u23ce : :error::"),
-    "a long message": (refusal(400, "X" * 999, "y" * 99999), mogplex.MogplexError, 1, "y" * 1000 + " (HTTP 400)"),
-    "login": (answer(307, Location="/login?next=x"), mogplex.UnauthorizedError, 1, "asks for a sign-in"),
-    "their login": (answer(307, Location="https://b.example/login"), mogplex.InvalidResponseError, 1, "redirect to https://b.example/login"),
-    "redirect": (answer(302, Location="//b.example/x"), mogplex.InvalidResponseError, 1, "refused to follow a redirect to http://b.example/x"),
-    "odd redirect": (answer(307, Location="http://[::1"), mogplex.InvalidResponseError, 1, "a redirect to http://[::1"),
-    "a redirect's endless body": (dribble(b"HTTP/1.1 307 X\r\nLocation: https://b.example/\r\nContent-Length: 999999999\r\n\r\n",
-                                          b"x" * 65536, 0.0), mogplex.InvalidResponseError, 1, "https://b.example/"),
-    "odd length": (b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\nConnection: close\r\n\r\n{}", mogplex.InvalidResponseError, 1, "not the service's"),
-    "512 MiB in gzip": (answer(200, BOMB, Content_Encoding="gzip"), mogplex.InvalidResponseError, 1, "TOO_LARGE: refused an answer of over 32 MiB"),
+ZEROS = SQUEEZED.compress(b"\0" * (1 << 20)) + SQUEEZED.flush(zlib.Z_FULL_FLUSH)
+BOMB = b"\x1f\x8b\b\0\0\0\0\0\0\3" + ZEROS * 512
+ENDLESS_REDIRECT = dribble(
+    b"HTTP/1.1 307 X\r\nLocation: https://b.example/\r\nContent-Length: 999999999\r\n\r\n",
+    b"x" * 65536, 0.0)
+LATER = refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="2")
+MUCH_LATER = refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="6")
+HTML = answer(200, "<html>", Content_Type="text/html; charset=utf-8")
+FAULTS: Dict[str, Fault] = {
+    "closed": Fault(lambda connection: None, Unavailable, "connection was lost", 3),
+    "reset before the headers": Fault(reset_after(b""), Unavailable, "connection was lost", 3),
+    "reset in the headers": Fault(reset_after(CUT[:20]), Unavailable, "connection was lost", 3),
+    "reset in the body": Fault(reset_after(GOOD[:-5]), Unavailable, "connection was lost", 3),
+    "short body": Fault(GOOD[:-5], Unavailable, "connection was lost", 3),
+    "short chunk": Fault(CHUNKED + b"40\r\n{", Unavailable, "connection was lost", 3),
+    "no last chunk": Fault(CHUNKED + b"2\r\n{}\r\n", Unavailable, "connection was lost", 3),
+    "no chunk size": Fault(CHUNKED + b"xyz\r\n", Unavailable, "connection was lost", 3),
+    "no HTTP": Fault(b"\0\1\2\r\n\r\n", Unavailable, "connection was lost", 3),
+    "short gzip": Fault(
+        answer(200, packed(envelope(REPOS))[:-9], Content_Encoding="gzip"),
+        Invalid, "compression of the response is broken"),
+    "no gzip": Fault(
+        answer(200, b"{}", Content_Encoding="gzip"),
+        Invalid, "compression of the response is broken"),
+    "brotli": Fault(
+        answer(200, b"{}", Content_Encoding="br"), Invalid, "unknown encoding of the response: br"),
+    "150 headers": Fault(
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 150 + b"\r\n", Invalid, "too many headers"),
+    "a long header": Fault(
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 70000 + b"\r\n\r\n", Invalid, "too long ones"),
+    "HTML": Fault(
+        HTML, Invalid,
+        "unexpected response (text/html, 6 characters): is a proxy or login page in between?"),
+    "empty": Fault(answer(200), Invalid, "unexpected response (no content type, 0 characters)"),
+    "no envelope": Fault(answer(200, {"repos": []}), Invalid, "unexpected response"),
+    "no data": Fault(answer(200, {"ok": True, "data": []}), Invalid, "unexpected response"),
+    "deep JSON": Fault(answer(200, b"[" * 100000), Invalid, "unexpected response"),
+    "another protocol": Fault(
+        b"HTTP/1.1 101 X\r\nUpgrade: y\r\n\r\n\0\0", Invalid, "unexpected response"),
+    "odd length": Fault(
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\nConnection: close\r\n\r\n{}",
+        Invalid, "unexpected response"),
+    "512 MiB in gzip": Fault(
+        answer(200, BOMB, Content_Encoding="gzip"),
+        Invalid, "TOO_LARGE: refused a response of over 32 MiB"),
+    "500": Fault(answer(500), mogplex.MogplexError, "HTTP 500", 3),
+    "502": Fault(answer(502, "<html>", Content_Type="text/html"), Unavailable, "login page", 3),
+    "503": Fault(LATER, Unavailable, "SERVICE_UNAVAILABLE: later (HTTP 503)", 3, waits=(2.0, 2.0)),
+    "503 for long": Fault(MUCH_LATER, Unavailable, "later"),
+    "504": Fault(answer(504, {"error": "too\nlate"}), Unavailable, "too \u23ce late (HTTP 504)", 3),
+    "501": Fault(answer(501), Unavailable, "HTTP 501"),
+    "401": Fault(
+        refusal(401, "UNAUTHORIZED", "Unauthorized"), mogplex.UnauthorizedError,
+        "UNAUTHORIZED: Unauthorized (HTTP 401)", delivered=False),
+    "403": Fault(
+        refusal(403, "FORBIDDEN", "Missing scope"), mogplex.ForbiddenError,
+        "Missing scope", delivered=False),
+    "404": Fault(
+        refusal(404, "BAD_REQUEST", "Repo not found"), mogplex.MogplexError,
+        "BAD_REQUEST: Repo not found (HTTP 404)", delivered=False),
+    "429": Fault(
+        refusal(429, "RATE_LIMITED", "slow\n::error::", Retry_After="1"),
+        mogplex.RateLimitedError, "slow \u23ce : :error::", delivered=False),
+    "a long message": Fault(
+        refusal(400, "X" * 999, "y" * 99999), mogplex.MogplexError,
+        "y" * 1000 + " (HTTP 400)", delivered=False),
+    "login": Fault(
+        answer(307, Location="/login?next=x"), mogplex.UnauthorizedError,
+        "asks for a sign-in", delivered=False),
+    "their login": Fault(
+        answer(307, Location="https://b.example/login"), Invalid,
+        "redirect to https://b.example/login", delivered=False),
+    "redirect": Fault(
+        answer(302, Location="//b.example/x"), Invalid,
+        "refused to follow a redirect to http://b.example/x", delivered=False),
+    "odd redirect": Fault(
+        answer(307, Location="http://[::1"), Invalid,
+        "a redirect to http://[::1", delivered=False),
+    "a redirect's endless body": Fault(
+        ENDLESS_REDIRECT, Invalid, "https://b.example/", delivered=False),
+    **{
+        f"{status} of a proxy": Fault(answer(status), Unavailable, f"HTTP {status}", 3)
+        for status in (408, 425, 520, 521, 522, 523, 524, 527, 529, 530)
+    },
 }
 
 
@@ -1427,21 +1487,31 @@ class VirtualClock:
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_told_apart_and_retried_where_that_helps(name: str) -> None:
-    step, kind, tries, words = FAULTS[name]
-    with RawServer(steps(step)) as server, client(server.url) as one:
+    fault = FAULTS[name]
+    with RawServer(steps(fault.step)) as server, client(server.url) as one:
         with pytest.raises(mogplex.MogplexError) as error:
             one.repos()
-        assert type(error.value) is kind and words in str(error.value) and len(str(error.value)) < 1200
-        assert len(server.requests) == tries
-        waits = {"503": [2.0, 2.0]}.get(name, [0.5, 1.0][:tries - 1])
-        assert one.waits == waits  # type: ignore[attr-defined]
-        assert error.value.delivered == (name not in UNDELIVERED)
+        assert type(error.value) is fault.kind
+        assert fault.words in str(error.value) and len(str(error.value)) < 1200
+        assert len(server.requests) == fault.tries
+        assert one.waits == list(fault.waits[:fault.tries - 1])  # type: ignore[attr-defined]
+        assert error.value.delivered == fault.delivered
 
 
-@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault[2] == 3])
+@pytest.mark.parametrize("name", [name for name, fault in FAULTS.items() if fault.tries == 3])
 def test_a_fault_that_passes_is_ridden_out(name: str) -> None:
-    with RawServer(steps(FAULTS[name][0], FAULTS[name][0], GOOD)) as server, client(server.url) as one:
+    step = FAULTS[name].step
+    with RawServer(steps(step, step, GOOD)) as server, client(server.url) as one:
         assert one.repos() == REPOS["repos"] and len(server.requests) == 3
+
+
+@pytest.mark.parametrize("status", range(200, 600))
+def test_whether_a_fault_passes_follows_from_the_status_alone(status: int) -> None:
+    for code in ("RATE_LIMITED", "NOT_FOUND", ""):
+        body = {"error": {"code": code, "message": "x"}}
+        error = mogplex.answer_error("https://a.example", status, {}, body, 9)
+        passing = (408, 425, 429, 500, 502, 503, 504, *range(520, 525), 527, 529, 530)
+        assert error.transient == (status < 300 or status in passing)
 
 
 def test_a_refused_connection_and_an_unknown_host_were_not_delivered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1494,9 +1564,9 @@ def test_bodies_are_decompressed(data: bytes, encoding: str) -> None:
 def test_inflating_stops_at_the_end_and_nowhere_else(size: int) -> None:
     data = packed(b"\0" * size)
     for pieces in ([data], [data[:1], data[1:-1], data[-1:]], [data, b"more"]):
-        assert sum(map(len, mogplex._inflate(pieces))) == size
+        assert sum(map(len, mogplex.inflate(pieces))) == size
     with pytest.raises(zlib.error):
-        list(mogplex._inflate([data[:-1]]))
+        list(mogplex.inflate([data[:-1]]))
 
 
 MEMORY = """
@@ -1517,10 +1587,13 @@ print("within bounds" if used < 100 else f"{used} MiB")
 BIG = {"run": {"status": "success"}, "events": [{"id": "1", "message": "x" * 10_000_000 + "\U0001f600\ud800\0"}]}
 
 
+TOO_LARGE = "refused a response of over 32 MiB"
 HUGE = {
-    "512 MiB in gzip": (answer(200, BOMB, Content_Encoding="gzip"), "refused an answer of over 32 MiB"),
-    "a message of 10 MB": (ok(BIG), "10000"), "33 MiB": (answer(200, b" " * (33 << 20)), "refused an answer of over 32 MiB"),
-    "deep": (answer(200, b"[" * 1_000_000), "not the service's"), "digits": (answer(200, b"9" * 1_000_000), "not the service's"),
+    "512 MiB in gzip": (answer(200, BOMB, Content_Encoding="gzip"), TOO_LARGE),
+    "a message of 10 MB": (ok(BIG), "10000"),
+    "33 MiB": (answer(200, b" " * (33 << 20)), TOO_LARGE),
+    "deep": (answer(200, b"[" * 1_000_000), "unexpected response"),
+    "digits": (answer(200, b"9" * 1_000_000), "unexpected response"),
 }
 
 
@@ -1609,8 +1682,8 @@ def test_tls_errors_say_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> No
     with Tunnel(tmp_path, steps(GOOD), "mogplex.com") as tunnel:
         for options, url, words in (
             ({}, BARE, "TLS: the TLS certificate is not valid: "), ({"verify": tunnel.ca}, WWW, "not valid: .*www.mogplex.com"),
-            ({"verify": "/nowhere.pem"}, BARE, "TLS: the file of CA certificates cannot be read"),
-            ({"verify": str(tmp_path / "junk.pem")}, BARE, "CA certificates cannot be read"),
+            ({"verify": "/nowhere.pem"}, BARE, "TLS: cannot read the CA certificates"),
+            ({"verify": str(tmp_path / "junk.pem")}, BARE, "cannot read the CA certificates"),
         ):  # type: Tuple[Dict[str, Any], str, str]
             with pytest.raises(mogplex.MogplexError, match=words) as error:
                 proxied(monkeypatch, tunnel.proxy.url, url, **options).repos()
@@ -1654,14 +1727,59 @@ def test_this_machine_is_never_behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -
         assert client(server.url, trust_env=True).repos() == REPOS["repos"]
 
 
-def test_a_start_is_repeated_under_its_key_whatever_became_of_its_answer() -> None:
-    for lost in (reset_after(b""), GOOD[:-5], answer(200, "<html>"), answer(200), answer(500)):
-        with RawServer(steps(lost, lost, ok({"runId": "1"}))) as server, client(server.url) as one:
-            assert one.start_run({"repoId": "r"}, " k ") == {"runId": "1"}
-            assert [request.count("Idempotency-Key: k\r\n") for request in server.requests] == [1, 1, 1]
-    for key in ("", " ", "x" * 201, "a\nb", "\xe9"):
+RUN_1 = ok({"runId": "1"})
+LOST_STARTS: Dict[str, Step] = {  # after each of which the run may have been started
+    "reset": reset_after(b""),
+    "cut short": RUN_1[:-5],
+    "a proxy's page": HTML,
+    "nothing": answer(200),
+    "408": answer(408),
+}
+
+
+@pytest.mark.parametrize("name", LOST_STARTS)
+def test_a_start_is_repeated_under_its_key_whatever_became_of_its_answer(name: str) -> None:
+    lost = LOST_STARTS[name]
+    with RawServer(steps(lost, lost, RUN_1)) as server, client(server.url) as one:
+        assert one.start_run({"repoId": "r"}, " k ") == {"runId": "1"}
+    keys = [request.count("Idempotency-Key: k\r\n") for request in server.requests]
+    assert keys == [1, 1, 1]
+
+
+@pytest.mark.parametrize("order, tries", [
+    ([answer(500), answer(500), RUN_1], 2),
+    ([answer(500), reset_after(b""), RUN_1], 2),
+    ([reset_after(b""), answer(500), answer(500)], 3),
+])
+def test_a_start_is_repeated_once_after_a_500(order: List[Step], tries: int) -> None:
+    """Each try uses up the budget of ten a minute, and the second finds the run."""
+    with RawServer(steps(*order)) as server, client(server.url, tries=5) as one:
+        with pytest.raises(mogplex.MogplexError) as error:
+            one.start_run({"repoId": "r"}, "k")
+    assert len(server.requests) == tries and error.value.delivered
+
+
+@pytest.mark.parametrize("data", [{}, {"runId": None}, {"runId": ""}, {"run": {"runId": "1"}}])
+def test_a_start_without_a_run_s_id_is_an_invalid_response(data: Dict[str, Any]) -> None:
+    with RawServer(steps(ok(data))) as server, client(server.url) as one:
+        with pytest.raises(mogplex.InvalidResponseError, match="no 'runId'") as error:
+            one.start_run({"repoId": "r"}, "k")
+    assert error.value.delivered and len(server.requests) == 1
+
+
+def test_a_start_refused_by_the_queue_is_found_by_its_one_repetition() -> None:
+    failed = ok({"runId": "1", "status": "failed", "replayed": True})
+    with RawServer(steps(answer(500), failed)) as server, client(server.url) as one:
+        assert one.start_run({"repoId": "r"}, "k")["status"] == "failed"
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("key", ["", " ", "x" * 201, "a\nb", "\xe9"])
+def test_an_impossible_idempotency_key_is_not_sent(key: str) -> None:
+    with RawServer(steps(RUN_1)) as server, client(server.url) as one:
         with pytest.raises(mogplex.UsageError, match="idempotency key"):
             one.start_run({}, key)
+    assert server.requests == []
 
 
 def test_a_query_of_bytes_that_are_no_text_is_sent_with_replacements() -> None:
@@ -1677,17 +1795,92 @@ def test_a_start_that_may_have_arrived_says_so_though_a_later_try_did_not() -> N
         assert error.value.delivered
 
 
-@pytest.mark.parametrize("repos, tries, words", [
-    (ok({"repos": []}), 1, "there is no repo 'nope'"), (answer(500), 1, "there is no repo 'nope'"),
-    (GOOD, 3, "SERVICE_UNAVAILABLE"), (answer(503), 3, "SERVICE_UNAVAILABLE"),
+NO_REPO = ok({"repos": []})
+LIMITER_DOWN = refusal(503, "SERVICE_UNAVAILABLE", "External Mogplex run rate limit unavailable")
+
+
+def start_answered(listed: bytes, *starts: Step) -> Tuple[mogplex.MogplexError, List[str]]:
+    """The error of a start that goes through ``starts``, and the methods of all requests."""
+    order = steps(*starts)
+    tried: List[int] = []
+
+    def route(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        if "/repos?id=nope" in request:
+            return listed
+        tried.append(number)
+        return order(len(tried), request, connection)
+    with RawServer(route) as server, client(server.url) as one:
+        with pytest.raises(mogplex.MogplexError) as error:
+            one.start_run({"repoId": "nope"}, "k")
+    return error.value, [request.split(" ")[0] for request in server.requests]
+
+
+def test_a_start_on_a_repo_that_is_not_listed_fails_at_once() -> None:
+    error, methods = start_answered(NO_REPO, LIMITER_DOWN)
+    assert str(error) == "NOT_FOUND: the service lists no repo 'nope' (HTTP 503)"
+    assert int(error.exit) == 1 and not error.transient and not error.delivered
+    assert methods == ["POST", "GET"]
+
+
+@pytest.mark.parametrize("listed", [
+    GOOD, answer(500), answer(503), ok([]), ok(None), ok({"repos": None}), ok({}), HTML,
 ])
-def test_an_unknown_repo_is_asked_about_once(repos: bytes, tries: int, words: str) -> None:
-    failed = refusal(503, "SERVICE_UNAVAILABLE", "External Mogplex run rate limit unavailable")
-    with RawServer(lambda number, request, _: repos if "/repos?id=nope" in request else failed) as server:
-        with pytest.raises(mogplex.MogplexError, match=words) as error:
-            client(server.url).start_run({"repoId": "nope"}, "k")
-        assert int(error.value.exit) == (1 if tries == 1 else 69)
-        assert [request[:4] for request in server.requests] == ["POST", "GET ", "POST", "POST"][:tries + 1]
+def test_a_503_stays_one_when_the_list_of_repos_proves_nothing(listed: bytes) -> None:
+    error, methods = start_answered(listed, LIMITER_DOWN)
+    assert int(error.exit) == 69 and error.delivered and "SERVICE_UNAVAILABLE" in str(error)
+    assert methods == ["POST", "GET", "POST", "POST"]
+
+
+@pytest.mark.parametrize("listed", [NO_REPO, ok([]), ok({"repos": None}), answer(500)])
+@pytest.mark.parametrize("lost", [reset_after(b""), RUN_1[:-5], answer(500), HTML])
+def test_a_start_that_may_have_got_through_is_never_one_without_a_repo(
+    lost: Step, listed: bytes,
+) -> None:
+    error, _ = start_answered(listed, lost, LIMITER_DOWN)
+    assert int(error.exit) == 69 and error.delivered
+
+
+def test_a_start_that_never_arrived_before_its_503_is_looked_into() -> None:
+    """A refused connection is no earlier try."""
+    refused = mogplex.UnavailableError("x", transient=True)
+    with RawServer(steps(LIMITER_DOWN, NO_REPO)) as server, client(server.url) as one:
+        with pytest.raises(mogplex.MogplexError, match="lists no repo"):
+            one.start_run({"repoId": "r"}, "k")
+    assert mogplex.should_retry(refused, 1, 3, True) and not refused.delivered
+
+
+@pytest.mark.parametrize("tries", [1, 3])
+def test_a_429_is_never_retried(tries: int) -> None:
+    slow = refusal(429, "RATE_LIMITED", "slow", Retry_After="1")
+    with RawServer(steps(slow)) as server, client(server.url, tries=tries) as one:
+        for call in (one.repos, lambda: one.start_run({"repoId": "r"}, "k")):
+            with pytest.raises(mogplex.RateLimitedError) as error:
+                call()  # type: ignore[operator]
+            assert error.value.retry_after_s == 1.0
+    assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("error, attempt, keyed, again", [
+    (mogplex.UnavailableError("x", transient=True), 1, False, True),
+    (mogplex.UnavailableError("x", transient=True), 3, False, False),
+    (mogplex.UnavailableError("x"), 1, False, False),
+    (mogplex.UnavailableError("x", transient=True, retry_after_s=5.0), 1, False, True),
+    (mogplex.UnavailableError("x", transient=True, retry_after_s=5.1), 1, False, False),
+    (mogplex.RateLimitedError("x", transient=True), 1, True, False),
+    (mogplex.InvalidResponseError("x", transient=True), 1, False, False),
+    (mogplex.InvalidResponseError("x", transient=True), 1, True, True),
+])
+def test_what_a_one_shot_command_retries(
+    error: mogplex.MogplexError, attempt: int, keyed: bool, again: bool,
+) -> None:
+    assert mogplex.should_retry(error, attempt, 3, keyed) == again
+
+
+def test_the_wait_before_a_retry_is_what_is_asked_for_but_no_less_than_the_back_off() -> None:
+    asked = mogplex.UnavailableError("x", retry_after_s=2.0)
+    assert mogplex.retry_delay_s(asked, 1, 0.0) == 2.0
+    assert mogplex.retry_delay_s(asked, 5, 0.0) == 8.0
+    assert mogplex.retry_delay_s(mogplex.UnavailableError("x"), 2, 0.0) == 1.0
 
 
 @pytest.mark.parametrize("call, odd", [
@@ -1715,12 +1908,12 @@ def test_too_many_sign_ins_say_how_long_to_wait() -> None:
     ("a/../b?c#d%", "a%2F..%2Fb%3Fc%23d%25"), ("\u00e9 \ud800", "%C3%A9%20%3F"), (" x ", "x"), ("", None), (".", None), (" .. ", None),
 ])
 def test_ids_stay_in_their_segment(identifier: str, path: Optional[str]) -> None:
-    with RawServer(steps(ok({"run": {}}))) as server:
+    with RawServer(steps(ok({"run": {}}))) as server, client(server.url) as one:
         if path is None:
-            with pytest.raises(mogplex.UsageError, match="is no id"):
-                client(server.url).run(identifier)
+            with pytest.raises(mogplex.UsageError, match="invalid id"):
+                one.run(identifier)
         else:
-            client(server.url).run(identifier)
+            one.run(identifier)
             assert server.requests[0].startswith(f"GET /api/v1/mogplex/runs/{path} HTTP/1.1")
 
 
@@ -1750,25 +1943,264 @@ def test_a_refresh_that_fails_delivers_no_request() -> None:
         assert not error.value.delivered and all("/token" in request for request in server.requests)
 
 
-def test_connections_are_kept_and_a_bad_one_is_not() -> None:
-    connections: List[Any] = []
+class Kept(RawServer):
+    """A server that keeps its connections; ``used`` has the number of the connection of each request.
 
-    def converse(number: int, request: str, connection: socket.socket) -> None:
-        connections.append(connection.getpeername())
-        while request:
-            data = envelope(REPOS)
-            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(data), data) if len(connections) % 2 else data
-            head = b"Transfer-Encoding: chunked" if len(connections) % 2 else b"Content-Length: %d" % len(data)
-            connection.sendall(b"HTTP/1.1 200 OK\r\n" + head + b"\r\n\r\n" + body)
-            request = read_request(connection)
-    with RawServer(converse) as server, client(server.url) as one:
+    ``answer`` gives the bytes for each request, as for RawServer.
+    """
+
+    def __init__(self, answer: Callable[[int, str, socket.socket], Optional[bytes]]) -> None:
+        self.used: List[int] = []
+        self.connections = 0
+        super().__init__(answer)
+
+    def _converse(self, connection: socket.socket) -> None:
+        self.connections += 1
+        number = self.connections
+        with connection, contextlib.suppress(OSError):
+            while True:
+                request = read_request(connection)
+                if not request:
+                    return
+                self.used.append(number)
+                self.requests.append(request)
+                data = self.answer(len(self.requests), request, connection)
+                if data is not None:
+                    connection.sendall(data)
+
+
+def kept(data: bytes) -> bytes:
+    """The bytes of an answer after which the connection stays open."""
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
+
+
+def chunked(data: bytes, trailers: bytes = b"") -> bytes:
+    """The same, with its body in chunks."""
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head + b"%x\r\n%b\r\n0\r\n%b\r\n" % (len(data), data, trailers)
+
+
+@pytest.mark.parametrize("body", [kept(envelope(REPOS)), chunked(envelope(REPOS))])
+def test_a_connection_is_kept(body: bytes) -> None:
+    with Kept(lambda *_: body) as server, client(server.url) as one:
         for _ in range(3):
-            assert one.repos() == REPOS["repos"] and len(connections) == 1
-        with one.open_run("x", lambda: None):
-            pass  # left in the middle: nobody knows where the next answer would begin
-        one._used_at -= 60  # what has been idle for long is closed by the service
-        for _ in range(3):
-            assert one.repos() == REPOS["repos"] and len(connections) <= 3
+            assert one.repos() == REPOS["repos"]
+        assert server.used == [1, 1, 1]
+
+
+def test_a_connection_idle_for_long_is_closed_by_us() -> None:
+    """The service closes it after 5 to 6 s; a request sent just then would be lost."""
+    now = [0.0]
+    with Kept(lambda *_: kept(envelope(REPOS))) as server, client(server.url) as one:
+        one.transport.clock = lambda: now[0]
+        for idle_s in (0.0, 4.0, 4.4, 4.6, 4.4):
+            now[0] += idle_s
+            one.repos()
+    assert server.used == [1, 1, 1, 2, 2]
+
+
+def leave_at_once(exchange: mogplex.Exchange) -> None:
+    pass
+
+
+def leave_in_the_body(exchange: mogplex.Exchange) -> None:
+    assert exchange.piece(10.0)
+
+
+@pytest.mark.parametrize("leave", [leave_at_once, leave_in_the_body])
+def test_a_connection_left_before_the_end_of_an_answer_is_never_used_again(
+    leave: Callable[[mogplex.Exchange], None],
+) -> None:
+    """Nobody knows where on it the next answer would begin."""
+    first = chunked(envelope({"run": {"runId": "x"}}))[:-5]
+    order = steps(first, kept(envelope(REPOS)))
+    with Kept(order) as server, client(server.url) as one:
+        with one.open_run("x", lambda: None) as exchange:
+            leave(exchange)
+        assert one.repos() == REPOS["repos"]
+    assert server.used == [1, 2]
+
+
+def test_a_connection_whose_answer_was_too_large_or_garbled_is_never_used_again() -> None:
+    bad = b"HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 5\r\n\r\n"
+    redirect = b"HTTP/1.1 302 X\r\nLocation: https://b.example\r\nContent-Length: 5\r\n\r\n"
+    with Kept(steps(bad, redirect, kept(envelope(REPOS)))) as server, client(server.url) as one:
+        for _ in range(2):
+            with pytest.raises(mogplex.InvalidResponseError):
+                one.repos()
+        assert one.repos() == REPOS["repos"]
+    assert server.used == [1, 2, 3]
+
+
+INTERIM = {
+    "102": b"HTTP/1.1 102 Processing\r\n\r\n",
+    "103": b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n",
+    "100 and 103": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n",
+    "103 and 100": b"HTTP/1.1 103 Early Hints\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n",
+    "an unknown one": b"HTTP/1.1 199 New\r\nContent-Length: 7\r\n\r\n",
+    "many": b"HTTP/1.1 102 Processing\r\n\r\n" * 50,
+}
+
+
+@pytest.mark.parametrize("name", INTERIM)
+@pytest.mark.parametrize("form", [kept, chunked])
+def test_interim_answers_are_passed_over(form: Callable[[bytes], bytes], name: str) -> None:
+    """And on the kept connection the next call gets its own answer."""
+    answers = [envelope({"run": {"runId": str(number)}}) for number in range(3)]
+    with Kept(lambda number, *_: INTERIM[name] + form(answers[number - 1])) as server:
+        with client(server.url, tries=1) as one:
+            assert [one.run(str(number))["runId"] for number in range(3)] == ["0", "1", "2"]
+    assert server.used == [1, 1, 1]
+
+
+def test_interim_answers_are_passed_over_before_one_that_ends_the_connection() -> None:
+    with Kept(lambda *_: INTERIM["103"] + GOOD) as server, client(server.url, tries=1) as one:
+        assert one.repos() == one.repos() == REPOS["repos"]
+    assert server.used == [1, 2]
+
+
+def test_interim_answers_without_end_are_a_time_out() -> None:
+    with RawServer(steps(dribble(b"", INTERIM["102"]))) as server:
+        with client(server.url, timeout_s=0.3, tries=1) as one:
+            with pytest.raises(mogplex.UnavailableError, match="no (complete )?answer"):
+                one.repos()
+
+
+ELSEWHERE = {"run": {"runId": "other", "status": "success"}, "events": []}
+
+
+@pytest.mark.parametrize("call", [
+    lambda one: one.run("mine"), lambda one: one.events("mine"), lambda one: one.cancel("mine"),
+    lambda one: one.open_run("mine", lambda: None).__enter__().data(),
+    lambda one: one.open_events("mine", lambda: None, True, 9, "", 9.0).__enter__().data(),
+])
+def test_another_run_s_answer_is_an_invalid_response(call: Callable[[mogplex.Client], Any]) -> None:
+    with RawServer(steps(ok(ELSEWHERE))) as server, client(server.url) as one:
+        with pytest.raises(mogplex.InvalidResponseError, match="run 'other' instead of 'mine'"):
+            call(one)
+
+
+def test_a_run_s_id_may_come_in_another_case_or_not_at_all() -> None:
+    for run in ({"runId": "MINE"}, {}, {"runId": None}):
+        with RawServer(steps(ok({"run": run}))) as server, client(server.url) as one:
+            assert one.run("mine") == run
+
+
+LISTS = {
+    "repos": lambda one: one.repos(),
+    "sandboxes": lambda one: one.sandboxes(),
+    "agents": lambda one: one.agents(),
+    "models": lambda one: one.models(),
+    "servers": lambda one: one.mcp_servers(),
+    "events": lambda one: one.events("r"),
+}
+OBJECTS = {
+    "run": lambda one: one.run("r"),
+    "sandbox": lambda one: one.create_sandbox({}),
+}
+
+
+@pytest.mark.parametrize("key", [*LISTS, *OBJECTS])
+@pytest.mark.parametrize("wrong", [{}, None, "x", 5, True])
+def test_an_answer_without_its_list_or_object_is_an_invalid_response(key: str, wrong: Any) -> None:
+    call = LISTS.get(key) or OBJECTS[key]
+    data = {} if wrong == {} else {key: wrong}
+    with RawServer(steps(ok(data))) as server, client(server.url) as one:
+        with pytest.raises(mogplex.InvalidResponseError, match=f"no (list|object) '{key}'") as error:
+            call(one)
+    assert int(error.value.exit) == 1
+
+
+def test_logs_without_their_sandbox_or_events_are_an_invalid_response() -> None:
+    for data in ({"sandbox": {}}, {"lifecycle_events": []}, {}):
+        with RawServer(steps(ok(data))) as server, client(server.url) as one:
+            with pytest.raises(mogplex.InvalidResponseError):
+                one.sandbox_logs("s")
+
+
+def test_an_empty_list_is_none() -> None:
+    for key, call in LISTS.items():
+        with RawServer(steps(ok({key: []}))) as server, client(server.url) as one:
+            assert call(one) in ([], {"events": []})
+
+
+def test_a_sandbox_is_created_once_and_never_twice() -> None:
+    """The service takes no idempotency key for it."""
+    body = {"repoId": "r", "baseBranch": "main", "createBranch": True}
+    made = answer(202, {"ok": True, "data": {"sandbox": {"id": "s"}}})
+    with RawServer(steps(made, reset_after(b""), answer(502))) as server, client(server.url) as one:
+        assert one.create_sandbox(body) == {"id": "s"}
+        for number in (2, 3):
+            with pytest.raises(mogplex.UnavailableError) as error:
+                one.create_sandbox(body)
+            assert error.value.delivered and len(server.requests) == number
+    head, _, sent = server.requests[0].partition("\r\n\r\n")
+    assert head.startswith("POST /api/v1/mogplex/sandboxes HTTP/1.1\r\n")
+    assert "Content-Type: application/json" in head and json.loads(sent) == body
+
+
+def test_the_configs_of_mcp_servers_are_handed_to_nobody() -> None:
+    """They hold live secrets."""
+    secret = "s3cret-" * 5
+    servers = [
+        {"name": "a", "enabled": True, "config": {"url": f"https://x/{secret}", "headers": {}}},
+        {"name": "b", "enabled": False, "config": {"command": "x", "env": {"KEY": secret}}},
+        {"name": "c", "enabled": None, "config": {"args": [secret]}, "token": secret},
+        {"name": "d", "enabled": True, "config": secret},
+    ]
+    with RawServer(steps(ok({"servers": servers}))) as server, client(server.url) as one:
+        assert one.mcp_servers() == [
+            {"name": "a", "enabled": True, "kind": "http"},
+            {"name": "b", "enabled": False, "kind": "stdio"},
+            {"name": "c", "enabled": None, "kind": ""},
+            {"name": "d", "enabled": True, "kind": ""},
+        ]
+
+
+def test_any_route_can_be_asked() -> None:
+    with RawServer(lambda *_: ok({"x": 1})) as server, client(server.url) as one:
+        assert one.request("GET", "/automations", params={"limit": 5, "cursor": ""}) == {"x": 1}
+        one.request("PUT", "/automations/a", body={"name": "n"})
+        one.request("POST", "/automations/a/trigger", body={"repoId": "r"}, idempotency_key="k")
+    lines = [request.split(" HTTP")[0] for request in server.requests]
+    assert lines == [
+        "GET /api/v1/mogplex/automations?limit=5",
+        "PUT /api/v1/mogplex/automations/a",
+        "POST /api/v1/mogplex/automations/a/trigger",
+    ]
+    assert server.requests[1].endswith('{"name": "n"}') and "Idempotency-Key: k" in server.requests[2]
+
+
+@pytest.mark.parametrize("method, options, tries", [
+    ("GET", {}, 3), ("PUT", {"body": {}}, 3), ("DELETE", {}, 3),
+    ("POST", {"body": {}}, 1), ("POST", {"body": {}, "idempotency_key": "k"}, 3),
+])
+def test_any_route_is_asked_again_where_that_does_no_harm(
+    method: str, options: Dict[str, Any], tries: int,
+) -> None:
+    with RawServer(steps(answer(502))) as server, client(server.url) as one:
+        with pytest.raises(mogplex.UnavailableError):
+            one.request(method, "/x", **options)
+    assert len(server.requests) == tries
+
+
+@pytest.mark.parametrize("path", ["", "x", "/a b", "/a?b", "/a#b", "/a\\b", "/a\nb", "@evil"])
+def test_a_path_that_would_lead_elsewhere_is_refused(path: str) -> None:
+    with RawServer(steps(GOOD)) as server, client(server.url) as one:
+        with pytest.raises(mogplex.UsageError, match="invalid path"):
+            one.request("GET", path)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("body, words", [
+    ({"x": float("nan")}, "not JSON"), ({"x": {1}}, "not JSON"), ({"x": b"y"}, "not JSON"),
+    (functools.reduce(lambda inner, _: {"x": inner}, range(100000), {}), "nested too deeply"),
+])
+def test_a_body_that_cannot_be_sent_is_a_usage_error(body: Dict[str, Any], words: str) -> None:
+    with RawServer(steps(GOOD)) as server, client(server.url) as one:
+        with pytest.raises(mogplex.UsageError, match=words):
+            one.request("POST", "/x", body=body)
+    assert server.requests == []
 
 
 def test_what_is_sent() -> None:
@@ -1996,9 +2428,8 @@ END = (poll("success", 1), poll("success", 1))
      ["a", "b", "c", "d", "e", "f\ud800\0"], "success", [0, 1.5]),
     # Things of an odd type, and what is not there.
     ((ok({"events": [7, None, "x", {"id": "1", "message": "m1"}], "run": {"status": "success", "error": 7, "createdAt": 5}}),), ["m1"], "success", None),
-    ((ok({"events": {"id": 1}, "run": {"status": "success"}}),), [], "success", [0, 1.5]),
     # An answer without a status: the run's own route is asked.
-    ((ok({"events": []}), ok({"run": {"status": "success"}}), ok({"events": None, "run": None}), ok({"run": {"status": "success"}})),
+    ((ok({"events": []}), ok({"run": {"status": "success"}}), ok({"events": [], "run": None}), ok({"run": {"status": "success"}})),
      [], "success", [0, 0, 3, 3]),
 ])
 def test_every_event_once_and_the_true_verdict(order: Any, messages: List[str], status: str, times: Optional[List[float]]) -> None:
@@ -4058,7 +4489,7 @@ def one_answer(data: bytes) -> Iterator[RawServer]:
     (["runs", "get"], "error: no run is remembered for this service; give a run id"),
     (["runs", "get", "@last"], "error: no run is remembered for this service; give a run id"),
     (["runs", "cancel"], "error: runs cancel: the following arguments are required: RUN"),
-    (["runs", "get", ".."], "error: '..' is no id"), (["runs", "get", " "], "error: invalid run id ' '"),
+    (["runs", "get", ".."], "error: invalid id '..'"), (["runs", "get", " "], "error: invalid run id ' '"),
     (["runs", "get", ""], "error: invalid run id ''"), (["runs", "events", "", "--follow"], "error: invalid run id ''"),
     (["runs", "cancel", ""], "error: invalid run id ''"),
     (["runs", "get", "a", "b"], "error: runs get: unrecognized arguments: b"),
@@ -4267,7 +4698,7 @@ def test_a_repo_by_its_name(run_demo: Callable[..., Result], cli: Callable[..., 
 
 def test_an_unknown_repo_is_told_apart_from_an_outage(run_demo: Callable[..., Result], demo: mogplex.DemoServer) -> None:
     result = run_demo("run", "--repo", "nope", "x")
-    assert result.code == 1 and "there is no repo 'nope'" in result.err and "--idempotency-key" not in result.err
+    assert result.code == 1 and "the service lists no repo 'nope'" in result.err and "--idempotency-key" not in result.err
     assert demo.service.requests == 2
 
 
@@ -4485,7 +4916,7 @@ def test_sandbox_logs(run_demo: Callable[..., Result], cli: Callable[..., Result
     assert "lifecycle_events" in json.loads(run_demo("sandboxes", "logs", sandbox_id, "--json").out)
     with one_answer(ok({"sandbox": {"install_log": "a\r\n\x1b[2Jb\n"}, "lifecycle_events": [{"event_type": "c\nd"}]})) as server:
         assert cli("sandboxes", "logs", "s", env=service(server.url)).out == "--- install_log ---\na\nb\n  c \u23ce d\n"
-    with one_answer(ok({"sandbox": None})) as server:
+    with one_answer(ok({"sandbox": {}, "lifecycle_events": []})) as server:
         assert cli("sandboxes", "logs", "s", env=service(server.url)) == Result(0, "", "no logs yet\n")
 
 
@@ -4545,7 +4976,7 @@ def test_a_refused_token_says_what_to_check(run_demo: Callable[..., Result]) -> 
 def test_a_netrc_entry_never_takes_the_token_s_place(cli: Callable[..., Result], tmp_path: Any, location: Optional[str]) -> None:
     (tmp_path / ".netrc").write_text("default login someone password else\nmachine localhost login someone password else\n")
     (tmp_path / ".netrc").chmod(0o600)
-    with RawServer(lambda *_: answer(307, "", Location=location.format(port=server.url[-5:])) if location else ok({})) as server:
+    with RawServer(lambda *_: answer(307, "", Location=location.format(port=server.url[-5:])) if location else ok({"repos": []})) as server:
         result = cli("repos", "list", "--json", env=service(server.url))
     assert result.code == (1 if location else 0) and len(server.requests) == 1
     assert f"authorization: bearer {TOKEN}".lower() in server.requests[0].lower() and "basic" not in server.requests[0].lower()
@@ -5442,8 +5873,11 @@ Client.create_sandbox (self, body)
 Client.events (self, run_id, limit=None)
 Client.mcp_servers (self)
 Client.models (self)
+Client.open_events (self, run_id, tick, renew, limit, last_event_id, idle_s)
+Client.open_run (self, run_id, tick, renew=True)
 Client.post_form (self, url, form)
 Client.repos (self, query='', repo_id='', limit=None)
+Client.request (self, method, path, *, params=None, body=None, idempotency_key='')
 Client.run (self, run_id)
 Client.sandbox_logs (self, sandbox_id)
 Client.sandboxes (self, repo_id='', status='', limit=None)
@@ -5909,7 +6343,7 @@ AGENT_TEXT = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u20
 def test_an_agent_s_text_is_never_a_command_to_a_ci(tmp_path: Any) -> None:
     event = {"id": "e", "type": AGENT_TEXT, "toolName": AGENT_TEXT, "message": AGENT_TEXT, "createdAt": AGENT_TEXT, "payload": {
         "working_branch": AGENT_TEXT, "pull_request_url": AGENT_TEXT, "error": AGENT_TEXT}}
-    run = {"runId": AGENT_TEXT, "status": "failed", "error": AGENT_TEXT, "repoId": AGENT_TEXT}
+    run = {"runId": "R", "status": "failed", "error": AGENT_TEXT, "repoId": AGENT_TEXT}
     files = {"GITHUB_STEP_SUMMARY": str(tmp_path / "summary"), "GITHUB_OUTPUT": str(tmp_path / "output")}
     with one_answer(ok({"run": run, "events": [event]})) as server:
         jobs = [(kind, flags, run_file("runs", "events", "R", "--follow", *flags, url=server.url, env=env)) for kind, flags, env in (
