@@ -43,6 +43,7 @@ import functools
 import hashlib
 import hmac
 import json
+import math
 import os
 import queue
 import re
@@ -299,7 +300,10 @@ RARE_CHARACTERS = "QXJKVYWUHGqzBFNM"  # in what the service says, the rarest fir
 
 
 def _commonness(char: str) -> int:
-    return RARE_CHARACTERS.index(char) if char in RARE_CHARACTERS else len(RARE_CHARACTERS)
+    place = RARE_CHARACTERS.find(char)
+    if place < 0:
+        return len(RARE_CHARACTERS)
+    return place
 
 
 def _secret_form(spelling: str) -> SecretForm:
@@ -315,26 +319,31 @@ def _secret_form(spelling: str) -> SecretForm:
     return SecretForm(re.compile(SECRET_GAP.join(parts)), rarest, tuple(others))
 
 
-def _base64_cores(secret: str) -> List[str]:
-    """What base64 makes of ``secret`` inside a longer text, in each of the three alignments."""
-    cores = []
-    for before, mixed in ((0, 0), (1, 2), (2, 3)):  # bytes before it; characters that hold of those
+BASE64_ALIGNMENTS = {0: 0, 1: 2, 2: 3}  # bytes before it: characters that depend on those
+TO_URL_SAFE = str.maketrans("+/", "-_")
+
+
+def _base64_cores(secret: str) -> Set[str]:
+    """What base64 makes of ``secret`` inside a longer text: three alignments, two alphabets."""
+    cores = set()
+    for before, mixed in BASE64_ALIGNMENTS.items():
         data = bytes(before) + secret.encode("utf-8", "replace")
-        whole = len(data) * 8 // 6  # the one after these depends on what follows
-        cores.append(base64.b64encode(data).decode("ascii")[mixed:whole])
+        encoded = base64.b64encode(data).decode("ascii")
+        whole = len(data) * 8 // 6  # the character after these depends on what follows
+        core = encoded[mixed:whole]
+        cores.add(core)
+        cores.add(core.translate(TO_URL_SAFE))
     return cores
 
 
 @functools.lru_cache(maxsize=8)
 def _secret_forms(secret: str) -> List[SecretForm]:
-    """The spellings that are hidden: plain, percent-encoded, base64 of both alphabets, all of them split."""
-    if len(secret) < SHORTEST_ENCODED or not any(map(str.isalnum, secret)) or "\\" in secret:
-        return []  # one with a backslash cannot be told from an escaped gap
-    spellings = [secret]
-    for core in _base64_cores(secret):
-        spellings.append(core)
-        if "+" in core or "/" in core:
-            spellings.append(core.translate({ord("+"): "-", ord("/"): "_"}))
+    """What is hidden beside the plain secret: percent-encoded, base64, and any of these split."""
+    if len(secret) < SHORTEST_ENCODED:
+        return []
+    if "\\" in secret or not any(map(str.isalnum, secret)):
+        return []  # a backslash cannot be told from an escaped gap
+    spellings = [secret, *sorted(_base64_cores(secret))]
     return [_secret_form(spelling) for spelling in spellings]
 
 
@@ -376,7 +385,9 @@ def dict_of(record: object, key: str) -> Json:
 
 def dicts_of(record: object, key: str) -> List[Json]:
     """The objects in the list at ``record[key]``; anything else in it is passed over."""
-    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(record, dict):
+        return []
+    value = record.get(key)
     if not isinstance(value, list):
         return []
     return [item for item in value if isinstance(item, dict)]
@@ -387,13 +398,17 @@ MAX_DIGITS = 600  # of a whole number; Python itself refuses some thousands
 
 def _whole_number(digits: str) -> Union[int, str]:
     """A JSON integer; one that Python may refuse to show stays text."""
-    return int(digits) if len(digits) <= MAX_DIGITS else digits
+    if len(digits) > MAX_DIGITS:
+        return digits
+    return int(digits)
 
 
 def _real_number(digits: str) -> Union[float, str]:
     """A JSON number; one too large for a float stays text."""
     number = float(digits)
-    return number if abs(number) < 1e308 else digits
+    if math.isinf(number):
+        return digits
+    return number
 
 
 def _refuse_constant(name: str) -> Any:
@@ -456,8 +471,6 @@ BASE_URL = re.compile(r"""
 
 def _base_url_problem(scheme: str, host: str, port: str, allow_http: bool) -> str:
     """Why a URL of these parts may not be the service's, "" for nothing."""
-    if not host:
-        return "give an https:// URL without user info, query and fragment"
     if port and int(port) > 65535:
         return f"there is no port {port}"
     if scheme == "https":
@@ -473,7 +486,9 @@ def _without_user_info(url: str) -> str:
     """A URL, however malformed, without a name or password before its host."""
     scheme, slashes, rest = url.partition("//")
     user_info, at, address = rest.rpartition("@")
-    return f"{scheme}{slashes}***@{address}" if at else url
+    if not at:
+        return url
+    return f"{scheme}{slashes}***@{address}"
 
 
 def parse_base_url(text: str, allow_http: bool = False, source: str = "MOGPLEX_URL") -> str:
@@ -482,17 +497,18 @@ def parse_base_url(text: str, allow_http: bool = False, source: str = "MOGPLEX_U
     https only; http to this machine where ``allow_http``. A path prefix is kept. UsageError for
     one that may not be used, which names ``source``, where it came from.
     """
+    problem = "give an https:// URL without user info, query and fragment"
     match = BASE_URL.match(text.strip())
-    scheme, host, port, path = match.groups("") if match else ("", "", "", "")
-    scheme = scheme.lower()
-    host = host.lower()
-    problem = _base_url_problem(scheme, host, port, allow_http)
-    if problem:
+    if match:
+        scheme, host, port, path = match.groups("")
+        problem = _base_url_problem(scheme.lower(), host.lower(), port, allow_http)
+    if problem or not match:
         shown = _without_user_info(sanitize(text))
         raise UsageError(f"invalid {source} '{shown}': {problem}")
+    address = f"{scheme}://{host}".lower()
     if port:
-        host = f"{host}:{port}"
-    return f"{scheme}://{host}{path.rstrip('/')}"
+        address = f"{address}:{port}"
+    return address + path.rstrip("/")
 
 
 def utf16_units(text: str) -> int:
@@ -512,7 +528,9 @@ def _moment(text: object) -> Any:
 
     Spelled anew for fromisoformat: before Python 3.11 that refuses ``Z`` and five-digit fractions.
     """
-    match = TIME.match(text) if isinstance(text, str) else None
+    if not isinstance(text, str):
+        return None
+    match = TIME.match(text)
     if not match:
         return None
     import datetime
@@ -538,7 +556,9 @@ def format_time(value: object) -> str:
     moment = _moment(value)
     if moment is not None:
         return str(moment.isoformat(timespec="milliseconds")[:-6]) + "Z"
-    return sanitize(value) if isinstance(value, str) else ""
+    if isinstance(value, str):
+        return sanitize(value)
+    return ""
 
 
 DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\Z", re.ASCII)
@@ -604,6 +624,15 @@ def backoff_s(failures: int, random: float, base_s: float = 0.5, cap_s: float = 
 SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?\Z", re.ASCII)
 
 
+def _http_date(text: str) -> Optional[float]:
+    """Seconds since the epoch of a date in an HTTP header; None when it is none."""
+    import email.utils
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
 def parse_retry_after(value: Optional[str], date: Optional[str]) -> Optional[float]:
     """Seconds asked for by a ``Retry-After`` header, None when it is missing or senseless.
 
@@ -612,11 +641,9 @@ def parse_retry_after(value: Optional[str], date: Optional[str]) -> Optional[flo
     text = (value or "").strip()
     if SECONDS.match(text):
         return float(text)
-    import email.utils
-    try:
-        then = email.utils.parsedate_to_datetime(text).timestamp()
-        now = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
-    except (TypeError, ValueError, IndexError, OverflowError):
+    then = _http_date(text)
+    now = _http_date(date) if date else time.time()
+    if then is None or now is None:
         return None
     return max(0.0, then - now)
 
@@ -638,7 +665,9 @@ def _estimated_width(char: str) -> int:
         return 0
     if "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff":
         return 0  # Hangul jamo that complete the syllable before them
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+    if unicodedata.east_asian_width(char) in "WF":
+        return 2
+    return 1
 
 
 @functools.lru_cache(maxsize=1)
@@ -657,30 +686,39 @@ def _char_width(char: str) -> int:
     return max(0, _width_table()(char))  # wcwidth has -1 for a control
 
 
-def _is_joined(before: str, char: str, pairs_flag: bool) -> bool:
-    """Whether ``char`` is drawn in the columns of what it follows."""
+def _is_within(char: str, ends: Tuple[str, str]) -> bool:
+    return ends[0] <= char <= ends[1]
+
+
+def _is_joined(before: str, char: str) -> bool:
+    """Whether ``char`` is drawn in the columns of the character before it."""
     if char < "\u0300":
         return False
-    if _char_width(char) == 0 or pairs_flag:
+    if _char_width(char) == 0:
         return True
     if before == JOINER:
         return char >= FIRST_SYMBOL
-    return SKIN_TONES[0] <= char <= SKIN_TONES[1] and before >= FIRST_SYMBOL
+    return _is_within(char, SKIN_TONES) and before >= FIRST_SYMBOL
+
+
+def _completes_flag(cluster: str, char: str) -> bool:
+    """Whether a cluster is the first of the two letters of a flag, and this the second."""
+    return len(cluster) == 1 and _is_within(cluster, FLAG_LETTERS) and _is_within(char, FLAG_LETTERS)
 
 
 def clusters(text: str) -> Iterator[str]:
     """The parts of ``text`` that a terminal never divides: a character and what is drawn over it."""
-    start = 0
-    flag_letters = 0  # how many stand together before this character
-    for at, char in enumerate(text):
-        is_flag_letter = FLAG_LETTERS[0] <= char <= FLAG_LETTERS[1]
-        pairs_flag = is_flag_letter and flag_letters % 2 == 1
-        if at > start and not _is_joined(text[at - 1], char, pairs_flag):
-            yield text[start:at]
-            start = at
-        flag_letters = flag_letters + 1 if is_flag_letter else 0
-    if text:
-        yield text[start:]
+    cluster = ""
+    for char in text:
+        if not cluster:
+            cluster = char
+        elif _is_joined(cluster[-1], char) or _completes_flag(cluster, char):
+            cluster += char
+        else:
+            yield cluster
+            cluster = char
+    if cluster:
+        yield cluster
 
 
 def _cluster_width(cluster: str) -> int:
@@ -691,7 +729,7 @@ def _cluster_width(cluster: str) -> int:
     is_emoji = first >= FIRST_SYMBOL or first in EMOJI_WITH_STYLE
     if cluster[1] == EMOJI_STYLE and is_emoji:
         return 2
-    if FLAG_LETTERS[0] <= cluster[1] <= FLAG_LETTERS[1]:
+    if _is_within(cluster[1], FLAG_LETTERS):
         return 2
     return width
 
@@ -724,6 +762,8 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 # ---------------------------------------------------------------- 3. Home and auth
 
 Warn = Callable[[str], None]
+Store = Callable[[Json], None]  # keeps a new sign-in
+Records = List[Json]            # of runs.jsonl, oldest first
 # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
 PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
 
@@ -739,7 +779,9 @@ RENEWAL_ROOM = 64 << 10     # bytes that a new sign-in may need
 LOCK_NOTICE_S = 1.0         # a wait for a lock is mentioned after this,
 LOCK_WAIT_S = 5.0           # and given up after this
 LOCK_POLL_S = 0.05
-NO_LOCKING = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # NFS, some containers
+# Flags of os.open; each system lacks some of them.
+READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+LOCKING = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 
 
 def home_directory(environ: Mapping[str, str]) -> str:
@@ -770,8 +812,7 @@ def read_regular_file(path: str) -> Tuple[bytes, int]:
 
     Opened without waiting: a fifo that nobody writes to would hold us for ever.
     """
-    nonblocking = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, os.O_RDONLY | nonblocking)
+    descriptor = os.open(path, READING)
     try:
         mode = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(mode):
@@ -850,11 +891,10 @@ class Replacement:
             os.fsync(stream.fileno())
 
 
-def rehearse_replacement(path: str) -> None:
-    """Replace a file by itself: OSError when it cannot be replaced, found out before it matters."""
-    data, _ = read_regular_file(path)
-    with Replacement(path) as same:
-        same.commit(data)
+def replace_file(path: str, data: bytes) -> None:
+    """Make ``data`` the content of a file, under its lock; OSError, and then nothing has changed."""
+    with Replacement(path) as replacement:
+        replacement.commit(data)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -926,18 +966,21 @@ class SignIn(NamedTuple):
 
     def ends_within(self, seconds: float) -> bool:
         """Whether it is known to have ended ``seconds`` from now."""
-        return self.expires_at is not None and time.time() >= self.expires_at - seconds
+        if self.expires_at is None:
+            return False
+        return time.time() + seconds >= self.expires_at
 
 
 def sign_in_of(entry: object) -> SignIn:
     """The sign-in in one object of auth.json, under any usual name; with the token "" for none."""
-    tokens = [text_of(entry, key).strip() for key in TOKEN_KEYS]
-    found = list(filter(None, tokens))
+    token = ""
+    for key in TOKEN_KEYS:
+        token = token or text_of(entry, key).strip()
+    expires_at = None
     expiry = text_of(entry, "expires_at")
-    return SignIn(
-        token=found[0] if found else "",
-        refresh_token=text_of(entry, "refresh_token"),
-        expires_at=float(expiry) if EPOCH_SECONDS.match(expiry) else None)
+    if EPOCH_SECONDS.match(expiry):
+        expires_at = float(expiry)
+    return SignIn(token, text_of(entry, "refresh_token"), expires_at)
 
 
 def start_record(base_url: str, body: Json, key: str, repo: str) -> Json:
@@ -963,50 +1006,52 @@ def start_record(base_url: str, body: Json, key: str, repo: str) -> Json:
     }
 
 
-def _same_start(one: Json, other: Json) -> bool:
-    """Whether two records tell of one idempotency key, which is what makes a start one."""
-    key = text_of(one, "key")
-    return bool(key) and (key, one.get("service")) == (other.get("key"), other.get("service"))
-
-
-def _same_run(one: Json, other: Json) -> bool:
-    run_id = text_of(one, "id")
-    return bool(run_id) and (run_id, one.get("service")) == (other.get("id"), other.get("service"))
+def _share(field: str, one: Json, other: Json) -> bool:
+    """Whether two records are of one service and have the same ``field``, which is not empty."""
+    value = text_of(one, field)
+    if not value or value != text_of(other, field):
+        return False
+    return one.get("service") == other.get("service")
 
 
 def _is_in_doubt(record: Json, now: float) -> bool:
     """Whether a record is of a start of the last day whose answer never came."""
+    if text_of(record, "id"):
+        return False
     started_at = parse_time(record.get("time")) or 0.0
-    return not text_of(record, "id") and now - started_at < IN_DOUBT_S
+    return now - started_at < IN_DOUBT_S
 
 
-def with_start(records: List[Json], start: Json) -> List[Json]:
+def with_start(records: Records, start: Json) -> Records:
     """The history when ``start`` is about to be sent.
 
     A key that was sent before keeps its record: the id in it, or its doubt, is still true.
     """
-    if any(_same_start(record, start) for record in records):
-        return records
+    for record in records:
+        if _share("key", record, start):
+            return records
     return [*records, start]
 
 
-def with_run(records: List[Json], entry: Json) -> List[Json]:
-    """The history with ``entry`` as the one record of its start and its run."""
-    others = [
-        record for record in records
-        if not _same_start(record, entry) and not _same_run(record, entry)]
+def with_run(records: Records, entry: Json) -> Records:
+    """The history with ``entry`` as the one record of its start and of its run."""
+    others = []
+    for record in records:
+        if not _share("key", record, entry) and not _share("id", record, entry):
+            others.append(record)
     return [*others, entry]
 
 
-def without_start(records: List[Json], start: Json) -> List[Json]:
+def without_start(records: Records, start: Json) -> Records:
     """The history without ``start``, but with an earlier start under the same key."""
     return [record for record in records if record != start]
 
 
-def newest_records(records: List[Json], now: float) -> List[Json]:
+def newest_records(records: Records, now: float) -> Records:
     """Those that are kept: the newest, and each start that is still in doubt."""
-    older, newest = records[:-HISTORY_SIZE], records[-HISTORY_SIZE:]
-    return [record for record in older if _is_in_doubt(record, now)] + newest
+    older = records[:-HISTORY_SIZE]
+    doubts = [record for record in older if _is_in_doubt(record, now)]
+    return doubts + records[-HISTORY_SIZE:]
 
 
 class Home:
@@ -1031,12 +1076,13 @@ class Home:
     def _lock(self, path: str) -> Iterator[None]:
         """Keep other threads and processes away from ``path``; UnavailableError when it is busy.
 
-        OSError when there can be no lock file. Without locking at all it goes on, with one warning.
+        UnwritableError when there can be no lock file. Where the file system has no locks it goes
+        on without, with one warning.
         """
         lock_path = os.path.realpath(path) + ".lock"
-        make_private_directory(os.path.dirname(lock_path))
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
-        descriptor = os.open(lock_path, flags, 0o600)
+        with naming_file("write", lock_path):
+            make_private_directory(os.path.dirname(lock_path))
+            descriptor = os.open(lock_path, LOCKING, 0o600)
         try:
             self._take_lock(descriptor, lock_path)
             yield
@@ -1046,9 +1092,7 @@ class Home:
     def _take_lock(self, descriptor: int, lock_path: str) -> None:
         try:
             _wait_for_lock(descriptor, lock_path, self.warn)
-        except OSError as error:
-            if error.errno not in NO_LOCKING:
-                raise
+        except OSError as error:  # ENOLCK, EOPNOTSUPP: NFS, some containers
             if not self._warned_of_locks:
                 self._warned_of_locks = True
                 self.warn(
@@ -1118,52 +1162,45 @@ class Home:
 
         MogplexError that names the file when it cannot be written, or is held by another process.
         """
-        with naming_file("write", self.auth_path), self._lock(self.auth_path):
+        with self._lock(self.auth_path), naming_file("write", self.auth_path):
             content, _ = self._content_with(entry)
-            with Replacement(self.auth_path) as replacement:
-                replacement.commit(content)
+            replace_file(self.auth_path, content)
         return self.auth_path
 
     def forget_sign_in(self) -> bool:
         """Take our sign-in, and nothing else, out of auth.json; whether there was one."""
         if not os.path.lexists(self.auth_path):
             return False
-        with naming_file("write", self.auth_path), self._lock(self.auth_path):
+        with self._lock(self.auth_path), naming_file("write", self.auth_path):
             content, had_one = self._content_with({})
             if had_one:
-                with Replacement(self.auth_path) as replacement:
-                    replacement.commit(content)
+                replace_file(self.auth_path, content)
         return had_one
 
-    @contextlib.contextmanager
-    def sign_in_lock(self) -> Iterator[None]:
+    def sign_in_lock(self) -> ContextManager[None]:
         """For reading the sign-in and storing its successor; MogplexErrors as ``store_sign_in``."""
-        with contextlib.ExitStack() as stack:
-            with naming_file("lock", self.auth_path):
-                stack.enter_context(self._lock(self.auth_path))
-            yield
+        return self._lock(self.auth_path)
 
     @contextlib.contextmanager
-    def sign_in_successor(self) -> Iterator[Callable[[Json], None]]:
+    def sign_in_successor(self) -> Iterator[Store]:
         """A function that stores an entry, under ``sign_in_lock``, with all that can fail done before.
 
         UnwritableError when the entry could not be stored: known before a refresh token is spent.
         """
-        with contextlib.ExitStack() as stack:
-            with naming_file("write", self.auth_path):
-                rehearse_replacement(self.auth_path)
-                size = os.stat(self.auth_path).st_size
-                replacement = Replacement(self.auth_path, room=size + RENEWAL_ROOM)
-                stack.enter_context(replacement)
+        with naming_file("write", self.auth_path):
+            present, _ = read_regular_file(self.auth_path)
+            replace_file(self.auth_path, present)  # by itself: only trying shows that it can be done
+            replacement = Replacement(self.auth_path, room=len(present) + RENEWAL_ROOM)
 
-            def store(entry: Json) -> None:
-                content, _ = self._content_with(entry)
-                try:
-                    with naming_file("write", self.auth_path):
-                        replacement.commit(content)
-                except UnwritableError as error:
-                    self.warn(f"{error}; the renewed sign-in serves this process only")
+        def store(entry: Json) -> None:
+            content, _ = self._content_with(entry)
+            try:
+                with naming_file("write", self.auth_path):
+                    replacement.commit(content)
+            except UnwritableError as error:
+                self.warn(f"{error}; the renewed sign-in serves this process only")
 
+        with replacement:
             yield store
 
     # -- runs.jsonl
@@ -1204,12 +1241,13 @@ class Home:
     def start_in_doubt(self, start: Json, now: float) -> Json:
         """An earlier start of the same request within a day whose answer never came; {} for none."""
         for record in self.history(text_of(start, "service")):
-            same_request = record.get("digest") == start.get("digest")
-            if same_request and not _same_start(record, start) and _is_in_doubt(record, now):
+            if _share("key", record, start):
+                continue  # the answer to this one is about to come
+            if _share("digest", record, start) and _is_in_doubt(record, now):
                 return record
         return {}
 
-    def _records(self) -> List[Json]:
+    def _records(self) -> Records:
         """All that runs.jsonl holds, oldest first; a torn line is passed over."""
         try:
             data, _ = read_regular_file(self.history_path)
@@ -1223,18 +1261,16 @@ class Home:
                     records.append(record)
         return records
 
-    def _change_history(
-        self, change: Callable[[List[Json], Json], List[Json]], record: Json,
-    ) -> None:
+    def _change_history(self, change: Callable[[Records, Json], Records], record: Json) -> None:
         """Change runs.jsonl by one record, under its lock; where that fails, a warning is all."""
         if not self.keeps_history:
             return
         try:
-            with naming_file("write", self.history_path), self._lock(self.history_path):
-                records = newest_records(change(self._records(), record), time.time())
-                lines = [to_json(record) + "\n" for record in records]
-                with Replacement(self.history_path) as replacement:
-                    replacement.commit("".join(lines).encode())
+            with self._lock(self.history_path), naming_file("write", self.history_path):
+                changed = change(self._records(), record)
+                kept = newest_records(changed, time.time())
+                lines = [to_json(one) + "\n" for one in kept]
+                replace_file(self.history_path, "".join(lines).encode())
         except MogplexError as error:
             self.warn(f"this run is not recorded in the history: {error}")
 
@@ -1252,6 +1288,7 @@ def home_from(environ: Mapping[str, str], warn: Warn = unheard) -> Home:
 
 CLIENT_ID = "mogplex-cli"
 TOKEN_PATH = "/api/auth/mcp/token"
+SECRET_FIELDS = ("code", "code_verifier", "refresh_token")  # of what is sent there
 REFRESH_EARLY_S = 60.0   # before its end a token is refreshed
 SETTLE_S = 5.0           # the longest wait for a refresh that is under way when the program leaves
 
@@ -1289,9 +1326,10 @@ def _token_error(base_url: str, status: int, answer: Json, form: Dict[str, str])
         return InvalidResponseError(message, status=status)
     reasons = [text_of(answer, key) for key in ("error", "error_description")]
     reason = sanitize(": ".join(filter(None, reasons))) or "no reason given"
-    secrets = [form.get(key, "") for key in ("code", "code_verifier", "refresh_token")]
-    message = f"the service refused the sign-in: {redact(reason, *secrets)}"
-    return UnauthorizedError(message, status=status, hint="run `mogplex login`")
+    for name in SECRET_FIELDS:
+        reason = redact(reason, form.get(name, ""))
+    return UnauthorizedError(
+        f"the service refused the sign-in: {reason}", status=status, hint="run `mogplex login`")
 
 
 def _not_stored(entry: Json) -> None:
@@ -1418,7 +1456,7 @@ class Credential:
         self._sign_in = sign_in
 
     def _refresh(
-        self, post: PostForm, successor: ContextManager[Callable[[Json], None]],
+        self, post: PostForm, successor: ContextManager[Store],
     ) -> None:
         """Spend the refresh token, once ``successor`` is ready to store what comes for it."""
         with successor as store, self._under_way():

@@ -647,6 +647,19 @@ def test_a_token_that_no_header_can_carry_is_refused_unprinted(tmp_path: Any, to
         mogplex.Credential(token)
 
 
+@pytest.mark.parametrize("token", [None, ""])
+def test_no_token_is_an_unauthorized_error_before_anything_is_sent(token: Any) -> None:
+    for make in mogplex.Credential, mogplex.Client:
+        with pytest.raises(mogplex.UnauthorizedError, match="no token given"):
+            make(token)
+
+
+def test_nobody_s_credential_sends_no_token() -> None:
+    credential = mogplex.Credential.anonymous()
+    assert (credential.token, credential.refreshable, credential.current(no_post)) == ("", False, "")
+    assert not credential.renew("", no_post)
+
+
 @pytest.mark.parametrize("content", [
     "", "s3cret", "[1]", '"s3cret"', b"\xff\xfe{", "[" * 100000, '{"token": "s3cret"'])
 def test_a_senseless_file_is_an_error_that_names_it(tmp_path: Any, content: Union[str, bytes]) -> None:
@@ -774,16 +787,16 @@ def link_at(home: Any, name: str) -> Iterator[None]:
 
 
 OBSTACLES = [
-    (full_disk, "write", "File too large"),
-    (lambda home: directory_at(home, "auth.json.lock"), "lock", "Is a directory"),
-    (lambda home: directory_at(home, "auth.json.tmp"), "write", "Is a directory"),
-    (lambda home: link_at(home, "auth.json.lock"), "lock", "Too many levels of symbolic links"),
+    (full_disk, "auth.json", "File too large"),
+    (lambda home: directory_at(home, "auth.json.lock"), "auth.json.lock", "Is a directory"),
+    (lambda home: directory_at(home, "auth.json.tmp"), "auth.json", "Is a directory"),
+    (lambda home: link_at(home, "auth.json.lock"), "auth.json.lock", "Too many levels of symbolic links"),
 ]
 
 
-@pytest.mark.parametrize("obstacle, step, reason", OBSTACLES)
+@pytest.mark.parametrize("obstacle, name, reason", OBSTACLES)
 def test_a_refresh_token_is_spent_only_where_its_successor_can_be_stored(
-    tmp_path: Any, obstacle: Any, step: str, reason: str,
+    tmp_path: Any, obstacle: Any, name: str, reason: str,
 ) -> None:
     home, warnings = tmp_path / "home", []  # type: Tuple[Any, List[str]]
     credential = signed_in(home, "https://a.example", warnings, expires_at=int(time.time()) + 50)
@@ -799,10 +812,10 @@ def test_a_refresh_token_is_spent_only_where_its_successor_can_be_stored(
         with pytest.raises(mogplex.UnauthorizedError) as refusal:
             over.current(no_post)
         assert refusal.value.message == (
-            f"the sign-in has ended and cannot be renewed here: cannot {step} {path}: {reason}")
+            f"the sign-in has ended and cannot be renewed here: cannot write {home / name}: {reason}")
         with pytest.raises(mogplex.MogplexError) as unwritten:
             home_of(home).store_sign_in({"token": "new"})
-        assert unwritten.value.message == f"cannot write {path}: {reason}"
+        assert unwritten.value.message == f"cannot write {home / name}: {reason}"
     assert path.read_bytes() == before and warnings == []
     assert (home / "auth.json.tmp").is_dir() or not (home / "auth.json.tmp").exists()
 
@@ -1043,11 +1056,11 @@ def test_a_home_below_a_file(tmp_path: Any) -> None:
     home, warnings = str(tmp_path / "file" / "home"), []  # type: Tuple[str, List[str]]
     with pytest.raises(mogplex.UnauthorizedError, match="not signed in"):
         resolve(home, warnings.append)
-    with pytest.raises(mogplex.MogplexError, match="cannot write .*auth.json: Not a directory"):
+    with pytest.raises(mogplex.MogplexError, match="cannot write .*auth.json.lock: Not a directory"):
         mogplex.Home(home).store_sign_in({"token": "t"})
     assert not mogplex.Home(home).forget_sign_in() and mogplex.Home(home).runs("https://a.example") == []
     mogplex.Home(home, warnings.append).record_start({"id": "1"})
-    assert warnings == [f"this run is not recorded in the history: cannot write {home}/runs.jsonl: Not a directory"]
+    assert warnings == [f"this run is not recorded in the history: cannot write {home}/runs.jsonl.lock: Not a directory"]
 
 
 @pytest.mark.parametrize("left_s, refreshed", [(-5, True), (50, True), (80, False), (None, False)])
@@ -1072,6 +1085,7 @@ ECHO = {"error": "invalid_grant", "error_description": "bad \x1b[31mrefresh-0\n:
     (answer(401, ECHO), mogplex.UnauthorizedError,
      "the service refused the sign-in: invalid_grant: bad *** \u23ce : :error::, {code} (HTTP 401)"),
     (answer(400, {}), mogplex.UnauthorizedError, "the service refused the sign-in: no reason given (HTTP 400)"),
+    (answer(429, "slow down"), mogplex.RateLimitedError, "too many sign-ins (HTTP 429)"),
     (answer(500, ""), mogplex.UnavailableError, "the sign-in service is unavailable (HTTP 500)"),
     (answer(200, {"access_token": []}), mogplex.InvalidResponseError, "unexpected response from {url}: no token in it (HTTP 200)"),
     (answer(404, "<html>"), mogplex.InvalidResponseError, "unexpected response from {url}: no token in it (HTTP 404)"),
@@ -1169,6 +1183,7 @@ class Browser:
         with socket.create_connection(("127.0.0.1", int(host.partition(":")[2]))):
             for request in self.requests:
                 text = request.replace("{host}", host).replace("{state}", self.query["state"])
+                text = text.replace("{port}", host.partition(":")[2])
                 self.pages.append(talk(host, text))
         self.done.set()
 
@@ -1209,7 +1224,8 @@ NOISE = [
     ("GET /favicon.ico HTTP/1.1\r\nHost: {host}\r\n\r\n", "404"),
     (CALLBACK.replace("GET", "HEAD"), "404"), (CALLBACK.replace("GET", "POST"), "404"),
     (CALLBACK.replace("{host}", "evil.example"), "404"),
-    (CALLBACK.replace("{host}", "localhost"), "404"),
+    (CALLBACK.replace("{host}", "localhost"), "404"), (CALLBACK.replace("{host}", "localhost:1"), "404"),
+    (CALLBACK.replace("/callback", "/callback/x"), "404"), (CALLBACK.replace("Host: ", "Host:\r\n"), "404"),
     (CALLBACK.replace("\r\n\r\n", "\r\nHost: {host}\r\n\r\n"), "404"),
     ("GET /auth/callback?code=c0dec0de&state={state} HTTP/1.0\r\n\r\n", "404"),
     ("GET /auth/callback?code=evil&state=wrong HTTP/1.1\r\nHost: {host}\r\n\r\n", "400"),
@@ -1226,6 +1242,12 @@ def test_noise_neither_ends_nor_blocks_the_wait() -> None:
     with RawServer(Issuer()) as server:
         assert sign_in(server.url, browser)["access_token"] == "access-1"
     assert [page[9:12] for page in browser.pages] == [status for _, status in NOISE] + ["200"]
+
+
+def test_the_callback_may_come_under_the_name_localhost() -> None:
+    with RawServer(Issuer()) as server:
+        browser = Browser(CALLBACK.replace("{host}", "LocalHost:{port}"))
+        assert sign_in(server.url, browser)["access_token"] == "access-1"
 
 
 @pytest.mark.parametrize("target, message", [
@@ -1276,6 +1298,97 @@ def test_runs_are_remembered(tmp_path: Any) -> None:
     assert [run["id"] for run in mogplex.Home(home).runs("https://a.example")] == ["3", "0"]
     assert mogplex.Home(home).runs("https://a.example")[-1]["task"] == "\u20ac" * 99
     assert os.stat(str(path)).st_mode & 0o777 == 0o600 and warnings == []
+
+
+ASKED = {"repoId": "r-1", "prompt": "Fix\nit", "harness": "codex"}
+
+
+def start(key: str, **other: Any) -> Dict[str, Any]:
+    return mogplex.start_record("https://a.example", {**ASKED, **other}, key, "acme/web")
+
+
+def test_a_start_is_in_the_history_before_and_after_its_answer(tmp_path: Any) -> None:
+    home, one = home_of(tmp_path), start("k-1")
+    home.record_start(one)
+    assert home.history("https://a.example") == [one] and home.runs("https://a.example") == []
+    assert (one["key"], one["repo"], one["task"]) == ("k-1", "acme/web", "Fix it")
+    run = {"runId": "R", "branch": {"working": "b"}, "createdAt": "2026-11-23T19:32:19Z"}
+    home.record_run(one, run)
+    known = {**one, "id": "R", "branch": "b", "time": "2026-11-23T19:32:19Z"}
+    assert home.history("https://a.example") == home.runs("https://a.example") == [known]
+    home.record_start(one)     # the same key again, which the service answers with the same run
+    assert home.history("https://a.example") == [known]
+    home.record_run(one, run)
+    home.record_run(start("k-2"), run)
+    assert [run["id"] for run in home.history("https://a.example")] == ["R"]
+
+
+def test_a_start_refused_for_good_takes_only_its_own_record_away(tmp_path: Any) -> None:
+    home, service_url = home_of(tmp_path), "https://a.example"
+    home.record_start(start("k-0"))
+    home.forget_start(start("k-1"))
+    assert [record["key"] for record in home.history(service_url)] == ["k-0"]
+    again = start("k-0")       # the first may have got through; this one is refused
+    home.record_start(again)
+    home.forget_start(again)
+    assert [record["key"] for record in home.history(service_url)] == ["k-0"]
+    one = start("k-1")
+    home.record_start(one)
+    home.forget_start(one)
+    assert [record["key"] for record in home.history(service_url)] == ["k-0"]
+    home.record_run(start("k-0"), {"runId": "R"})
+    home.record_start(again)
+    home.forget_start(again)   # a conflict: that key has had its run
+    assert [record["id"] for record in home.runs(service_url)] == ["R"]
+
+
+@pytest.mark.parametrize("other, age_s, is_found", [
+    ({}, 60, True), ({}, 86000, True), ({}, 87000, False),
+    ({"prompt": "another"}, 60, False), ({"repoId": "r-2"}, 60, False), ({"harness": "claude-code"}, 60, True),
+])
+def test_an_earlier_start_of_the_same_request_is_in_doubt_for_a_day(
+    tmp_path: Any, other: Dict[str, str], age_s: float, is_found: bool,
+) -> None:
+    home, earlier = home_of(tmp_path), start("k-1")
+    home.record_start(earlier)
+    now = (mogplex.parse_time(earlier["time"]) or 0.0) + age_s
+    assert home.start_in_doubt(start("k-2", **other), now) == (earlier if is_found else {})
+    assert home.start_in_doubt(start("k-1", **other), now) == {}  # its answer is about to come
+    home.record_run(earlier, {"runId": "R"})
+    assert home.start_in_doubt(start("k-2", **other), now) == {}
+
+
+def test_a_start_in_doubt_is_kept_longer_than_500_runs(tmp_path: Any) -> None:
+    old = [json.dumps({"id": str(number), "service": "https://a.example"}) for number in range(499)]
+    home, doubt = home_of(tmp_path), start("k-1")
+    home.record_start(doubt)
+    lapsed = {**start("k-0"), "time": "2020-01-01T00:00:00Z"}
+    (tmp_path / "runs.jsonl").write_text("\n".join([json.dumps(lapsed), json.dumps(doubt), *old, ""]))
+    home.record_start(start("k-2"))
+    found = home.history("https://a.example")
+    assert len(found) == 501 and found[-1] == doubt and found[0]["key"] == "k-2"
+
+
+def test_records_of_earlier_versions_are_read(tmp_path: Any) -> None:
+    record = {"id": "R", "service": "a", "repo": "acme/web", "branch": "b", "task": "t", "time": "2026-11-23T19:32:19Z"}
+    (tmp_path / "runs.jsonl").write_text(json.dumps(record) + "\n")
+    home = home_of(tmp_path)
+    assert home.runs("a") == home.history("a") == [record]
+    home.record_start(start("k"))
+    assert home.runs("a") == [record]
+
+
+@pytest.mark.parametrize("value, kept", [(None, True), ("", True), ("0", True), ("1", False), ("no", False)])
+def test_mogplex_no_history_has_one_meaning(tmp_path: Any, value: Optional[str], kept: bool) -> None:
+    home_of(tmp_path).record_run(start("k"), {"runId": "R"})
+    environ = {"MOGPLEX_HOME": str(tmp_path)}
+    if value is not None:
+        environ["MOGPLEX_NO_HISTORY"] = value
+    before = (tmp_path / "runs.jsonl").read_bytes()
+    home = mogplex.home_from(environ, print)
+    assert [run["id"] for run in home.runs("https://a.example")] == ["R"] * kept
+    home.record_start(start("k-2"))
+    assert ((tmp_path / "runs.jsonl").read_bytes() != before) == kept
 
 
 def test_500_runs_are_kept_and_none_is_lost_between_processes(tmp_path: Any) -> None:
