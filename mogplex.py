@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import atexit
 import base64
+import collections
 import contextlib
 import enum
 import errno
@@ -56,7 +57,7 @@ import threading
 import time
 import urllib.parse
 from typing import (
-    Any, Callable, ContextManager, Dict, Generator, Iterable, Iterator, List, Mapping,
+    Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 import uuid
@@ -2889,61 +2890,77 @@ def start_recorded(
 
 # ---------------------------------------------------------------- 5. Tail
 
+POLL_S = 1.5            # between the starts of two polls of a run that has news
+QUIET_POLL_S = 4.0      # of one without, in the end
+SLOWEST_POLL_S = 30.0   # after 429s
+IDLE_S = 30.0           # a stream that brings no event for so long is left, and the run asked
+GOOD_STREAM_S = 10.0    # comments alone for so long are a good answer too
+GIVE_UP_S = 300.0       # without a good answer
+NEW_RUN_S = 10.0        # in which the service may not know a run that it has just started
+LATE_EVENT_S = 5.0      # by which the event that says why a run failed may be behind its status
+LAST_EVENTS = ("finished", "failed", "cancelled")  # one of these types comes at a run's end
+REMEMBERED_EVENTS = 50_000  # that are known again, at least
 
-class ServerSentEvent:
-    """One dispatched event: its type, the last event id at that moment, its data, its block's own retry."""
+_Block = Tuple[str, str, List[str], Optional[int]]  # of a ServerSentEvent: event, id, data, retry
 
-    __slots__ = ("event", "id", "data", "retry")
 
-    def __init__(self, event: str, id: str, data: str, retry: Optional[int]) -> None:
-        self.event, self.id, self.data, self.retry = event, id, data, retry
+class ServerSentEvent(NamedTuple):
+    """One event of a stream.
 
-    def __eq__(self, other: object) -> bool:
-        return repr(self) == repr(other)
+    ``event`` is its type, ``id`` the last event id at that moment, ``retry`` the milliseconds
+    that its own block asks for, if any.
+    """
 
-    def __repr__(self) -> str:
-        return f"ServerSentEvent({self.event!r}, {self.id!r}, {self.data!r}, {self.retry!r})"
+    event: str
+    id: str
+    data: str
+    retry: Optional[int]
 
 
 class SSEDecoder:
     """Bytes of a ``text/event-stream`` to events, by the WHATWG HTML standard, section 9.2.6. No I/O.
 
-    ``last_event_id`` is what to resume with, ``retry_ms`` the reconnection time in force as
-    the server gave it. What a last, unfinished block holds is never given out; ``held`` is its size.
+    ``last_event_id`` is what to resume with, ``retry_ms`` the reconnection time in force as the
+    server gave it, ``held`` the bytes of the unfinished last block, which is never given out.
     """
 
     def __init__(self, last_event_id: str = "") -> None:
-        self.last_event_id, self._id = last_event_id, last_event_id
+        self.last_event_id = last_event_id
         self.retry_ms: Optional[int] = None
         self.held = 0
-        self._line = bytearray()  # one that has not ended yet
-        self._data: List[str] = []
-        self._event, self._retry = "", None  # type: Tuple[str, Optional[int]]
-        self._after_cr, self._first = False, True
+        self._line = bytearray()  # one without its end yet
+        self._block: _Block = ("", last_event_id, [], None)
+        self._after_cr = False    # a LF at the start of the next chunk belongs to that CR
+        self._at_start = True     # where a byte order mark is dropped
 
     def feed(self, chunk: bytes) -> List[ServerSentEvent]:
         """The events that ``chunk`` completes."""
         if self._after_cr and chunk:
-            self._after_cr, chunk = False, chunk[1:] if chunk[:1] == b"\n" else chunk
+            self._after_cr = False
+            if chunk.startswith(b"\n"):
+                chunk = chunk[1:]
         self.held += len(chunk)
         if b"\r" in chunk:
             self._after_cr = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        head, newline, rest = chunk.rpartition(b"\n")
+        lines, newline, rest = chunk.rpartition(b"\n")
         if not newline:
             self._line += chunk
             return []
         if self._line:
-            head, self._line = bytes(self._line) + head, bytearray()
+            lines = bytes(self._line) + lines
+            self._line.clear()
         self._line += rest
-        if self._first:
-            self._first, head = False, head[3:] if head.startswith(b"\xef\xbb\xbf") else head
+        if self._at_start:
+            self._at_start = False
+            if lines.startswith(b"\xef\xbb\xbf"):
+                lines = lines[3:]
         # Not splitlines, which on str splits at VT, FF, FS, NEL, U+2028 and more.
-        return self._read(head.decode("utf-8", "replace").split("\n"))
+        return self._read(lines.decode("utf-8", "replace").split("\n"))
 
     def _read(self, lines: List[str]) -> List[ServerSentEvent]:
         events: List[ServerSentEvent] = []
-        data, identifier, kind, retry = self._data, self._id, self._event, self._retry
+        kind, identifier, data, retry = self._block
         for line in lines:
             name, space, value = line.partition(": ")
             if not space or ":" in name:
@@ -2951,22 +2968,28 @@ class SSEDecoder:
             if name == "data":
                 data.append(value)
             elif not line:
-                self.last_event_id, self.held = identifier, len(self._line)
+                self.last_event_id = identifier
+                self.held = len(self._line)
                 if data:
-                    events.append(ServerSentEvent(kind or "message", identifier, "\n".join(data), retry))
-                data, kind, retry = [], "", None
+                    text = "\n".join(data)
+                    events.append(ServerSentEvent(kind or "message", identifier, text, retry))
+                kind = ""
+                data = []
+                retry = None
             elif name == "id":
-                identifier = identifier if "\0" in value else value
+                if "\0" not in value:
+                    identifier = value
             elif name == "event":
                 kind = value
-            elif name == "retry" and re.match("[0-9]+\\Z", value):  # too many digits for Python are for ever too
+            elif name == "retry" and value.isascii() and value.isdigit():
+                # Python refuses to convert thousands of digits; hundreds are for ever, too.
                 retry = self.retry_ms = int(value.lstrip("0")[:600] or "0")
-        self._data, self._id, self._event, self._retry = data, identifier, kind, retry
+        self._block = (kind, identifier, data, retry)
         return events
 
 
 class Delivery(NamedTuple):
-    """What an event tells of the branch that a run works on, and of what it has delivered there."""
+    """What the events of a run tell of its branch, and of what it has delivered there."""
 
     branch: str = ""            # the one really pushed; ``run.branch.working`` can still say "main"
     pull_request_url: str = ""
@@ -3053,10 +3076,192 @@ class Verdict(NamedTuple):
     run: Json
 
 
-GIVE_UP_S = 300.0
-_PACE_CAP_S = 30.0
-_ENDING_TYPES = ("finished", "failed", "cancelled")
-_SEEN = 10000  # ids that are remembered, at least: the service lists 200
+# -- What is known of a run
+
+
+class Seen:
+    """The events seen so far: at least the last 50,000, so that memory does not grow with the run.
+
+    An event is known by its id. One without an id is known by its content, and by how often that
+    has come in the same answer: two equal ones are two events, and none in the next answer.
+    """
+
+    def __init__(self) -> None:
+        self._recent: Set[int] = set()  # hashes: they take a third of the memory of the ids
+        self._older: Set[int] = set()
+        self._copies: Dict[bytes, int] = {}
+
+    def begin_answer(self) -> None:
+        """What comes from now on is of another answer."""
+        self._copies.clear()
+
+    def add(self, event: Json) -> bool:
+        """Whether ``event`` is new; from now on it is not. InvalidResponseError for one too deep."""
+        identifier = event.get("id")
+        if not isinstance(identifier, str) or not identifier:
+            identifier = self._key(event)
+        key = hash(identifier)
+        if key in self._recent or key in self._older:
+            return False
+        self._recent.add(key)
+        if len(self._recent) >= REMEMBERED_EVENTS:
+            self._older = self._recent
+            self._recent = set()
+            self._copies.clear()
+        return True
+
+    def _key(self, event: Json) -> object:
+        """What tells an event apart whose id is no text."""
+        identifier = event.get("id")
+        if isinstance(identifier, int) and not isinstance(identifier, bool):
+            return str(identifier)
+        try:
+            content = hashlib.sha256(to_json(event, sort_keys=True).encode()).digest()
+        except RecursionError:
+            message = "an event is nested too deeply"
+            raise InvalidResponseError(message, code="TOO_LARGE") from None
+        copies = self._copies.get(content, 0) + 1
+        self._copies[content] = copies
+        return content, copies
+
+
+class Ending:
+    """Whether a terminal status is the end of the run.
+
+    It is not yet: the last failed and cancelled events are written after it, and a run that is
+    cancelled while its sandbox starts can come alive again. Two terminal answers, an interval
+    apart, are the end, once the events say why the run failed or 5 s have passed. A success
+    whose finished event has come is complete at once.
+    """
+
+    def __init__(self, interval_s: float) -> None:
+        self.is_near = False      # the last event is one of those that come at the end
+        self.terminal_at: Optional[float] = None  # since when the status is terminal
+        self._interval_s = interval_s
+        self._status = ""
+        self._confirmed_at: Optional[float] = None
+        self._types: Set[str] = set()     # of LAST_EVENTS, those that have come
+        self._texts: Deque[str] = collections.deque(maxlen=16)  # what may carry the run's error
+
+    def hear_event(self, event: Json) -> None:
+        """Take in a new event."""
+        kind = event.get("type")
+        self.is_near = kind in LAST_EVENTS
+        if self.is_near:
+            self._types.add(str(kind))
+        message = event.get("message")
+        if isinstance(message, str):
+            self._texts.append(message[:4000])
+        payload = event.get("payload")
+        if isinstance(payload, dict) and "error" in payload:
+            self._texts.append(text_of(payload, "error")[:4000])
+
+    def hear_run(self, status: str, error: str, now: float) -> bool:
+        """Take in what the run says of itself; whether that is its end."""
+        if status not in TERMINAL_STATUSES:
+            if self.terminal_at is not None:  # alive again: its events told of another end
+                self._types.clear()
+            self.terminal_at = None
+        elif status != self._status:
+            self.terminal_at = now
+            self._confirmed_at = None
+        self._status = status
+        if self.terminal_at is None:
+            return False
+        if status == "success" and "finished" in self._types:
+            return True
+        if self._confirmed_at is None:
+            if now - self.terminal_at < 0.99 * self._interval_s:
+                return False
+            self._confirmed_at = now
+        return self._is_explained(error[:4000]) or now - self._confirmed_at >= LATE_EVENT_S
+
+    def _is_explained(self, error: str) -> bool:
+        """Whether no event needs to be waited for that says why the run ended."""
+        if not error or "failed" in self._types or "cancelled" in self._types:
+            return True
+        return any(error in text for text in self._texts)
+
+
+class Story:
+    """What is known of one run, from its events and from what it says of itself.
+
+    It alone decides what is new, what is the end and the verdict. It asks nobody: it is told
+    what was heard, and when.
+    """
+
+    def __init__(self, run_id: str, now: float, interval_s: float = POLL_S) -> None:
+        self.run_id = run_id
+        self.run: Json = {}              # as the service last told it
+        self.delivery = Delivery()
+        self.last_event_at = now
+        self.truncated = False           # the service lists only its first events
+        self.verdict: Optional[Verdict] = None
+        self._seen = Seen()
+        self._ending = Ending(interval_s)
+
+    @property
+    def status(self) -> str:
+        """The run's last known status."""
+        return text_of(self.run, "status")
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the run says that it has ended, which need not be the end."""
+        return self._ending.terminal_at is not None
+
+    @property
+    def seems_over(self) -> bool:
+        """Whether it is time to ask the run itself."""
+        return self._ending.is_near or self.is_terminal
+
+    def begin_answer(self) -> None:
+        """What is heard from now on comes in another answer of the service."""
+        self._seen.begin_answer()
+
+    def hear_event(self, event: Json, now: float) -> bool:
+        """Take in an event; whether it is new."""
+        if not self._seen.add(event):
+            return False
+        self.last_event_at = now
+        delivery = delivery_of(event)
+        if delivery:
+            self.delivery = self.delivery.then(delivery)
+        self._ending.hear_event(event)
+        return True
+
+    def hear_run(self, run: Json, now: float) -> bool:
+        """Take in what the run says of itself; whether its status is another one."""
+        status = text_of(run, "status")
+        if not status:
+            return False
+        changed = status != self.status
+        self.run = run
+        if self._ending.hear_run(status, text_of(run, "error"), now):
+            self.verdict = self._conclude()
+        return changed
+
+    def hear_length(self, listed: int, limit: int) -> str:
+        """Take in how many events of at most ``limit`` were listed; a line to say, or ""."""
+        if self.truncated or listed < limit:
+            return ""
+        self.truncated = True
+        if limit < MAX_LIMIT:
+            return f"only the first {limit} events were asked for; later events are not shown"
+        return f"the service lists only the first {limit} events of a run; later events are not shown"
+
+    def _conclude(self) -> Verdict:
+        started = parse_time(self.run.get("createdAt"))
+        ended = parse_time(self.run.get("updatedAt"))
+        duration_s = None
+        if started is not None and ended is not None:
+            duration_s = ended - started
+        return Verdict(
+            self.run_id, self.status, text_of(self.run, "error"), self.delivery.branch,
+            self.delivery.pull_request_url, self.truncated, duration_s, self.run)
+
+
+# -- How well the service answers
 
 
 class Pace:
@@ -3069,309 +3274,482 @@ class Pace:
     """
 
     def __init__(self, interval_s: float, now: float) -> None:
-        self._base_s = self._quiet_s = interval_s
-        self._limited_s, self._news_at = 0.0, now
+        self._base_s = interval_s
+        self._quiet_s = interval_s  # grows while there is no news
+        self._limited_s = 0.0       # 0 while the service refuses nothing
+        self._news_at = now
         self._polls: List[float] = []
 
     def polled(self, now: float) -> None:
         """A request was sent."""
-        self._polls = [at for at in self._polls if now - at < 60.0] + [now]
+        self._polls = [at for at in self._polls if now - at < 60.0]
+        self._polls.append(now)
 
     def refused(self) -> None:
         """It was answered 429."""
-        share_s = 60.0 / (len(self._polls) - 1) if len(self._polls) > 4 else 0.0  # of fewer nothing can be told
-        self._limited_s = min(_PACE_CAP_S, max(2 * self._limited_s, 2 * self._quiet_s, share_s))
+        share_s = 0.0
+        if len(self._polls) > 4:  # fewer tell nothing
+            share_s = 60.0 / (len(self._polls) - 1)
+        slower_s = max(2 * self._limited_s, 2 * self._quiet_s, share_s)
+        self._limited_s = min(SLOWEST_POLL_S, slower_s)
 
     def succeeded(self, news: bool, now: float) -> None:
         """It was answered."""
-        self._limited_s = self._limited_s * 0.98 if self._limited_s > self._base_s else 0.0
+        self._limited_s *= 0.98
+        if self._limited_s <= self._base_s:
+            self._limited_s = 0.0
         if news:
-            self._quiet_s, self._news_at = self._base_s, now
+            self._quiet_s = self._base_s
+            self._news_at = now
         elif now - self._news_at >= 30.0:
-            self._quiet_s = min(max(4.0, self._base_s), self._quiet_s * 1.25)
+            self._quiet_s = min(max(QUIET_POLL_S, self._base_s), self._quiet_s * 1.25)
 
     def interval_s(self, random: float) -> float:
         """The time from the start of the last poll to the next."""
-        return max(self._quiet_s, min(_PACE_CAP_S, self._limited_s * (1 + random / 4)))
+        limited_s = self._limited_s * (1 + random / 4)
+        return max(self._quiet_s, min(SLOWEST_POLL_S, limited_s))
 
 
-def event_key(event: Json) -> object:
-    """What tells an event from others: its id, else its content. InvalidResponseError when that is too deep."""
-    identifier = event.get("id")
-    if identifier and isinstance(identifier, (str, int)):
-        return identifier
-    import hashlib
-    try:
-        return hashlib.sha256(to_json(event, sort_keys=True).encode()).digest()
-    except RecursionError:
-        raise InvalidResponseError("an event nested too deeply", code="TOO_LARGE") from None
+def _wait_too_long(error: MogplexError, left_s: float) -> MogplexError:
+    """The error for a wait that the service asks for and the time-out has no room for."""
+    kind: Type[MogplexError] = UnavailableError
+    if isinstance(error, RateLimitedError):
+        kind = RateLimitedError
+    asked = format_duration(error.retry_after_s or 0.0)
+    message = (f"{error.message}; the service asks to wait {asked}, "
+               f"and only {format_duration(left_s)} of the time-out are left")
+    return kind(message, code=error.code, status=error.status, retry_after_s=error.retry_after_s)
+
+
+class Patience:
+    """When to give up on a service that gives no good answer.
+
+    Before the first good answer there are three tries, of what may succeed later. After it, 300 s
+    are ridden out, without the time that the service asked for or the machine was suspended: only
+    a refusal in the service's own words is final. A 401 is none: to a token that has worked it is
+    more likely an outage. Nor is a 404 in the first 10 s of a run that was just started.
+    """
+
+    def __init__(self, now: float, just_started: bool) -> None:
+        self._opened_at = now
+        self._just_started = just_started
+        self._good_at: Optional[float] = None  # moved on by time that does not count
+        if just_started:
+            self._good_at = now  # the start was answered
+        self._failures = 0
+        self._only_limited = True  # all failures since then were 429s
+
+    def good(self, now: float) -> None:
+        """A good answer came."""
+        self._good_at = now
+        self._failures = 0
+        self._only_limited = True
+
+    def excuse(self, seconds: float) -> None:
+        """This time does not count."""
+        if self._good_at is not None:
+            self._good_at += seconds
+
+    def try_on(self, error: MogplexError, now: float, left_s: float) -> None:
+        """Return when it is worth trying on after ``error``; else raise what ends the tail.
+
+        ``left_s`` is what is left of the tail's time-out.
+        """
+        self._failures += 1
+        if not isinstance(error, RateLimitedError):
+            self._only_limited = False
+        if self._is_final(error, now):
+            raise error
+        if (error.retry_after_s or 0.0) > left_s:
+            raise _wait_too_long(error, left_s) from error
+        if self._good_at is not None and now - self._good_at >= GIVE_UP_S:
+            raise self._give_up(error, now - self._good_at) from error
+
+    def _is_final(self, error: MogplexError, now: float) -> bool:
+        if error.code == "TOO_LARGE":
+            return True
+        if self._good_at is None:
+            return not error.transient or self._failures >= 3
+        if isinstance(error, UnauthorizedError) or error.status in (408, 425, 429):
+            return False
+        if error.status == 404 and self._just_started and now - self._opened_at < NEW_RUN_S:
+            return False
+        in_its_words = bool(error.code)  # an answer that is no envelope is a proxy's, or a CDN's
+        return in_its_words and 400 <= error.status < 500
+
+    def _give_up(self, error: MogplexError, waited_s: float) -> MogplexError:
+        kind: Type[MogplexError] = UnavailableError
+        if isinstance(error, UnauthorizedError):
+            kind = UnauthorizedError
+        elif self._only_limited:
+            kind = RateLimitedError
+        message = f"gave up after {waited_s:.0f} s without a good answer; the last error: {error}"
+        return kind(message, code="GAVE_UP", retry_after_s=error.retry_after_s)
+
+
+def setback_text(error: MogplexError, wait_s: float) -> str:
+    """What a person is told of ``error`` when the request is sent again in ``wait_s``."""
+    what = "request failed"
+    if isinstance(error, RateLimitedError):
+        what = "rate limited"
+    elif isinstance(error, UnauthorizedError):
+        what = "token refused, though it worked before"
+    asked = ", as the service asks" if error.retry_after_s else ""
+    return f"{what}: {error}; retrying in {format_duration(max(1.0, wait_s))}{asked}"
+
+
+class Setback(NamedTuple):
+    """What follows from a failed request: a wait, and a line to say ("" when it was said)."""
+
+    wait_s: float
+    message: str
+
+
+class Link:
+    """How well the service answers one tail: failures, refusals, pace, and when to give up.
+
+    It asks nobody: it is told what came, and when, and the dice.
+    """
+
+    def __init__(
+        self, now: float, interval_s: float = POLL_S, just_started: bool = False,
+    ) -> None:
+        self.connection = "connecting"  # or connected, lost, limited: as of Progress
+        self.failures = 0               # in a row
+        self.latency_ms = 0.0
+        self.retry_at: Optional[float] = None
+        self.renews = True              # a 401 is answered with a renewal of the token
+        self.pace = Pace(interval_s, now)
+        self._patience = Patience(now, just_started)
+        self._told_s = 0.0              # the longest wait that was said
+        self._alive_at = now
+
+    def tick(self, now: float) -> None:
+        """Time passes. After a gap the machine was suspended, which is no outage."""
+        gap_s = now - self._alive_at
+        if gap_s > 30.0:
+            self._patience.excuse(gap_s)
+        self._alive_at = now
+
+    def good(self, now: float) -> str:
+        """A good answer came; a line to say, or ""."""
+        was_away = self.connection in ("lost", "limited")
+        self.connection = "connected"
+        self.failures = 0
+        self.retry_at = None
+        self.renews = True
+        self._told_s = 0.0
+        self._patience.good(now)
+        return "connected again" if was_away else ""
+
+    def failed(
+        self, error: MogplexError, now: float, random: float, left_s: float = float("inf"),
+    ) -> Setback:
+        """A request ended in ``error``; raises what ends the tail when it is not to go on."""
+        self.failures += 1
+        if isinstance(error, UnauthorizedError):
+            self.renews = False  # once is enough until it has helped
+        self._patience.try_on(error, now, left_s)
+        asked_s = error.retry_after_s or 0.0
+        wait_s = max(asked_s, backoff_s(self.failures, random))
+        connection = "lost"
+        if isinstance(error, RateLimitedError):
+            connection = "limited"
+            self.pace.refused()
+            wait_s += self.pace.interval_s(random) * random  # not all tails at once when it is over
+        self._patience.excuse(asked_s)
+        said = connection == self.connection and asked_s <= self._told_s
+        self._told_s = max(self._told_s, asked_s)
+        self.connection = connection
+        self.retry_at = now + wait_s
+        return Setback(wait_s, "" if said else setback_text(error, wait_s))
+
+
+# -- The loop
+
+
+class Timing(NamedTuple):
+    """How long a tail waits for what, and the clock, the sleep and the dice that it uses."""
+
+    timeout_s: Optional[float]
+    interval_s: float
+    idle_s: float
+    clock: Callable[[], float]
+    sleep: Callable[[float], None]
+    random: Callable[[], float]
+
+
+class Look:
+    """What one look at the run has brought so far."""
+
+    def __init__(self) -> None:
+        self.news = False         # an event, or another status
+        self.told_status = False
+        self.requests = 1
+        self.least_s = 0.0        # to wait before the next
+
+
+class Resumption:
+    """What of a stream outlives its connection."""
+
+    def __init__(self, reconnect_s: float) -> None:
+        self.last_event_id = ""
+        self.reconnect_s = reconnect_s  # as the server asks, within bounds
+        self.complained = False         # of something in it that is no event
+
+
+TailItem = Tuple[Union[Json, Verdict], str]
+
+
+def data_of(messages: List[ServerSentEvent], clean: Callable[[str], str]) -> List[str]:
+    """The data of ``messages``, cleaned of the token: in one go, as hardly any holds it."""
+    texts = [message.data for message in messages]
+    together = "\n".join(texts)
+    if clean(together) == together:
+        return texts
+    return [clean(text) for text in texts]
 
 
 class Tail:
-    """The state of one tail."""
+    """One tail: a loop that reads, hands on, waits, and tells how it stands."""
 
     def __init__(
-        self, client: Client, run_id: str, timeout_s: Optional[float], limit: int,
-        on_progress: Callable[[Progress], None], interval_s: float = 1.5, idle_s: float = 60.0,
+        self, client: Client, run_id: str, timeout_s: Optional[float] = None,
+        limit: int = MAX_LIMIT, on_progress: Callable[[Progress], None] = lambda progress: None, *,
+        interval_s: float = POLL_S, idle_s: float = IDLE_S, just_started: bool = False,
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
         random: Callable[[], float] = random_unit,
     ) -> None:
-        import collections
-        self.client, self.run_id, self.limit, self.idle_s = client, run_id, min(limit, MAX_LIMIT), idle_s
-        self.on_progress, self.clock, self.sleep, self.random = on_progress, clock, sleep, random
-        self.interval_s, self.timeout_s = interval_s, timeout_s
-        self.started_at = self.last_event_at = self.polled_at = self.ticked_at = clock()
-        self.pace, self.retry_s, self.last_event_id = Pace(interval_s, self.started_at), interval_s, ""
-        self.run: Json = {}
-        self.verdict: Optional[Verdict] = None
-        self.final: Optional[Exception] = None  # what ends the tail though it is none of the service's errors
-        self.seen: Set[object] = set()
-        self.seen_before = self.seen
-        self.recent: Any = collections.deque(maxlen=8)  # of the last events, what may carry the run's error
-        self.branch, self.pull_request_url, self.truncated, self.ending = "", "", False, False
-        self.connection, self.failures, self.latency_ms = "connecting", 0, 0.0
-        self.good_at, self.retry_at = None, None  # type: Tuple[Optional[float], Optional[float]]
-        self.only_limited, self.refusals, self.puzzled = True, 0, False
-        self.terminal_at, self.confirmed_at = None, None  # type: Tuple[Optional[float], Optional[float]]
+        self.client = client
+        self.limit = min(limit, MAX_LIMIT)
+        self.on_progress = on_progress
+        self.timing = Timing(timeout_s, interval_s, idle_s, clock, sleep, random)
+        self.started_at = clock()
+        self.story = Story(run_id, self.started_at, interval_s)
+        self.link = Link(self.started_at, interval_s, just_started)
+        self._resumption = Resumption(interval_s)
+        self._final: Optional[MogplexError] = None  # what ends it, and is no error of the service
 
-    def items(self) -> Iterator[Tuple[Union[Json, Verdict], str]]:
-        """The events, and last the verdict; with each the very text that it came as, where it came in a stream."""
-        while self.verdict is None:
-            self.polled_at = self.clock()
-            self.pace.polled(self.polled_at)
+    @property
+    def run_id(self) -> str:
+        """The run that it follows."""
+        return self.story.run_id
+
+    def items(self) -> Iterator[TailItem]:
+        """The events, and last the verdict; with each its very text, where it came in a stream."""
+        while self.story.verdict is None:
             try:
-                wait_s = yield from self.read()
+                wait_s = yield from self._look()
             except MogplexError as error:
-                if error is self.final:
+                if error is self._final:
                     raise
-                wait_s = self.failed(error)
-            if self.verdict is None:
-                self.wait(wait_s)
-        yield self.verdict, ""
+                wait_s = self._set_back(error)
+            if self.story.verdict is None:
+                self._wait(wait_s)
+        yield self.story.verdict, ""
 
-    def read(self) -> Generator[Tuple[Json, str], None, float]:
-        """One look at the run and what it brings; answers how long to wait for the next."""
-        sent_at, asked, least_s = time.monotonic(), 1, 0.0
-        with self.client.open_events(
-                self.run_id, self.tick, not self.refusals, self.limit, self.last_event_id, self.idle_s) as exchange:
-            self.latency_ms = (time.monotonic() - sent_at) * 1000
+    def _look(self) -> Generator[TailItem, None, float]:
+        """One look at the run and what it brings; returns how long to wait for the next."""
+        sent_at = self.timing.clock()
+        look = Look()
+        self.link.pace.polled(sent_at)
+        yield from self._read_events(look)
+        if not look.told_status:
+            self._read_run(look)
+        now = self.timing.clock()
+        self.link.pace.succeeded(look.news, now)
+        interval_s = look.requests * self.link.pace.interval_s(self.timing.random())
+        if self.story.is_terminal:
+            return interval_s  # two terminal answers are a whole interval apart
+        return max(look.least_s, sent_at + interval_s - now)
+
+    def _read_events(self, look: Look) -> Iterator[TailItem]:
+        """The events, in whichever form the service gives them; a 204 has none, and no more come."""
+        sent_at = self.timing.clock()
+        exchange = self.client.open_events(
+            self.story.run_id, tick=self._tick, renew=self.link.renews, limit=self.limit,
+            last_event_id=self._resumption.last_event_id, idle_s=self.timing.idle_s)
+        with exchange:
+            self.link.latency_ms = (self.timing.clock() - sent_at) * 1000
             if exchange.streams:
-                news, judged = yield from self.stream(exchange)
-                least_s = self.retry_s
-            else:
-                data = exchange.data()
-                self.good()
-                news, judged = yield from self.snapshot(data)
-                if len(dicts_of(data, "events")) >= self.limit and not self.truncated:
-                    self.truncated = True
-                    whose = "the service lists" if self.limit >= MAX_LIMIT else "--limit asks for"
-                    self.say(f"{whose} only the first {self.limit} events of a run; later ones are not shown")
-        if not judged:
-            with self.client.open_run(self.run_id, self.tick, not self.refusals) as answer:
-                run = dict_of(answer.data(), "run")
-            self.good()
-            news, asked = self.judge(run) or news, 2
-        now = self.clock()
-        self.pace.succeeded(news, now)
-        interval_s = asked * self.pace.interval_s(self.random())
-        if self.terminal_at is not None:
-            return interval_s  # the event that says why may come any moment; and no sooner than in one interval
-        return max(least_s, self.polled_at + interval_s - now)
+                yield from self._read_stream(exchange, look)
+                look.least_s = self._resumption.reconnect_s
+            elif exchange.status != 204:
+                yield from self._read_list(exchange, look)
 
-    def snapshot(self, data: Json) -> Generator[Tuple[Json, str], None, Tuple[bool, bool]]:
-        """The events of ``{run, events}`` that are new; then whether there was news, and a status."""
-        events, news = dicts_of(data, "events"), False
-        for event in events:
-            if self.accept(event):
-                news, self.last_event_at = True, self.clock()
+    def _read_list(self, exchange: Exchange, look: Look) -> Iterator[TailItem]:
+        data = exchange.data()
+        self._good()
+        yield from self._read_snapshot(data, look)
+        events = data.get("events")
+        if isinstance(events, list):
+            self._say(self.story.hear_length(len(events), self.limit))
+
+    def _read_run(self, look: Look) -> None:
+        """Ask the run itself."""
+        with self.client.open_run(
+                self.story.run_id, tick=self._tick, renew=self.link.renews) as exchange:
+            run = dict_of(exchange.data(), "run")
+        self._good()
+        look.requests += 1
+        self._hear_run(run, look)
+
+    def _read_snapshot(self, data: Json, look: Look) -> Iterator[TailItem]:
+        """The new events of ``{run, events}``, and what the run says of itself."""
+        self.story.begin_answer()
+        for event in dicts_of(data, "events"):
+            if self.story.hear_event(event, self.timing.clock()):
+                look.news = True
                 yield event, ""
-        run = dict_of(data, "run")
-        return self.judge(run) or news, bool(text_of(run, "status"))
+        self._hear_run(dict_of(data, "run"), look)
 
-    def stream(self, exchange: Exchange) -> Generator[Tuple[Json, str], None, Tuple[bool, bool]]:
-        """A stream until it ends or is silent, or the run seems to have ended; values as of ``snapshot``."""
-        decoder, news, judged = SSEDecoder(self.last_event_id), False, False
-        opened_at, leave_at = self.clock(), float("inf")
-        while self.verdict is None:
-            now = self.clock()
-            if not self.ending and self.terminal_at is None:
-                leave_at = float("inf")
-            elif leave_at > now + self.interval_s:
-                leave_at = now + self.interval_s
-            piece = exchange.piece(max(0.0, min(self.idle_s, leave_at - now)))
+    def _hear_run(self, run: Json, look: Look) -> None:
+        if self.story.hear_run(run, self.timing.clock()):
+            look.news = True
+        if text_of(run, "status"):
+            look.told_status = True
+
+    def _read_stream(self, exchange: Exchange, look: Look) -> Iterator[TailItem]:
+        """A stream, until it ends, brings no event for ``idle_s``, or the run seems to be over."""
+        clock = self.timing.clock
+        decoder = SSEDecoder(self._resumption.last_event_id)
+        self.story.begin_answer()
+        opened_at = clock()
+        ask_at = self._ask_at(opened_at)
+        while self.story.verdict is None:
+            piece = exchange.piece(max(0.0, ask_at - clock()))
+            if piece is None:
+                return
             if not piece:
-                return news, judged and piece is None
+                look.told_status = False
+                return
             messages = decoder.feed(piece)
-            self.last_event_id = decoder.last_event_id
-            if decoder.held > MAX_BODY:
-                raise InvalidResponseError(f"an event of over {MAX_BODY >> 20} MiB", code="TOO_LARGE")
-            if messages or now - opened_at >= 10.0:  # comments alone make no good stream, but in the long run they do
-                self.good()
-            now, parse, accept = self.clock(), self.parse, self.accept
-            for message in messages:
-                data = parse(message.data)
-                if "type" not in data and ("run" in data or "events" in data):
-                    told, known = yield from self.snapshot(data)
-                    news, judged = news or told, judged or known
-                elif data and accept(data):
-                    news, self.last_event_at = True, now
-                    yield data, message.data
-            if decoder.retry_ms is not None:
-                self.retry_s = min(30000, max(500, decoder.retry_ms)) / 1000
-        return news, judged
+            self._keep(decoder)
+            now = clock()
+            if messages or now - opened_at >= GOOD_STREAM_S:
+                self._good()
+            was_over = self.story.seems_over
+            heard = yield from self._hand_on(data_of(messages, exchange.clean), look, now)
+            if heard and not (was_over and self.story.seems_over):
+                ask_at = self._ask_at(now)
 
-    def parse(self, text: str) -> Json:
+    def _ask_at(self, now: float) -> float:
+        """When to leave a stream that brings no more events, and ask the run itself."""
+        if self.story.seems_over:
+            return now + self.timing.interval_s
+        return now + self.timing.idle_s
+
+    def _hand_on(
+        self, texts: List[str], look: Look, now: float,
+    ) -> Generator[TailItem, None, bool]:
+        """The new events among ``texts``; returns whether any of them was one, or the run."""
+        story = self.story
+        heard = False
+        for text in texts:
+            data = self._parse(text)
+            if "type" not in data and ("run" in data or "events" in data):
+                heard = True
+                yield from self._read_snapshot(data, look)
+            elif data:
+                heard = True
+                if story.hear_event(data, now):
+                    look.news = True
+                    yield data, text
+        return heard
+
+    def _parse(self, text: str) -> Json:
+        """The object that a message of a stream holds; empty for anything else."""
         try:
             data = parse_json(text)
         except ValueError:
             data = None
         if isinstance(data, dict):
             return data
-        if not self.puzzled:
-            self.puzzled = True
-            self.say("the stream sent something that is no event; it was left out")
+        if not self._resumption.complained:
+            self._resumption.complained = True
+            self._say("ignored data in the stream that is not an event")
         return {}
 
-    def accept(self, event: Json) -> bool:
-        """Whether ``event`` is new; what it tells about the run is kept."""
-        key, seen = event.get("id"), self.seen
-        if not isinstance(key, str) or not key:
-            key = event_key(event)
-        if key in seen or key in self.seen_before:
-            return False
-        seen.add(key)
-        if len(seen) >= _SEEN:  # memory does not grow with the length of the run
-            self.seen, self.seen_before = set(), seen
-        payload, message = event.get("payload"), event.get("message")
-        payload = payload if isinstance(payload, dict) else {}
-        delivery = delivery_of(event)
-        if delivery:
-            self.branch = delivery.branch or self.branch
-            self.pull_request_url = delivery.pull_request_url or self.pull_request_url
-        error = text_of(payload, "error")[:4000] if "error" in payload else ""
-        self.recent.append((message[:4000] if isinstance(message, str) else "", error))
-        self.ending = event.get("type") in _ENDING_TYPES
-        return True
+    def _keep(self, decoder: SSEDecoder) -> None:
+        """Keep what the next connection needs of this one's stream."""
+        if decoder.held > MAX_BODY:
+            message = f"an event is larger than {MAX_BODY >> 20} MiB"
+            raise InvalidResponseError(message, code="TOO_LARGE")
+        self._resumption.last_event_id = decoder.last_event_id
+        if decoder.retry_ms is not None:
+            self._resumption.reconnect_s = min(30_000, max(500, decoder.retry_ms)) / 1000
 
-    def judge(self, run: Json) -> bool:
-        """Take in what the run says of itself; whether its status is news.
+    def _good(self) -> None:
+        message = self.link.good(self.timing.clock())
+        if message:
+            self._say(message)
 
-        A terminal status is not yet the end: the event that says why comes after it, and a run
-        cancelled while it was launching can come alive again. Two such answers in a row are the end.
-        """
-        status, now = text_of(run, "status"), self.clock()
-        if not status:
-            return False
-        changed, self.run = status != text_of(self.run, "status"), run
-        if changed or status not in TERMINAL_STATUSES:
-            self.terminal_at = self.confirmed_at = None
-        if status in TERMINAL_STATUSES:
-            self.terminal_at = now if self.terminal_at is None else self.terminal_at
-            if self.confirmed_at is None and now - self.terminal_at >= 0.99 * self.interval_s:
-                self.confirmed_at = now
-            error = text_of(run, "error")[:4000]
-            told = not error or any(error in text for texts in self.recent for text in texts)
-            if self.confirmed_at is not None and (told or now - self.confirmed_at >= 5.0):
-                self.verdict = self.conclude()
-        return changed
+    def _set_back(self, error: MogplexError) -> float:
+        """How long to wait after ``error``; raises what ends the tail."""
+        now = self.timing.clock()
+        setback = self.link.failed(error, now, self.timing.random(), self._left_s())
+        self._say(setback.message)
+        return setback.wait_s
 
-    def conclude(self) -> Verdict:
-        started, ended = parse_time(self.run.get("createdAt")), parse_time(self.run.get("updatedAt"))
-        return Verdict(
-            self.run_id, text_of(self.run, "status"), text_of(self.run, "error"), self.branch, self.pull_request_url,
-            self.truncated, ended - started if started is not None and ended is not None else None, self.run)
-
-    def good(self) -> None:
-        """An answer has come."""
-        back = self.connection in ("lost", "limited")
-        self.connection, self.failures, self.refusals, self.retry_at = "connected", 0, 0, None
-        self.good_at, self.only_limited = self.clock(), True
-        if back:
-            self.say("connection is back")
-
-    def failed(self, error: MogplexError) -> float:
-        """How long to wait after ``error``; raises it, or what it amounts to, when there is no more hope."""
-        limited, now = isinstance(error, RateLimitedError), self.clock()
-        self.failures, self.only_limited = self.failures + 1, self.only_limited and limited
-        self.refusals += isinstance(error, UnauthorizedError)  # an outage of the service's database looks like this
-        if self.hopeless(error):
-            raise error
-        if self.good_at is not None and now - self.good_at >= GIVE_UP_S:
-            kind = RateLimitedError if self.only_limited else UnavailableError
-            raise kind(f"gave up after {now - self.good_at:.0f} s without a good answer; the last was: {error}",
-                       code="GAVE_UP", retry_after_s=error.retry_after_s) from error
-        asked_s = error.retry_after_s or 0.0
-        wait_s = max(asked_s if asked_s <= 3600 else 0.0, backoff_s(self.failures, self.random()))
-        wait_s += 5.0 if isinstance(error, UnauthorizedError) else 0.0
-        if limited:
-            self.pace.refused()
-            wait_s += self.pace.interval_s(self.random()) * self.random()  # not all at once when it is over
-        self.lost("limited" if limited else "lost", now + wait_s, error)
-        return wait_s
-
-    def hopeless(self, error: MogplexError) -> bool:
-        """Whether trying again is no use: three tries before the first answer; afterwards few errors are final."""
-        if self.good_at is None:
-            return not error.transient or self.failures >= 3
-        if isinstance(error, UnauthorizedError):
-            return self.refusals >= 3
-        return error.code == "TOO_LARGE" or 400 <= error.status < 500 and error.status not in (408, 425, 429)
-
-    def lost(self, connection: str, retry_at: float, error: MogplexError) -> None:
-        """Say so once, not at each failure."""
-        known, self.connection, self.retry_at = self.connection == connection, connection, retry_at
-        what = "rate limited" if connection == "limited" else "no answer" if self.good_at is None else "connection lost"
-        wait = format_duration(max(1.0, retry_at - self.clock()))
-        self.say("" if known else f"{what}: {error}; trying again in {wait}")
-
-    def wait(self, wait_s: float) -> None:
-        until = self.clock() + wait_s
+    def _wait(self, wait_s: float) -> None:
+        until = self.timing.clock() + wait_s
         while True:
-            self.tick()
-            left_s = min(until - self.clock(), self.remaining_s())
-            if left_s <= 0 and self.remaining_s() > 0:
+            self._tick()  # which ends the tail at its time-out
+            left_s = until - self.timing.clock()
+            if left_s <= 0:
                 return
-            self.sleep(min(0.5, max(0.0, left_s)))
+            self.timing.sleep(max(0.0, min(0.5, left_s, self._left_s())))
 
-    def remaining_s(self) -> float:
-        return float("inf") if self.timeout_s is None else self.started_at + self.timeout_s - self.clock()
+    def _left_s(self) -> float:
+        """What is left of the time-out."""
+        if self.timing.timeout_s is None:
+            return float("inf")
+        return self.started_at + self.timing.timeout_s - self.timing.clock()
 
-    def tick(self) -> None:
+    def _tick(self) -> None:
         """Called before every wait, at least twice a second."""
-        now = self.clock()
-        if self.good_at is not None and now - self.ticked_at > 30.0:  # the machine was suspended: that was no outage
-            self.good_at += now - self.ticked_at
-        self.ticked_at = now
-        self.say("")
-        if self.remaining_s() <= 0:
-            words = f"timed out after {self.timeout_s:.12g}s waiting for terminal status"
-            self.final = TailTimeout(words, code="TIMEOUT")
-            raise self.final
+        self.link.tick(self.timing.clock())
+        self._say("")
+        if self._left_s() <= 0:
+            message = f"timed out after {self.timing.timeout_s:.12g}s waiting for terminal status"
+            self._final = TailTimeout(message, code="TIMEOUT")
+            raise self._final
 
-    def say(self, message: str) -> None:
+    def _say(self, message: str) -> None:
+        """Tell how the tail stands, and ``message`` if there is one."""
+        story = self.story
+        link = self.link
+        progress = Progress(
+            link.connection, story.status, self.started_at, story.last_event_at, link.retry_at,
+            link.failures, message, link.latency_ms, story.run, story.delivery.branch,
+            story.delivery.pull_request_url)
         try:
-            self.on_progress(Progress(
-                self.connection, text_of(self.run, "status"), self.started_at, self.last_event_at, self.retry_at,
-                self.failures, message, self.latency_ms, self.run, self.branch, self.pull_request_url))
+            self.on_progress(progress)
         except MogplexError as error:
-            self.final = error
+            self._final = error
             raise
 
 
 def tail(
     client: Client, run_id: str, *, timeout_s: Optional[float] = None, limit: int = MAX_LIMIT,
-    on_progress: Callable[[Progress], None] = lambda progress: None, interval_s: float = 1.5, idle_s: float = 60.0,
+    on_progress: Callable[[Progress], None] = lambda progress: None, interval_s: float = POLL_S,
+    idle_s: float = IDLE_S, just_started: bool = False,
     clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
     random: Callable[[], float] = random_unit,
 ) -> Iterator[Union[Json, Verdict]]:
     """Each event of a run once, as it comes, and last of all the Verdict.
 
-    It polls, or reads a stream where the service answers one, and rides out 300 s of faults
-    once it has had an answer. TailTimeout after ``timeout_s``; other MogplexErrors when the
-    service refuses, or stays away. ``on_progress`` may raise to end it.
+    It polls every ``interval_s``, or reads a stream where the service answers one, and asks the run
+    itself when that brings no event for ``idle_s``. Once it has had an answer, it rides out 300 s of
+    faults, and waits as long as the service asks for. ``just_started``: this program has just
+    started the run, so a 404 in the first 10 s is no answer yet. TailTimeout after ``timeout_s``;
+    RateLimitedError or UnavailableError at once when the service asks to wait longer than that
+    leaves; other MogplexErrors when it refuses, or stays away. ``on_progress`` may raise to end it.
     """
-    state = Tail(client, run_id, timeout_s, limit, on_progress, interval_s, idle_s, clock, sleep, random)
-    return (item for item, _ in state.items())
+    one = Tail(
+        client, run_id, timeout_s, limit, on_progress, interval_s=interval_s, idle_s=idle_s,
+        just_started=just_started, clock=clock, sleep=sleep, random=random)
+    return (item for item, _ in one.items())
 
 
 # ==== Everything above this line can be copied out and used as a library. ====

@@ -2393,6 +2393,382 @@ def test_a_decoder_resumes_and_tells_what_it_holds() -> None:
     assert decoder.held == 2
 
 
+# What is known of a run: a Story is told what was heard, and when.
+
+def log(*numbers: int) -> List[Dict[str, Any]]:
+    """Events that stand for numbers."""
+    return [{"id": str(number), "type": "log", "message": f"m{number}"} for number in numbers]
+
+
+def kind(word: str, **fields: Any) -> Dict[str, Any]:
+    """An event of a type, of which there is one."""
+    return {"id": word, "type": word, "message": word, **fields}
+
+
+class Hearing(NamedTuple):
+    """What a Story made of what it heard."""
+
+    messages: List[Any]        # of the events that were new
+    answers: int               # until the verdict
+    status: str
+
+
+def hear(*answers: Any, interval_s: float = 1.5) -> Hearing:
+    """A Story that hears these answers, and the last one again and again, 1.5 s apart.
+
+    An answer is a status, its events, and the run's error.
+    """
+    story = mogplex.Story("R", 0.0)
+    messages: List[Any] = []
+    for number in range(20):
+        status, events, *error = answers[min(number, len(answers) - 1)]
+        now = number * interval_s
+        story.begin_answer()
+        messages += [event.get("message") for event in events if story.hear_event(event, now)]
+        story.hear_run({"status": status, "error": error[0] if error else None}, now)
+        if story.verdict:
+            return Hearing(messages, number + 1, story.verdict.status)
+    return Hearing(messages, 0, "")
+
+
+FAILED = kind("failed", payload={"exit_code": 1})
+BOOM = kind("failed", payload={"error": "it went boom"})
+ENDS = [  # the answers, how many of them it takes, the status at the end
+    # A success is complete with its finished event, and confirmed by a second answer without.
+    ([("success", [kind("finished")])], 1, "success"),
+    ([("streaming", [kind("finished")]), ("success", [kind("finished")])], 2, "success"),
+    ([("success", log(1))], 2, "success"),
+    ([("success", log(1)), ("success", [kind("finished")])], 2, "success"),
+    # "finished" ends nothing by itself.
+    ([("streaming", [kind("finished")])] * 5 + [("success", [])], 6, "success"),
+    # Two answers, and no wait for an event where one has come, before the status or after.
+    ([("failed", [FAILED], "Agent run exited with code 1.")], 2, "failed"),
+    ([("streaming", [FAILED]), ("failed", [], "Agent run exited with code 1.")], 3, "failed"),
+    ([("failed", [], "boom"), ("failed", [BOOM], "boom")], 2, "failed"),
+    ([("cancelled", [kind("cancelled")], "stopped")], 2, "cancelled"),
+    ([("failed", [kind("log", message="so it went boom")], "boom")], 2, "failed"),
+    ([("failed", [kind("log", payload={"error": "boom"})], "boom")], 2, "failed"),
+    ([("failed", [])], 2, "failed"),
+    # Up to 5 s for the event that says why.
+    ([("failed", [], "boom")], 6, "failed"),
+    ([("failed", log(1), "boom")] * 3 + [("failed", [BOOM], "boom")], 4, "failed"),
+    ([("failed", [kind("finished")], "boom")], 6, "failed"),
+    ([("failed", [kind("cancel_requested")], "boom")], 6, "failed"),
+    # Cancelled while its sandbox started, then alive again.
+    ([("cancelled", []), ("streaming", []), ("failed", []), ("failed", [])], 4, "failed"),
+    ([("cancelled", []), ("failed", []), ("failed", [])], 3, "failed"),
+    ([("cancelled", [kind("cancelled")]), ("streaming", []), ("failed", [], "boom")], 8, "failed"),
+    ([("cancelled", []), ("streaming", []), ("cancelled", []), ("streaming", []), ("success", [])],
+     6, "success"),
+    # What has no status, and statuses of tomorrow.
+    ([("", []), ("", []), ("success", [])], 4, "success"),
+    ([(None, []), (5, []), (["x"], []), ("cooling", []), ("success", [])], 6, "success"),
+]
+
+
+@pytest.mark.parametrize("answers, count, status", ENDS)
+def test_when_a_run_has_ended(answers: Any, count: int, status: str) -> None:
+    heard = hear(*answers)
+    assert (heard.answers, heard.status) == (count, status)
+
+
+def test_two_answers_in_one_breath_are_one() -> None:
+    assert hear(("success", []), interval_s=0.1).answers == 16  # which is 1.5 s
+    assert hear(("success", [kind("finished")]), interval_s=0.1).answers == 1
+
+
+UNIDENTIFIED = {"message": "a"}
+NEWS = [  # the answers' events, the messages that are new
+    ([log(1, 2), log(1, 2, 3)], ["m1", "m2", "m3"]),
+    # A server that reorders, repeats and changes its list.
+    ([log(2, 1, 1), log(3, 1), log(2), log(4, 3, 2, 1)], ["m2", "m1", "m3", "m4"]),
+    # A number and its digits are one id; true is none.
+    ([[{"id": 1, "message": "a"}, {"id": "1", "message": "b"}]], ["a"]),
+    ([[{"id": 0, "message": "a"}], [{"id": "0", "message": "b"}]], ["a"]),
+    ([[{"id": True, "message": "a"}, {"id": 1, "message": "b"}, {"id": True, "message": "c"}]],
+     ["a", "b", "c"]),
+    # Without an id the content counts, and how often it comes in one answer.
+    ([[UNIDENTIFIED, {"message": "b"}], [{"message": "b"}, UNIDENTIFIED]], ["a", "b"]),
+    ([[UNIDENTIFIED, UNIDENTIFIED], [UNIDENTIFIED, UNIDENTIFIED]], ["a", "a"]),
+    ([[UNIDENTIFIED], [UNIDENTIFIED, UNIDENTIFIED], [UNIDENTIFIED] * 3], ["a", "a", "a"]),
+    ([[{"id": "", **UNIDENTIFIED}, {"id": None, **UNIDENTIFIED}]], ["a", "a"]),
+    ([[{"message": "a"}, {"message": "a", "type": "x"}]], ["a", "a"]),
+    ([[{"id": [1], "message": "a"}, {"id": {}, "message": "\ud800\0", "type": [], "payload": 7}]],
+     ["a", "\ud800\0"]),
+]
+
+
+@pytest.mark.parametrize("answers, messages", NEWS)
+def test_which_events_are_new(answers: Any, messages: List[str]) -> None:
+    assert hear(*[("streaming", events) for events in answers]).messages == messages
+
+
+def test_what_is_known_of_a_run_becomes_its_verdict() -> None:
+    story = mogplex.Story("R", 0.0)
+    payloads: List[Dict[str, Any]] = [
+        {"working_branch": "main"},
+        {"stage": "git_sync", "working_branch": "mogplex/agent-1"},
+        {"stage": "git_delivery", "working_branch": "", "pull_request_url": "https://x/1"},
+        {"pull_request_url": None}]
+    for number, payload in enumerate(payloads):
+        story.hear_event({"id": str(number), "type": "log", "payload": payload}, float(number))
+    assert story.delivery == mogplex.Delivery("mogplex/agent-1", "https://x/1", True)
+    assert story.last_event_at == 3.0
+    run = {"status": "success", "createdAt": "2026-05-17T10:14:00Z",
+           "updatedAt": "2026-05-17T10:15:30.5+00:00", "branch": {"working": "main"}}
+    story.hear_event(kind("finished"), 4.0)
+    assert story.hear_run(run, 4.0) and not story.hear_run(run, 5.0)
+    assert story.verdict == mogplex.Verdict(
+        "R", "success", "", "mogplex/agent-1", "https://x/1", False, 90.5, run)
+
+
+def test_a_run_of_which_little_is_known_has_a_verdict_too() -> None:
+    story = mogplex.Story("R", 0.0)
+    run = {"status": "failed", "error": 7, "createdAt": 5}
+    story.hear_run(run, 0.0)
+    story.hear_run(run, 1.5)
+    story.hear_run(run, 6.5)
+    assert story.verdict == mogplex.Verdict("R", "failed", "7", "", "", False, None, run)
+
+
+def test_a_full_list_is_said_once() -> None:
+    story = mogplex.Story("R", 0.0)
+    assert story.hear_length(199, 200) == "" and not story.truncated
+    assert story.hear_length(200, 200) == (
+        "the service lists only the first 200 events of a run; later events are not shown")
+    assert story.hear_length(200, 200) == "" and story.truncated
+    assert mogplex.Story("R", 0.0).hear_length(20, 20) == (
+        "only the first 20 events were asked for; later events are not shown")
+
+
+def test_memory_does_not_grow_with_the_length_of_a_run() -> None:
+    seen = mogplex.Seen()
+    assert all(seen.add({"id": f"{number}"}) for number in range(220_000))
+    assert len(seen._recent | seen._older) <= 2 * mogplex.REMEMBERED_EVENTS
+    # A stream that is replayed from its start repeats nothing of the last 50,000.
+    assert not any(seen.add({"id": f"{number}"}) for number in range(170_000, 220_000))
+
+
+def test_an_event_that_is_too_deep_is_refused() -> None:
+    deep: Any = {}
+    for _ in range(100_000):
+        deep = {"deep": deep}
+    with pytest.raises(mogplex.InvalidResponseError, match="TOO_LARGE: an event is nested too deeply"):
+        mogplex.Seen().add(deep)
+
+
+@pytest.mark.parametrize("event, reason", [
+    ({"type": "failed", "payload": {"error": "boom", "exit_code": 1}}, "boom"),
+    ({"type": "failed", "payload": {"exit_code": 1, "failure_code": "rate_limited"}},
+     "rate_limited, exit code 1"),
+    ({"type": "finished", "payload": {"exit_code": 0}}, ""),
+    ({"type": "failed", "payload": "odd"}, ""),
+    ({"type": "log", "payload": {"error": "boom"}}, ""),
+])
+def test_why_a_run_failed(event: Dict[str, Any], reason: str) -> None:
+    assert mogplex.failure_of(event) == reason
+
+
+@pytest.mark.parametrize("told, ended", [
+    ({"run": {"status": "success"}, "status": "success", "alreadyTerminal": True}, True),
+    ({"status": "already_terminal"}, True),
+    ({"status": "cancelled", "alreadyTerminal": False}, False),
+    ({"status": "cancellation_requested"}, False),
+    ({"alreadyTerminal": "yes"}, False),
+])
+def test_what_a_cancel_answers(told: Dict[str, Any], ended: bool) -> None:
+    assert mogplex.already_ended(told) is ended
+
+
+# How well the service answers: a Link is told what came, when, and the dice.
+
+def error(status: int, code: str = "CODE", asked_s: Optional[float] = None) -> mogplex.MogplexError:
+    """What the client makes of an answer of this status; code "" when it is no envelope."""
+    transient = status in (0, 408, 425, 429, 500, 502, 503, 504)
+    return mogplex.error_class(status)(
+        "no", code=code, status=status, retry_after_s=asked_s, transient=transient)
+
+
+def lost() -> mogplex.MogplexError:
+    return mogplex.UnavailableError("the connection was lost", transient=True)
+
+
+def ridden_out(link: mogplex.Link, failure: mogplex.MogplexError, longest_s: float = 9000.0) -> float:
+    """How long a Link rides out one and the same failure, and raises it in the end."""
+    now = 0.0
+    while now < longest_s:
+        try:
+            now += link.failed(failure, now, 0.0).wait_s
+        except mogplex.MogplexError as raised:
+            raised.__dict__["at"] = now
+            raise
+    return now
+
+
+OUTAGES = [  # what fails for ever after a good answer, the exit code at the end
+    (error(502), 69), (error(500), 69), (error(200), 69), (lost(), 69), (error(429), 75),
+    (error(401), 64), (error(307, "UNAUTHORIZED"), 69), (error(302, "REDIRECT"), 69),
+    # What is no envelope is a proxy's page.
+    (error(403, ""), 69), (error(404, ""), 69), (error(405, ""), 69), (error(410, ""), 69),
+    (error(408), 69), (error(425), 69), (error(520), 69),
+]
+
+
+@pytest.mark.parametrize("failure, code", OUTAGES)
+def test_300_s_are_ridden_out_after_a_good_answer(failure: mogplex.MogplexError, code: int) -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    with pytest.raises(mogplex.MogplexError, match="GAVE_UP: gave up after 3.. s ") as raised:
+        ridden_out(link, failure)
+    assert int(raised.value.exit) == code
+    assert 300 <= raised.value.__dict__["at"] <= 330
+    assert raised.value.__cause__ is failure
+
+
+@pytest.mark.parametrize("failure", [
+    error(400), error(403), error(404), error(405), error(410), error(200, "TOO_LARGE")])
+def test_a_refusal_in_the_service_s_words_is_final(failure: mogplex.MogplexError) -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    with pytest.raises(mogplex.MogplexError) as raised:
+        link.failed(failure, 1.0, 0.0)
+    assert raised.value is failure
+
+
+@pytest.mark.parametrize("failure, tries", [
+    (error(502), 3), (error(500), 3), (lost(), 3), (error(429), 3),
+    (error(401), 1), (error(403, ""), 1), (error(404), 1), (error(404, ""), 1), (error(501), 1),
+])
+def test_three_tries_before_the_first_good_answer(failure: mogplex.MogplexError, tries: int) -> None:
+    link = mogplex.Link(0.0)
+    for _ in range(tries - 1):
+        link.failed(failure, 0.0, 0.0)
+        assert link.connection in ("lost", "limited")
+    with pytest.raises(mogplex.MogplexError) as raised:
+        link.failed(failure, 0.0, 0.0)
+    assert raised.value is failure
+
+
+def test_a_run_just_started_may_be_unknown_for_10_s() -> None:
+    link = mogplex.Link(100.0, just_started=True)
+    for now in (100.0, 101.0, 109.9):
+        link.failed(error(404), now, 0.0)
+    with pytest.raises(mogplex.MogplexError, match="HTTP 404"):
+        link.failed(error(404), 110.0, 0.0)
+
+
+def test_to_a_start_that_was_answered_a_401_is_an_outage() -> None:
+    with pytest.raises(mogplex.UnauthorizedError, match="GAVE_UP"):
+        ridden_out(mogplex.Link(0.0, just_started=True), error(401))
+    with pytest.raises(mogplex.MogplexError, match="HTTP 403"):
+        mogplex.Link(0.0, just_started=True).failed(error(403), 0.0, 0.0)
+
+
+def test_the_exit_code_of_a_mixed_outage() -> None:
+    for failures, code in (((error(503), error(429)), 69), ((error(429), error(401)), 64),
+                           ((error(401), error(503)), 69)):
+        link = mogplex.Link(0.0)
+        link.good(0.0)
+        link.failed(failures[0], 1.0, 0.0)
+        with pytest.raises(mogplex.MogplexError) as raised:
+            link.failed(failures[1], 301.0, 0.0)
+        assert int(raised.value.exit) == code
+
+
+@pytest.mark.parametrize("asked_s", [2.5, 60.0, 3000.0, 68400.0])
+@pytest.mark.parametrize("status", [429, 503])
+def test_what_the_service_asks_for_is_waited_and_said(asked_s: float, status: int) -> None:
+    link = mogplex.Link(0.0)
+    wait_s, message = link.failed(error(status, asked_s=asked_s), 0.0, 0.0)
+    assert wait_s == asked_s and link.retry_at == asked_s
+    wait = mogplex.format_duration(asked_s)
+    assert message.endswith(f"CODE: no (HTTP {status}); retrying in {wait}, as the service asks")
+
+
+def test_a_longer_wait_is_said_though_the_outage_is_known() -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    said = [link.failed(error(429, asked_s=asked_s), 0.0, 0.0).message
+            for asked_s in (None, 10.0, 5.0, 10.0, 60.0)]
+    assert [bool(message) for message in said] == [True, True, False, False, True]
+
+
+def test_the_300_s_count_no_time_that_the_service_asked_for() -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    assert ridden_out(link, error(429, asked_s=60.0)) >= 9000.0
+    with pytest.raises(mogplex.RateLimitedError, match="gave up after 3.. s"):
+        ridden_out(link, error(429), 20_000.0)
+
+
+@pytest.mark.parametrize("status, code", [(429, 75), (503, 69), (500, 69)])
+def test_a_wait_that_the_time_out_has_no_room_for_ends_it_at_once(status: int, code: int) -> None:
+    for good in (False, True):
+        link = mogplex.Link(0.0)
+        if good:
+            link.good(0.0)
+        assert link.failed(error(status, asked_s=600.0), 0.0, 0.0, 600.0).wait_s == 600.0
+        with pytest.raises(mogplex.MogplexError) as raised:
+            link.failed(error(status, asked_s=600.0), 0.0, 0.0, 30.0)
+        assert int(raised.value.exit) == code and raised.value.retry_after_s == 600.0
+        assert str(raised.value) == ("CODE: no; the service asks to wait 10m 00s, and only 30s "
+                                     f"of the time-out are left (HTTP {status})")
+
+
+@pytest.mark.parametrize("failure, message", [
+    (lost(), "request failed: the connection was lost; retrying in 1s"),
+    (error(500, "INTERNAL_ERROR"), "request failed: INTERNAL_ERROR: no (HTTP 500); retrying in 1s"),
+    (error(429, "LIMIT", 60.0), "rate limited: LIMIT: no (HTTP 429); "
+                                "retrying in 1m 00s, as the service asks"),
+    (error(401), "token refused, though it worked before: CODE: no (HTTP 401); retrying in 1s"),
+])
+def test_what_is_said_of_an_outage(failure: mogplex.MogplexError, message: str) -> None:
+    link = mogplex.Link(0.0)
+    assert link.good(0.0) == ""
+    assert link.failed(failure, 0.0, 0.0).message == message
+    assert link.failed(failure, 1.0, 0.0).message == ""  # once
+    assert (link.good(2.0), link.good(3.0)) == ("connected again", "")
+    assert link.failed(failure, 4.0, 0.0).message == message
+
+
+def test_the_back_off_of_a_link() -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    assert [link.failed(lost(), 0.0, 0.0).wait_s for _ in range(7)] == [0.5, 1, 2, 4, 8, 15, 15]
+    link.good(0.0)
+    assert link.failed(lost(), 0.0, 0.99).wait_s > 0.7
+
+
+def test_a_token_is_renewed_once_between_good_answers() -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    assert link.renews
+    link.failed(error(503), 0.0, 0.0)
+    assert link.renews
+    link.failed(error(401), 0.0, 0.0)
+    assert not link.renews
+    link.good(1.0)
+    assert link.renews
+
+
+def test_a_suspended_machine_is_no_outage() -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    link.tick(0.0)
+    link.failed(lost(), 1.0, 0.0)
+    link.tick(3600.0)
+    link.failed(lost(), 3600.5, 0.0)
+    for now in range(3601, 3890, 10):
+        link.tick(float(now))
+    with pytest.raises(mogplex.UnavailableError, match="gave up"):
+        link.failed(lost(), 3902.0, 0.0)
+
+
+def test_a_tail_asks_every_second_and_a_half() -> None:
+    assert mogplex.Link(0.0).pace.interval_s(0.0) == 1.5
+    assert inspect.signature(mogplex.tail).parameters["interval_s"].default == 1.5
+
+
 # The pace of one tail, and of ten.
 
 def paced(pace: mogplex.Pace, minutes: float, now: float = 0.0, news: bool = False) -> List[float]:
@@ -2490,8 +2866,12 @@ def test_ten_tails_on_one_token(seed: int, task: str) -> None:
 
 def poll(status: Any = "streaming", *events: Any, **run: Any) -> bytes:
     """An answer of the events route; an event is an object, or a number that stands for one."""
-    listed = [{"id": str(event), "type": "log", "message": f"m{event}"} if isinstance(event, int) else event for event in events]
-    return ok({"run": {"runId": "R", "status": status, **run}, "events": listed})
+    return ok({"run": {"runId": "R", "status": status, **run}, "events": listed(*events)})
+
+
+def listed(*events: Any) -> List[Any]:
+    """Events as that route lists them."""
+    return [log(event)[0] if isinstance(event, int) else event for event in events]
 
 
 def followed(items: Iterator[Any]) -> Tuple[List[str], Any]:
@@ -2514,62 +2894,42 @@ def tailing(*order: Step, **options: Any) -> Iterator[Tuple[Iterator[Any], Virtu
 
 
 END = (poll("success", 1), poll("success", 1))
+FINISHED = {"id": "9", "type": "finished", "message": "done"}
 
 
-@pytest.mark.parametrize("order, messages, status, times", [
-    ((poll("success", 1, 2), poll("success", 1, 2, 3)), ["m1", "m2", "m3"], "success", [0, 1.5]),
-    ((poll("streaming", 1), poll("streaming", 1, 2), *END), ["m1", "m2"], "success", [0, 1.5, 3, 4.5]),
-    # A server that reorders, repeats and changes its list.
-    ((poll("streaming", 2, 1, 1), poll("streaming", 3, 1), poll("success", 2), poll("success", 4, 3, 2, 1)),
-     ["m2", "m1", "m3", "m4"], "success", [0, 1.5, 3, 4.5]),
-    # Cancelled while it was launching, then alive again, then failed, and the events that say why come late.
-    ((poll("cancelled", 1), poll("streaming", 1), poll("failed", 1), poll("failed", 1, 2)), ["m1", "m2"], "failed", [0, 1.5, 3, 4.5]),
-    ((poll("cancelled", 1), poll("failed", 1), poll("failed", 1, 2)), ["m1", "m2"], "failed", [0, 1.5, 3]),
-    # "finished" ends nothing.
-    ((poll("streaming", {"id": "1", "type": "finished", "message": "m1"}), poll("streaming", 2), poll("success"), poll("success", 3)),
-     ["m1", "m2", "m3"], "success", [0, 1.5, 3, 4.5]),
-    # The run's error is waited for, for 5 s at most.
-    ((poll("failed", 1, error="boom"), poll("failed", 1, error="boom"), poll("failed", 1, error="boom"),
-      poll("failed", {"id": "2", "message": "m2", "payload": {"error": "it went boom"}}, error="boom")), ["m1", "m2"], "failed", [0, 1.5, 3, 4.5]),
-    ((poll("failed", 1, error="boom"),), ["m1"], "failed", [0, 1.5, 3, 4.5, 6, 7.5]),
-    ((poll("failed", {"message": "boom"}, error="boom"),), ["boom"], "failed", [0, 1.5]),
-    # Events without an id are told apart by their content.
-    ((poll("streaming", {"message": "a"}, {"message": "b"}), poll("success", {"message": "b"}, {"message": "a"}, {"message": "a", "type": "x"})),
-     ["a", "b", "a"], "success", [0, 1.5, 3]),
-    ((poll("success", {"id": 1, "message": "a"}, {"id": "1", "message": "b"}, {"id": "", "message": "c"}, {"id": None, "message": "d"},
-           {"id": [1], "message": "e"}, {"id": {}, "message": "f\ud800\0", "type": [], "payload": 7}),),
-     ["a", "b", "c", "d", "e", "f\ud800\0"], "success", [0, 1.5]),
+@pytest.mark.parametrize("order, messages, times", [
+    ((poll("success", 1, 2), poll("success", 1, 2, 3)), ["m1", "m2", "m3"], [0, 1.5]),
+    ((poll("streaming", 1), poll("streaming", 1, 2), *END), ["m1", "m2"], [0, 1.5, 3, 4.5]),
+    ((poll("streaming", 1), poll("success", 1, FINISHED)), ["m1", "done"], [0, 1.5]),
+    ((poll("failed", 1, error="boom"),), ["m1"], [0, 1.5, 3, 4.5, 6, 7.5]),
     # Things of an odd type, and what is not there.
-    ((ok({"events": [7, None, "x", {"id": "1", "message": "m1"}], "run": {"status": "success", "error": 7, "createdAt": 5}}),), ["m1"], "success", None),
+    ((ok({"events": [7, None, "x", *listed(1)],
+          "run": {"status": "success", "error": 7, "createdAt": 5}}),),
+     ["m1"], [0, 1.5, 3, 4.5, 6, 7.5]),
     # An answer without a status: the run's own route is asked.
-    ((ok({"events": []}), ok({"run": {"status": "success"}}), ok({"events": [], "run": None}), ok({"run": {"status": "success"}})),
-     [], "success", [0, 0, 3, 3]),
+    ((ok({"events": []}), ok({"run": {"status": "success"}}),
+      ok({"events": [], "run": None}), ok({"run": {"status": "success"}})), [], [0, 0, 3, 3]),
+    # As after a 204: no more events come.
+    ((answer(204), ok({"run": {"status": "streaming"}}),
+      answer(204), poll("success")), [], [0, 0, 3, 3, 6]),
 ])
-def test_every_event_once_and_the_true_verdict(order: Any, messages: List[str], status: str, times: Optional[List[float]]) -> None:
+def test_every_event_once_and_the_true_verdict(
+    order: Any, messages: List[str], times: List[float],
+) -> None:
     with tailing(*order) as (items, clock, at, _):
         told, verdict = followed(items)
-    assert (told, verdict.status, clock.notes) == (messages, status, []) and times in (None, at)
-
-
-def test_the_verdict_tells_what_is_known() -> None:
-    events = [
-        {"id": "1", "type": "started", "payload": {"working_branch": "main"}},
-        {"id": "2", "type": "log", "payload": {"stage": "git_sync", "working_branch": "mogplex/agent-1"}},
-        {"id": "3", "type": "log", "payload": {"stage": "git_delivery", "working_branch": "", "pull_request_url": "https://x/1"}},
-        {"id": "4", "type": "log", "payload": {"pull_request_url": None}}]
-    with tailing(poll("success", *events, createdAt="2026-05-17T10:14:00Z", updatedAt="2026-05-17T10:15:30.5+00:00", branch={"working": "main"})) as (items, *_):
-        verdict = list(items)[-1]
-    assert tuple(verdict)[:7] == ("R", "success", "", "mogplex/agent-1", "https://x/1", False, 90.5)
-    with tailing(poll("failed", events[0])) as (items, *_):
-        assert tuple(list(items)[-1])[:7] == ("R", "failed", "", "", "", False, None)
+    assert told == messages and clock.notes == [] and at == times
+    assert verdict.status in ("success", "failed")
 
 
 def test_a_full_list_is_said_once_and_the_tail_ends_with_the_run() -> None:
-    full = poll("streaming", *range(200))
-    with tailing(full, full, poll("success", *range(200)), limit=999) as (items, clock, _, server):
+    full = poll("streaming", *range(199), None)  # a null counts, and is no event
+    with tailing(full, full, poll("success", *range(199), None), limit=999) as (items, clock, _, server):
         told, verdict = followed(items)
-    assert len(told) == 200 and verdict.truncated and verdict.status == "success" and "?limit=200 " in server.requests[0]
-    assert clock.notes == ["the service lists only the first 200 events of a run; later ones are not shown"]
+    assert len(told) == 199 and verdict.truncated and verdict.status == "success"
+    assert "?limit=200 " in server.requests[0]
+    assert clock.notes == [
+        "the service lists only the first 200 events of a run; later events are not shown"]
 
 
 def limited(**headers: str) -> bytes:
@@ -2577,29 +2937,52 @@ def limited(**headers: str) -> bytes:
 
 
 @pytest.mark.parametrize("headers, least_s, most_s", [
-    ({"Retry_After": "60"}, 60, 60), ({"Retry_After": "2.5"}, 2.5, 2.5), ({"Retry_After": "3000"}, 3000, 3000), ({"Retry_After": "0"}, 0.5, 3),
+    ({"Retry_After": "60"}, 60, 60),
+    ({"Retry_After": "2.5"}, 2.5, 2.5),
+    ({"Retry_After": "7200"}, 7200, 7200),
+    ({"Retry_After": "0"}, 0.5, 3),
     ({"Retry_After": "Mon, 25 May 2026 10:01:30 GMT", "Date": "Mon, 25 May 2026 10:00:00 GMT"}, 90, 90),
     ({"Retry_After": "Mon, 25 May 2026 09:00:00 GMT", "Date": "Mon, 25 May 2026 10:00:00 GMT"}, 0.5, 3),
-    ({}, 0.5, 3), ({"Retry_After": "soon"}, 0.5, 3), ({"Retry_After": "-5"}, 0.5, 3), ({"Retry_After": "9" * 30}, 0.5, 3),
-    ({"Retry_After": "999999999"}, 0.5, 3), ({"Retry_After": "Mon, 25 May 9999 10:01:30 GMT"}, 0.5, 3), ({"Retry_After": "\xb2"}, 0.5, 3),
+    ({}, 0.5, 3),
+    ({"Retry_After": "soon"}, 0.5, 3),
+    ({"Retry_After": "-5"}, 0.5, 3),
+    ({"Retry_After": "9" * 30}, 0.5, 3),
 ])
-def test_what_a_429_asks_for_is_waited(headers: Dict[str, str], least_s: float, most_s: float) -> None:
-    for first in (0, 1):  # before the first good answer, and after
-        with tailing(*(poll(),) * first, limited(**headers), *END) as (items, clock, times, _):
-            assert followed(items)[1].status == "success"
-        assert least_s <= times[first + 1] - times[first] <= most_s + 0.01
-        assert clock.notes[0].startswith("rate limited: RATE_LIMITED: Rate limit exceeded (HTTP 429); trying again in ")
-        assert clock.notes[1:] == ["connection is back"]
+@pytest.mark.parametrize("first", [0, 1])  # before the first good answer, and after
+def test_what_a_429_asks_for_is_waited(
+    first: int, headers: Dict[str, str], least_s: float, most_s: float,
+) -> None:
+    with tailing(*(poll(),) * first, limited(**headers), *END) as (items, clock, times, _):
+        assert followed(items)[1].status == "success"
+    assert least_s <= times[first + 1] - times[first] <= most_s + 0.01
+    said = "rate limited: RATE_LIMITED: Rate limit exceeded (HTTP 429); retrying in "
+    assert clock.notes[0].startswith(said)
+    assert clock.notes[1:] == ["connected again"]
 
 
-def test_waits_have_jitter_and_a_429_is_capped_by_the_deadline() -> None:
+def test_waits_have_jitter() -> None:
     with tailing(limited(Retry_After="60"), *END, random=lambda: 0.5) as (items, _, times, _2):
         followed(items)
-        assert 61 < times[1] < 65 and times[2] - times[1] > 3  # and the pace afterwards is slower
-    with tailing(poll(), limited(Retry_After="600"), timeout_s=30) as (items, clock, times, _):
-        with pytest.raises(mogplex.TailTimeout, match="timed out after 30s waiting for terminal status"):
+    assert 61 < times[1] < 65
+    assert times[2] - times[1] > 3  # and the pace afterwards is slower
+
+
+@pytest.mark.parametrize("refused, error", [
+    (limited(Retry_After="600"), mogplex.RateLimitedError),
+    (refusal(503, "SERVICE_UNAVAILABLE", "later", Retry_After="600"), mogplex.UnavailableError),
+])
+def test_a_wait_longer_than_the_time_out_ends_it_at_once(refused: bytes, error: Any) -> None:
+    with tailing(poll(), refused, timeout_s=30) as (items, clock, times, _):
+        with pytest.raises(error, match="the service asks to wait 10m 00s, and only 28s of") as raised:
             list(items)
-        assert clock.now == 1030.0 and len(times) == 2
+    assert clock.now == 1001.5 and len(times) == 2 and raised.value.retry_after_s == 600
+
+
+def test_the_time_out_of_a_tail() -> None:
+    with tailing(poll(), timeout_s=30) as (items, clock, times, _):
+        with pytest.raises(mogplex.TailTimeout, match="timed out after 30s waiting for terminal"):
+            list(items)
+    assert clock.now == 1030.0 and times[-1] < 30
 
 
 PASSING = [name for name, fault in FAULTS.items() if fault[0] is not silent and name not in (
@@ -2614,7 +2997,7 @@ def test_a_poll_that_is_no_answer_is_thrown_away_and_tried_again(name: str) -> N
     assert (told, verdict.status) == (["m1", "m2"], "success")
     # Back-off grows while there is no good answer, and starts anew after one.
     assert [round(later - sooner, 2) for sooner, later in zip(times, times[1:])] == [1.5, 0.5, 1.0, 2.0, 1.5, 0.5]
-    assert [note.split(":")[0] for note in clock.notes] == ["connection lost", "connection is back"] * 2
+    assert [note.split(":")[0] for note in clock.notes] == ["request failed", "connected again"] * 2
 
 
 @pytest.mark.parametrize("order, code", [
@@ -2631,22 +3014,17 @@ def test_before_the_first_answer_there_are_three_tries(order: List[Step], code: 
 
 
 @pytest.mark.parametrize("bad, code", [
-    (answer(502), 69), (reset_after(b""), 69), (poll("success", 1)[:-2], 69), (answer(200, "<html>"), 69), (answer(500), 69), (limited(), 75),
-    (limited(Retry_After="60"), 75), (answer(302, Location="https://portal.example"), 69),
+    (answer(502), 69), (reset_after(b""), 69), (poll("success", 1)[:-2], 69),
+    (answer(200, "<html>"), 69), (answer(500), 69), (limited(), 75),
+    (answer(302, Location="https://portal.example"), 69), (answer(404, "<html>"), 69), (answer(405), 69),
 ])
 def test_after_one_it_gives_up_after_300_s_without_a_good_answer(bad: Step, code: int) -> None:
     with tailing(poll("streaming", 1), bad) as (items, clock, times, _):
         assert next(items)["id"] == "1"
-        with pytest.raises(mogplex.MogplexError, match="GAVE_UP: gave up after 3.. s without a good answer; the last was: ") as error:
+        with pytest.raises(mogplex.MogplexError, match="GAVE_UP: gave up after 3.. s ") as error:
             list(items)
-    assert int(error.value.exit) == code and 300 <= times[-1] <= 375 and len(clock.notes) == 1
-    assert len(times) > (5 if bad == limited(Retry_After="60") else 9)
-
-
-def test_it_gives_up_with_69_unless_all_it_got_was_429() -> None:
-    with tailing(poll(), answer(503), limited()) as (items, *_):
-        with pytest.raises(mogplex.UnavailableError, match="gave up"):
-            list(items)
+    assert int(error.value.exit) == code and len(clock.notes) == 1
+    assert 300 <= times[-1] <= 375 and len(times) > 9
 
 
 @pytest.mark.parametrize("status", [400, 403, 404, 410])
@@ -2660,18 +3038,42 @@ def test_refusals_that_are_final_end_it_at_once(status: int) -> None:
 REFUSED = refusal(401, "UNAUTHORIZED", "Unauthorized")
 
 
-def test_401_can_be_an_outage() -> None:
+def test_a_401_is_final_before_the_first_good_answer() -> None:
     with tailing(REFUSED) as (items, _, times, _2):
         with pytest.raises(mogplex.UnauthorizedError):
             list(items)
-        assert len(times) == 1  # before a good answer it is what it says
-    with tailing(poll("streaming", 1), REFUSED, REFUSED, *END) as (items, *_):
-        assert followed(items) == (["m1"], mogplex.Verdict("R", "success", "", "", "", False, None, {"runId": "R", "status": "success"}))
-    for refused in (REFUSED, answer(307, Location="/login")):
-        with tailing(poll("streaming", 1), REFUSED, poll(), refused) as (items, clock, times, _):
-            with pytest.raises(mogplex.UnauthorizedError):
-                list(items)
-        assert len(times) == 6 and 10 <= times[5] - times[3] <= 20
+    assert len(times) == 1
+
+
+def test_a_401_after_a_good_answer_is_an_outage() -> None:
+    with tailing(poll("streaming", 1), *[REFUSED] * 20, *END) as (items, clock, times, _):
+        assert followed(items)[1].status == "success"
+    assert times[-1] > 200
+    assert clock.notes == [
+        "token refused, though it worked before: UNAUTHORIZED: Unauthorized (HTTP 401); retrying in 1s",
+        "connected again"]
+
+
+@pytest.mark.parametrize("refused", [REFUSED, answer(307, Location="/login")])
+def test_a_401_that_stays_ends_in_64_after_300_s(refused: bytes) -> None:
+    with tailing(poll("streaming", 1), refused) as (items, clock, times, _):
+        with pytest.raises(mogplex.UnauthorizedError, match="gave up after 3.. s"):
+            list(items)
+    assert 300 <= times[-1] <= 330 and len(clock.notes) == 1
+
+
+def test_a_run_that_was_just_started_may_be_unknown_at_first() -> None:
+    unknown = refusal(404, "NOT_FOUND", "Run not found")
+    with tailing(unknown, unknown, *END, just_started=True) as (items, _, times, _2):
+        assert followed(items)[1].status == "success"
+    with tailing(unknown, just_started=True) as (items, _, times, _2):
+        with pytest.raises(mogplex.MogplexError, match="NOT_FOUND"):
+            list(items)
+    assert 10 <= times[-1] <= 16
+    with tailing(unknown) as (items, _, times, _2):
+        with pytest.raises(mogplex.MogplexError, match="NOT_FOUND"):
+            list(items)
+    assert len(times) == 1
 
 
 @pytest.mark.parametrize("token, refreshes, code", [
@@ -2718,16 +3120,26 @@ def test_the_deadline_holds_in_real_time_whatever_hangs(name: str) -> None:
             list(mogplex.tail(one, "R", timeout_s=0.2))
 
 
-def test_the_deadline_holds_while_a_refresh_or_its_lock_hangs(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in (silent, dribble(b"", b"H")):
-        with RawServer(steps(step)) as server, mogplex.Client(renewable(server.url, expires_at=1.0), server.url) as one:
+@pytest.mark.parametrize("step", [silent, dribble(b"", b"H")])
+def test_the_deadline_holds_while_a_refresh_hangs(step: Step) -> None:
+    with RawServer(steps(step)) as server:
+        credential = renewable(server.url, expires_at=1.0)
+        with mogplex.Client(credential, server.url) as one:
             with pytest.raises(mogplex.TailTimeout):
                 list(mogplex.tail(one, "R", timeout_s=0.2))
-            assert "/token" in server.requests[0]
-    credential = mogplex.Credential("old", base_url="https://a.example", refresh_token="r", expires_at=1.0, path=str(tmp_path / "auth.json"))
-    with mogplex._locked(str(tmp_path / "auth.json")), mogplex.Client(credential, "https://a.example") as one:
-        with pytest.raises(mogplex.TailTimeout):
-            list(mogplex.tail(one, "R", timeout_s=0.2))
+        assert "/token" in server.requests[0]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="holds a lock as POSIX does")
+def test_the_deadline_holds_while_the_lock_of_a_refresh_is_held(tmp_path: Any) -> None:
+    home = mogplex.Home(str(tmp_path))
+    credential = mogplex.Credential(
+        "old", base_url="https://a.example", refresh_token="r", expires_at=1.0, home=home)
+    with open(home.auth_path + ".lock", "w", encoding="utf-8") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with mogplex.Client(credential, "https://a.example") as one:
+            with pytest.raises(mogplex.TailTimeout):
+                list(mogplex.tail(one, "R", timeout_s=0.2))
 
 
 def test_what_on_progress_raises_leaves_the_tail() -> None:
@@ -2739,16 +3151,6 @@ def test_what_on_progress_raises_leaves_the_tail() -> None:
             with pytest.raises(type(error)) as raised:
                 list(items)
         assert raised.value is error and len(times) == 1
-
-
-def test_a_suspended_machine_is_no_outage() -> None:
-    clock = VirtualClock()
-
-    def sleep(seconds: float) -> None:
-        clock.now += 3600 if clock.now == 1000.5 else seconds
-    with RawServer(steps(poll("streaming", 1), reset_after(b""), *END)) as server, mogplex.Client(TOKEN, server.url) as one:
-        assert followed(clock.tail(one, sleep=sleep))[1].status == "success"
-    assert clock.now > 4600 and clock.notes[-1] == "connection is back"
 
 
 def test_a_wall_clock_that_jumps_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -2907,29 +3309,17 @@ def test_what_is_no_event_is_said_once_and_left_out() -> None:
     junk = "data: [DONE]\n\ndata: 7\n\ndata: null\n\ndata: {\n\nevent: ping\ndata: {}\n\ndata: " + "[" * 100000 + "\n\n"
     with streaming(["success"], streamed(junk, 1, junk)) as (items, clock, _, _2):
         assert followed(items)[0] == ["m1"]
-    assert clock.notes == ["the stream sent something that is no event; it was left out"]
+    assert clock.notes == ["ignored data in the stream that is not an event"]
 
 
 def test_an_event_without_an_end_is_refused_and_comments_are_no_event(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mogplex, "MAX_BODY", 100_000)
     for endless in (b"data: " + b"x" * 200_000, b"data: x\n" * 30_000, b"data\n" * 30_000):
         with streaming(["streaming"], STREAM + endless) as (items, *_):
-            with pytest.raises(mogplex.InvalidResponseError, match="TOO_LARGE: an event of over"):
+            with pytest.raises(mogplex.InvalidResponseError, match="TOO_LARGE: an event is larger than"):
                 list(items)
     with streaming(["success"], STREAM + b": x\n\n" * 60_000) as (items, *_):
         assert followed(items)[1].status == "success"
-
-
-def test_memory_does_not_grow_with_the_length_of_a_stream() -> None:
-    tail = mogplex.Tail(mogplex.Client(TOKEN), "R", None, 200, lambda progress: None, 1.5, 60.0, time.monotonic, time.sleep, lambda: 0.0)
-    assert all(tail.accept({"id": f"{number}", "message": "x"}) for number in range(50_000))
-    assert len(tail.seen | tail.seen_before) <= 2 * mogplex._SEEN and len(tail.recent) == 8
-    assert not any(tail.accept({"id": f"{number}"}) for number in range(40_000, 50_000))  # and the last 10,000 are known
-    deep: Any = {}
-    for _ in range(100_000):
-        deep = {"deep": deep}
-    with pytest.raises(mogplex.InvalidResponseError, match="nested too deeply"):
-        mogplex.event_key(deep)
 
 
 def test_an_event_keeps_its_very_text_where_that_is_a_line_of_ascii_json() -> None:
@@ -2944,7 +3334,7 @@ def test_the_stream_follows_the_faults_of_polls() -> None:
     with streaming(["streaming"], streamed(1), reset_after(STREAM + b": x\n\ndata: {")) as (items, clock, _, _2):
         with pytest.raises(mogplex.UnavailableError, match="GAVE_UP"):
             list(items)
-    assert [note.split(":")[0] for note in clock.notes] == ["connection lost"]
+    assert [note.split(":")[0] for note in clock.notes] == ["request failed"]
 
 
 def test_run_follow_starts_one_run_and_follows_it_through_faults(cli: Callable[..., Result], demo: mogplex.DemoServer) -> None:
