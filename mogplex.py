@@ -45,6 +45,7 @@ import hashlib
 import hmac
 import json
 import math
+import operator
 import os
 import queue
 import re
@@ -56,11 +57,11 @@ import sys
 import threading
 import time
 import urllib.parse
+import uuid
 from typing import (
     Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
     NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
-import uuid
 
 __version__ = "1.0.0"
 __all__ = [
@@ -6237,407 +6238,861 @@ def run_cockpit(
 
 # ---------------------------------------------------------------- 8. Demo
 
-DEMO_TOKEN, DEMO_READ_TOKEN = "mog_" + "Demo" * 8, "mog_" + "Read" * 8
-DEMO_WEB, DEMO_API = "8f3a2b1c-1234-4abc-9def-1234567890ab", "2d6f0c7e-5b1a-4c3d-8e9f-0a1b2c3d4e5f"  # repos
-DEMO_DOCS, DEMO_BARE = "c41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19", "5a7b9c1d-3e2f-4a80-91b4-d7c6b5a49382"
+# The data: what the demo's account has from the start, and what its runs show.
+
+DEMO_TOKEN = "mog_" + "Demo" * 8
+DEMO_READ_TOKEN = "mog_" + "Read" * 8
 DEMO_SECRET = "not-a-real-secret-0123456789"  # in the MCP servers' config, which a client must drop
-DEMO_ERROR = "Harness exited with code 1: 3 of 148 tests failed"
-DEMO_REPOS: Dict[str, Json] = {row[0]: dict(zip(
-    ("id", "full_name", "installation_id", "default_branch", "root_directory"), row)) for row in (
-    (DEMO_API, "acme/api", "51423907", "main", None), (DEMO_DOCS, "acme/docs", "51423907", "trunk", "website"),
-    (DEMO_WEB, "acme/web", "51423907", "main", None), (DEMO_BARE, "acme/web-legacy", None, None, None))}
-DEMO_RUNS = (  # id, repo, harness, ending, age in s, task
-    ("79f0d3c7-6a2e-4b91-8c5d-1f3e5a7b9c0d", DEMO_WEB, "codex", "delivered", 259200, "Use bearer tokens"),
-    ("7a44c0be-1d9f-4e37-a2b8-c6d4e2f0a1b3", DEMO_API, "codex", "long", 172800, "Give every handler types"),
-    ("7b8e1a35-f0c2-4d64-9e7a-3b5c7d9e1f20", DEMO_API, "claude-code", "cancelled", 86400, "Move to Redis"),
-    ("7c02f9d4-2e8b-4a15-b6c3-9d7f5e3c1a0b", DEMO_WEB, "codex", "failed", 18000, "Repair the e2e suite"),
-    ("7d10b6e2-9c4a-4f83-8d1e-5a3b1c9f7e6d", DEMO_DOCS, "claude-code", "idle", 10800, "Look for dead links"),
-    ("7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04", DEMO_WEB, "codex", "running", 761, "Fix the login redirect loop"))
-DEMO_SANDBOXES = (  # id, sandbox_id, repo, status, working_branch, age in s, error
-    ("b1c2d3e4-5f60-4718-829a-3b4c5d6e7f80", "sbx_w3bR7nq0", DEMO_WEB, "running", "main", 40, None),
-    ("b2d3e4f5-6071-4829-93ab-4c5d6e7f8091", "sbx_d0c5Kx2p", DEMO_DOCS, "paused", "trunk", 5400, None),
-    ("b3e4f506-7182-493a-a4bc-5d6e7f8091a2", None, DEMO_WEB, "error", "fix/tax", 7200, "npm ci exited with 1"),
-    ("b4f50617-8293-4a4b-b5cd-6e7f8091a2b3", "sbx_4p1Zt8vL", DEMO_API, "stopped", "feat/queue", 90000, None))
-DEMO_AGENTS: Json = {"agents": [{
-    "id": "a1f0e2d3-c4b5-4a69-8778-695a4b3c2d1e", "name": "Reviewer", "slug": "reviewer", "model": None,
-    "description": "Says what a change would break", "category": "quality", "preset": True}]}
-DEMO_MODELS: Json = {"models": [{
-    "id": "openai/gpt-5-codex", "provider": "openai", "name": "GPT-5 Codex", "contextLength": 400000,
-    "capabilities": ["tools"], "pricing": {"input": 1.25, "output": 10}}]}
-DEMO_SERVERS: Json = {"servers": [
-    {"name": "github", "enabled": True, "config": {"headers": {"Authorization": f"Bearer {DEMO_SECRET}"}}},
-    {"name": "sentry", "enabled": False, "config": {"env": {"SENTRY_TOKEN": DEMO_SECRET}}}]}
-DEMO_BRANCHES = {"base_branch": "$base", "working_branch": "$pushed"}
-DEMO_DELIVERY: Json = {
-    **DEMO_BRANCHES, "stage": "git_delivery", "pull_request_url": "https://github.com/$repo/pull/$number",
-    "auto_committed_files": []}
-DEMO_ANY = "delivered idle long failed running cancelled"
-DEMO_STATUS = {  # what a type of event makes of the status, and how many seconds later
-    "status_changed": ("streaming", 0.0), "cancel_requested": ("cancelled", 0.0),
-    "finished": ("success", 0.6), "failed": ("failed", 0.6)}
-DemoStep = Tuple[float, str, Optional[str], str, Json]  # seconds into the run, type, toolName, message, payload
-DEMO_SCRIPT: List[Tuple[str, float, str, Optional[str], str, Json]] = [  # the endings that show it, and a step
-    (DEMO_ANY, 0.0, "started", None, "External Mogplex run accepted",
-     {"external_run_id": "$id", "harness_id": "$harness", "working_branch": "$working"}),
-    (DEMO_ANY, 0.3, "started", None, "Harness run started: $harness", {"harness_id": "$harness"}),
-    (DEMO_ANY, 1.4, "log", None, "Synchronized $pushed", dict(DEMO_BRANCHES, stage="git_sync", created_branch=True)),
-    (DEMO_ANY, 1.9, "log", None, "Loaded 2 MCP server(s) for $name",
-     {"stage": "mcp_config", "outcome": "loaded", "server_count": 2, "server_names": ["github", "sentry"]}),
-    (DEMO_ANY, 2.6, "status_changed", None, "Harness run streaming",
-     {"from": "pending", "to": "streaming", "runtime_command_id": "cmd_$id"}),
-    (DEMO_ANY, 3.3, "log", None, "Installed @$package", {"stage": "install", "logs": "added 1 package in 2s"}),
-    (DEMO_ANY, 4.0, "assistant_message", None, "I read the code around it first.", {}),
-    ("delivered", 6.5, "tool_call", "apply_patch", "src/session.ts", {"files": ["src/session.ts"]}),
-    ("delivered", 7.0, "tool_result", "apply_patch", "1 file changed, 148 tests pass \u2713", {"exit_code": 0}),
-    ("delivered", 8.2, "log", None, "Pull request ready", dict(DEMO_DELIVERY, changed=True)),
-    ("idle", 8.2, "log", None, "No code changes to deliver", dict(DEMO_DELIVERY, changed=False, pull_request_url=None)),
-    ("delivered idle", 9.0, "finished", None, "Harness run finished", {"exit_code": 0}),
-    ("failed", 7.5, "failed", None, "Harness run failed", {"exit_code": 1, "failure_code": "command_failed"}),
-    ("failed", 8.5, "failed", None, "Harness execution failed", {"error": DEMO_ERROR}),  # after the status
-    ("failed", 9.1, "failed", None, "External Mogplex run failed", {"error": DEMO_ERROR}),
-    ("running cancelled", 95.0, "assistant_message", None,  # agents write anything
-     "Found:\n::error::\x1b[2J\x1b[31mthe cookie\x1b[0m \u202eis\u202c lost ##vso[task.complete]\rhere", {}),
-    ("running", 640.0, "assistant_message", None, "A test now shows it.", {}),
-    ("running", 790.0, "assistant_message", None, "The fix is in, two tests are red.", {}),
-    ("cancelled", 97.0, "cancel_requested", None, "Cancellation requested", {"external_run_id": "$id"}),
-    ("cancelled", 98.0, "cancelled", None, "External Mogplex run cancelled", {"external_run_id": "$id"}),
-    *(("long", 9.0 + 3 * i, "tool_call", "shell", f"npm test -- {i:03d}", {}) for i in range(230)),
-    ("long", 900.0, "finished", None, "Harness run finished", {"exit_code": 0}),
+DEMO_ERROR = "Agent run exited with code 1."  # the run's error; none of its events repeats it
+DEMO_LAUNCH_ERROR = "Sandbox launch failed: no capacity in this region"
+DEMO_QUEUE_ERROR = "The run queue refused this run"
+
+DEMO_API = "2d6f0c7e-5b1a-4c3d-8e9f-0a1b2c3d4e5f"
+DEMO_DOCS = "c41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19"
+DEMO_WEB = "8f3a2b1c-1234-4abc-9def-1234567890ab"
+DEMO_BARE = "5a7b9c1d-3e2f-4a80-91b4-d7c6b5a49382"
+
+
+class DemoRepo(NamedTuple):
+    """A linked repository, with the fields that the service gives it."""
+
+    id: str
+    full_name: str
+    installation_id: Optional[int] = None
+    default_branch: Optional[str] = None
+    root_directory: Optional[str] = None
+
+
+class DemoSandbox(NamedTuple):
+    """A sandbox that is there from the start."""
+
+    id: str
+    sandbox_id: Optional[str]
+    repo_id: str
+    status: str
+    working_branch: str
+    age_s: float
+    error: Optional[str] = None
+
+
+class DemoSeed(NamedTuple):
+    """A run that is there from the start."""
+
+    id: str
+    repo_id: str
+    harness: str
+    ending: str  # a key of DEMO_ENDINGS
+    age_s: float
+    task: str
+
+
+class DemoStep(NamedTuple):
+    """A moment of a run: an event, a change of the run, or both; its ``$words`` are the run's."""
+
+    at_s: float          # seconds into the run; of a run that has begun, since the epoch
+    type: str = ""       # of the event; "" for none
+    message: str = ""
+    payload: Json = {}
+    tool: Optional[str] = None
+    status: str = ""     # what the run's status becomes; "" leaves it
+    error: str = ""      # what the run's error becomes; "" leaves it
+    harness: str = ""    # the only harness with this step; "" for all
+
+
+DEMO_REPOS = {repo.id: repo for repo in [  # by name, as the service lists them
+    DemoRepo(DEMO_API, "acme/api", 51423907, "main"),
+    DemoRepo(DEMO_DOCS, "acme/docs", 51423907, "trunk", "website"),
+    DemoRepo(DEMO_WEB, "acme/web", 51423907, "main"),
+    DemoRepo(DEMO_BARE, "acme/web-legacy"),
+]}
+
+DEMO_SANDBOXES = [
+    DemoSandbox("b1c2d3e4-5f60-4718-829a-3b4c5d6e7f80", "sbx_w3bR7nq0",
+                DEMO_WEB, "running", "main", 40),
+    DemoSandbox("b2d3e4f5-6071-4829-93ab-4c5d6e7f8091", "sbx_d0c5Kx2p",
+                DEMO_DOCS, "paused", "trunk", 5400),
+    DemoSandbox("b3e4f506-7182-493a-a4bc-5d6e7f8091a2", None,
+                DEMO_WEB, "error", "fix/tax", 7200, "npm ci exited with 1"),
+    DemoSandbox("b4f50617-8293-4a4b-b5cd-6e7f8091a2b3", "sbx_4p1Zt8vL",
+                DEMO_API, "stopped", "feat/queue", 90000),
 ]
 
+DEMO_RUNS = [  # oldest first
+    DemoSeed("79f0d3c7-6a2e-4b91-8c5d-1f3e5a7b9c0d",
+             DEMO_WEB, "codex", "delivered", 259200, "Use bearer tokens"),
+    DemoSeed("7a44c0be-1d9f-4e37-a2b8-c6d4e2f0a1b3",
+             DEMO_API, "codex", "long", 172800, "Give every handler types"),
+    DemoSeed("7b8e1a35-f0c2-4d64-9e7a-3b5c7d9e1f20",
+             DEMO_API, "claude-code", "cancelled", 86400, "Move to Redis"),
+    DemoSeed("7c02f9d4-2e8b-4a15-b6c3-9d7f5e3c1a0b",
+             DEMO_WEB, "codex", "failed", 18000, "Repair the e2e suite"),
+    DemoSeed("7d10b6e2-9c4a-4f83-8d1e-5a3b1c9f7e6d",
+             DEMO_DOCS, "claude-code", "unchanged", 10800, "Look for dead links"),
+    DemoSeed("7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04",
+             DEMO_WEB, "codex", "running", 761, "Fix the login redirect loop"),
+]
 
-class DemoAnswer(Exception):
-    """One HTTP answer, returned or raised: text, or an object that is sent as JSON."""
+DEMO_AGENTS = [
+    {
+        "id": "a1f0e2d3-c4b5-4a69-8778-695a4b3c2d1e",
+        "name": "Reviewer",
+        "slug": "reviewer",
+        "model": "openai/gpt-5-codex",
+        "description": "Says what a change would break",
+        "category": "quality",
+        "preset": False,
+    },
+    {
+        "id": "preset:test-writer",
+        "name": "Test writer",
+        "slug": None,
+        "model": "anthropic/claude-sonnet-4.5",
+        "description": "Adds the tests that a change lacks",
+        "category": "quality",
+        "preset": True,
+    },
+]
 
-    def __init__(self, status: int, body: Union[Json, str] = "", **headers: str) -> None:
-        super().__init__(status)
-        self.status, self.body, self.headers = status, body, headers
+DEMO_MODELS = [
+    {
+        "id": "openai/gpt-5-codex",
+        "provider": "openai",
+        "name": "GPT-5 Codex",
+        "contextLength": 400000,
+        "capabilities": ["tools"],
+        "pricing": {"input": 0.00000125, "output": 0.00001},  # USD per token
+    },
+]
+
+DEMO_SERVERS = [
+    {
+        "name": "github",
+        "enabled": True,
+        "config": {
+            "url": "https://mcp.example/github",
+            "headers": {"Authorization": f"Bearer {DEMO_SECRET}"},
+        },
+    },
+    {
+        "name": "sentry",
+        "enabled": False,
+        "config": {"command": "sentry-mcp", "env": {"SENTRY_TOKEN": DEMO_SECRET}},
+    },
+]
+
+DEMO_ACCEPTED = [
+    DemoStep(0.0, "started", "External Mogplex run accepted", {
+        "external_run_id": "$id",
+        "harness_id": "$harness",
+        "working_branch": "$working",
+    }),
+]
+DEMO_STARTED = [
+    *DEMO_ACCEPTED,
+    DemoStep(0.3, "started", "Harness run started: $harness", {"harness_id": "$harness"}),
+]
+DEMO_AT_WORK = [
+    *DEMO_STARTED,
+    DemoStep(1.4, "log", "Synchronized $pushed", {
+        "stage": "git_sync",
+        "base_branch": "$base",
+        "working_branch": "$pushed",
+        "created_branch": True,
+    }),
+    DemoStep(1.9, "log", "Loaded 2 MCP server(s) for Claude Code", {
+        "stage": "mcp_config",
+        "outcome": "ok",
+        "server_count": 2,
+        "server_names": ["github", "sentry"],
+    }, harness="claude-code"),
+    DemoStep(2.6, "status_changed", "Harness run streaming", {
+        "from": "pending",
+        "to": "streaming",
+        "runtime_command_id": "cmd_$id",
+    }, status="streaming"),
+    DemoStep(3.3, "log", "Installed @$package", {
+        "stage": "install",
+        "logs": "added 1 package in 2s",
+    }),
+    DemoStep(4.0, "log", "I read the code around it first."),
+]
+DEMO_FINISHED = [
+    DemoStep(9.0, "finished", "Harness run finished", {"exit_code": 0}),
+    DemoStep(9.6, status="success"),
+]
+DEMO_CANCEL = [
+    DemoStep(0.0, "cancel_requested", "Cancellation requested", {"external_run_id": "$id"},
+             status="cancelled"),
+    DemoStep(1.0, "cancelled", "External Mogplex run cancelled", {"external_run_id": "$id"}),
+]
+DEMO_HOSTILE = DemoStep(95.0, "log", (  # agents write anything
+    "Found:\n::error::\x1b[2J\x1b[31mthe cookie\x1b[0m "
+    "\u202eis\u202c lost ##vso[task.complete]\rhere"
+))
 
 
-def demo_refusal(status: int, code: str, message: str, **headers: str) -> DemoAnswer:
-    """An answer in the error envelope."""
-    return DemoAnswer(status, {"ok": False, "error": {"code": code, "message": message}}, **headers)
+def demo_later(steps: Iterable[DemoStep], by_s: float) -> List[DemoStep]:
+    """The same steps ``by_s`` seconds later."""
+    return [step._replace(at_s=step.at_s + by_s) for step in steps]
+
+
+DEMO_ENDINGS: Dict[str, List[DemoStep]] = {
+    "delivered": [
+        *DEMO_AT_WORK,
+        DemoStep(6.5, "tool_started", "src/session.ts", {"files": ["src/session.ts"]},
+                 tool="apply_patch"),
+        DemoStep(7.0, "tool_finished", "1 file changed, 148 tests pass \u2713", {"exit_code": 0},
+                 tool="apply_patch"),
+        DemoStep(8.2, "log", "Pull request ready", {
+            "stage": "git_delivery",
+            "changed": True,
+            "pull_request_url": "https://github.com/$repo/pull/$number",
+            "base_branch": "$base",
+            "working_branch": "$pushed",
+            "auto_committed_files": [],
+        }),
+        *DEMO_FINISHED,
+    ],
+    "unchanged": [
+        *DEMO_AT_WORK,
+        DemoStep(8.2, "log", "No code changes to deliver", {
+            "stage": "git_delivery",
+            "changed": False,
+            "pull_request_url": None,
+            "base_branch": "$base",
+            "working_branch": "$pushed",
+            "auto_committed_files": [],
+        }),
+        *DEMO_FINISHED,
+    ],
+    "failed": [
+        *DEMO_AT_WORK,
+        DemoStep(7.5, "failed", "Harness run failed", {
+            "exit_code": 1,
+            "failure_code": "command_failed",
+        }),
+        DemoStep(8.1, status="failed", error=DEMO_ERROR),
+    ],
+    "crashed": [  # the launch fails, and the last event comes after the status
+        *DEMO_STARTED,
+        DemoStep(1.4, "failed", "Harness execution failed", {"error": DEMO_LAUNCH_ERROR}),
+        DemoStep(1.5, status="failed", error=DEMO_LAUNCH_ERROR),
+        DemoStep(2.4, "failed", "External Mogplex run failed", {"error": DEMO_LAUNCH_ERROR}),
+    ],
+    "refused": [
+        *DEMO_ACCEPTED,
+        DemoStep(0.0, "failed", "External Mogplex run failed", {"error": DEMO_QUEUE_ERROR},
+                 status="failed", error=DEMO_QUEUE_ERROR),
+    ],
+    "cancelled": [*DEMO_AT_WORK, DEMO_HOSTILE, *demo_later(DEMO_CANCEL, 97.0)],
+    "running": [
+        *DEMO_AT_WORK,
+        DEMO_HOSTILE,
+        DemoStep(640.0, "log", "A test now shows it."),
+        DemoStep(790.0, "log", "The fix is in, two tests are red."),
+    ],
+    "long": [  # more events than the service lists
+        *DEMO_AT_WORK,
+        *[DemoStep(9.0 + 3 * number, "tool_started", f"npm test -- {number:03d}", tool="shell")
+          for number in range(230)],
+        *demo_later(DEMO_FINISHED, 900.0),
+    ],
+}
+DEMO_TASK_WORDS = {"fail": "failed", "crash": "crashed", "refuse": "refused"}
+DEMO_PACKAGES = {"codex": "openai/codex", "claude-code": "anthropic-ai/claude-code"}
+
+
+# The service: what it answers to a request, without a socket.
+
+
+class DemoAnswer(NamedTuple):
+    """One HTTP answer; an object is sent as JSON, text as HTML."""
+
+    status: int
+    body: Union[Json, str] = ""
+    headers: Mapping[str, str] = {}
+
+
+class DemoRefusal(Exception):
+    """Raised by a route for an answer in the error envelope."""
+
+    def __init__(
+        self, status: int, code: str, message: str, retry_after: Optional[str] = None,
+    ) -> None:
+        super().__init__(message)
+        body = {"ok": False, "error": {"code": code, "message": message}}
+        headers = {"Retry-After": retry_after} if retry_after else {}
+        self.answer = DemoAnswer(status, body, headers)
 
 
 class DemoRequest(NamedTuple):
     """What a route is told of a request."""
 
     id: str  # the one in the path, or ""
+    token: str
     query: Dict[str, str]
     body: Json  # a JSON object or a form; {} for anything else
     key: str  # idempotency key
 
 
+class DemoRoute(NamedTuple):
+    """Who answers a method and a path of the API, and which scope a token must have for it."""
+
+    method: str
+    path: str  # below API_PATH
+    handler: Callable[[DemoService, DemoRequest], DemoAnswer]
+    scope: str = ""  # "": any token will do
+
+
+class DemoRun(NamedTuple):
+    """A run that has begun."""
+
+    accepted: Json  # the run as it was accepted
+    sandbox: Json
+    words: Dict[str, str]
+    steps: List[DemoStep]  # with times since the epoch
+
+    def shown(self, now: float) -> List[DemoStep]:
+        """The steps that have come about by ``now``."""
+        return [step for step in self.steps if step.at_s <= now]
+
+    def record(self, now: float) -> Json:
+        """The run as the service tells it at ``now``."""
+        run = dict(self.accepted)
+        for step in self.shown(now):
+            run["status"] = step.status or run["status"]
+            run["error"] = step.error or run["error"]
+            run["updatedAt"] = demo_time(step.at_s)
+            if step.status == "streaming":
+                run["sandboxRecordId"] = self.sandbox["id"]
+                run["sandboxId"] = self.sandbox["sandbox_id"]
+                run["runtime"] = {"provider": "vercel", "runId": self.sandbox["sandbox_id"]}
+        return run
+
+
+def demo_data(data: Json, status: int = 200) -> DemoAnswer:
+    """A success in the envelope."""
+    return DemoAnswer(status, {"ok": True, "data": data})
+
+
 def demo_id(name: str) -> str:
     """A UUID, the same for the same ``name`` every time."""
-    import uuid
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
-def demo_time(seconds: float) -> str:
-    """Seconds since the epoch as the service writes most times."""
-    whole, ms = divmod(round(seconds * 1000), 1000)
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(whole)) + f".{ms:03d}Z"
+def demo_time(moment: float) -> str:
+    """Seconds since the epoch as the service writes most times: no zeros end the fraction."""
+    second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
+    fraction = f".{microseconds:06d}".rstrip(".0")
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f"{fraction}+00:00"
 
 
-def demo_steps(ending: str, facts: Json, pushed: str) -> List[DemoStep]:
-    """All that a run will ever show, oldest first; ``pushed`` is its true branch."""
+def demo_ending(prompt: str) -> str:
+    """How the run of a task ends: as a word in the task asks for, else well."""
+    for word in re.findall("[a-z]+", prompt.lower()):
+        if word in DEMO_TASK_WORDS:
+            return DEMO_TASK_WORDS[word]
+    return "delivered"
+
+
+def demo_play(
+    script: Iterable[DemoStep], words: Dict[str, str], began: float, speed: float,
+) -> List[DemoStep]:
+    """The steps of a run that began at ``began``, with its own words."""
     import string
-    codex, branch, run_id = facts["harness"] == "codex", facts["branch"], facts["runId"]
-    words = {
-        "id": run_id, "harness": facts["harness"], "name": "Codex" if codex else "Claude Code", "pushed": pushed,
-        "package": "openai/codex" if codex else "anthropic-ai/claude-code", "base": branch["base"],
-        "working": branch["working"], "repo": DEMO_REPOS[facts["repoId"]]["full_name"],
-        "number": 100 + int(run_id[:4], 16) % 900}
-    script = to_json([step for endings, *step in DEMO_SCRIPT if ending in endings.split()])
-    return [(at, *step) for at, *step in parse_json(string.Template(script).substitute(words))]
+    text = string.Template(to_json(list(script))).substitute(words)
+    steps = [DemoStep(*fields) for fields in parse_json(text)]
+    return [step._replace(at_s=began + step.at_s / speed) for step in steps]
 
 
-def demo_problem(key: str, body: Json, default_branch: str) -> str:
-    """What the service has against a StartRun, in its own words; "" for nothing."""
-    base, working, root = body.get("baseBranch"), body.get("workingBranch"), body.get("rootDirectory")
-    prompt, name = text_of(body, "prompt"), re.compile(r"[A-Za-z0-9_./-]+\Z")
-    problems = (
-        (not key, "Idempotency-Key is required"),
-        (len(key) > 200, "Idempotency-Key exceeds maximum length of 200 characters"),
-        (not text_of(body, "repoId"), "repoId is required"),
-        (not prompt.strip(), "Prompt is required"), (utf16_units(prompt) > MAX_PROMPT_UNITS, "Prompt is too long"),
-        (body.get("harness", "codex") not in HARNESSES, "Invalid harness"),
-        (base is not None and not name.match(str(base)), "Invalid base branch"),
-        (working is not None and not name.match(str(working)), "Invalid working branch"),
-        (root is not None and (str(root).startswith("/") or ".." in str(root)), "Invalid root directory"),
-        (body.get("createBranch") and (working or default_branch) == (base or default_branch),
-         "Working branch must differ from base branch when createBranch is true"))
-    return next((text for wrong, text in problems if wrong), "")
+def demo_body(data: bytes) -> Json:
+    """The object in a request's body, be it JSON or a form; {} for anything else."""
+    text = data.decode("utf-8", "replace")
+    try:
+        value = parse_json(text)
+    except ValueError:
+        return dict(urllib.parse.parse_qsl(text))
+    return value if isinstance(value, dict) else {}
 
 
-class DemoService:
-    """What the demo knows and answers, without a socket. ``clock`` gives seconds since the epoch.
+def demo_first(records: Iterable[Any], request: DemoRequest) -> List[Any]:
+    """As many as ``limit`` asks for: it is clamped and never refused."""
+    limit = request.query.get("limit", "")
+    count = int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100
+    return list(records)[:max(1, min(MAX_LIMIT, count))]
 
-    For tests: ``requests`` counts, and ``tokens`` are those in force, with their scopes.
-    """
 
-    def __init__(self, clock: Callable[[], float], speed: float) -> None:
-        self.clock, self.speed, self.lock, self.requests = clock, speed, threading.Lock(), 0
+def demo_branches(body: Json, repo: Optional[DemoRepo], name: str) -> Json:
+    """The branches of a StartRun: where it starts from, and where it works."""
+    base = text_of(body, "baseBranch") or (repo and repo.default_branch) or "main"
+    create = bool(body.get("createBranch"))
+    working = text_of(body, "workingBranch")
+    if create and not working:
+        working = f"mogplex/external/{name}"
+    return {"base": base, "working": working or base, "createBranch": create}
+
+
+def demo_start_problem(key: str, body: Json) -> str:
+    """What the service has against the key and the task of a StartRun; "" for nothing."""
+    prompt = text_of(body, "prompt")
+    if not key:
+        return "Idempotency-Key is required"
+    if len(key) > 200:
+        return "Idempotency-Key exceeds maximum length of 200 characters"
+    if not text_of(body, "repoId"):
+        return "repoId is required"
+    if not prompt.strip():
+        return "Prompt is required"
+    if utf16_units(prompt) > MAX_PROMPT_UNITS:
+        return "Prompt is too long"
+    if body.get("harness", "codex") not in HARNESSES:
+        return "Invalid harness"
+    return ""
+
+
+def demo_place_problem(body: Json, branches: Json) -> str:
+    """What the service has against the branches and the directory of a StartRun; "" for nothing."""
+    name = re.compile(r"[A-Za-z0-9_./-]+\Z")
+    if not name.match(branches["base"]):
+        return "Invalid base branch"
+    if not name.match(branches["working"]):
+        return "Invalid working branch"
+    if ".." in text_of(body, "rootDirectory").split("/"):
+        return "Invalid root directory"
+    if branches["createBranch"] and branches["working"] == branches["base"]:
+        return "Working branch must differ from base branch when createBranch is true"
+    return ""
+
+
+class DemoSignIn:
+    """The tokens in force, with their scopes, and the sign-in that issues them."""
+
+    def __init__(self) -> None:
         self.tokens = {DEMO_TOKEN: "read write", DEMO_READ_TOKEN: "read"}
         self.grants: Dict[str, Json] = {}  # codes and refresh tokens: what authorize was asked
-        self.keys: Dict[str, Tuple[Json, str]] = {}  # idempotency key -> body, run id
-        self.runs: Dict[str, Tuple[Json, float, List[DemoStep]]] = {}  # lasting fields, start, script
-        self.sandboxes: Dict[str, Json] = {}
-        for record_id, name, repo, status, branch, age_s, error in DEMO_SANDBOXES:
-            body = {"repoId": repo, "workingBranch": branch}
-            self._add_sandbox(body, age_s, status, id=record_id, sandbox_id=name, error=error)
-        for run_id, repo, harness, ending, age_s, _ in DEMO_RUNS:
-            self._add_run(run_id, {"repoId": repo, "harness": harness}, ending, age_s)
 
-    def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> DemoAnswer:
-        """The answer to a request; ``headers`` in lower case."""
-        import urllib.parse
-        path, _, query = target.partition("?")
-        bearer = headers.get("authorization", "")
-        if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", bearer):
-            return DemoAnswer(307, Location="/login?next=" + urllib.parse.quote(path, safe=""))
-        try:
-            data = dict_of({"body": parse_json(body.decode("utf-8", "replace"))}, "body")
-        except ValueError:
-            data = dict(urllib.parse.parse_qsl(body.decode("latin-1")))
-        fields, key = dict(urllib.parse.parse_qsl(query)), headers.get("idempotency-key", "").strip()
-        with self.lock:
-            self.requests += 1
-            try:
-                return self._route(method, path, bearer[7:], DemoRequest("", fields, data, key))
-            except DemoAnswer as answer:
-                return answer
-
-    def _route(self, method: str, path: str, token: str, request: DemoRequest) -> DemoAnswer:
-        import urllib.parse
-        answer = DemoAnswer(404, "<!DOCTYPE html><title>404: This page could not be found.</title>")
-        for verb, pattern, scope, status, handler in self.ROUTES:
-            match = re.match(pattern + r"\Z", path)
-            if match and verb == method:
-                if scope:
-                    self._admit(token, scope)
-                record_id = urllib.parse.unquote("".join(match.groups())).lower()
-                data = handler(self, request._replace(id=record_id))
-                return data if isinstance(data, DemoAnswer) else DemoAnswer(status, {"ok": True, "data": data})
-            answer = DemoAnswer(405) if match else answer
-        return answer
-
-    def _admit(self, token: str, scope: str) -> None:
+    def admit(self, token: str, scope: str) -> None:
+        """Refuse a token that is unknown, or that lacks the scope."""
         if token not in self.tokens:
-            raise demo_refusal(401, "UNAUTHORIZED", "Unauthorized")
-        if scope not in self.tokens[token].split():
-            raise demo_refusal(403, "FORBIDDEN", f"Missing required scope: {scope}. Issue a new token with "
-                               f"the '{scope}' scope at /settings/api-keys.")
-
-    def _find(self, records: Mapping[str, Any], record_id: str, name: str) -> Any:
-        if not is_uuid(record_id):  # the database refuses it, and nobody catches that
-            raise demo_refusal(500, "INTERNAL_ERROR", "Internal server error")
-        if record_id not in records:
-            raise demo_refusal(404, "NOT_FOUND", f"{name} not found")
-        return records[record_id]
-
-    def _listed(self, request: DemoRequest, records: Iterable[Json], key: str = "") -> List[Json]:
-        """As many as ``limit`` says, which is clamped and never refused, of those with the asked-for id in ``key``."""
-        wanted, limit = request.query.get(key, "").lower(), request.query.get("limit", "")
-        if wanted and key != "id":  # a repo's malformed id is answered by an empty list
-            self._find({wanted: None}, wanted, "")
-        found = [one for one in records if not wanted or one[key] == wanted]
-        return found[:max(1, min(MAX_LIMIT, int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100))]
-
-    def list_repos(self, request: DemoRequest) -> Json:
-        like = "".join({"%": ".*", "_": "."}.get(char, re.escape(char)) for char in request.query.get("q", ""))
-        found = [repo for repo in DEMO_REPOS.values() if re.search(like, repo["full_name"], re.I)]
-        return {"repos": self._listed(request, found, "id")}
-
-    def list_sandboxes(self, request: DemoRequest) -> Json:
-        newest = sorted(self.sandboxes.values(), key=lambda one: str(one["last_active_at"]), reverse=True)
-        found = [one for one in newest if request.query.get("status", "") in ("", one["status"])]
-        return {"sandboxes": self._listed(request, found, "repo_id")}
-
-    def sandbox_logs(self, request: DemoRequest) -> Json:
-        sandbox = self._find(self.sandboxes, request.id, "Sandbox")
-        logs = dict(sandbox, install_log="added 1208 packages in 31s\n", dev_log=sandbox["error"])
-        return {"sandbox": logs, "lifecycle_events": [{
-            "id": demo_id("event " + request.id), "event_type": "sandbox_created", "decision_code": None,
-            "worker_run_id": None, "payload": {}, "created_at": sandbox["created_at"]}]}
-
-    def _add_sandbox(self, body: Json, age_s: float, status: str, **facts: Any) -> Json:
-        repo, created = DEMO_REPOS[body["repoId"]], demo_time(self.clock() - age_s / self.speed)
-        base = body.get("baseBranch") or repo["default_branch"] or "main"
-        name = demo_id(f"sandbox {len(self.sandboxes)}")
-        sandbox: Json = {
-            "id": name, "sandbox_id": f"sbx_{name[:8]}", "repo_id": repo["id"], "status": status,
-            "base_branch": base, "working_branch": body.get("workingBranch") or base,
-            "root_directory": body.get("rootDirectory", repo["root_directory"]),
-            "preview_url": f"https://{name[:8]}-3000.preview.example" if status == "running" else None,
-            "created_at": created, "last_active_at": created, "error": None, **facts}
-        self.sandboxes[sandbox["id"]] = sandbox
-        return sandbox
-
-    def start_run(self, request: DemoRequest) -> Json:
-        body, repo_id = request.body, text_of(request.body, "repoId").lower()
-        problem = demo_problem(request.key, body, DEMO_REPOS.get(repo_id, {}).get("default_branch") or "main")
-        if problem:
-            raise demo_refusal(400, "BAD_REQUEST", problem)
-        if repo_id not in DEMO_REPOS:
-            text = "External Mogplex run rate limit unavailable"
-            raise demo_refusal(503, "SERVICE_UNAVAILABLE", text, Retry_After="60")
-        first_body, run_id = self.keys.setdefault(request.key, (body, demo_id(f"run {len(self.runs)}")))
-        if first_body != body:
-            raise demo_refusal(409, "IDEMPOTENCY_CONFLICT", "Idempotency-Key was used with another request body")
-        replayed = run_id in self.runs
-        if not replayed:
-            ending = "failed" if re.search(r"\bfail\b", text_of(body, "prompt"), re.I) else "delivered"
-            self._add_run(run_id, dict(body, repoId=repo_id), ending, 0.0)
-        return dict(self._run(run_id)[0], replayed=replayed)
-
-    def _add_run(self, run_id: str, body: Json, ending: str, age_s: float) -> None:
-        sandbox = self._add_sandbox(body, age_s, "stopped" if age_s and ending != "running" else "running")
-        base, working = sandbox["base_branch"], sandbox["working_branch"]
-        facts = {
-            "runId": run_id, "aiCallId": demo_id("call " + run_id), "sandboxRecordId": sandbox["id"],
-            "repoId": sandbox["repo_id"], "harness": body.get("harness", "codex"),
-            "branch": {"base": base, "working": working, "createBranch": bool(body.get("createBranch"))},
-            "rootDirectory": sandbox["root_directory"], "eventsUrl": f"{API_PATH}/runs/{run_id}/events",
-            "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel", "createdAt": sandbox["created_at"]}
-        pushed = f"mogplex/agent-{run_id[:8]}" if working == base else working
-        self.runs[run_id] = (facts, self.clock() - age_s / self.speed, demo_steps(ending, facts, pushed))
-
-    def _run(self, run_id: str) -> Tuple[Json, float, List[DemoStep]]:
-        """The run object as it is now, its age in seconds at speed 1, and the steps that it has shown."""
-        facts, created, script = self._find(self.runs, run_id, "Run")
-        age_s, status = (self.clock() - created) * self.speed, "pending"
-        for at, kind, *_ in script:
-            after, later_s = DEMO_STATUS.get(kind, ("", 0.0))
-            status = after if after and at + later_s <= age_s else status
-        steps = [step for step in script if step[0] <= age_s]
-        name = None if status == "pending" else f"sbx_{facts['sandboxRecordId'][:8]}"
-        return dict(
-            facts, status=status, updatedAt=demo_time(created + steps[-1][0] / self.speed),
-            sandboxId=name or "pending", error=DEMO_ERROR if status == "failed" else None,
-            runtime={"provider": name and "vercel", "runId": name}), age_s, steps
-
-    def run_events(self, request: DemoRequest) -> Json:
-        run, _, steps = self._run(request.id)
-        created = self.runs[request.id][1]
-        return {"run": run, "events": self._listed(request, [
-            {"id": demo_id(f"event {i} {request.id}"), "type": kind, "toolName": tool, "message": message,
-             "payload": payload, "createdAt": demo_time(created + at / self.speed)}
-            for i, (at, kind, tool, message, payload) in enumerate(steps)])}
-
-    def cancel_run(self, request: DemoRequest) -> Json:
-        run, age_s, steps = self._run(request.id)
-        ended = run["status"] in TERMINAL_STATUSES
-        if not ended:
-            facts, created, _ = self.runs[request.id]
-            for at, kind, tool, message, payload in demo_steps("cancelled", facts, "")[-2:]:
-                steps.append((age_s + (at - 97), kind, tool, message, payload))
-            self.runs[request.id] = (facts, created, steps)
-        run = self._run(request.id)[0]
-        return {"run": run, "status": run["status"], "alreadyTerminal": ended}
+            raise DemoRefusal(401, "UNAUTHORIZED", "Unauthorized")
+        if scope and scope not in self.tokens[token].split():
+            raise DemoRefusal(403, "FORBIDDEN", (
+                f"Missing required scope: {scope}. "
+                f"Issue a new token with the '{scope}' scope at /settings/api-keys."
+            ))
 
     def authorize(self, request: DemoRequest) -> DemoAnswer:
         """The page that a browser opens: whoever asks is signed in, and is sent back at once."""
         import secrets
-        import urllib.parse
-        code, target = secrets.token_urlsafe(24), request.query.get("redirect_uri", "")
+        target = request.query.get("redirect_uri", "")
         if not re.match(r"http://127\.0\.0\.1:2481[68]/auth/callback\Z", target):
-            return DemoAnswer(401, {"error": "invalid_client", "error_description": "invalid redirect"})
+            return self._error("invalid_client", "invalid redirect")
+        code = secrets.token_urlsafe(24)
         self.grants[code] = request.query
-        fields = urllib.parse.urlencode({"code": code, "state": request.query.get("state", "")})
-        return DemoAnswer(302, Location=f"{target}?{fields}")
+        fields = {"code": code, "state": request.query.get("state", "")}
+        return DemoAnswer(302, headers={"Location": f"{target}?{urllib.parse.urlencode(fields)}"})
 
-    def token(self, request: DemoRequest) -> DemoAnswer:
+    def exchange(self, request: DemoRequest) -> DemoAnswer:
         """Tokens for a code, whose verifier must fit, or for a refresh token; either works once."""
-        import base64
-        import hashlib
         import secrets
         form = request.body
         asked = self.grants.pop(form.get("code") or form.get("refresh_token", ""), None)
+        if asked is None:
+            return self._error("invalid_grant", "invalid grant")
         digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
         challenge = base64.urlsafe_b64encode(digest).decode().rstrip("=")
-        if asked is None or "code" in form and asked.get("code_challenge") != challenge:
-            return DemoAnswer(401, {"error": "invalid_grant", "error_description": "invalid grant"})
-        access, refresh, scope = secrets.token_hex(24), secrets.token_hex(24), asked.get("scope", "")
-        self.tokens[access], self.grants[refresh] = scope, {"scope": scope}
-        return DemoAnswer(200, {"access_token": access, "token_type": "Bearer", "expires_in": 3600,
-                                "refresh_token": refresh, "scope": scope})
+        if "code" in form and asked.get("code_challenge") != challenge:
+            return self._error("invalid_request", "the code verifier does not fit")
+        access = secrets.token_hex(24)
+        refresh = secrets.token_hex(24)
+        scope = asked.get("scope", "")
+        self.tokens[access] = scope
+        self.grants[refresh] = {"scope": scope}
+        return DemoAnswer(200, {
+            "access_token": access,
+            "token_type": "Bearer",
+            "expires_in": 3600,
+            "refresh_token": refresh,
+            "scope": scope,
+        })
 
-    RUN = API_PATH + "/runs/([^/]+)"
-    ROUTES: Tuple[Tuple[str, str, str, int, Callable[[Any, DemoRequest], Union[Json, DemoAnswer]]], ...] = (
-        ("GET", API_PATH + "/repos", "read", 200, list_repos),
-        ("GET", API_PATH + "/sandboxes", "read", 200, list_sandboxes),
-        ("GET", API_PATH + "/sandboxes/([^/]+)/logs", "read", 200, sandbox_logs),
-        ("POST", API_PATH + "/runs", "write", 202, start_run),
-        ("GET", RUN, "read", 200, lambda self, request: {"run": self._run(request.id)[0]}),
-        ("GET", RUN + "/events", "read", 200, run_events), ("POST", RUN + "/cancel", "write", 200, cancel_run),
-        ("GET", API_PATH + "/agents", "read", 200, lambda *_: DEMO_AGENTS),
-        ("GET", API_PATH + "/models", "read", 200, lambda *_: DEMO_MODELS),
-        ("GET", API_PATH + "/mcp/servers", "read", 200, lambda *_: DEMO_SERVERS),
-        ("GET", AUTHORIZE_PATH, "", 200, authorize), ("POST", TOKEN_PATH, "", 200, token))
+    def _error(self, error: str, description: str) -> DemoAnswer:
+        return DemoAnswer(401, {"error": error, "error_description": description})
+
+
+class DemoService:
+    """What the demo knows and answers. ``clock`` gives seconds since the epoch.
+
+    For tests: ``requests`` counts them; ``sign_in.tokens`` are those in force, with their scopes.
+    """
+
+    def __init__(self, clock: Callable[[], float], speed: float) -> None:
+        self.clock = clock
+        self.speed = speed
+        self.lock = threading.Lock()
+        self.requests = 0
+        self.sign_in = DemoSignIn()
+        self.keys: Dict[str, Tuple[Json, str]] = {}  # idempotency key: the first body, the run's id
+        self.runs: Dict[str, DemoRun] = {}
+        self.sandboxes: Dict[str, Json] = {}
+        now = clock()
+        for box in DEMO_SANDBOXES:
+            body = {"repoId": box.repo_id, "workingBranch": box.working_branch}
+            sandbox = self._add_sandbox(body, now - box.age_s / speed, box.status, box.id)
+            sandbox.update(sandbox_id=box.sandbox_id, error=box.error)
+        for seed in DEMO_RUNS:
+            body = {"repoId": seed.repo_id, "harness": seed.harness}
+            self._add_run(seed.id, body, seed.ending, now - seed.age_s / speed)
+            if seed.ending != "running":
+                self.runs[seed.id].sandbox.update(status="stopped", preview_url=None)
+
+    def answer(
+        self, method: str, target: str, headers: Mapping[str, str], data: bytes,
+    ) -> DemoAnswer:
+        """The answer to a request; the names of ``headers`` in lower case."""
+        path, _, query = target.partition("?")
+        authorization = headers.get("authorization", "")
+        if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", authorization):
+            return DemoAnswer(307, headers={
+                "Location": "/login?next=" + urllib.parse.quote(path, safe=""),
+            })
+        request = DemoRequest(
+            id="",
+            token=authorization[len("Bearer "):],
+            query=dict(urllib.parse.parse_qsl(query)),
+            body=demo_body(data),
+            key=headers.get("idempotency-key", "").strip(),
+        )
+        with self.lock:
+            self.requests += 1
+            try:
+                return self._route(method, path, request)
+            except DemoRefusal as refusal:
+                return refusal.answer
+
+    def _route(self, method: str, path: str, request: DemoRequest) -> DemoAnswer:
+        if path == AUTHORIZE_PATH:
+            return self.sign_in.authorize(request)
+        if path == TOKEN_PATH:
+            return self.sign_in.exchange(request)
+        answer = DemoAnswer(404, "<!DOCTYPE html><title>404: This page could not be found.</title>")
+        for route in self.ROUTES:
+            pattern = API_PATH + route.path.replace("{id}", "([^/]+)")
+            match = re.match(pattern + r"\Z", path)
+            if match and route.method == method:
+                self.sign_in.admit(request.token, route.scope)
+                record_id = urllib.parse.unquote("".join(match.groups())).lower()
+                return route.handler(self, request._replace(id=record_id))
+            if match:
+                answer = DemoAnswer(405)
+        return answer
+
+    def _find(self, records: Mapping[str, Any], record_id: str, name: str) -> Any:
+        """The record with this id; the refusals are the service's."""
+        if not is_uuid(record_id):  # the database refuses it, and nobody catches that
+            raise DemoRefusal(500, "INTERNAL_ERROR", "Internal server error")
+        if record_id not in records:
+            raise DemoRefusal(404, "NOT_FOUND", f"{name} not found")
+        return records[record_id]
+
+    def list_repos(self, request: DemoRequest) -> DemoAnswer:
+        """GET /repos: those with ``q`` in their name, or the one with the ``id``."""
+        wildcards = {"%": ".*", "_": "."}
+        query = request.query.get("q", "")
+        like = "".join(wildcards.get(char, re.escape(char)) for char in query)
+        found = [repo for repo in DEMO_REPOS.values() if re.search(like, repo.full_name, re.I)]
+        wanted = request.query.get("id", "").lower()
+        if wanted:
+            found = [repo for repo in DEMO_REPOS.values() if repo.id == wanted]
+        return demo_data({"repos": [repo._asdict() for repo in demo_first(found, request)]})
+
+    def list_sandboxes(self, request: DemoRequest) -> DemoAnswer:
+        """GET /sandboxes: those of ``repo_id`` and with ``status``, newest activity first."""
+        repo_id = request.query.get("repo_id", "").lower()
+        status = request.query.get("status", "")
+        if repo_id:
+            self._find({repo_id: None}, repo_id, "Repo")
+        found = [
+            box for box in self.sandboxes.values()
+            if repo_id in ("", box["repo_id"]) and status in ("", box["status"])
+        ]
+        newest = sorted(found, key=operator.itemgetter("last_active_at"), reverse=True)
+        return demo_data({"sandboxes": demo_first(newest, request)})
+
+    def create_sandbox(self, request: DemoRequest) -> DemoAnswer:
+        """POST /sandboxes: a sandbox that runs."""
+        repo_id = text_of(request.body, "repoId").lower()
+        self._find(DEMO_REPOS, repo_id, "Repo")
+        body = {**request.body, "repoId": repo_id}
+        return demo_data({"sandbox": self._add_sandbox(body, self.clock())}, 202)
+
+    def sandbox_logs(self, request: DemoRequest) -> DemoAnswer:
+        """GET /sandboxes/{id}/logs: what its commands wrote, and what became of it."""
+        sandbox = self._find(self.sandboxes, request.id, "Sandbox")
+        created = {
+            "id": demo_id("event " + request.id),
+            "event_type": "sandbox_created",
+            "decision_code": None,
+            "worker_run_id": None,
+            "payload": {},
+            "created_at": sandbox["created_at"],
+        }
+        logs = {"install_log": "added 1208 packages in 31s\n", "dev_log": sandbox["error"]}
+        return demo_data({"sandbox": {**sandbox, **logs}, "lifecycle_events": [created]})
+
+    def start_run(self, request: DemoRequest) -> DemoAnswer:
+        """POST /runs: a new run, or the one that was started with the same key."""
+        body = request.body
+        repo_id = text_of(body, "repoId").lower()
+        branches = demo_branches(body, DEMO_REPOS.get(repo_id), "")
+        problem = demo_start_problem(request.key, body) or demo_place_problem(body, branches)
+        if problem:
+            raise DemoRefusal(400, "BAD_REQUEST", problem)
+        if repo_id not in DEMO_REPOS:
+            raise DemoRefusal(
+                503, "SERVICE_UNAVAILABLE", "External Mogplex run rate limit unavailable", "60")
+        replayed = request.key in self.keys
+        if not replayed:
+            run_id = demo_id(f"run {len(self.runs)}")
+            ending = demo_ending(text_of(body, "prompt"))
+            self._add_run(run_id, {**body, "repoId": repo_id}, ending, self.clock())
+            self.keys[request.key] = (body, run_id)
+        first_body, run_id = self.keys[request.key]
+        if body != first_body:
+            raise DemoRefusal(
+                409, "IDEMPOTENCY_CONFLICT", "Idempotency-Key was used with another request body")
+        run = self.runs[run_id].record(self.clock())
+        if run["error"] == DEMO_QUEUE_ERROR and not replayed:
+            raise DemoRefusal(500, "INTERNAL_ERROR", "Internal server error")
+        return demo_data({**run, "replayed": replayed}, 202)
+
+    def get_run(self, request: DemoRequest) -> DemoAnswer:
+        """GET /runs/{id}."""
+        run = self._find(self.runs, request.id, "Run")
+        return demo_data({"run": run.record(self.clock())})
+
+    def run_events(self, request: DemoRequest) -> DemoAnswer:
+        """GET /runs/{id}/events: always the first ones."""
+        run = self._find(self.runs, request.id, "Run")
+        now = self.clock()
+        steps = [step for step in run.shown(now) if step.type]
+        events = [
+            {
+                "id": demo_id(f"event {number} {request.id}"),
+                "type": step.type,
+                "toolName": step.tool,
+                "message": step.message,
+                "payload": step.payload,
+                "createdAt": format_time(demo_time(step.at_s)),
+            }
+            for number, step in enumerate(steps)
+        ]
+        return demo_data({"run": run.record(now), "events": demo_first(events, request)})
+
+    def cancel_run(self, request: DemoRequest) -> DemoAnswer:
+        """POST /runs/{id}/cancel: its agent does no more."""
+        run = self._find(self.runs, request.id, "Run")
+        now = self.clock()
+        ended = run.record(now)["status"] in TERMINAL_STATUSES
+        if not ended:
+            steps = run.shown(now) + demo_play(DEMO_CANCEL, run.words, now, self.speed)
+            run = self.runs[request.id] = run._replace(steps=steps)
+        record = run.record(now)
+        answer = {"run": record, "status": record["status"], "alreadyTerminal": ended}
+        return demo_data(answer)
+
+    def list_agents(self, request: DemoRequest) -> DemoAnswer:
+        """GET /agents."""
+        return demo_data({"agents": DEMO_AGENTS})
+
+    def list_models(self, request: DemoRequest) -> DemoAnswer:
+        """GET /models."""
+        return demo_data({"models": DEMO_MODELS})
+
+    def list_mcp_servers(self, request: DemoRequest) -> DemoAnswer:
+        """GET /mcp/servers: with their secrets, as the service does."""
+        return demo_data({"servers": DEMO_SERVERS})
+
+    ROUTES = (
+        DemoRoute("GET", "/repos", list_repos),
+        DemoRoute("GET", "/sandboxes", list_sandboxes),
+        DemoRoute("POST", "/sandboxes", create_sandbox, scope="write"),
+        DemoRoute("GET", "/sandboxes/{id}/logs", sandbox_logs, scope="read"),
+        DemoRoute("POST", "/runs", start_run, scope="write"),
+        DemoRoute("GET", "/runs/{id}", get_run),
+        DemoRoute("GET", "/runs/{id}/events", run_events),
+        DemoRoute("POST", "/runs/{id}/cancel", cancel_run, scope="write"),
+        DemoRoute("GET", "/agents", list_agents, scope="read"),
+        DemoRoute("GET", "/models", list_models, scope="read"),
+        DemoRoute("GET", "/mcp/servers", list_mcp_servers, scope="read"),
+    )
+
+    def _add_sandbox(
+        self, body: Json, created: float, status: str = "running", record_id: str = "",
+    ) -> Json:
+        """A sandbox as a StartRun or a POST /sandboxes asks for it."""
+        repo = DEMO_REPOS[body["repoId"]]
+        name = record_id or demo_id(f"sandbox {len(self.sandboxes)}")
+        branches = demo_branches(body, repo, name[:8])
+        created_at = demo_time(created)
+        sandbox = {
+            "id": name,
+            "sandbox_id": f"sbx_{name[:8]}",
+            "repo_id": repo.id,
+            "status": status,
+            "base_branch": branches["base"],
+            "working_branch": branches["working"],
+            "root_directory": body.get("rootDirectory", repo.root_directory),
+            "preview_url": None,
+            "created_at": created_at,
+            "last_active_at": created_at,
+            "error": None,
+        }
+        if status == "running":
+            sandbox["preview_url"] = f"https://{name[:8]}-3000.preview.example"
+        self.sandboxes[name] = sandbox
+        return sandbox
+
+    def _add_run(self, run_id: str, body: Json, ending: str, began: float) -> None:
+        """A run that was accepted at ``began``."""
+        repo = DEMO_REPOS[body["repoId"]]
+        harness = body.get("harness", "codex")
+        branches = demo_branches(body, repo, run_id[:8])
+        body = {**body, "workingBranch": branches["working"]}
+        sandbox = self._add_sandbox(body, began)
+        pushed = branches["working"]
+        if pushed == branches["base"]:
+            pushed = f"mogplex/agent-{run_id[:8]}"
+        words = {
+            "id": run_id,
+            "harness": harness,
+            "package": DEMO_PACKAGES[harness],
+            "repo": repo.full_name,
+            "base": branches["base"],
+            "working": branches["working"],
+            "pushed": pushed,
+            "number": str(100 + int(run_id[:4], 16) % 900),
+        }
+        accepted = {
+            "runId": run_id,
+            "aiCallId": demo_id("call " + run_id),
+            "sandboxRecordId": None,
+            "sandboxId": None,
+            "repoId": repo.id,
+            "harness": harness,
+            "status": "pending",
+            "branch": branches,
+            "rootDirectory": sandbox["root_directory"],
+            "eventsUrl": f"{API_PATH}/runs/{run_id}/events",
+            "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel",
+            "createdAt": sandbox["created_at"],
+            "updatedAt": sandbox["created_at"],
+            "error": None,
+            "runtime": {"provider": "trigger", "runId": None},
+        }
+        script = [step for step in DEMO_ENDINGS[ending] if step.harness in ("", harness)]
+        steps = demo_play(script, words, began, self.speed)
+        self.runs[run_id] = DemoRun(accepted, sandbox, words, steps)
+
+
+# The server: the same on a socket.
+
+
+def demo_wire(answer: DemoAnswer) -> bytes:
+    """An answer as it is sent: in chunks, as the service does."""
+    import http.client
+    text = answer.body
+    kind = "text/html; charset=utf-8"
+    if not isinstance(text, str):
+        text = to_json(text, ensure_ascii=False)
+        kind = "application/json"
+    headers = {**answer.headers, "Content-Type": kind, "Transfer-Encoding": "chunked"}
+    reason = http.client.responses[answer.status]
+    lines = [f"HTTP/1.1 {answer.status} {reason}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    head = "\r\n".join(lines) + "\r\n\r\n"
+    data = text.encode("utf-8", "replace")
+    chunks = [data[start:start + 8192] for start in range(0, len(data), 8192)]
+    framed = [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]
+    return b"".join([head.encode("ascii"), *framed, b"0\r\n\r\n"])
+
+
+def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
+    """A server of 127.0.0.1 that answers to the names in ``hosts``; OSError, OverflowError."""
+    import http.server
+    import socketserver
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        timeout = 5.0  # an idle connection is closed, as the service does
+
+        def log_message(self, *_: Any) -> None:
+            """Print nothing."""
+
+        def converse(self) -> None:
+            """Read a request and answer it."""
+            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            answer = DemoAnswer(421, "This demo service answers to its own address alone.")
+            if headers.get("host") in hosts:
+                answer = service.answer(self.command, self.path, headers, data)
+            self.wfile.write(demo_wire(answer))
+
+        do_GET = do_POST = do_PUT = do_DELETE = converse
+
+    # not an HTTPServer, which looks its own name up in the DNS
+    class Listener(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        request_queue_size = 64
+        allow_reuse_address = os.name != "nt"
+
+        def handle_error(self, *_: Any) -> None:
+            """Print nothing: clients may leave when they like."""
+
+    return Listener(("127.0.0.1", port), Handler)
 
 
 class DemoServer:
     """A stand-in for the hosted service on 127.0.0.1, for people and tests: no account, no network.
 
-    ``clock`` gives seconds since the epoch; every duration is divided by ``speed``. ``seeded_runs`` are
-    its runs as Home.record_start takes them, oldest first; ``service`` has more for tests. UsageError
-    when the port (0: any free one) cannot be had.
+    ``clock`` gives seconds since the epoch; every duration is divided by ``speed``.
+    ``seeded_runs`` are its runs as Home.record_start takes them, oldest first. It answers to
+    the Hosts in ``hosts`` alone: another name may be a web page's, bound to this machine.
+    ``service`` has more for tests. UsageError when the port (0: any free one) cannot be had.
     """
 
-    token, read_token = DEMO_TOKEN, DEMO_READ_TOKEN
+    token = DEMO_TOKEN
+    read_token = DEMO_READ_TOKEN
 
-    def __init__(self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0) -> None:
+    def __init__(
+        self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0,
+    ) -> None:
         self.service = DemoService(clock, speed)
+        self.hosts: Set[str] = set()
         try:
-            self._listener = self._listen(port)
+            self._listener = demo_listener(self.service, port, self.hosts)
         except (OSError, OverflowError) as error:
             raise UsageError(f"the demo cannot listen on 127.0.0.1:{port}: {error}") from None
-        self.url = f"http://127.0.0.1:{self._listener.server_address[1]}"
-        self.seeded_runs: List[Json] = [
-            {"id": seed[0], "service": self.url, "repo": DEMO_REPOS[seed[1]]["full_name"],
-             "branch": run["branch"]["working"], "time": run["createdAt"], "task": seed[-1]}
-            for seed in DEMO_RUNS for run in [self.service.runs[seed[0]][0]]]
-        threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True).start()
+        port = self._listener.server_address[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.hosts.update([f"127.0.0.1:{port}", f"localhost:{port}"])
+        if port == 80:  # which clients leave out
+            self.hosts.update(["127.0.0.1", "localhost"])
+        self.seeded_runs = [self._remembered(seed) for seed in DEMO_RUNS]
+        serve = self._listener.serve_forever
+        threading.Thread(target=serve, args=(0.05,), daemon=True).start()
 
-    def _listen(self, port: int) -> Any:
-        import http.server
-        import socketserver
-        service = self.service
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version, timeout = "HTTP/1.1", 5.0  # idle connections are closed, as the service does
-            wbufsize = -1  # an answer leaves in one piece: two would wait for a delayed ACK
-
-            def log_message(self, *_: Any) -> None:
-                """Print nothing."""
-
-            def converse(self) -> None:
-                body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-                headers = {name.lower(): value for name, value in self.headers.items()}
-                answer = service.answer(self.command, self.requestline.split()[1], headers, body)
-                text, kind = answer.body, "text/html; charset=utf-8"
-                if not isinstance(text, str):
-                    text, kind = to_json(text, ensure_ascii=False), "application/json"
-                self.send_response(answer.status)
-                answer.headers.update(Content_Type=kind, Transfer_Encoding="chunked")
-                for name, value in answer.headers.items():
-                    self.send_header(name.replace("_", "-"), value)
-                self.end_headers()
-                data = text.encode("utf-8", "replace")
-                for part in [data[at:at + 8192] for at in range(0, len(data), 8192)] + [b""]:
-                    self.wfile.write(b"%x\r\n%b\r\n" % (len(part), part))
-
-            do_GET = do_POST = do_DELETE = converse
-
-        class Listener(socketserver.ThreadingTCPServer):  # an HTTPServer looks its own name up in the DNS
-            daemon_threads, request_queue_size, allow_reuse_address = True, 64, os.name != "nt"
-
-            def handle_error(self, *_: Any) -> None:
-                """Print nothing: clients may leave when they like."""
-
-        return Listener(("127.0.0.1", port), Handler)
+    def _remembered(self, seed: DemoSeed) -> Json:
+        """A run of the start as the program remembers those that it started."""
+        run = self.service.runs[seed.id].accepted
+        return {
+            "id": seed.id,
+            "service": self.url,
+            "repo": DEMO_REPOS[seed.repo_id].full_name,
+            "branch": run["branch"]["working"],
+            "time": run["createdAt"],
+            "task": seed.task,
+        }
 
     def __enter__(self) -> DemoServer:
         return self
@@ -6650,12 +7105,17 @@ class DemoServer:
 
 @contextlib.contextmanager
 def demo_environment(port: int = 0) -> Iterator[Dict[str, str]]:
-    """The variables that lead to a demo service of their own, and to a home that remembers its runs."""
+    """The variables that lead to a demo service of their own, and to a home with its runs."""
     import tempfile
     with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as demo:
         for record in demo.seeded_runs:
             Home(home).record_start(record)
-        yield {"MOGPLEX_URL": demo.url, "MOGPLEX_API_KEY": demo.token, "MOGPLEX_DEV": "1", "MOGPLEX_HOME": home}
+        yield {
+            "MOGPLEX_URL": demo.url,
+            "MOGPLEX_API_KEY": demo.token,
+            "MOGPLEX_DEV": "1",
+            "MOGPLEX_HOME": home,
+        }
 
 
 # ---------------------------------------------------------------- 9. Commands and main

@@ -2837,16 +2837,22 @@ def test_ten_tails_on_one_token(seed: int, task: str) -> None:
     clock, ended = SharedClock(10), {}  # type: Tuple[SharedClock, Dict[int, Tuple[float, List[Any]]]]
     with metered(mogplex.DemoServer(clock=clock)) as server:
         run_id = mogplex.Client(server.token, server.url).start_run({**WEB, "prompt": task}, "k")["runId"]
-        facts, began, script = server.service.runs[run_id]  # two minutes, of which the agent says nothing for most
-        server.service.runs[run_id] = (facts, began, [(step[0] + 110 * (number > 6), *step[1:]) for number, step in enumerate(script)])
+        run = server.service.runs[run_id]  # two minutes, of which the agent says nothing for most
+        began = run.steps[0].at_s
+        late = mogplex.demo_later(run.steps[6:], 110.0)
+        server.service.runs[run_id] = run._replace(steps=run.steps[:6] + late)
 
         def follow(who: int) -> None:
             dice = random.Random(seed * 100 + who)
             clock.sleep(who, dice.random() * 3 * (seed % 2))
-            with mogplex.Client(server.token, server.url) as one:
-                items = list(mogplex.tail(one, run_id, clock=clock, random=dice.random, sleep=lambda seconds: clock.sleep(who, seconds)))
-            ended[who] = clock.now - began, items
-            clock.leave()
+            try:
+                with mogplex.Client(server.token, server.url) as one:
+                    items = list(mogplex.tail(
+                        one, run_id, clock=clock, random=dice.random,
+                        sleep=lambda seconds: clock.sleep(who, seconds)))
+                ended[who] = clock.now - began, items
+            finally:
+                clock.leave()  # the others do not wait for one that broke
         threads = [threading.Thread(target=follow, args=(who,)) for who in range(10)]
         for thread in threads:
             thread.start()
@@ -3351,6 +3357,7 @@ def test_run_follow_starts_one_run_and_follows_it_through_faults(cli: Callable[.
         return data if number % 2 == 0 else steps(faults[number // 2 % 5])(1, request, connection)
     before = len(demo.service.runs)
     with RawServer(half) as server:
+        demo.hosts.add(server.url[len("http://"):])
         result = cli("run", "--repo", mogplex.DEMO_WEB, "--follow", "--json", "hi", env=service(server.url, demo.token))
     started, *events, end = map(json.loads, result.out.splitlines())
     assert result.code == 0 and len(demo.service.runs) == before + 1 and end["status"] == "success" and end["runId"] == started["runId"]
@@ -4557,11 +4564,10 @@ def test_without_a_terminal_it_does_not_start() -> None:
 
 # ---------------------------------------------------------------- 8. Demo
 
-RUN_STREAMING = "7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04"
-RUN_LONG = "7a44c0be-1d9f-4e37-a2b8-c6d4e2f0a1b3"
-RUN_FAILED = "7c02f9d4-2e8b-4a15-b6c3-9d7f5e3c1a0b"
+FINISHED, LONG, CANCELLED, FAILED, UNCHANGED, RUNNING = (seed.id for seed in mogplex.DEMO_RUNS)
 NOWHERE = "00000000-0000-4000-8000-000000000000"
 DEMO_CALLBACK = "http://127.0.0.1:24816/auth/callback"
+WEB = {"repoId": mogplex.DEMO_WEB, "prompt": "x"}
 
 
 class Still:
@@ -4579,19 +4585,26 @@ class Still:
         self.connection.close()
         self.server.__exit__()
 
-    def ask(self, method: str, path: str, body: Any = None, token: str = mogplex.DEMO_TOKEN,
-            **headers: str) -> Tuple[int, Any, http.client.HTTPMessage]:
-        """(status, JSON or text, headers) of an API path, or of any path that starts with two dots."""
-        path = path[2:] if path.startswith("..") else mogplex.API_PATH + path
+    def ask(
+        self, method: str, path: str, body: Any = None, token: str = mogplex.DEMO_TOKEN,
+        **headers: str,
+    ) -> Tuple[int, Any, http.client.HTTPMessage]:
+        """(status, JSON or text, headers) of an API path, or of any path that starts with ``..``."""
+        if path.startswith(".."):
+            path = path[2:]
+        else:
+            path = mogplex.API_PATH + path
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if token:
             sent.setdefault("Authorization", f"Bearer {token}")
-        data = body if body is None or isinstance(body, (str, bytes)) else json.dumps(body)
-        self.connection.request(method, path, data, sent)
+        if body is not None and not isinstance(body, (str, bytes)):
+            body = json.dumps(body)
+        self.connection.request(method, path, body, sent)
         response = self.connection.getresponse()
         text = response.read().decode()
-        is_json = response.headers["Content-Type"] == "application/json"
-        return response.status, json.loads(text) if is_json else text, response.headers
+        if response.headers["Content-Type"] == "application/json":
+            return response.status, json.loads(text), response.headers
+        return response.status, text, response.headers
 
     def data(self, method: str, path: str, body: Any = None, **headers: str) -> Any:
         """The ``data`` of a success."""
@@ -4599,10 +4612,15 @@ class Still:
         assert status in (200, 202) and answered["ok"] is True, answered
         return answered["data"]
 
+    def run(self, run_id: str) -> Any:
+        """A run as it is now."""
+        return self.data("GET", f"/runs/{run_id}")["run"]
+
     def start(self, prompt: str = "Do it", **fields: Any) -> str:
         """The id of a new run."""
-        body = dict(repoId=mogplex.DEMO_WEB, prompt=prompt, **fields)
-        return str(self.data("POST", "/runs", body, Idempotency_Key=f"key {self.server.service.requests}")["runId"])
+        body = {"repoId": mogplex.DEMO_WEB, "prompt": prompt, **fields}
+        key = f"key {self.server.service.requests}"
+        return str(self.data("POST", "/runs", body, Idempotency_Key=key)["runId"])
 
     def watch(self, run_id: str) -> Tuple[str, List[Tuple[str, str]]]:
         """Status of a run, and (type, message) of its events."""
@@ -4626,10 +4644,12 @@ def still() -> Iterator[Still]:
     ("GET", "/repos", {"Authorization": f"Bearer  {mogplex.DEMO_TOKEN}"}, 307, ""),
     ("POST", "/runs", {"Authorization": "Bearer"}, 307, ""),
     ("GET", "/repos", {"Authorization": "Bearer mog_unknown"}, 401, "UNAUTHORIZED"),
+    ("GET", f"/runs/{NOWHERE}", {"Authorization": "Bearer mog_unknown"}, 401, "UNAUTHORIZED"),
     ("GET", "/nothing", {"Authorization": "Bearer mog_unknown"}, 404, ""),
     ("GET", "/runs", {}, 405, ""),
-    ("DELETE", f"/runs/{RUN_LONG}", {}, 405, ""),
+    ("DELETE", f"/runs/{NOWHERE}", {}, 405, ""),
     ("GET", f"/repos/{mogplex.DEMO_WEB}", {}, 404, ""),
+    ("PUT", "/automations/1", {}, 404, ""),
     ("GET", f"/sandboxes/{NOWHERE}", {}, 404, ""),
     ("POST", f"/sandboxes/{NOWHERE}/stop", {}, 404, ""),
     ("GET", "/runs/nope", {}, 500, "INTERNAL_ERROR"),
@@ -4641,26 +4661,55 @@ def still() -> Iterator[Still]:
     ("GET", f"/sandboxes/{NOWHERE}/logs", {}, 404, "NOT_FOUND"),
     ("POST", f"/runs/{NOWHERE}/cancel", {}, 404, "NOT_FOUND"),
 ])
-def test_demo_refuses(still: Still, method: str, path: str, headers: Dict[str, str], status: int, code: str) -> None:
+def test_demo_refuses(
+    still: Still, method: str, path: str, headers: Dict[str, str], status: int, code: str,
+) -> None:
     got, body, answered = still.ask(method, path, **headers)
-    assert (got, body["error"]["code"] if code else "") == (status, code)
+    assert got == status
+    if code:
+        assert body["error"]["code"] == code
+    elif status == 404:
+        assert body.startswith("<!DOCTYPE html>")
+    else:
+        assert body == ""
     if status == 307:
-        assert answered["Location"] == "/login?next=" + urllib.parse.quote(mogplex.API_PATH + path, safe="")
-    if not code:
-        assert body == "" if status != 404 else body.startswith("<!DOCTYPE html>")
+        there = urllib.parse.quote(mogplex.API_PATH + path, safe="")
+        assert answered["Location"] == "/login?next=" + there
 
 
-def test_demo_scopes(still: Still) -> None:
-    read = mogplex.DEMO_READ_TOKEN
+@pytest.mark.parametrize("method, path, scope", [
+    ("GET", "/repos", ""),
+    ("GET", "/sandboxes", ""),
+    ("GET", f"/runs/{RUNNING}", ""),
+    ("GET", f"/runs/{RUNNING}/events", ""),
+    ("GET", f"/sandboxes/{mogplex.DEMO_SANDBOXES[0].id}/logs", "read"),
+    ("GET", "/agents", "read"),
+    ("GET", "/models", "read"),
+    ("GET", "/mcp/servers", "read"),
+    ("POST", "/sandboxes", "write"),
+    ("POST", "/runs", "write"),
+    ("POST", f"/runs/{RUNNING}/cancel", "write"),
+])
+def test_demo_asks_for_a_scope_only_where_the_service_does(
+    still: Still, method: str, path: str, scope: str,
+) -> None:
+    for held in "read", "write":
+        still.server.service.sign_in.tokens["mog_one_scope"] = held
+        status, body, _ = still.ask(method, path, {}, token="mog_one_scope")
+        if scope in ("", held):
+            assert status != 403
+        else:
+            assert (status, body["error"]) == (403, {
+                "code": "FORBIDDEN",
+                "message": f"Missing required scope: {scope}. "
+                           f"Issue a new token with the '{scope}' scope at /settings/api-keys.",
+            })
+
+
+def test_the_demo_s_read_token_cannot_start(still: Still) -> None:
+    read = still.server.read_token
     assert still.ask("GET", "/mcp/servers", token=read)[0] == 200
-    for path in ("/runs", f"/runs/{RUN_STREAMING}/cancel"):
-        status, body, _ = still.ask("POST", path, {}, token=read)
-        assert (status, body["error"]) == (403, {
-            "code": "FORBIDDEN", "message":
-            "Missing required scope: write. Issue a new token with the 'write' scope at /settings/api-keys."})
-
-
-WEB = {"repoId": mogplex.DEMO_WEB, "prompt": "x"}
+    assert still.ask("POST", "/runs", WEB, token=read)[0] == 403
 
 
 @pytest.mark.parametrize("key, body, status, message", [
@@ -4681,157 +4730,329 @@ WEB = {"repoId": mogplex.DEMO_WEB, "prompt": "x"}
     ("k", "{", 400, "repoId is required"),
     ("k", "[]", 400, "repoId is required"),
 ])
-def test_demo_checks_what_a_run_is_started_with(still: Still, key: str, body: Any, status: int, message: str) -> None:
+def test_demo_checks_what_a_run_is_started_with(
+    still: Still, key: str, body: Any, status: int, message: str,
+) -> None:
     got, answered, headers = still.ask("POST", "/runs", body, Idempotency_Key=key)
     assert (got, answered["error"]["message"]) == (status, message)
     assert headers["Retry-After"] == ("60" if status == 503 else None)
     assert len(still.server.service.runs) == len(still.server.seeded_runs)
 
 
-def test_demo_lists(still: Still) -> None:
-    repos = still.data("GET", "/repos")["repos"]
-    names = [repo["full_name"] for repo in repos]
-    assert names == sorted(names) and "acme/web" in names
-    assert [repo for repo in repos if repo["full_name"] == "acme/web-legacy"] == [{
-        "id": mogplex.DEMO_BARE, "full_name": "acme/web-legacy", "installation_id": None, "default_branch": None,
-        "root_directory": None}]
-    for query, found in (
-        ("q=ACME/web", ["acme/web", "acme/web-legacy"]), ("q=e_d", ["acme/docs"]), ("q=e_x", []),
-        ("q=a%25legacy", ["acme/web-legacy"]), ("q=.", []), (f"id={mogplex.DEMO_API}", ["acme/api"]),
-        (f"id={NOWHERE}", []), ("limit=1", ["acme/api"]), ("limit=-5", ["acme/api"]), ("limit=many", names),
-    ):
-        assert [repo["full_name"] for repo in still.data("GET", "/repos?" + query)["repos"]] == found, query
-    assert set(still.data("GET", "/agents")["agents"][0]) == {
-        "id", "name", "slug", "model", "description", "category", "preset"}
-    assert set(still.data("GET", "/models")["models"][0]) == {
-        "id", "provider", "name", "contextLength", "capabilities", "pricing"}
-    assert mogplex.DEMO_SECRET in json.dumps(still.data("GET", "/mcp/servers")["servers"][0]["config"])
+def test_demo_makes_a_branch_where_none_is_named(still: Still) -> None:
+    run_id = still.start(createBranch=True)
+    made = f"mogplex/external/{run_id[:8]}"
+    assert still.run(run_id)["branch"] == {"base": "main", "working": made, "createBranch": True}
+    still.now += 2
+    assert ("log", f"Synchronized {made}") in still.watch(run_id)[1]
+
+
+@pytest.mark.parametrize("fields, root", [
+    ({}, "website"), ({"rootDirectory": None}, None), ({"rootDirectory": "/srv/app"}, "/srv/app")])
+def test_demo_tells_the_root_directory_left_out_from_null(
+    still: Still, fields: Dict[str, Any], root: Optional[str],
+) -> None:
+    run_id = still.start(repoId=mogplex.DEMO_DOCS, **fields)
+    assert still.run(run_id)["rootDirectory"] == root
+
+
+@pytest.mark.parametrize("query, names", [
+    ("q=ACME/web", ["acme/web", "acme/web-legacy"]),
+    ("q=e_d", ["acme/docs"]),
+    ("q=e_x", []),
+    ("q=a%25legacy", ["acme/web-legacy"]),
+    ("q=.", []),
+    (f"id={mogplex.DEMO_API}", ["acme/api"]),
+    (f"id={mogplex.DEMO_API.upper()}&q=web", ["acme/api"]),
+    (f"id={NOWHERE}", []),
+    ("id=nope", []),
+    ("limit=1", ["acme/api"]),
+    ("limit=-5", ["acme/api"]),
+    ("limit=many", ["acme/api", "acme/docs", "acme/web", "acme/web-legacy"]),
+])
+def test_demo_lists_repos(still: Still, query: str, names: List[str]) -> None:
+    repos = still.data("GET", "/repos?" + query)["repos"]
+    assert [repo["full_name"] for repo in repos] == names
+
+
+def fields_of(record: Dict[str, Any], *optional: str) -> Dict[str, Any]:
+    """The names of a record's fields and their types; None for those that can be null."""
+    return {name: None if name in optional else type(value) for name, value in record.items()}
+
+
+def test_demo_s_records_have_the_service_s_fields_and_types(still: Still) -> None:
+    for repo in still.data("GET", "/repos")["repos"]:
+        nullable = ("installation_id", "default_branch", "root_directory")
+        assert fields_of(repo, *nullable) == {
+            "id": str, "full_name": str, "installation_id": None, "default_branch": None,
+            "root_directory": None}
+        assert isinstance(repo["installation_id"], (int, type(None)))
+    for sandbox in still.data("GET", "/sandboxes")["sandboxes"]:
+        nullable = ("sandbox_id", "root_directory", "preview_url", "error")
+        assert fields_of(sandbox, *nullable) == {
+            "id": str, "sandbox_id": None, "repo_id": str, "status": str, "base_branch": str,
+            "working_branch": str, "root_directory": None, "preview_url": None, "created_at": str,
+            "last_active_at": str, "error": None}
+    for run_id in still.start(), RUNNING, FAILED:
+        nullable = ("sandboxRecordId", "sandboxId", "rootDirectory", "error")
+        assert fields_of(still.run(run_id), *nullable) == {
+            "runId": str, "aiCallId": str, "sandboxRecordId": None, "sandboxId": None,
+            "repoId": str, "harness": str, "status": str, "branch": dict, "rootDirectory": None,
+            "eventsUrl": str, "cancelUrl": str, "createdAt": str, "updatedAt": str, "error": None,
+            "runtime": dict}
+    for agent in still.data("GET", "/agents")["agents"]:
+        assert fields_of(agent, "slug") == {
+            "id": str, "name": str, "slug": None, "model": str, "description": str,
+            "category": str, "preset": bool}
+        assert agent["id"].startswith("preset:") == (agent["slug"] is None)
+    for model in still.data("GET", "/models")["models"]:
+        assert fields_of(model) == {
+            "id": str, "provider": str, "name": str, "contextLength": int, "capabilities": list,
+            "pricing": dict}
+        assert 0 < model["pricing"]["input"] < model["pricing"]["output"] < 0.001  # USD a token
+    for server in still.data("GET", "/mcp/servers")["servers"]:
+        assert fields_of(server) == {"name": str, "enabled": bool, "config": dict}
+        assert mogplex.DEMO_SECRET in json.dumps(server["config"])
+
+
+def test_demo_spells_times_in_both_ways(still: Still) -> None:
+    run_id = still.start()
+    data = still.data("GET", f"/runs/{run_id}/events")
+    assert data["run"]["createdAt"] == "2026-11-18T11:06:40.25+00:00"
+    assert data["events"][0]["createdAt"] == "2026-11-18T11:06:40.250Z"
+    still.now += 0.75
+    assert still.run(still.start())["createdAt"] == "2026-11-18T11:06:41+00:00"
+    still.now += 0.123457
+    assert still.run(still.start())["createdAt"] == "2026-11-18T11:06:41.123457+00:00"
 
 
 def test_demo_sandboxes(still: Still) -> None:
     listed = still.data("GET", "/sandboxes")["sandboxes"]
-    assert [one["last_active_at"] for one in listed] == sorted((one["last_active_at"] for one in listed), reverse=True)
+    times = [mogplex.parse_time(one["last_active_at"]) for one in listed]
+    assert None not in times and times == sorted(times, reverse=True)  # type: ignore[type-var]
     assert {"running", "paused", "error", "stopped"} <= {one["status"] for one in listed}
     for one in listed:
         assert bool(one["preview_url"]) == (one["status"] == "running")
         assert bool(one["error"]) == (one["status"] == "error")
-    still.start()
-    made = still.data("GET", f"/sandboxes?repo_id={mogplex.DEMO_WEB}&status=running&limit=1")["sandboxes"]
-    assert [(one["base_branch"], one["sandbox_id"]) for one in made] == [("main", f"sbx_{made[0]['id'][:8]}")]
-    logs = still.data("GET", f"/sandboxes/{made[0]['id']}/logs")
-    assert {"id", "install_log", "dev_log"} <= set(logs["sandbox"]) and logs["lifecycle_events"][0]["event_type"]
+
+
+def test_demo_starts_a_sandbox_for_a_run(still: Still) -> None:
+    run_id = still.start()
+    query = f"repo_id={mogplex.DEMO_WEB}&status=running&limit=1"
+    (sandbox,) = still.data("GET", "/sandboxes?" + query)["sandboxes"]
+    assert sandbox["base_branch"] == "main" and sandbox["sandbox_id"] == f"sbx_{sandbox['id'][:8]}"
+    still.now += 3
+    assert still.run(run_id)["sandboxRecordId"] == sandbox["id"]
+    logs = still.data("GET", f"/sandboxes/{sandbox['id']}/logs")
+    assert {"id", "install_log", "dev_log"} <= set(logs["sandbox"])
+    assert logs["lifecycle_events"][0]["event_type"] == "sandbox_created"
+
+
+def test_demo_creates_a_sandbox(still: Still) -> None:
+    body = {"repoId": mogplex.DEMO_API, "workingBranch": "feat/x"}
+    made = still.data("POST", "/sandboxes", body)["sandbox"]
+    assert (made["repo_id"], made["working_branch"]) == (mogplex.DEMO_API, "feat/x")
+    assert made in still.data("GET", f"/sandboxes?repo_id={mogplex.DEMO_API}")["sandboxes"]
+    assert still.ask("POST", "/sandboxes", {"repoId": NOWHERE})[0] == 404
+
+
+def test_a_pending_run_of_the_demo_has_no_sandbox_yet(still: Still) -> None:
+    run_id = still.start()
+    pending = still.run(run_id)
+    assert (pending["status"], pending["sandboxRecordId"], pending["sandboxId"]) == (
+        "pending", None, None)
+    assert pending["runtime"]["provider"] == "trigger"
+    still.now += 3
+    streaming = still.run(run_id)
+    assert streaming["status"] == "streaming" and streaming["sandboxId"].startswith("sbx_")
+    assert streaming["runtime"]["provider"] == "vercel"
 
 
 def test_demo_plays_a_run_that_delivers(still: Still) -> None:
-    run_id = still.start(harness="claude-code")
+    run_id = still.start()
     assert still.watch(run_id) == ("pending", [("started", "External Mogplex run accepted")])
     still.now += 3
     assert still.watch(run_id)[0] == "streaming"
-    still.now += 6.2
+    still.now += 6.2  # the event comes before the status
     status, events = still.watch(run_id)
-    assert (status, events[-1]) == ("streaming", ("finished", "Harness run finished"))  # the event comes first
+    assert (status, events[-1]) == ("streaming", ("finished", "Harness run finished"))
     still.now += 0.6
     data = still.data("GET", f"/runs/{run_id}/events")
-    assert data["run"] == still.data("GET", f"/runs/{run_id}")["run"] and data["run"]["status"] == "success"
+    assert data["run"] == still.run(run_id) and data["run"]["status"] == "success"
     assert data["run"]["branch"] == {"base": "main", "working": "main", "createBranch": False}
     payloads = {event["payload"].get("stage"): event["payload"] for event in data["events"]}
+    delivery = payloads["git_delivery"]
     branch = f"mogplex/agent-{run_id[:8]}"
-    assert payloads["git_sync"]["working_branch"] == payloads["git_delivery"]["working_branch"] == branch
-    assert payloads["git_delivery"]["pull_request_url"].startswith("https://github.com/acme/web/pull/")
+    assert payloads["git_sync"]["working_branch"] == delivery["working_branch"] == branch
+    assert delivery["pull_request_url"].startswith("https://github.com/acme/web/pull/")
     assert [event["type"] for event in data["events"]] == [
-        "started", "started", "log", "log", "status_changed", "log", "assistant_message", "tool_call", "tool_result",
-        "log", "finished"]
+        "started", "started", "log", "status_changed", "log", "log", "tool_started",
+        "tool_finished", "log", "finished"]
 
 
-def test_demo_says_why_a_run_failed_after_the_status(still: Still) -> None:
+def test_demo_has_no_other_types_of_events_than_the_service(still: Still) -> None:
+    for word in ("Do it", "fail", "crash"):
+        still.start(word)
+    still.data("POST", f"/runs/{still.start()}/cancel")
+    still.now += 60
+    admitted = set((
+        "started status_changed tool_started tool_finished cancel_requested cancelled finished "
+        "failed log").split())
+    types = {kind for run_id in still.server.service.runs for kind, _ in still.watch(run_id)[1]}
+    assert types == admitted
+
+
+@pytest.mark.parametrize("harness, loads", [("codex", False), ("claude-code", True)])
+def test_demo_loads_mcp_servers_for_claude_code_alone(
+    still: Still, harness: str, loads: bool,
+) -> None:
+    run_id = still.start(harness=harness)
+    still.now += 5
+    events = still.data("GET", f"/runs/{run_id}/events")["events"]
+    found = [event for event in events if event["payload"].get("stage") == "mcp_config"]
+    if not loads:
+        assert found == []
+        return
+    (event,) = found
+    assert event["message"] == "Loaded 2 MCP server(s) for Claude Code"
+    assert event["payload"] == {
+        "stage": "mcp_config", "outcome": "ok", "server_count": 2,
+        "server_names": ["github", "sentry"]}
+
+
+def test_a_failed_harness_of_the_demo_says_so_once_and_before_the_status(still: Still) -> None:
     run_id = still.start("Please FAIL now")
-    still.now += 8.2
+    still.now += 7.6
+    status, events = still.watch(run_id)
+    assert (status, events[-1]) == ("streaming", ("failed", "Harness run failed"))
+    still.now += 60
     data = still.data("GET", f"/runs/{run_id}/events")
-    assert data["run"]["status"] == "failed" and data["run"]["error"]
+    assert (data["run"]["status"], data["run"]["error"]) == ("failed", "Agent run exited with code 1.")
     assert data["events"][-1]["payload"] == {"exit_code": 1, "failure_code": "command_failed"}
-    still.now += 1
-    late = still.data("GET", f"/runs/{run_id}/events")["events"][-2:]
-    assert [event["message"] for event in late] == ["Harness execution failed", "External Mogplex run failed"]
-    assert {event["payload"]["error"] for event in late} == {data["run"]["error"]}
+    assert [event["type"] for event in data["events"]].count("failed") == 1
+    assert data["run"]["error"] not in json.dumps(data["events"])
     assert still.watch(still.start("Repair the failing test"))[0] == "pending"
+
+
+def test_a_failed_launch_of_the_demo_says_why_after_the_status(still: Still) -> None:
+    run_id = still.start("Crash, please")
+    still.now += 1.6
+    status, events = still.watch(run_id)
+    assert (status, events[-1]) == ("failed", ("failed", "Harness execution failed"))
+    still.now += 1
+    data = still.data("GET", f"/runs/{run_id}/events")
+    last = data["events"][-1]
+    assert last["message"] == "External Mogplex run failed"
+    assert last["payload"]["error"] == data["run"]["error"] == mogplex.DEMO_LAUNCH_ERROR
+    assert data["run"]["sandboxId"] is None
+
+
+def test_a_start_that_the_demo_s_queue_refuses_is_replayed_as_failed(still: Still) -> None:
+    body = dict(WEB, prompt="refuse this")
+    status, answered, _ = still.ask("POST", "/runs", body, Idempotency_Key="k")
+    assert (status, answered["error"]["code"]) == (500, "INTERNAL_ERROR")
+    run = still.data("POST", "/runs", body, Idempotency_Key="k")
+    assert (run["replayed"], run["status"], run["error"]) == (
+        True, "failed", mogplex.DEMO_QUEUE_ERROR)
 
 
 def test_demo_cancels(still: Still) -> None:
     run_id = still.start()
     still.now += 4
-    assert still.data("GET", f"/runs/{run_id}")["run"]["status"] == "streaming"
+    assert still.run(run_id)["status"] == "streaming"
     answered = still.data("POST", f"/runs/{run_id}/cancel")
     assert (answered["status"], answered["alreadyTerminal"]) == ("cancelled", False)
-    assert answered["run"] == still.data("GET", f"/runs/{run_id}")["run"]
+    assert answered["run"] == still.run(run_id)
     assert still.watch(run_id)[1][-1] == ("cancel_requested", "Cancellation requested")
     still.now += 60  # the late event is there, and nothing of what the agent would have done
     status, events = still.watch(run_id)
-    assert status == "cancelled" and [kind for kind, _ in events][-3:] == [
-        "assistant_message", "cancel_requested", "cancelled"]
+    assert status == "cancelled"
+    assert [kind for kind, _ in events][-3:] == ["log", "cancel_requested", "cancelled"]
+
+
+@pytest.mark.parametrize("run_id, status", [(CANCELLED, "cancelled"), (FAILED, "failed")])
+def test_demo_cancels_no_run_that_has_ended(still: Still, run_id: str, status: str) -> None:
+    before = still.watch(run_id)
     answered = still.data("POST", f"/runs/{run_id}/cancel")
-    assert (answered["status"], answered["alreadyTerminal"]) == ("cancelled", True)
-    assert still.data("POST", f"/runs/{RUN_FAILED}/cancel")["status"] == "failed"
+    assert (answered["status"], answered["alreadyTerminal"]) == (status, True)
+    assert still.watch(run_id) == before
 
 
 def test_demo_replays_a_start(still: Still) -> None:
     body = dict(WEB, workingBranch="feat/x", createBranch=True)
     first = still.data("POST", "/runs", body, Idempotency_Key=" one ")
-    assert first["replayed"] is False and first["branch"] == {"base": "main", "working": "feat/x", "createBranch": True}
+    assert first["replayed"] is False
+    assert first["branch"] == {"base": "main", "working": "feat/x", "createBranch": True}
     still.now += 30
     again = still.data("POST", "/runs", body, Idempotency_Key="one")
-    assert (again["runId"], again["replayed"], again["status"]) == (first["runId"], True, "success")
+    assert (again["runId"], again["replayed"]) == (first["runId"], True)
+    assert again["status"] == "success"  # the present one
     status, other, _ = still.ask("POST", "/runs", dict(body, prompt="y"), Idempotency_Key="one")
     assert (status, other["error"]["code"]) == (409, "IDEMPOTENCY_CONFLICT")
 
 
 def test_demo_lists_the_first_events_only(still: Still) -> None:
-    path = f"/runs/{RUN_LONG}/events"
+    path = f"/runs/{LONG}/events"
     everything = still.data("GET", path + "?limit=1000")["events"]
-    assert len(everything) == 200 and everything[0]["message"] == "External Mogplex run accepted"
+    assert len(everything) == 200
+    assert everything[0]["message"] == "External Mogplex run accepted"
     for query, count in (("", 100), ("?limit=0", 1), ("?limit=7&offset=3&after=x", 7)):
         assert still.data("GET", path + query)["events"] == everything[:count]
-    still.now += 1e6
+    still.now += 1e6  # the run has ended, though no finished event is listed
     data = still.data("GET", path + "?limit=200")
-    assert data["events"] == everything and data["run"]["status"] == "success"  # though no finished event is listed
+    assert data["events"] == everything and data["run"]["status"] == "success"
     times = [mogplex.parse_time(event["createdAt"]) or 0.0 for event in everything]
     assert times == sorted(times) and times[0] > 0
 
 
 def test_demo_seeds(still: Still) -> None:
     seeds = still.server.seeded_runs
-    runs = [still.data("GET", f"/runs/{seed['id']}")["run"] for seed in seeds]
-    assert [run["status"] for run in runs] == ["success", "success", "cancelled", "failed", "success", "streaming"]
+    runs = [still.run(seed["id"]) for seed in seeds]
+    assert [run["status"] for run in runs] == [
+        "success", "success", "cancelled", "failed", "success", "streaming"]
     assert [seed["time"] for seed in seeds] == sorted(run["createdAt"] for run in runs)
     assert set(seeds[0]) == {"id", "service", "repo", "branch", "time", "task"}
-    before = still.watch(RUN_STREAMING)[1]
+    before = still.watch(RUNNING)[1]
     still.now += 3600
-    status, after = still.watch(RUN_STREAMING)
+    status, after = still.watch(RUNNING)
     assert status == "streaming" and len(after) > len(before)
 
 
 def metered(server: Any) -> mogplex.DemoServer:
-    """The server, with the service's limit: 60 requests of a token in any 60 s; what is refused does not count."""
-    service, recent = server.service, {}  # type: Any, Dict[str, List[float]]
-    admit, service.refusals = service._admit, 0
+    """The server, with the service's limit: 60 requests of a token in any 60 s.
+
+    What is refused does not count; ``service.refusals`` does.
+    """
+    service = server.service
+    admit = service.sign_in.admit
+    recent: Dict[str, List[float]] = {}
+    service.refusals = 0
 
     def admit_within(token: str, scope: str) -> None:
         now = service.clock()
         times = recent[token] = [at for at in recent.get(token, []) if at > now - 60]
         if len(times) >= 60:
             service.refusals += 1
-            raise mogplex.demo_refusal(429, "RATE_LIMITED", "Rate limit exceeded", Retry_After="60")
+            raise mogplex.DemoRefusal(429, "RATE_LIMITED", "Rate limit exceeded", "60")
         times.append(now)
         admit(token, scope)
-    service._admit = admit_within
+    service.sign_in.admit = admit_within
     return server  # type: ignore[no-any-return]
 
 
 def authorize(still: Still, **changes: str) -> Dict[str, str]:
     """What the callback is given for a well-formed authorize request, changed a little."""
-    challenge = base64.urlsafe_b64encode(hashlib.sha256(b"verifier").digest()).decode().rstrip("=")
-    fields = {"response_type": "code", "client_id": "mogplex-cli", "redirect_uri": DEMO_CALLBACK, "state": "a b&c",
-              "scope": "read write offline_access", "code_challenge": challenge, "code_challenge_method": "S256"}
-    fields.update(changes)
+    digest = hashlib.sha256(b"verifier").digest()
+    fields = {
+        "response_type": "code",
+        "client_id": "mogplex-cli",
+        "redirect_uri": DEMO_CALLBACK,
+        "state": "a b&c",
+        "scope": "read write offline_access",
+        "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
+        "code_challenge_method": "S256",
+        **changes,
+    }
     path = "../api/auth/mcp/authorize?" + urllib.parse.urlencode(fields)
     status, _, headers = still.ask("GET", path, token="")
     target, _, query = (headers["Location"] or "?").partition("?")
@@ -4840,8 +5061,15 @@ def authorize(still: Still, **changes: str) -> Dict[str, str]:
 
 
 def redeem(still: Still, code: str, **changes: str) -> Tuple[int, Any]:
-    return still.form(**dict(dict(grant_type="authorization_code", code=code, redirect_uri=DEMO_CALLBACK,
-                                  code_verifier="verifier"), **changes))
+    """What the token endpoint answers to a code, with a well-formed form changed a little."""
+    fields = {
+        "grant_type": "authorization_code",
+        "code": code,
+        "redirect_uri": DEMO_CALLBACK,
+        "code_verifier": "verifier",
+        **changes,
+    }
+    return still.form(**fields)
 
 
 def test_demo_signs_in(still: Still) -> None:
@@ -4849,31 +5077,62 @@ def test_demo_signs_in(still: Still) -> None:
     assert answered["state"] == "a b&c"
     status, pair = redeem(still, answered["code"])
     assert (status, pair["token_type"], pair["expires_in"]) == (200, "Bearer", 3600)
-    assert not pair["access_token"].startswith("mog_") and still.ask("GET", "/repos", token=pair["access_token"])[0] == 200
+    assert not pair["access_token"].startswith("mog_")
+    assert still.ask("GET", "/repos", token=pair["access_token"])[0] == 200
     assert redeem(still, answered["code"])[1]["error"] == "invalid_grant"  # a code works once
+
+
+def test_demo_renews_a_sign_in_once_for_each_refresh_token(still: Still) -> None:
+    pair = redeem(still, authorize(still)["code"])[1]
     renew = {"grant_type": "refresh_token", "refresh_token": pair["refresh_token"]}
     status, newer = still.form(**renew)
     assert status == 200 and newer["refresh_token"] != pair["refresh_token"]
     assert still.form(**renew)[1]["error"] == "invalid_grant"
-    assert still.ask("POST", f"/runs/{RUN_STREAMING}/cancel", token=newer["access_token"])[0] == 200
+    assert still.ask("POST", f"/runs/{RUNNING}/cancel", token=newer["access_token"])[0] == 200
+
+
+def test_a_sign_in_of_the_demo_has_the_scopes_that_were_asked_for(still: Still) -> None:
     read = redeem(still, authorize(still, scope="read")["code"])[1]["access_token"]
     assert still.ask("POST", "/runs", {}, token=read)[0] == 403
 
 
-@pytest.mark.parametrize("changes", [
-    {"code_verifier": "other"}, {"code": "other"}, {"code": "", "grant_type": "refresh_token"}])
-def test_demo_refuses_an_exchange(still: Still, changes: Dict[str, str]) -> None:
+@pytest.mark.parametrize("changes, error", [
+    ({"code_verifier": "other"}, "invalid_request"),
+    ({"code": "other"}, "invalid_grant"),
+    ({"code": "", "grant_type": "refresh_token"}, "invalid_grant"),
+])
+def test_demo_refuses_an_exchange(still: Still, changes: Dict[str, str], error: str) -> None:
     code = authorize(still)["code"]
     status, body = redeem(still, **{"code": code, **changes})
-    assert (status, body["error"]) == (401, "invalid_grant") and body["error_description"]
+    assert (status, body["error"]) == (401, error) and body["error_description"]
+    if error == "invalid_request":
+        assert redeem(still, code)[1]["error"] == "invalid_grant"  # the code is burnt
 
 
 def test_demo_sends_nobody_elsewhere(still: Still) -> None:
     assert authorize(still, redirect_uri="http://127.0.0.1:1/auth/callback") == {}
 
 
+@pytest.mark.parametrize("host, status", [
+    ("127.0.0.1:{port}", 200), ("localhost:{port}", 200),
+    ("127.0.0.1", 421), ("127.0.0.1:1", 421), ("evil.example:{port}", 421), ("evil.example", 421),
+    ("", 421),
+])
+def test_demo_answers_to_its_own_name_alone(still: Still, host: str, status: int) -> None:
+    """A page whose name is bound to this machine (DNS rebinding) has a Host of its own."""
+    before = still.server.service.requests
+    port = still.server.url.rpartition(":")[2]
+    for path in "/repos", "../api/auth/mcp/authorize":
+        got, body, _ = still.ask("GET", path, Host=host.format(port=port))
+        if status == 421:
+            assert got == 421 and mogplex.DEMO_TOKEN not in str(body)
+        else:
+            assert got != 421
+    assert (still.server.service.requests == before) == (status == 421)
+
+
 def test_demo_keeps_connections_and_sends_chunks(still: Still) -> None:
-    headers = still.ask("GET", f"/runs/{RUN_LONG}/events?limit=200")[2]
+    headers = still.ask("GET", f"/runs/{LONG}/events?limit=200")[2]
     assert headers["Transfer-Encoding"] == "chunked" and headers["Content-Length"] is None
     kept = still.connection.sock
     for path in ("/repos", "/nothing", "/runs"):
@@ -4886,47 +5145,53 @@ def test_demo_speed_divides_every_duration() -> None:
         run_id = still.start()
         still.now += 0.5
         assert still.watch(run_id)[0] == "success"
-        times = [mogplex.parse_time(event["createdAt"]) or 0.0
-                 for event in still.data("GET", f"/runs/{run_id}/events")["events"]]
-        assert max(times) <= still.now
+        events = still.data("GET", f"/runs/{run_id}/events")["events"]
+        assert max(mogplex.parse_time(event["createdAt"]) or 0.0 for event in events) <= still.now
 
 
 def test_demo_starts_one_run_for_twenty_threads_with_one_key(still: Still) -> None:
-    from concurrent.futures import ThreadPoolExecutor
+    headers = {"authorization": f"Bearer {mogplex.DEMO_TOKEN}", "idempotency-key": "k"}
 
     def start(_: int) -> str:
         answered = still.server.service.answer(
-            "POST", mogplex.API_PATH + "/runs",
-            {"authorization": f"Bearer {mogplex.DEMO_TOKEN}", "idempotency-key": "k"}, json.dumps(WEB).encode())
+            "POST", mogplex.API_PATH + "/runs", headers, json.dumps(WEB).encode())
         assert isinstance(answered.body, dict)
         return str(answered.body["data"]["runId"])
-    with ThreadPoolExecutor(20) as pool:
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
         assert len(set(pool.map(start, range(20)))) == 1
+
+
+def test_a_demo_says_which_port_it_cannot_have() -> None:
+    with mogplex.DemoServer() as first:
+        port = int(first.url.rpartition(":")[2])
+        with pytest.raises(mogplex.UsageError, match=f"127.0.0.1:{port}"):
+            mogplex.DemoServer(port)
+    with pytest.raises(mogplex.UsageError, match="70000"):
+        mogplex.DemoServer(70000)
 
 
 def test_demo_ends_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     still = Still()
     still.ask("GET", "/repos")
     port = int(still.server.url.rpartition(":")[2])
-    with pytest.raises(mogplex.UsageError, match=f"127.0.0.1:{port}"):
-        mogplex.DemoServer(port)
-    for nonsense in (b"\x00\xff\r\n\r\n", b"GET / HTTP/9\r\n\r\n", b"POST /x HTTP/1.1\r\nContent-Length: no\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", port)) as connection:
+    for nonsense in (
+        b"\x00\xff\r\n\r\n",
+        b"GET / HTTP/9\r\n\r\n",
+        b"POST /x HTTP/1.1\r\nContent-Length: no\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
             connection.sendall(nonsense)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(65536):
                 pass
     still.__exit__()
     with pytest.raises(OSError):
-        socket.create_connection(("127.0.0.1", port))
-    with mogplex.DemoServer(port) as second:
-        assert second.url == still.server.url
+        socket.create_connection(("127.0.0.1", port), timeout=10)
     assert capfd.readouterr() == ("", "")
 
 
 # ---------------------------------------------------------------- 9. Commands and main
 
-FINISHED, LONG, CANCELLED, FAILED, UNCHANGED, RUNNING = (seed[0] for seed in mogplex.DEMO_RUNS)
 
 
 @pytest.fixture
@@ -5238,7 +5503,7 @@ def test_run_and_follow_end_with_the_run_s_verdict(run_demo: Callable[..., Resul
     assert good.err.splitlines()[0] == f"branch: mogplex/agent-{run_id[:8]}"
     bad = run_demo("run", "--repo", "acme/web", "--follow", "--json", "please fail")
     lines = [json.loads(line) for line in bad.out.splitlines()]
-    assert bad.code == 1 and lines[0]["status"] == "pending" and lines[-2]["message"] == "External Mogplex run failed"
+    assert bad.code == 1 and lines[0]["status"] == "pending" and lines[-2]["message"] == "Harness run failed"
     assert lines[-1] == {"runId": lines[0]["runId"], "status": "failed", "error": mogplex.DEMO_ERROR,
                          "workingBranch": f"mogplex/agent-{lines[0]['runId'][:8]}"}
 
@@ -6466,7 +6731,7 @@ def test_the_readme_s_program_works_with_the_upper_half_and_requests_alone(libra
         (["acme/web", "Fix the cookie test"], {}, 0,
          r"success https://github\.com/acme/web/pull/\d+\n", "Pull request ready"),
         (["acme/web", "fail at once"], {}, 1,
-         re.escape(f"failed {mogplex.DEMO_ERROR}\n"), "External Mogplex run failed"),
+         re.escape(f"failed {mogplex.DEMO_ERROR}\n"), "Harness run failed"),
         (["acme/web", "Fix it", "0.01"], {}, 1, "cancelled: cancelled\n", ""),
         (["acme/web", "Fix it"], {"MOGPLEX_API_KEY": TOKEN}, 64, "", "check the token: UNAUTHORIZED"),
         (["acme/web", ""], {}, 1, "", "BAD_REQUEST: Prompt is required (HTTP 400)"),
