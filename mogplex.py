@@ -60,7 +60,7 @@ import urllib.parse
 import uuid
 from typing import (
     Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-    NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
 __version__ = "1.0.0"
@@ -4147,22 +4147,39 @@ class Outcome(NamedTuple):
 def outcome_of_run(run: Json) -> Outcome:
     """A run that has just been started."""
     return Outcome(
-        text_of(run, "runId"), text_of(run, "status"), text_of(run, "error"), repo_id=text_of(run, "repoId"))
+        run_id=text_of(run, "runId"),
+        status=text_of(run, "status"),
+        error=text_of(run, "error"),
+        repo_id=text_of(run, "repoId"),
+    )
 
 
 def outcome_so_far(before: Outcome, progress: Progress) -> Outcome:
     """A run that is being followed."""
     return before._replace(
-        status=progress.status or before.status, branch=progress.branch or before.branch,
+        status=progress.status or before.status,
+        branch=progress.branch or before.branch,
         pull_request_url=progress.pull_request_url or before.pull_request_url,
-        repo_id=text_of(progress.run, "repoId") or before.repo_id)
+        repo_id=text_of(progress.run, "repoId") or before.repo_id,
+    )
 
 
 def outcome_of_verdict(verdict: Verdict) -> Outcome:
     """A run that has ended."""
     return Outcome(
-        verdict.run_id, verdict.status, verdict.error, verdict.working_branch, verdict.pull_request_url,
-        text_of(verdict.run, "repoId"), verdict.duration_s)
+        run_id=verdict.run_id,
+        status=verdict.status,
+        error=verdict.error,
+        branch=verdict.working_branch,
+        pull_request_url=verdict.pull_request_url,
+        repo_id=text_of(verdict.run, "repoId"),
+        duration_s=verdict.duration_s,
+    )
+
+
+def _title_character(match: Match[str]) -> str:
+    """A character that would end the title of an annotation, as GitHub wants it spelled."""
+    return f"%{ord(match.group()):02X}"
 
 
 def github_annotation(outcome: Outcome) -> str:
@@ -4170,38 +4187,59 @@ def github_annotation(outcome: Outcome) -> str:
 
     Its title says what ended: the run, or only the following of it.
     """
+    status = outcome.status or "status unknown"
     if not outcome.run_id:
-        title = "Mogplex run not started"
+        title = "run not started"
         text = outcome.left
     elif outcome.left:
-        title = "Mogplex run no longer followed"
-        text = f"run {outcome.run_id} ({outcome.status or 'status unknown'}): {outcome.left}"
+        title = "run no longer followed"
+        text = f"run {outcome.run_id} ({status}): {outcome.left}"
     else:
-        title = f"Mogplex run {outcome.status}"
-        text = outcome.error or f"run {outcome.run_id} ended {outcome.status}"
-    escaped = re.sub("[%:,]", lambda match: f"%{ord(match.group()):02X}", sanitize(title, " "))
-    return f"::error title={escaped}::" + sanitize(text, " ")[:1000].replace("%", "%25")
+        title = f"run {status}"
+        text = outcome.error or f"run {outcome.run_id} ended {status}"
+    title = re.sub("[%:,]", _title_character, sanitize(title, " "))
+    text = sanitize(text, " ")[:1000].replace("%", "%25")
+    return f"::error title=Mogplex {title}::{text}"
+
+
+def _entity(match: Match[str]) -> str:
+    """A character as an HTML entity."""
+    return f"&#{ord(match.group())};"
 
 
 def _markdown(text: str) -> str:
-    """``text`` as a cell of a Markdown table that is nothing but text: punctuation as entities; a plain URL stays."""
+    """``text`` as a cell of a Markdown table that is nothing but text.
+
+    Punctuation becomes entities; a plain URL stays.
+    """
     line = sanitize(text, " ")[:300]
     if re.match(r"https://[\w.-]+/[\w./-]*\Z", line, re.ASCII):
         return line
-    return re.sub(r"[!-/:-@\[-`{-~]", lambda match: f"&#{ord(match.group())};", line)
+    return re.sub(r"[!-/:-@\[-`{-~]", _entity, line)
 
 
 def github_summary(outcome: Outcome, task: str, last_lines: Sequence[str]) -> str:
     """A short Markdown table on the run, and its last events."""
     duration = "" if outcome.duration_s is None else format_duration(outcome.duration_s)
-    rows = [
-        ("task", task), ("run", outcome.run_id), ("repo", outcome.repo_id), ("status", outcome.status),
-        ("left", outcome.left), ("run error", outcome.error), ("branch", outcome.branch),
-        ("pull request", outcome.pull_request_url), ("duration", duration),
-    ]
-    table_rows = "".join(f"| {label} | {_markdown(value)} |\n" for label, value in rows if value)
-    events = "".join(f"| {_markdown(line)} |\n" for line in last_lines)
-    return f"### Mogplex run\n\n| | |\n| --- | --- |\n{table_rows}\n| last events |\n| --- |\n{events}\n"
+    values = {
+        "task": task,
+        "run": outcome.run_id,
+        "repo": outcome.repo_id,
+        "status": outcome.status,
+        "left": outcome.left,
+        "run error": outcome.error,
+        "branch": outcome.branch,
+        "pull request": outcome.pull_request_url,
+        "duration": duration,
+    }
+    lines = ["### Mogplex run", "", "| | |", "| --- | --- |"]
+    for label, value in values.items():
+        if value:
+            lines.append(f"| {label} | {_markdown(value)} |")
+    if last_lines:
+        lines += ["", "| last events |", "| --- |"]
+        lines += [f"| {_markdown(line)} |" for line in last_lines]
+    return "\n".join([*lines, "", ""])
 
 
 def github_outputs(**values: str) -> str:
@@ -4215,15 +4253,23 @@ def dotenv_text(outcome: Outcome) -> str:
     What a shell that reads the file might obey becomes ``_``: an agent chooses the branch's name.
     """
     values = {
-        "RUN_ID": outcome.run_id, "STATUS": outcome.status, "BRANCH": outcome.branch,
+        "RUN_ID": outcome.run_id,
+        "STATUS": outcome.status,
+        "BRANCH": outcome.branch,
         "PULL_REQUEST_URL": outcome.pull_request_url,
     }
-    lines = [f"MOGPLEX_{name}={re.sub('[^A-Za-z0-9_./:@-]', '_', value)}\n" for name, value in values.items()]
-    return "".join(lines)
+    text = ""
+    for name, value in values.items():
+        safe = re.sub("[^A-Za-z0-9_./:@-]", "_", value)
+        text += f"MOGPLEX_{name}={safe}\n"
+    return text
 
 
 def gitlab_marker(edge: str, run_id: str, now: float) -> str:
-    """What starts or ends ("start", "end") the section of a GitLab job's log that holds a run's events."""
+    """What starts or ends the section of a GitLab job's log that holds a run's events.
+
+    ``edge`` is "start" or "end".
+    """
     name = re.sub("[^A-Za-z0-9]", "_", run_id)[:64]
     title = f"Mogplex run {sanitize(run_id)}" if edge == "start" else ""
     return f"\x1b[0Ksection_{edge}:{int(now)}:mogplex_{name}\r\x1b[0K{title}\n"
@@ -7160,21 +7206,21 @@ class Interrupts:
         """Handle them here, and afterwards as before. Only the main thread can do that."""
         before: Dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
-            numbers = [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]
-            before = {number: signal.getsignal(number) for number in numbers}
-        ours = [number for number, handler in before.items() if handler not in (None, signal.SIG_IGN)]
-        for number in ours:
-            signal.signal(number, self.arrived)
+            for name in self.NAMES:
+                number = getattr(signal, name, 0)
+                if number and signal.getsignal(number) not in (None, signal.SIG_IGN):
+                    before[number] = signal.signal(number, self.arrived)
         try:
             yield
         finally:
-            for number in ours:
-                signal.signal(number, before[number])
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def outlast(self, work: Callable[[], Json], grace_s: float) -> Json:
         """What ``work``, on a thread of its own, returns or raises.
 
-        A signal does not cut it short: it is raised once the outcome is known, or after ``grace_s``.
+        A signal does not cut it short: it is raised when the outcome is known, or ``grace_s``
+        after it came.
         """
         results: List[Json] = []
         errors: List[BaseException] = []
@@ -7440,9 +7486,10 @@ def reader_left(stream: Any) -> bool:
 
 
 def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
-    """The run that is meant: the id given, ``@last``, or without one MOGPLEX_RUN_ID or the newest remembered run.
+    """The run that is meant: the id given, or ``@last``, the newest that is remembered.
 
-    An empty id is one that a script has lost, and means no run at all.
+    Without one it is MOGPLEX_RUN_ID, else the newest. An empty id is one that a script has
+    lost, and means no run at all.
     """
     run_id = given
     source = ""
@@ -7452,11 +7499,11 @@ def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
     if run_id == "@last":
         remembered = ctx.home.runs(ctx.base_url)
         if not remembered:
-            raise UsageError("no run is remembered for this service; give a run id")
+            raise UsageError("no run is remembered for this service; give a run ID")
         run_id = text_of(remembered[0], "id")
         source = "the newest started here"
     if not run_id.strip():
-        raise UsageError("MOGPLEX_RUN_ID is empty" if source else f"invalid run id '{sanitize(run_id)}'")
+        raise UsageError(f"{source or 'the run ID'} is empty")
     if source:
         ctx.note(f"run {run_id} ({source})")
     return run_id
@@ -7504,9 +7551,14 @@ def prompt_bytes(ctx: Context, words: Sequence[str], prompt_file: str, most: int
 
 
 def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
-    """The task, from exactly one of the three places it can stand in; UsageError for none, two, or a bad one."""
-    if bool(words) == bool(prompt_file) or (words and words[0] == "-" and len(words) > 1):
-        raise UsageError("run: give the task once: as arguments, as - for stdin, or with --prompt-file")
+    """The task, from exactly one of the three places where it can stand.
+
+    UsageError for none, for two, and for one that the service would refuse.
+    """
+    both_or_none = bool(words) == bool(prompt_file)
+    if both_or_none or (words and words[0] == "-" and len(words) > 1):
+        raise UsageError(
+            "run: give the task once: as arguments, as - for stdin, or with --prompt-file")
     too_long = UsageError(f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units")
     most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
     try:
@@ -7527,9 +7579,9 @@ def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
 
 
 def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
-    """The CI job that this is, the same however often it is re-run, and its re-runs up to this one.
+    """What names the CI job that this is, in every re-run; and its re-runs up to this one.
 
-    GitHub counts the attempts. In GitLab a retry is a job of its own, and cannot know whether it is the first.
+    GitHub counts the attempts. In GitLab a retry is a job of its own, which cannot know the others.
     """
     if environ.get("GITHUB_RUN_ID"):
         names = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_JOB")
@@ -7541,8 +7593,15 @@ def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
         names = ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
         reruns = [environ["CI_JOB_ID"]] if environ.get("CI_JOB_ID") else []
     else:
-        raise UsageError("run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
+        raise UsageError(
+            "run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
     return [environ.get(name, "") for name in names], reruns
+
+
+def ci_key(parts: Sequence[object]) -> str:
+    """The key that all of ``parts`` make."""
+    text = to_json(parts, sort_keys=True)
+    return "ci-" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "") -> List[str]:
@@ -7553,18 +7612,13 @@ def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "")
     """
     job, reruns = ci_job(environ)
     if label:
-        job.append(label)
-    keys: List[str] = []
-    for rerun in ("", *reruns):
-        parts: List[object] = [*job, body]
-        if rerun:
-            parts.append(rerun)
-        keys.append("ci-" + hashlib.sha256(to_json(parts, sort_keys=True).encode()).hexdigest())
-    return keys
+        job = [*job, label]
+    request = [*job, body]
+    return [ci_key(request), *(ci_key([*request, rerun]) for rerun in reruns)]
 
 
 def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str]) -> List[str]:
-    """The keys to start ``body`` with, in turn: a random one, the one given, or those of the CI job."""
+    """The keys to try in turn: a random one, the one given, or those of the CI job."""
     if given is None:
         return [str(uuid.uuid4())]
     name, colon, label = given.strip().partition(":")
@@ -7640,8 +7694,12 @@ class CiReport:
             return
         lines = [event_line(event)[:300] for event in self.newest]
         self.write_for_github("GITHUB_STEP_SUMMARY", github_summary(outcome, self.task, lines))
-        self.write_for_github("GITHUB_OUTPUT", github_outputs(
-            status=outcome.status, branch=outcome.branch, pull_request_url=outcome.pull_request_url))
+        outputs = github_outputs(
+            status=outcome.status,
+            branch=outcome.branch,
+            pull_request_url=outcome.pull_request_url,
+        )
+        self.write_for_github("GITHUB_OUTPUT", outputs)
 
     def write_for_github(self, variable: str, text: str) -> None:
         """Append to the file that an environment variable of GitHub Actions names."""
@@ -7659,20 +7717,25 @@ class CiReport:
 
 
 def cancel_text(run_id: str, answer: Json, colour: bool) -> List[str]:
-    """What the answer to a cancellation says, in one line or two; the service has two spellings of it."""
+    """What the answer to a cancellation says, in one line or two.
+
+    The service has two spellings of "already over".
+    """
     run = sanitize(run_id)
     word = sanitize(text_of(answer, "run", "status") or text_of(answer, "status"))
     status = paint(word, colour)
-    if answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal":
+    is_over = answer.get("status") == "already_terminal"
+    if is_over or answer.get("alreadyTerminal") is True:
         return [f"run {run} is already {status}"]
     return [f"cancellation requested for run {run}", f"status: {status}"]
 
 
 class Attendant:
-    """Stays with a run for a command, and settles what becomes of the run when the command ends first.
+    """Stays with a run for a command, and settles what becomes of it when the command ends first.
 
-    Where that was asked for a signal, or a reader of stdout that has gone, cancels the run. Otherwise
-    stderr says that it is still running, and how to follow and cancel it. CI is told in any case.
+    A signal, or a reader of stdout that has gone, cancels the run where that was asked for.
+    Otherwise stderr says that it is still running, and how to follow and cancel it. CI is told
+    in any case.
     """
 
     def __init__(self, ctx: Context, report: CiReport, cancels: bool) -> None:
@@ -7712,15 +7775,24 @@ class Attendant:
 
     def settle(self, error: BaseException) -> str:
         """Cancel the run or say that it is still running; why it was left, for CI."""
-        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error) or "stdout is closed"
+        reason = str(error) or "stdout is closed"
+        if isinstance(error, KeyboardInterrupt):
+            reason = "interrupted"
         if not self.outcome.run_id:
             return reason
         if self.cancels and isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
             return f"{reason}; {self.cancel()}"
-        if self.started or self.outcome.status or isinstance(error, KeyboardInterrupt):
-            if self.started or not isinstance(error, BrokenPipeError):
-                self.tell_still_running()
+        if self.is_worth_telling(error):
+            self.tell_still_running()
         return reason
+
+    def is_worth_telling(self, error: BaseException) -> bool:
+        """Whether to say that the run is still running."""
+        if self.started or isinstance(error, KeyboardInterrupt):
+            return True
+        if isinstance(error, BrokenPipeError):
+            return False  # as `mogplex runs events ... | head` wants it
+        return bool(self.outcome.status)  # the service knew the run a moment ago
 
     def cancel(self) -> str:
         """Request the run's cancellation, within a bounded time; what came of it, in words."""
@@ -7742,8 +7814,8 @@ class Attendant:
                 with self.ctx.client(timeout_s=left_s, connect_timeout_s=left_s, tries=1) as client:
                     return client.cancel(self.outcome.run_id)
             except MogplexError as error:
-                again = error.transient or error.status == 409
-                if not again or deadline - time.monotonic() < 1.0:
+                may_work = error.transient or error.status == 409
+                if not may_work or deadline - time.monotonic() < 1.0:
                     raise
             time.sleep(0.5)
 
@@ -7760,40 +7832,45 @@ def warn_of_doubt(ctx: Context, client: Client, request: StartRequest, key: str)
     start = start_record(client.base_url, request.body, key, request.repo)
     earlier = ctx.home.start_in_doubt(start, time.time())
     if earlier:
-        ctx.note(
-            "an earlier start of this task may have gone through; to find out instead of starting another, "
-            f"add --idempotency-key {text_of(earlier, 'key')}")
+        ctx.note("an earlier start of this task may have gone through; to find out instead of "
+                 f"starting another, add --idempotency-key {text_of(earlier, 'key')}")
 
 
 def start_once(
     ctx: Context, client: Client, request: StartRequest, key: str, attendant: Attendant,
 ) -> Json:
-    """Start a run under one key; where it may have started although that failed, say how to find out."""
+    """Start a run under one key.
+
+    Where that fails and the run may have started all the same, stderr says how to find out.
+    """
 
     def announce(run: Json) -> None:
         if key != request.keys[-1] and is_spent(run):
             return  # of an earlier attempt of this CI job; the next key starts another
         attendant.announce(run, run.get("replayed") is True and not request.key_is_ours)
 
-    work = functools.partial(start_recorded, client, ctx.home, request.body, key, request.repo, announce)
+    work = functools.partial(
+        start_recorded, client, ctx.home, request.body, key, request.repo, announce)
     try:
         return ctx.interrupts.outlast(work, GRACE_S)
     except (MogplexError, KeyboardInterrupt) as error:
         if not attendant.started and getattr(error, "delivered", True):
-            ctx.note(f"the run may have started; to find out without paying twice, add --idempotency-key {key}")
+            ctx.note("the run may have started; to find out without paying twice, "
+                     f"add --idempotency-key {key}")
         raise
 
 
 def start(ctx: Context, client: Client, request: StartRequest, attendant: Attendant) -> Json:
-    """Start a run, or find the one that an earlier attempt of this CI job has started and that did not fail."""
-    for key in request.keys[:-1]:
+    """Start a run, or find the one of an earlier attempt of this CI job that has not failed."""
+    *earlier, last = request.keys
+    for key in earlier:
         run = start_once(ctx, client, request, key, attendant)
         if not is_spent(run):
             return run
-        run_id = text_of(run, "runId")
-        ctx.note(f"run {run_id} of an earlier attempt is {text_of(run, 'status')}; starting another")
-    warn_of_doubt(ctx, client, request, request.keys[-1])
-    return start_once(ctx, client, request, request.keys[-1], attendant)
+        status = text_of(run, "status")
+        ctx.note(f"run {text_of(run, 'runId')} of an earlier attempt is {status}; starting another")
+    warn_of_doubt(ctx, client, request, last)
+    return start_once(ctx, client, request, last, attendant)
 
 
 class EventPrinter:
@@ -7829,13 +7906,14 @@ class EventPrinter:
 
 
 class LifeSigns:
-    """What stderr shows while a run is silent: a status line on a terminal, a line a minute in a log."""
+    """What stderr shows of a silent run: a status line on a terminal, a line a minute in a log."""
 
     def __init__(self, ctx: Context, quiet: bool, clock: Callable[[], float]) -> None:
         self.ctx = ctx
         self.quiet = quiet
         self.clock = clock
-        self.on_terminal = is_terminal(ctx.stderr) and ctx.environ.get("TERM", "") not in ("", "dumb")
+        can_redraw = ctx.environ.get("TERM", "") not in ("", "dumb")
+        self.on_terminal = can_redraw and is_terminal(ctx.stderr)
         self.drawn = ""  # the status line that is on the screen
         self.drawn_at = float("-inf")
         self.spoke_at = clock()
@@ -7896,7 +7974,7 @@ class FollowOptions(NamedTuple):
 
 
 class Follower:
-    """``--follow``: hands what a tail brings to what prints it, shows signs of life and tells CI."""
+    """``--follow``: hands what a tail brings to what prints it, shows life and tells CI."""
 
     def __init__(
         self, ctx: Context, client: Client, attendant: Attendant, options: FollowOptions,
@@ -7906,13 +7984,14 @@ class Follower:
         self.attendant = attendant
         self.printer = EventPrinter(ctx)
         self.life = LifeSigns(ctx, options.quiet, clock)
+        timeout_s = options.timeout or DEFAULT_TIMEOUT_S
+        self.run_id = attendant.outcome.run_id
         self.tail = Tail(
-            client, attendant.outcome.run_id, options.timeout or DEFAULT_TIMEOUT_S, options.limit,
-            self.progress, clock=clock)
+            client, self.run_id, timeout_s, options.limit, self.progress, clock=clock)
 
     def run(self) -> int:
         """Follow to the end; the exit code that the run deserves."""
-        with log_section(self.ctx, self.tail.run_id):
+        with log_section(self.ctx, self.run_id):
             try:
                 verdict = self.read()
                 self.flush()
@@ -7948,7 +8027,7 @@ class Follower:
             self.printer.flush()
 
     def progress(self, progress: Progress) -> None:
-        """Called by the tail before it waits for anything, at least twice a second, and at each change."""
+        """Called by the tail before each wait, at least twice a second, and at each change."""
         self.flush()
         if reader_left(self.ctx.stdout):
             raise BrokenPipeError
@@ -7996,11 +8075,15 @@ class StartOptions(NamedTuple):
 def start_body(repo_id: str, prompt: str, options: StartOptions) -> Json:
     """The body of POST /runs: what was not asked for is left to the service."""
     asked = {
-        "harness": options.harness, "baseBranch": options.base_branch,
-        "workingBranch": options.branch, "createBranch": options.create_branch,
+        "harness": options.harness,
+        "baseBranch": options.base_branch,
+        "workingBranch": options.branch,
+        "createBranch": options.create_branch,
     }
     body: Json = {"repoId": repo_id, "prompt": prompt}
-    body.update({key: value for key, value in asked.items() if value})
+    for name, value in asked.items():
+        if value:
+            body[name] = value
     if options.root is not None:
         body["rootDirectory"] = options.root
     return body
