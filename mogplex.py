@@ -4931,7 +4931,7 @@ class Screen:
         self.controls = controls_of(terminal)
         self.canvas = Canvas(environ, terminal.number_of_colors)
         self.size = self.tty.size()  # columns, rows
-        self.size_told = (0, 0)      # by wait()
+        self.size_told = (0, 0)      # as the last Resize said
         self.mouse = True            # whether it is reported here, or selects in the terminal
         self.active = False          # between enter() and restore()
 
@@ -4996,23 +4996,30 @@ class Screen:
         SystemExit, with the code, at a signal that ends the program; TerminalGone.
         """
         if self.size != self.size_told:
-            self.size_told = self.size
-            return [Resize(*self.size)]
+            seconds = 0.0
         ready = select.select([0, self.signals.wake_in], [], [], seconds)[0]
         if self.signals.wake_in in ready:
             os.read(self.signals.wake_in, 1 << 16)
         if self.signals.ending:
             raise SystemExit(128 + self.signals.ending)
-        messages: List[Message] = []
+        messages = self.see_to_signals()
+        if 0 in ready:
+            messages += self.keyboard.read()
+        return messages
+
+    def see_to_signals(self) -> List[Message]:
+        """Do what the signals ask for that do not end the program; what it means for the state."""
         heard = self.signals.take()
         if signal.SIGCONT in heard:  # after a stop that nobody announced
             self.enter()
         elif signal.SIGWINCH in heard:
             self.repaint()
+        messages: List[Message] = []
+        if self.size != self.size_told:
+            self.size_told = self.size
+            messages.append(Resize(*self.size))
         if signal.SIGTSTP in heard:
             messages.append(Key("^z"))
-        if 0 in ready:
-            messages += self.keyboard.read()
         return messages
 
 
