@@ -2867,19 +2867,16 @@ def start_recorded(
 
     The start is written down, sent, told, and its id written down: ``announce`` gets the Run
     before anything that can wait or fail. A start that the service refuses for good is taken
-    away again, unless an earlier one under the same key may have gone through. Errors are
-    those of ``Client.start_run``, and what ``announce`` raises.
+    away again. Errors are those of ``Client.start_run``, and what ``announce`` raises.
     """
     start = start_record(client.base_url, body, key, repo)
-    is_new = all(text_of(record, "key") != key for record in home.history(client.base_url))
-    if is_new:
-        home.record_start(start)
+    home.record_start(start)
     try:
         run = client.start_run(body, key)
         if not text_of(run, "runId"):
             raise InvalidResponseError("the response to the start contains no run ID", delivered=True)
     except MogplexError as error:
-        if is_new and not error.delivered:
+        if not error.delivered:
             home.forget_start(start)
         raise
     try:
@@ -7994,7 +7991,9 @@ class Follower:
         timeout_s = options.timeout or DEFAULT_TIMEOUT_S
         self.run_id = attendant.outcome.run_id
         self.tail = Tail(
-            client, self.run_id, timeout_s, options.limit, self.progress, clock=clock)
+            client, self.run_id, timeout_s, options.limit, self.progress,
+            just_started=attendant.started, clock=clock,
+        )
 
     def run(self) -> int:
         """Follow to the end; the exit code that the run deserves."""

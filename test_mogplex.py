@@ -5565,6 +5565,21 @@ def test_a_follow_that_never_had_an_answer_does_not_claim_that_the_run_is_runnin
     assert result.code == 1 and "is still running" not in result.err
 
 
+@pytest.mark.parametrize("argv, code", [(["run", "--repo", "r", "x"], 0), (["runs", "events", "R"], 1)])
+def test_a_run_that_the_service_does_not_know_yet_is_waited_for_after_its_start_alone(
+    cli: Callable[..., Result], argv: List[str], code: int,
+) -> None:
+    answers = [refusal(404, "NOT_FOUND", "Run not found"), ok({"run": {**RUN, "status": "success"}, "events": []})]
+
+    def serve(count: int, request: str, connection: socket.socket) -> bytes:
+        if request.startswith("POST"):
+            return ok(RUN)
+        return answers.pop(0) if len(answers) > 1 else answers[0]
+
+    with RawServer(serve) as server:
+        assert cli(*argv, "--follow", env=service(server.url)).code == code
+
+
 FAILED_AT_ONCE = {"runId": "R-1", "status": "failed", "error": "The queue is full", "replayed": True}
 
 
