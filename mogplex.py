@@ -7730,15 +7730,11 @@ class CiReport:
 
 
 def cancel_text(run_id: str, answer: Json, colour: bool) -> List[str]:
-    """What the answer to a cancellation says, in one line or two.
-
-    The service has two spellings of "already over".
-    """
+    """What the answer to a cancellation says, in one line or two."""
     run = sanitize(run_id)
     word = sanitize(text_of(answer, "run", "status") or text_of(answer, "status"))
     status = paint(word, colour)
-    is_over = answer.get("status") == "already_terminal"
-    if is_over or answer.get("alreadyTerminal") is True:
+    if already_ended(answer):
         return [f"run {run} is already {status}"]
     return [f"cancellation requested for run {run}", f"status: {status}"]
 

@@ -3280,14 +3280,60 @@ def test_the_time_to_reconnect_is_the_server_s_within_bounds(retry: str, wait_s:
     assert at[1] - at[0] == wait_s
 
 
-def test_a_stream_that_is_silent_or_will_not_end_is_not_waited_for_for_ever() -> None:
-    """Silence for ``idle_s``, and comments after the last event: the run's own status decides."""
-    ending = {"id": "9", "type": "finished", "message": "done"}
-    for speak in (lambda connection: (connection.sendall(streamed(ending)), silent(connection))[-1], dribble(streamed(ending), b": x\n\n", 0.01),
-                  lambda connection: (connection.sendall(streamed({**ending, "type": "log"})), silent(connection))[-1]):  # type: Speak
-        with streaming(["streaming", "success"], speak, idle_s=0.1, interval_s=0.1, clock=time.monotonic, sleep=time.sleep) as (items, clock, _, _2):
-            told, verdict = followed(items)
-        assert (told, verdict.status, clock.notes) == (["done"], "success", [])
+def then_silent(data: bytes) -> Speak:
+    """Send ``data``, then say nothing until the other side leaves."""
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(data)
+        silent(connection)
+    return speak
+
+
+DONE = {"id": "9", "message": "done"}
+
+
+@pytest.mark.parametrize("kind_of_event", ["finished", "log"])
+@pytest.mark.parametrize("after", ["silence", "comments", "empty events"])
+def test_a_stream_that_brings_no_more_events_is_left_and_the_run_is_asked(
+    kind_of_event: str, after: str,
+) -> None:
+    sent = streamed({**DONE, "type": kind_of_event})
+    speak = {"silence": then_silent(sent),
+             "comments": dribble(sent, b": x\n\n", 0.01),
+             "empty events": dribble(sent, b"data: {}\n\n", 0.01)}[after]
+    in_real_time: Dict[str, Any] = {"clock": time.monotonic, "sleep": time.sleep}
+    with streaming(["streaming", "success"], speak, idle_s=0.1, interval_s=0.1, **in_real_time) as (
+            items, clock, _, _2):
+        told, verdict = followed(items)
+    assert (told, verdict.status, clock.notes) == (["done"], "success", [])
+
+
+def test_a_stream_is_left_after_30_s_without_an_event() -> None:
+    assert inspect.signature(mogplex.tail).parameters["idle_s"].default == 30.0
+
+
+def test_a_run_that_streams_is_over_with_the_first_answer_after_its_finished_event() -> None:
+    ending = streamed(1, {**DONE, "type": "finished"})
+    with streaming(["success"], ending) as (items, clock, server, asked):
+        assert followed(items)[1].status == "success"
+    assert len(server.requests) == 2 and clock.now == 1000.0
+
+
+def test_a_204_sends_the_tail_to_the_run() -> None:
+    with streaming(["streaming", "success"], streamed(1), answer(204)) as (items, clock, _, _2):
+        told, verdict = followed(items)
+    assert (told, verdict.status, clock.notes) == (["m1"], "success", [])
+
+
+def test_the_token_in_a_stream_is_hidden_wherever_it_is_split() -> None:
+    echo = streamed({"id": "1", "message": f"the token is {TOKEN}!"}, 2)
+    for at in (len(STREAM), echo.index(TOKEN.encode()) + 9):
+        def speak(connection: socket.socket, at: int = at) -> None:
+            connection.sendall(echo[:at])
+            time.sleep(0.05)
+            connection.sendall(echo[at:])
+        with streaming(["success"], speak) as (items, *_):
+            told, _ = followed(items)
+        assert told == ["the token is ***!", "m2"]
 
 
 def test_a_stream_is_waited_for_longer_than_a_request_may_take() -> None:
