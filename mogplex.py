@@ -8775,7 +8775,7 @@ def command_rows(name: str) -> List[str]:
     """The rows on the commands of a group, or on all; none for a command."""
     if name in SUBCOMMANDS:
         return []
-    return [f"  {other:<16} {command.purpose}" for other, command in below(name).items()]
+    return [f"  {other:<18} {command.purpose}" for other, command in below(name).items()]
 
 
 def argument_rows(name: str) -> List[str]:
