@@ -5809,7 +5809,7 @@ def test_sandbox_logs(run_demo: Callable[..., Result]) -> None:
 @pytest.mark.parametrize("data, out, err", [
     ({"sandbox": {"install_log": "a\r\n\x1b[2Jb\n"}, "lifecycle_events": [{"event_type": "c\nd"}]},
      "--- install_log ---\na\nb\n  c \u23ce d\n", ""),
-    ({"sandbox": {"id": "s"}}, "", "no logs yet\n"),
+    ({"sandbox": {"id": "s"}, "lifecycle_events": []}, "", "no logs yet\n"),
 ])
 def test_odd_sandbox_logs(cli: Callable[..., Result], data: Dict[str, Any], out: str, err: str) -> None:
     with one_answer(ok(data)) as server:
