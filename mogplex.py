@@ -7229,6 +7229,15 @@ class Interrupts:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def postponed(self) -> Iterator[None]:
+        """Let no signal cut short what is done here, which must be bounded."""
+        self.held = True
+        try:
+            yield
+        finally:
+            self.held = False
+
     def outlast(self, work: Callable[[], Json], grace_s: float) -> Json:
         """What ``work``, on a thread of its own, returns or raises.
 
@@ -7237,24 +7246,21 @@ class Interrupts:
         """
         results: List[Json] = []
         errors: List[BaseException] = []
+        ended = threading.Event()
 
         def labour() -> None:
             try:
                 results.append(work())
             except BaseException as error:
                 errors.append(error)
+            ended.set()
 
-        thread = threading.Thread(target=labour, daemon=True)
         leave_at = float("inf")
-        self.held = True
-        try:
-            thread.start()
-            while thread.is_alive() and time.monotonic() < leave_at:
-                thread.join(0.1)  # in slices: on Windows a signal does not end it
+        with self.postponed():
+            start_thread(labour)
+            while not ended.wait(0.1) and time.monotonic() < leave_at:  # in slices, for Windows
                 if self.first is not None:
                     leave_at = min(leave_at, time.monotonic() + grace_s)
-        finally:
-            self.held = False
         if errors:
             raise errors[0]
         if self.first is not None:
@@ -7702,7 +7708,7 @@ class CiReport:
         if not self.in_github:
             return
         if outcome.left or ended_badly(outcome.status):
-            self.ctx.say(github_annotation(outcome) + "\n")
+            self.ctx.say(self.ctx.redacted(github_annotation(outcome)) + "\n")
         if not outcome.run_id:
             return
         lines = [event_line(event)[:300] for event in self.newest]
@@ -7724,7 +7730,7 @@ class CiReport:
             return
         try:
             with open(path, mode, encoding="utf-8", errors="replace") as file:
-                file.write(text)
+                file.write(self.ctx.redacted(text))
         except OSError as error:
             self.ctx.note(f"cannot write {name}: {error.strerror}")
 
@@ -7777,10 +7783,10 @@ class Attendant:
 
     def leave(self, error: BaseException) -> None:
         """Settle what becomes of the run, and tell CI."""
-        outcome = self.outcome
-        if not status_named(outcome.status).terminal:
-            outcome = outcome._replace(left=self.settle(error))
-        self.report.end(outcome)
+        left = ""
+        if not status_named(self.outcome.status).terminal:
+            left = self.settle(error)
+        self.report.end(self.outcome._replace(left=left))
 
     def settle(self, error: BaseException) -> str:
         """Cancel the run or say that it is still running; why it was left, for CI."""
@@ -7804,13 +7810,16 @@ class Attendant:
         return bool(self.outcome.status)  # the service knew the run a moment ago
 
     def cancel(self) -> str:
-        """Request the run's cancellation, within a bounded time; what came of it, in words."""
+        """Request the run's cancellation, which no further signal ends; what came of it, in words."""
         try:
-            answer = self.request_cancellation(time.monotonic() + GRACE_S)
+            with self.ctx.interrupts.postponed():
+                answer = self.request_cancellation(time.monotonic() + GRACE_S)
         except MogplexError as error:
             self.ctx.note(f"cannot cancel the run: {error}")
             self.tell_still_running()
             return "the run could not be cancelled"
+        status = text_of(answer, "run", "status") or self.outcome.status
+        self.outcome = self.outcome._replace(status=status)
         told = cancel_text(self.outcome.run_id, answer, False)[0]
         self.ctx.note(told)
         return told
@@ -9003,22 +9012,32 @@ def dispatch(ctx: Context, argv: Sequence[str]) -> int:
     return run(ctx, words)
 
 
+def note_error(ctx: Context, error: MogplexError) -> None:
+    """Say what went wrong, how long to wait, and what to do about it."""
+    ctx.note(f"error: {error}")
+    if error.retry_after_s:
+        ctx.note(f"the service asks to wait {error.retry_after_s:.0f} s")
+    hint = error.hint
+    if not hint and error.status == 401:
+        hint = "the token was refused: check MOGPLEX_API_KEY, or sign in with `mogplex login`"
+    if hint:
+        ctx.note(hint)
+
+
 def rescue(ctx: Context, work: Callable[[], int]) -> int:
-    """Run ``work`` and turn what a user, a network or a server can do into one line and an exit code."""
+    """Run ``work``; what a user, a network or a server can do becomes one line and an exit code."""
     try:
         return int(work())
     except MogplexError as error:
-        ctx.note(f"error: {error}")
-        if error.retry_after_s:
-            ctx.note(f"the service asks to wait {error.retry_after_s:.0f} s")
-        if error.hint or error.status == 401:
-            ctx.note(error.hint or "the token was refused: check MOGPLEX_API_KEY, or sign in with `mogplex login`")
+        note_error(ctx, error)
         return int(error.exit)
     except BrokenPipeError:
         discard(ctx.stdout)
         return Exit.BROKEN_PIPE
-    except KeyboardInterrupt as interrupt:
-        return interrupt.exit if isinstance(interrupt, Interrupted) else Exit.INTERRUPTED
+    except Interrupted as interrupt:
+        return interrupt.exit
+    except KeyboardInterrupt:
+        return Exit.INTERRUPTED
     except OSError as error:
         ctx.note(f"error: {error.filename or 'the system'}: {error.strerror or error}")
         return Exit.FAILURE

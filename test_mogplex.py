@@ -6032,6 +6032,22 @@ def test_further_signals_do_not_end_the_cancellation() -> None:
     assert done.err == "cancellation requested for run run-uuid\n"
 
 
+def test_a_signal_does_not_end_the_cancellation_after_the_reader_of_stdout_has_gone() -> None:
+    """Ctrl+C in ``mogplex ... | tee log`` is for both of them, and ``tee`` may be the first to go."""
+    ours, theirs = os.pipe()
+    os.close(ours)
+
+    def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
+        if path == "cancel":
+            process.send_signal(signal.SIGINT)
+        return ok({"run": RUN, **RUN})
+
+    argv = ["run", "--repo", "r", "x", "--follow", "--cancel-on-interrupt"]
+    done = Watched(answer, *argv, stdout=theirs)
+    os.close(theirs)
+    assert (done.code, done.err) == (141, "cancellation requested for run run-uuid\n")
+
+
 def test_a_cancellation_is_tried_again_while_the_sandbox_is_not_ready() -> None:
     refused = [refusal(409, "CONFLICT", "Sandbox not ready"), refusal(503, "SERVICE_UNAVAILABLE", "Oops")]
 
@@ -7340,6 +7356,13 @@ def test_ci_is_told_of_a_signal(job: Job) -> None:
     done = Watched(answer, "runs", "events", "R", "--follow", "--cancel-on-interrupt", env=job.env)
     assert done.code == 143 and "interrupted; cancellation requested for run R\n" in done.err
     assert "interrupted" in job.summary.read_text() and job.outputs()["run_id"] == "R"
+
+
+def test_the_token_is_in_no_report(cli: Callable[..., Result], job: Job) -> None:
+    with one_answer(ok({**RUN, "status": "failed", "error": f"bad {TOKEN}"})) as server:
+        result = cli("run", "--repo", "r", f"Use {TOKEN}", env={**service(server.url), **job.env})
+    assert result.code == 1 and "::error title=Mogplex run failed::bad ***" in result.err
+    assert TOKEN not in result.err + job.summary.read_text() + job.output.read_text()
 
 
 def test_ci_is_told_of_a_run_that_could_not_be_started(cli: Callable[..., Result], job: Job) -> None:
