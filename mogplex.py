@@ -7153,6 +7153,10 @@ class DemoServer:
             "task": seed.task,
         }
 
+    def has_started_runs(self) -> bool:
+        """Whether it has runs beside the seeded ones."""
+        return len(self.service.runs) > len(self.seeded_runs)
+
     def __enter__(self) -> DemoServer:
         return self
 
@@ -7162,19 +7166,26 @@ class DemoServer:
         self._listener.server_close()
 
 
+class DemoEnvironment(NamedTuple):
+    """A demo service of one's own, and the variables that lead the program to it."""
+
+    server: DemoServer
+    variables: Dict[str, str]
+
+
 @contextlib.contextmanager
-def demo_environment(port: int = 0) -> Iterator[Dict[str, str]]:
-    """The variables that lead to a demo service of their own, and to a home with its runs."""
+def demo_environment(port: int = 0) -> Iterator[DemoEnvironment]:
+    """A demo service, and a home that remembers its runs; both end with the block."""
     import tempfile
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as demo:
-        for record in demo.seeded_runs:
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as server:
+        for record in server.seeded_runs:
             Home(home).record_start(record)
-        yield {
-            "MOGPLEX_URL": demo.url,
-            "MOGPLEX_API_KEY": demo.token,
+        yield DemoEnvironment(server, {
+            "MOGPLEX_URL": server.url,
+            "MOGPLEX_API_KEY": server.token,
             "MOGPLEX_DEV": "1",
             "MOGPLEX_HOME": home,
-        }
+        })
 
 
 # ---------------------------------------------------------------- 9. Commands and main
@@ -8843,12 +8854,19 @@ def make_parser() -> argparse.ArgumentParser:
     return root
 
 
-def serve_demo(ctx: Context, argv: List[str]) -> int:
-    """Keep a demo service running until it is interrupted."""
-    if argv and (len(argv) > 1 or not re.match(r"[0-9]{1,5}\Z", argv[0]) or not 1 <= int(argv[0]) <= 65535):
+def demo_port(argv: Sequence[str]) -> int:
+    """The port that follows --demo-server; 0, for any free one, where none does; UsageError."""
+    if not argv:
+        return 0
+    if len(argv) > 1 or not re.match(r"0*[1-9][0-9]{0,4}\Z", argv[0]) or int(argv[0]) > 65535:
         raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
-    with demo_environment(int("".join(argv) or 0)) as variables:
-        for name, value in variables.items():
+    return int(argv[0])
+
+
+def serve_demo(ctx: Context, argv: Sequence[str]) -> int:
+    """``mogplex --demo-server [PORT]``: keep a demo service running until a signal ends it."""
+    with demo_environment(demo_port(argv)) as demo:
+        for name, value in demo.variables.items():
             ctx.emit(f"export {name}={value}")
         ctx.emit("unset NODE_ENV")
         ctx.note("demo service running; paste the lines above into another shell; Ctrl+C ends it")
@@ -8975,11 +8993,20 @@ def run(ctx: Context, argv: List[str]) -> int:
 
 
 def with_demo(ctx: Context, argv: List[str]) -> int:
-    """Run a command line with a demo service in the place of the caller's service, token and files."""
-    with demo_environment() as variables:
-        kept = [name for name in ctx.environ if not name.startswith("MOGPLEX_") and name != "NODE_ENV"]
-        ctx.environ, ctx.in_demo = {**{name: ctx.environ[name] for name in kept}, **variables}, True
-        return run(ctx, argv)
+    """Run a command line with a demo service in place of the caller's service, token and files."""
+    with demo_environment() as demo:
+        outer = {
+            name: value for name, value in ctx.environ.items()
+            if name != "NODE_ENV" and not name.startswith("MOGPLEX_")
+        }
+        ctx.environ = {**outer, **demo.variables}
+        ctx.in_demo = True
+        try:
+            return run(ctx, argv)
+        finally:
+            if demo.server.has_started_runs():
+                ctx.note("this demo service ends here, and its runs with it; "
+                         "`mogplex --demo-server` keeps one running")
 
 
 def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:

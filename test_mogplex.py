@@ -60,6 +60,16 @@ MODULE = os.path.abspath(mogplex.__file__)
 TOKEN = "mog_" + "T0ken" * 6 + "xy"
 
 
+@contextlib.contextmanager
+def ended_at_last(process: "subprocess.Popen[Any]") -> Iterator[None]:
+    """Leave no process of a test behind, however the test ends."""
+    with process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
 class Result(NamedTuple):
     """What a command left behind."""
 
@@ -5244,7 +5254,6 @@ def test_demo_ends_and_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None
 # ---------------------------------------------------------------- 9. Commands and main
 
 
-
 @pytest.fixture
 def run_demo(cli: Callable[..., Result], demo: mogplex.DemoServer) -> Callable[..., Result]:
     """``cli`` with the demo service in the environment."""
@@ -6394,17 +6403,43 @@ esac
     assert done.returncode == 0 and done.stdout.decode().endswith(" success ---\nrun completed cleanly\n")
 
 
-def test_demo_server_prints_what_a_shell_needs(tmp_path: Any) -> None:
-    process = run_file("--demo-server")
+def exported(process: "subprocess.Popen[bytes]") -> Dict[str, str]:
+    """The variables that a ``--demo-server`` prints, once it has printed them all."""
     assert process.stdout is not None
-    lines = [process.stdout.readline().decode() for _ in range(5)]
-    exports = "".join(lines)
-    done = subprocess.run(["bash", "-c", f'{exports}"$PYTHON" "$MODULE" repos list --json --limit 1'], capture_output=True,
-                          timeout=60, env={**os.environ, "PYTHON": sys.executable, "MODULE": MODULE, "NODE_ENV": "production"})
-    assert done.returncode == 0 and json.loads(done.stdout)["full_name"] == "acme/api"
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (143, b"") and b"Traceback" not in err
+    lines = list(iter(process.stdout.readline, b"unset NODE_ENV\n"))
+    words = [line.decode().rstrip("\n").partition(" ") for line in lines]
+    assert [word for word, _, _ in words] == ["export"] * 4
+    return dict(setting.split("=", 1) for _, _, setting in words)  # type: ignore[misc]
+
+
+@pytest.mark.posix
+def test_demo_server_prints_what_a_shell_needs() -> None:
+    process = run_file("--demo-server")
+    with ended_at_last(process):
+        lines = "".join(f"export {name}={value}\n" for name, value in exported(process).items())
+        script = f'{lines}unset NODE_ENV\n"$PYTHON" "$MODULE" repos list --json --limit 1'
+        environ = {**os.environ, "PYTHON": sys.executable, "MODULE": MODULE, "NODE_ENV": "production"}
+        done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, env=environ)
+        assert done.returncode == 0 and json.loads(done.stdout)["full_name"] == "acme/api"
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_demo_server_takes_its_home_with_it(name: str, code: int) -> None:
+    process = run_file("--demo-server")
+    with ended_at_last(process):
+        home = exported(process)["MOGPLEX_HOME"]
+        assert sorted(os.listdir(home)) == ["runs.jsonl", "runs.jsonl.lock"]
+        process.send_signal(getattr(signal, name))
+        out, err = process.communicate(timeout=30)
+        assert (process.returncode, out) == (code, b"") and b"Traceback" not in err
+        assert not os.path.exists(home)
+
+
+def test_a_demo_that_ends_says_that_its_runs_are_gone(cli: Callable[..., Result]) -> None:
+    told = "this demo service ends here, and its runs with it; `mogplex --demo-server` keeps one running\n"
+    assert cli("--demo", "run", "--repo", "acme/web", "x").err.endswith(told)
+    assert told not in cli("--demo", "repos", "list").err
 
 
 def test_login_in_the_demo_touches_no_file_of_ours(cli: Callable[..., Result], tmp_path: Any) -> None:
@@ -6997,7 +7032,7 @@ def test_every_command_that_the_readme_shows_prints_what_it_says(shell_tools: st
     assert sessions and "\n".join(wrong) == ""
 
 
-class Step(NamedTuple):
+class CiStep(NamedTuple):
     """A shell step of a CI example in the README."""
 
     when: str                  # its ``if:``; of GitLab's, "script" or "after_script"
@@ -7005,26 +7040,26 @@ class Step(NamedTuple):
     variables: Dict[str, str]
 
 
-def github_steps(block: str) -> List[Step]:
+def github_steps(block: str) -> List[CiStep]:
     """The steps of a workflow that run a script."""
-    found: List[Step] = []
+    found: List[CiStep] = []
     for part in re.split(r"(?m)^(?= +- (?:uses|id|if):)", block):
         when = re.search(r"(?m)^ +- if: (.*)$", part)
         script = re.search(r"(?m)^( +)run: \|\n((?:\1 .*\n)+)", part)
         env = re.search(r"(?m)^( +)env:\n((?:\1 +.*\n)+)", part)
         if script:
             variables = dict(re.findall(r"(?m)^ +(\w+): (.*)$", env.group(2) if env else ""))
-            found.append(Step(when.group(1) if when else "", textwrap.dedent(script.group(2)), variables))
+            found.append(CiStep(when.group(1) if when else "", textwrap.dedent(script.group(2)), variables))
     return found
 
 
-def gitlab_steps(block: str) -> List[Step]:
+def gitlab_steps(block: str) -> List[CiStep]:
     """The scripts of a job, each with the job's variables."""
     env = re.search(r"(?m)^  variables:\n((?:    .*\n)+)", block)
     assert env
     variables = dict(re.findall(r"(?m)^ +(\w+): (.*)$", env.group(1)))
     scripts = re.findall(r"(?m)^  (script|after_script):\n    - \|\n((?:      .*\n)+)", block)
-    return [Step(when, textwrap.dedent(script), variables) for when, script in scripts]
+    return [CiStep(when, textwrap.dedent(script), variables) for when, script in scripts]
 
 
 class CiJob:
@@ -7060,7 +7095,7 @@ class CiJob:
                 "GITHUB_RUN_ATTEMPT": str(attempt), "GITHUB_OUTPUT": str(self.directory / "output"),
                 "GITHUB_STEP_SUMMARY": str(self.directory / "summary")}
 
-    def due(self, step: Step) -> bool:
+    def due(self, step: CiStep) -> bool:
         """Whether the CI would run a step."""
         if step.when == "after_script":
             return True
@@ -7071,7 +7106,7 @@ class CiJob:
         outputs = re.findall(r"steps\.agent\.outputs\.\w+", step.when)
         return all(self.values.get(name) for name in outputs)
 
-    def begin(self, step: Step, attempt: int) -> "subprocess.Popen[bytes]":
+    def begin(self, step: CiStep, attempt: int) -> "subprocess.Popen[bytes]":
         """Start a step."""
         given = {name: re.sub(r"\$\{\{ (.*?) \}\}", lambda found: self.values[found.group(1)], value)
                  for name, value in step.variables.items()}
