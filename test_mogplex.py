@@ -2,7 +2,8 @@
 
 What works is driven against the embedded demo service; what breaks, against ``RawServer``,
 which answers with exactly the bytes that a test gives it. Time is a parameter: no test
-sleeps to be right.
+sleeps to be right, and none takes longer than ``LONGEST_TEST_S``. What needs POSIX has the
+marker ``posix``.
 """
 from __future__ import annotations
 
@@ -51,11 +52,16 @@ import trustme
 
 import mogplex
 
-if os.name != "nt":  # where .ci/headless leaves out what needs them
+if os.name != "nt":  # the tests that need them have the marker posix
     import fcntl
     import pty
     import termios
 
+LONGEST_TEST_S = 150.0
+LOGIN_LOCK = ("127.0.0.1", 24817)  # who listens there may use the two ports beside it
+ENDED_BY_SIGNAL = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]  # and the exit code of each
+if os.name != "nt":
+    ENDED_BY_SIGNAL.append((signal.SIGHUP, 129))
 MODULE = os.path.abspath(mogplex.__file__)
 TOKEN = "mog_" + "T0ken" * 6 + "xy"
 
@@ -79,14 +85,15 @@ class Result(NamedTuple):
 
 
 class RawServer:
-    """A server that answers each request with what ``answer(request_number, request_text, connection)`` says.
+    """A server that answers as ``answer(request_number, request_text, connection)`` says.
 
-    ``answer`` returns the bytes to send, or None when it has spoken on the connection itself. The
-    connection is closed after each answer. ``requests`` keeps what was asked, head and body.
+    ``answer`` returns the bytes to send, or None when it has spoken on the connection itself.
+    The connection is closed after each answer. ``requests`` keeps what was asked, head and body.
     """
 
     def __init__(self, answer: Callable[[int, str, socket.socket], Optional[bytes]]) -> None:
-        self.answer, self.requests = answer, []  # type: Tuple[Any, List[str]]
+        self.answer = answer
+        self.requests: List[str] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self._serve, daemon=True).start()
@@ -127,21 +134,28 @@ def read_request(connection: socket.socket) -> str:
             return ""
         data += chunk
     head, _, body = data.partition(b"\r\n\r\n")
-    lengths = [int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.lower().startswith(b"content-length:")]
-    while len(body) < sum(lengths):
-        body += connection.recv(65536)
+    length = re.search(rb"(?im)^content-length: *(\d+)", head)
+    while length and len(body) < int(length.group(1)):
+        chunk = connection.recv(65536)
+        if not chunk:
+            return ""
+        body += chunk
     return (head + b"\r\n\r\n" + body).decode("utf-8", "replace")
 
 
-def answer(status: int = 200, body: Union[str, bytes, Dict[str, Any], List[Any]] = "", **headers: str) -> bytes:
+def answer(
+    status: int = 200, body: Union[str, bytes, Dict[str, Any], List[Any]] = "", **headers: str,
+) -> bytes:
     """The bytes of one HTTP answer; a dict or a list becomes JSON."""
     if isinstance(body, (dict, list)):
         headers.setdefault("Content_Type", "application/json")
         body = json.dumps(body)
     data = body.encode() if isinstance(body, str) else body
     headers.setdefault("Content_Length", str(len(data)))
-    lines = [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
-    return "\r\n".join([f"HTTP/1.1 {status} Status", *lines, "Connection: close", "", ""]).encode() + data
+    lines = [f"HTTP/1.1 {status} Status"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    lines += ["Connection: close", "", ""]
+    return "\r\n".join(lines).encode() + data
 
 
 def ok(data: Any, **headers: str) -> bytes:
@@ -154,28 +168,83 @@ def refusal(status: int, code: str, message: str, **headers: str) -> bytes:
     return answer(status, {"ok": False, "error": {"code": code, "message": message}}, **headers)
 
 
+@contextlib.contextmanager
+def ended_within(seconds: float) -> Iterator[None]:
+    """Fail a test that takes longer; pytest has shown by then where (see setup.cfg).
+
+    What is interrupted may hang again as it is put away: then that fails a while later.
+    Windows has no alarm: there the tests end as a whole.
+    """
+
+    def fail(*_: object) -> None:
+        pytest.fail(f"not over after {seconds:g} s")
+
+    if os.name == "nt" or threading.current_thread() is not threading.main_thread():
+        timer = threading.Timer(seconds, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+        return
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 15.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def every_test_ends() -> Iterator[None]:
+    """No test holds up the others for ever."""
+    with ended_within(LONGEST_TEST_S):
+        yield
+
+
+@pytest.fixture
+def login_ports() -> Iterator[None]:
+    """The two ports of a sign-in: of all tests that run on this machine, for one at a time."""
+    while True:
+        try:
+            lock = socket.create_server(LOGIN_LOCK)
+        except OSError:
+            time.sleep(0.1)
+        else:
+            break
+    with lock:
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def signals_as_on_a_terminal() -> Iterator[None]:
-    """Tests in the background, or under nohup, ignore signals, and so would every process that they start."""
+    """Tests in the background, or under nohup, ignore signals, as would all that they start."""
     if threading.current_thread() is not threading.main_thread() or os.name == "nt":
         yield
         return
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    usual: Dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
+PERSONAL = re.compile(
+    "(?:MOGPLEX|GITHUB|GITLAB|CI)_.*|.*_proxy|CI|NO_COLOR|FORCE_COLOR|NODE_ENV|BROWSER|SSH_.*"
+    "|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR", re.IGNORECASE)
+
+
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     """No setting, proxy or file of the person who runs the tests reaches them."""
-    for name in list(os.environ):
-        if name.startswith(("MOGPLEX_", "GITHUB_", "GITLAB_", "CI_")) or name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    certificates = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE", "SSL_CERT_DIR")
-    for name in ("CI", "NO_COLOR", "FORCE_COLOR", "NODE_ENV", "BROWSER", "SSH_CONNECTION", "SSH_TTY", *certificates):
-        monkeypatch.delenv(name, raising=False)
+    for name in filter(PERSONAL.fullmatch, list(os.environ)):
+        monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MOGPLEX_HOME", str(tmp_path / "home"))
 
@@ -189,7 +258,7 @@ def demo() -> Iterator[mogplex.DemoServer]:
 
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    """``cli("runs", "list", env={...}, stdin="...")``: main() in this process, and all that it left behind."""
+    """``cli("runs", "list", env={...}, stdin="...")``: main() here, and all that it left behind."""
     def run(*argv: str, env: Optional[Dict[str, str]] = None, stdin: str = "") -> Result:
         with monkeypatch.context() as patch:
             for name, value in (env or {}).items():
@@ -205,6 +274,13 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 def service(url: str, token: str = TOKEN) -> Dict[str, str]:
     """The environment that points the program at a service of ours."""
     return {"MOGPLEX_URL": url, "MOGPLEX_API_KEY": token, "MOGPLEX_DEV": "1"}
+
+
+@pytest.mark.posix
+def test_a_test_that_hangs_fails() -> None:
+    with pytest.raises(pytest.fail.Exception, match="not over after 0.1 s"):
+        with ended_within(0.1):
+            threading.Event().wait(30)
 
 
 # ---------------------------------------------------------------- 1. Errors
@@ -3732,12 +3808,13 @@ SIZES = [(width, height) for width in (*range(30, 131, 9), 59, 60, 79, 80, 99, 1
 @pytest.fixture(autouse=True, scope="session")
 def utc() -> Iterator[None]:
     """Times on the cockpit's screen are local."""
-    before = os.environ.get("TZ")
-    os.environ["TZ"] = "UTC"
-    time.tzset()
-    yield
-    os.environ.pop("TZ") if before is None else os.environ.update(TZ=before)
-    time.tzset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        if hasattr(time, "tzset"):  # Windows reads the variable by itself
+            time.tzset()
+        yield
+    if hasattr(time, "tzset"):
+        time.tzset()
 
 
 def drawn(state: mogplex.State, width: int, height: int) -> str:
@@ -4449,9 +4526,9 @@ def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
     terminal.ended(0)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("how, code", [
-    (signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130), ("job", 1), ("torn", 1), ("thread", 1), ("hook", 1)],
-    ids=str)
+    *ENDED_BY_SIGNAL, ("job", 1), ("torn", 1), ("thread", 1), ("hook", 1)], ids=str)
 def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Terminal], how: Any, code: int) -> None:
     terminal = cockpit(attach="nope", CRASH=str(how)).until("TIMELINE")
     assert {"1049", "2004", "1000"} < terminal.on() and termios.tcgetattr(terminal.child) != terminal.modes
@@ -4462,7 +4539,8 @@ def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Termin
     assert ("ZeroDivisionError" if code == 1 else "runs events nope --follow") in terminal.ended(code)
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)], ids=str)
+@pytest.mark.posix
+@pytest.mark.parametrize("how, code", ENDED_BY_SIGNAL, ids=str)
 def test_a_terminal_that_takes_nothing_holds_nobody(cockpit: Callable[..., Terminal], how: int, code: int) -> None:
     terminal = cockpit(attach="nope").until("TIMELINE")
     termios.tcflow(terminal.child, termios.TCOOFF)
@@ -4496,15 +4574,19 @@ def test_a_signal_that_was_ignored_at_the_start_stays_so(cockpit: Callable[..., 
     terminal.ended(0)
 
 
-@pytest.mark.parametrize("ignored", [(), (signal.SIGHUP,)], ids=["heard", "nohup"])
-def test_closing_the_terminal_ends_it_quietly(demo: mogplex.DemoServer, tmp_path: Any, ignored: Sequence[int]) -> None:
+@pytest.mark.posix
+@pytest.mark.parametrize("ignored", [(), ("SIGHUP",)], ids=["heard", "nohup"])
+def test_closing_the_terminal_ends_it_quietly(
+    demo: mogplex.DemoServer, tmp_path: Any, ignored: Sequence[str],
+) -> None:
+    numbers = [getattr(signal, name) for name in ignored]
     master, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environ = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": os.path.dirname(MODULE), "MOGPLEX_HOME": str(tmp_path)}
     with open(tmp_path / "stderr", "w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-c", COCKPIT, demo.url, demo.token, "nope"], stdin=child, stdout=child, stderr=stderr,
-            env=environ, preexec_fn=functools.partial(adopt, ignored))
+            env=environ, preexec_fn=functools.partial(adopt, numbers))
         os.close(child)
         shown = b""
         while b"TIMELINE" not in shown:
@@ -5938,9 +6020,6 @@ def run_file(*argv: str, url: str = "", wrapper: Sequence[str] = (), **settings:
     return subprocess.Popen([*wrapper, sys.executable, MODULE, *argv], env=env, **streams)
 
 
-FATAL = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
-if os.name != "nt":
-    FATAL.append((signal.SIGHUP, 129))
 STREAMING = ok({"run": {"status": "streaming"}, "events": [{"id": "e", "type": "log", "message": "here"}]})
 STILL_RUNNING = (
     "run {0} is still running\n"
@@ -5977,7 +6056,7 @@ class Watched:
         self.err = err.decode()
 
 
-@pytest.mark.parametrize("number, code", FATAL)
+@pytest.mark.parametrize("number, code", ENDED_BY_SIGNAL)
 @pytest.mark.parametrize("flags, cancelled", [([], False), (["--cancel-on-interrupt"], True)])
 def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled: bool) -> None:
     with RawServer(lambda *_: STREAMING) as server:
@@ -5990,7 +6069,7 @@ def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled
     assert err.decode() == ("cancellation requested for run R\n" if cancelled else STILL_RUNNING.format("R"))
 
 
-@pytest.mark.parametrize("number, code", FATAL)
+@pytest.mark.parametrize("number, code", ENDED_BY_SIGNAL)
 @pytest.mark.parametrize("flags, cancelled", [
     (["--follow"], False), (["--follow", "--cancel-on-interrupt"], True), ([], False)])
 def test_a_signal_during_the_start_waits_for_the_id(number: int, code: int, flags: List[str], cancelled: bool) -> None:
@@ -6442,12 +6521,15 @@ def test_a_demo_that_ends_says_that_its_runs_are_gone(cli: Callable[..., Result]
     assert told not in cli("--demo", "repos", "list").err
 
 
+@pytest.mark.usefixtures("login_ports")
 def test_login_in_the_demo_touches_no_file_of_ours(cli: Callable[..., Result], tmp_path: Any) -> None:
     result = cli("--demo", "login")
     assert result.code == 0 and re.fullmatch(r"signed in to http://127\.0\.0\.1:\d+\n", result.out)
     assert "/api/auth/mcp/authorize?response_type=code&" in result.err and not (tmp_path / "home").exists()
 
 
+@pytest.mark.posix
+@pytest.mark.usefixtures("login_ports")
 def test_login_on_a_remote_host(tmp_path: Any) -> None:
     """The URL is taken to a browser elsewhere; nothing is opened here, Ctrl+C leaves, and the rest is stored."""
     with RawServer(Issuer()) as server:
@@ -6496,6 +6578,7 @@ def test_login_in_ci_does_not_wait_for_a_browser(
         "set MOGPLEX_API_KEY, or pipe a token to `mogplex login --with-token`")
 
 
+@pytest.mark.usefixtures("login_ports")
 @pytest.mark.parametrize("argv, env", [
     (["login", "--no-browser", "--timeout", "0.1"], {"CI": "true"}),
     (["login", "--no-browser", "--timeout", "0.1"], {"CI": "false"}),
