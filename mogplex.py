@@ -7644,7 +7644,10 @@ def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "")
     if label:
         job = [*job, label]
     request = [*job, body]
-    return [ci_key(request), *(ci_key([*request, rerun]) for rerun in reruns)]
+    keys = [ci_key(request)]
+    for rerun in reruns:
+        keys.append(ci_key([*request, rerun]))
+    return keys
 
 
 def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str]) -> List[str]:
@@ -7662,10 +7665,10 @@ def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str
 class StartRequest(NamedTuple):
     """A run to be started."""
 
-    body: Json                # as for Client.start_run
-    repo: str                 # what people call it
-    keys: Sequence[str]       # idempotency keys, to be tried in turn
-    key_is_ours: bool         # made at random, so that a replay answers an earlier try of our own
+    body: Json           # as for Client.start_run
+    repo: str            # what people call it
+    keys: Sequence[str]  # idempotency keys, to be tried in turn
+    key_is_ours: bool    # made at random: a replay answers an earlier try of our own
 
 
 def ended_badly(status: str) -> bool:
@@ -7675,7 +7678,8 @@ def ended_badly(status: str) -> bool:
 
 def is_spent(run: Json) -> bool:
     """Whether a start found a run of an earlier one that has failed or was cancelled."""
-    return run.get("replayed") is True and ended_badly(text_of(run, "status"))
+    status = text_of(run, "status")
+    return run.get("replayed") is True and ended_badly(status)
 
 
 class CiReport:
@@ -7821,7 +7825,7 @@ class Attendant:
         return bool(self.outcome.status)  # the service knew the run a moment ago
 
     def cancel(self) -> str:
-        """Request the run's cancellation, which no further signal ends; what came of it, in words."""
+        """Request the run's cancellation, which no signal cuts short; what came of it."""
         try:
             with self.ctx.interrupts.postponed():
                 answer = self.request_cancellation(time.monotonic() + GRACE_S)
@@ -8122,8 +8126,13 @@ def start_body(repo_id: str, prompt: str, options: StartOptions) -> Json:
 
 def split_options(options: Json) -> Tuple[StartOptions, FollowOptions]:
     """The options of ``run`` in the two records that take them."""
-    of_start = {name: value for name, value in options.items() if name in StartOptions._fields}
-    of_follow = {name: value for name, value in options.items() if name not in of_start}
+    of_start: Json = {}
+    of_follow: Json = {}
+    for name, value in options.items():
+        if name in StartOptions._fields:
+            of_start[name] = value
+        else:
+            of_follow[name] = value
     return StartOptions(**of_start), FollowOptions(**of_follow)
 
 

@@ -5640,7 +5640,7 @@ def test_stdin_that_never_ends_is_too_long(tmp_path: Any) -> None:
 def test_a_repo_by_its_name(run_demo: Callable[..., Result], cli: Callable[..., Result]) -> None:
     assert f"repo    {mogplex.DEMO_WEB}\n" in run_demo("run", "--repo", "ACME/Web", "x").out
     missing = run_demo("run", "--repo", "acme/w_b", "x")
-    assert missing.code == 1 and "error: NOT_FOUND: there is no repo 'acme/w_b'" in missing.err
+    assert missing.code == 1 and "error: NOT_FOUND: the service lists no repo 'acme/w_b'" in missing.err
     with one_answer(ok({"repos": [{"id": "1", "full_name": "acme/web-2"}, {"id": "2", "full_name": None}]})) as server:
         assert cli("run", "--repo", "acme/web", "x", env=service(server.url)).code == 1
     assert "q=acme%2Fweb&limit=200" in server.requests[0].splitlines()[0] and len(server.requests) == 1
