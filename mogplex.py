@@ -2925,7 +2925,7 @@ class ServerSentEvent:
 
 
 class SSEDecoder:
-    """Bytes of a ``text/event-stream`` to events, by the WHATWG HTML standard, section 9.2.6. No I/O.
+    """Bytes of a ``text/event-stream`` to events, by section 9.2.6 of the WHATWG HTML standard.
 
     ``last_event_id`` is what to resume with, ``retry_ms`` the reconnection time in force as the
     server gave it, ``held`` the bytes of the unfinished last block, which is never given out.
@@ -3034,9 +3034,8 @@ def failure_of(event: Json) -> str:
     error = text_of(payload, "error")
     if error:
         return error
+    reasons = [text_of(payload, "failure_code")]
     exit_code = text_of(payload, "exit_code")
-    failure_code = text_of(payload, "failure_code")
-    reasons = [failure_code]
     if exit_code not in ("", "0"):
         reasons.append(f"exit code {exit_code}")
     return ", ".join(filter(None, reasons))
@@ -3071,7 +3070,7 @@ class Progress(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """How a run ended; ``truncated``: the service listed only its first events; times in seconds."""
+    """How a run ended; ``truncated``: the service listed only its first events."""
 
     run_id: str
     status: str
@@ -3087,10 +3086,11 @@ class Verdict(NamedTuple):
 
 
 class Seen:
-    """The events seen so far: at least the last 50,000, so that memory does not grow with the run.
+    """The events seen so far: at least the last 50,000, so that memory has a bound.
 
-    An event is known by its id. One without an id is known by its content, and by how often that
-    has come in the same answer: two equal ones are two events, and none in the next answer.
+    An event is known by its id. One without an id is known by its content and its number among
+    the equal ones of an answer: two of them in one answer are two events, and the same two again
+    in the next answer are not new.
     """
 
     def __init__(self) -> None:
@@ -3103,7 +3103,10 @@ class Seen:
         self._copies.clear()
 
     def add(self, event: Json) -> bool:
-        """Whether ``event`` is new; from now on it is not. InvalidResponseError for one too deep."""
+        """Whether ``event`` is new; from now on it is not.
+
+        InvalidResponseError when it has no id and is nested too deeply.
+        """
         identifier = event.get("id")
         if not isinstance(identifier, str) or not identifier:
             identifier = self._key(event)
@@ -3133,12 +3136,12 @@ class Seen:
 
 
 class Ending:
-    """Whether a terminal status is the end of the run.
+    """Decides when a run with a terminal status has really ended.
 
-    It is not yet: the last failed and cancelled events are written after it, and a run that is
-    cancelled while its sandbox starts can come alive again. Two terminal answers, an interval
-    apart, are the end, once the events say why the run failed or 5 s have passed. A success
-    whose finished event has come is complete at once.
+    The last failed and cancelled events are written after the status, and a run that is cancelled
+    while its sandbox starts can come alive again. So the end takes two terminal answers, an
+    interval apart, and an event that says why the run failed, or 5 s more. A success whose
+    finished event has come is complete at once.
     """
 
     def __init__(self, interval_s: float) -> None:
@@ -3184,7 +3187,7 @@ class Ending:
         return self._is_explained(error[:4000]) or now - self._confirmed_at >= LATE_EVENT_S
 
     def _is_explained(self, error: str) -> bool:
-        """Whether no event needs to be waited for that says why the run ended."""
+        """Whether the events say why the run ended in ``error``, if it did."""
         if not error or "failed" in self._types or "cancelled" in self._types:
             return True
         return any(error in text for text in self._texts)
@@ -3193,8 +3196,8 @@ class Ending:
 class Story:
     """What is known of one run, from its events and from what it says of itself.
 
-    It alone decides what is new, what is the end and the verdict. It asks nobody: it is told
-    what was heard, and when.
+    It alone decides what is new, when the run has ended, and the verdict. It does no I/O: it is
+    told what was heard, and when.
     """
 
     def __init__(self, run_id: str, now: float, interval_s: float = POLL_S) -> None:
@@ -3255,7 +3258,8 @@ class Story:
         self.truncated = True
         if limit < MAX_LIMIT:
             return f"only the first {limit} events were asked for; later events are not shown"
-        return f"the service lists only the first {limit} events of a run; later events are not shown"
+        return (f"the service lists only the first {limit} events of a run; "
+                "later events are not shown")
 
     def _conclude(self) -> Verdict:
         started = parse_time(self.run.get("createdAt"))
@@ -3272,12 +3276,12 @@ class Story:
 
 
 class Pace:
-    """How long to wait between the starts of two polls: a pure reckoning, of a tail's own clock.
+    """How long to wait between the starts of two polls.
 
     1.5 s; after 30 s without news a quarter more each time, up to 4 s, so that four tails of
-    silent runs fit one token. After a 429 at least twice as long, and at least this tail's share of
-    the token's 60 requests a minute, as far as its own requests in the last minute show it; then
-    2 % less with each success. With jitter, so that tails that share a token do not move in step.
+    silent runs fit one token. After a 429 at least twice as long, and at least this tail's share
+    of the token's 60 requests a minute, as far as its own requests in the last minute show it;
+    then 2 % less with each success. With jitter, so that tails that share a token spread out.
     """
 
     def __init__(self, interval_s: float, now: float) -> None:
@@ -3329,12 +3333,12 @@ def _wait_too_long(error: MogplexError, left_s: float) -> MogplexError:
 
 
 class Patience:
-    """When to give up on a service that gives no good answer.
+    """Decides when to give up on a service that gives no good answer.
 
-    Before the first good answer there are three tries, of what may succeed later. After it, 300 s
-    are ridden out, without the time that the service asked for or the machine was suspended: only
-    a refusal in the service's own words is final. A 401 is none: to a token that has worked it is
-    more likely an outage. Nor is a 404 in the first 10 s of a run that was just started.
+    Before the first good answer there are three tries, for errors that may pass. After it, errors
+    are ridden out for 300 s; time that the service asked to wait, or that the machine slept, does
+    not count. Only a refusal in the service's own envelope is final then. A 401 is not: for a
+    token that has worked, it is more likely an outage. Nor is a 404 within 10 s of our own start.
     """
 
     def __init__(self, now: float, just_started: bool) -> None:
@@ -3357,8 +3361,8 @@ class Patience:
         if self._good_at is not None:
             self._good_at += seconds
 
-    def try_on(self, error: MogplexError, now: float, left_s: float) -> None:
-        """Return when it is worth trying on after ``error``; else raise what ends the tail.
+    def check(self, error: MogplexError, now: float, left_s: float) -> None:
+        """Return if the request is worth repeating after ``error``; else raise what ends the tail.
 
         ``left_s`` is what is left of the tail's time-out.
         """
@@ -3377,12 +3381,14 @@ class Patience:
             return True
         if self._good_at is None:
             return not error.transient or self._failures >= 3
-        if isinstance(error, UnauthorizedError) or error.status in (408, 425, 429):
+        if isinstance(error, UnauthorizedError):
+            return error.status == 0  # nobody was asked: it is the sign-in that has ended
+        if error.status in (408, 425, 429):
             return False
         if error.status == 404 and self._just_started and now - self._opened_at < NEW_RUN_S:
             return False
-        in_its_words = bool(error.code)  # an answer that is no envelope is a proxy's, or a CDN's
-        return in_its_words and 400 <= error.status < 500
+        has_envelope = bool(error.code)  # one without comes from a proxy, or a CDN
+        return has_envelope and 400 <= error.status < 500
 
     def _give_up(self, error: MogplexError, waited_s: float) -> MogplexError:
         kind: Type[MogplexError] = UnavailableError
@@ -3395,7 +3401,7 @@ class Patience:
 
 
 def setback_text(error: MogplexError, wait_s: float) -> str:
-    """What a person is told of ``error`` when the request is sent again in ``wait_s``."""
+    """The line to say about ``error`` when the next try is in ``wait_s``."""
     what = "request failed"
     if isinstance(error, RateLimitedError):
         what = "rate limited"
@@ -3415,7 +3421,7 @@ class Setback(NamedTuple):
 class Link:
     """How well the service answers one tail: failures, refusals, pace, and when to give up.
 
-    It asks nobody: it is told what came, and when, and the dice.
+    It does no I/O: it is told what came, when, and a random number.
     """
 
     def __init__(
@@ -3452,11 +3458,11 @@ class Link:
     def failed(
         self, error: MogplexError, now: float, random: float, left_s: float = float("inf"),
     ) -> Setback:
-        """A request ended in ``error``; raises what ends the tail when it is not to go on."""
+        """A request ended in ``error``: how to go on; raises what ends the tail instead."""
         self.failures += 1
         if isinstance(error, UnauthorizedError):
             self.renews = False  # once is enough until it has helped
-        self._patience.try_on(error, now, left_s)
+        self._patience.check(error, now, left_s)
         asked_s = error.retry_after_s or 0.0
         wait_s = max(asked_s, backoff_s(self.failures, random))
         connection = "lost"
@@ -3476,14 +3482,14 @@ class Link:
 
 
 class Timing(NamedTuple):
-    """How long a tail waits for what, and the clock, the sleep and the dice that it uses."""
+    """How long a tail waits for what, and the clock, the sleep and the random numbers it uses."""
 
-    timeout_s: Optional[float]
-    interval_s: float
-    idle_s: float
-    clock: Callable[[], float]
-    sleep: Callable[[float], None]
-    random: Callable[[], float]
+    timeout_s: Optional[float] = None
+    interval_s: float = POLL_S
+    idle_s: float = IDLE_S
+    clock: Callable[[], float] = time.monotonic
+    sleep: Callable[[float], None] = time.sleep
+    random: Callable[[], float] = random_unit
 
 
 class Look:
@@ -3521,20 +3527,17 @@ class Tail:
     """One tail: a loop that reads, hands on, waits, and tells how it stands."""
 
     def __init__(
-        self, client: Client, run_id: str, timeout_s: Optional[float] = None,
-        limit: int = MAX_LIMIT, on_progress: Callable[[Progress], None] = lambda progress: None, *,
-        interval_s: float = POLL_S, idle_s: float = IDLE_S, just_started: bool = False,
-        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
-        random: Callable[[], float] = random_unit,
+        self, client: Client, run_id: str, timing: Timing, limit: int,
+        on_progress: Callable[[Progress], None], just_started: bool = False,
     ) -> None:
         self.client = client
         self.limit = min(limit, MAX_LIMIT)
         self.on_progress = on_progress
-        self.timing = Timing(timeout_s, interval_s, idle_s, clock, sleep, random)
-        self.started_at = clock()
-        self.story = Story(run_id, self.started_at, interval_s)
-        self.link = Link(self.started_at, interval_s, just_started)
-        self._resumption = Resumption(interval_s)
+        self.timing = timing
+        self.started_at = timing.clock()
+        self.story = Story(run_id, self.started_at, timing.interval_s)
+        self.link = Link(self.started_at, timing.interval_s, just_started)
+        self._resumption = Resumption(timing.interval_s)
         self._final: Optional[MogplexError] = None  # what ends it, and is no error of the service
 
     @property
@@ -3571,7 +3574,7 @@ class Tail:
         return max(look.least_s, sent_at + interval_s - now)
 
     def _read_events(self, look: Look) -> Iterator[TailItem]:
-        """The events, in whichever form the service gives them; a 204 has none, and no more come."""
+        """The events, in whichever form the service gives them; a 204 says that no more come."""
         sent_at = self.timing.clock()
         exchange = self.client.open_events(
             self.story.run_id, tick=self._tick, renew=self.link.renews, limit=self.limit,
@@ -3587,10 +3590,9 @@ class Tail:
     def _read_list(self, exchange: Exchange, look: Look) -> Iterator[TailItem]:
         data = exchange.data()
         self._good()
+        message = self.story.hear_length(len(data["events"]), self.limit)
         yield from self._read_snapshot(data, look)
-        events = data.get("events")
-        if isinstance(events, list):
-            self._say(self.story.hear_length(len(events), self.limit))
+        self._say(message)
 
     def _read_run(self, look: Look) -> None:
         """Ask the run itself."""
@@ -3737,25 +3739,30 @@ class Tail:
             raise
 
 
+def tell_nobody(progress: Progress) -> None:
+    """What a tail does with its progress when nobody wants to know."""
+
+
 def tail(
     client: Client, run_id: str, *, timeout_s: Optional[float] = None, limit: int = MAX_LIMIT,
-    on_progress: Callable[[Progress], None] = lambda progress: None, interval_s: float = POLL_S,
+    on_progress: Callable[[Progress], None] = tell_nobody, interval_s: float = POLL_S,
     idle_s: float = IDLE_S, just_started: bool = False,
     clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
     random: Callable[[], float] = random_unit,
 ) -> Iterator[Union[Json, Verdict]]:
     """Each event of a run once, as it comes, and last of all the Verdict.
 
-    It polls every ``interval_s``, or reads a stream where the service answers one, and asks the run
-    itself when that brings no event for ``idle_s``. Once it has had an answer, it rides out 300 s of
-    faults, and waits as long as the service asks for. ``just_started``: this program has just
-    started the run, so a 404 in the first 10 s is no answer yet. TailTimeout after ``timeout_s``;
-    RateLimitedError or UnavailableError at once when the service asks to wait longer than that
-    leaves; other MogplexErrors when it refuses, or stays away. ``on_progress`` may raise to end it.
+    Polls every ``interval_s``, or reads a stream where the service offers one; when a stream brings
+    no event for ``idle_s``, the run itself is asked. After the first good answer, errors are ridden
+    out for 300 s, and waits that the service asks for are kept. ``just_started`` says that the run
+    was started a moment ago: a 404 within 10 s is then no final answer.
+
+    Raises TailTimeout after ``timeout_s``, RateLimitedError or UnavailableError as soon as the
+    service asks for a wait that ``timeout_s`` has no room for, and other MogplexErrors when it
+    refuses or stays away. ``on_progress`` may raise, to end it.
     """
-    one = Tail(
-        client, run_id, timeout_s, limit, on_progress, interval_s=interval_s, idle_s=idle_s,
-        just_started=just_started, clock=clock, sleep=sleep, random=random)
+    timing = Timing(timeout_s, interval_s, idle_s, clock, sleep, random)
+    one = Tail(client, run_id, timing, limit, on_progress, just_started)
     return (item for item, _ in one.items())
 
 
@@ -8019,10 +8026,9 @@ class Follower:
         self.life = LifeSigns(ctx, options.quiet, clock)
         timeout_s = options.timeout or DEFAULT_TIMEOUT_S
         self.run_id = attendant.outcome.run_id
+        timing = Timing(timeout_s, clock=clock)
         self.tail = Tail(
-            client, self.run_id, timeout_s, options.limit, self.progress,
-            just_started=attendant.started, clock=clock,
-        )
+            client, self.run_id, timing, options.limit, self.progress, attendant.started)
 
     def run(self) -> int:
         """Follow to the end; the exit code that the run deserves."""

@@ -2712,7 +2712,8 @@ def test_300_s_are_ridden_out_after_a_good_answer(failure: mogplex.MogplexError,
 
 
 @pytest.mark.parametrize("failure", [
-    error(400), error(403), error(404), error(405), error(410), error(200, "TOO_LARGE")])
+    error(400), error(403), error(404), error(405), error(410), error(200, "TOO_LARGE"),
+    mogplex.UnauthorizedError("the sign-in has ended and cannot be renewed here")])
 def test_a_refusal_in_the_service_s_words_is_final(failure: mogplex.MogplexError) -> None:
     link = mogplex.Link(0.0)
     link.good(0.0)
@@ -3022,6 +3023,12 @@ def test_a_full_list_is_said_once_and_the_tail_ends_with_the_run() -> None:
     assert "?limit=200 " in server.requests[0]
     assert clock.notes == [
         "the service lists only the first 200 events of a run; later events are not shown"]
+
+
+def test_a_verdict_of_the_first_answer_knows_that_the_list_was_full() -> None:
+    with tailing(poll("success", *range(10, 209), FINISHED)) as (items, clock, times, _):
+        told, verdict = followed(items)
+    assert len(told) == 200 and times == [0] and verdict.truncated and len(clock.notes) == 1
 
 
 def limited(**headers: str) -> bytes:
