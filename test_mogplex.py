@@ -5742,6 +5742,13 @@ def test_a_follow_that_ends_in_the_middle_says_that_the_run_is_still_running(
     assert result.code == code and result.err.startswith(STILL_RUNNING.format("R") + "error: ")
 
 
+def test_a_wait_that_is_longer_than_the_timeout_ends_the_follow_at_once(cli: Callable[..., Result]) -> None:
+    busy = refusal(429, "RATE_LIMITED", "Slow down", Retry_After="3000")
+    with RawServer(lambda count, *_: STREAMING if count == 1 else busy) as server:
+        result = cli("runs", "events", "R", "--follow", "--timeout", "10m", env=service(server.url))
+    assert result.code == 75 and STILL_RUNNING.format("R") in result.err and "3000 s" in result.err
+
+
 def test_a_follow_that_never_had_an_answer_does_not_claim_that_the_run_is_running(cli: Callable[..., Result]) -> None:
     with one_answer(refusal(404, "NOT_FOUND", "Run not found")) as server:
         result = cli("runs", "events", "R", "--follow", env=service(server.url))
@@ -7364,6 +7371,15 @@ def test_a_re_run_of_a_ci_job_starts_another_run_only_where_the_first_failed(
     told = f"run {run_id} of an earlier attempt is failed; starting another\n"
     assert second.err.startswith(told) is (word == "started")
     assert second.out.count("--- run ") == 1
+
+
+def test_a_third_attempt_of_a_ci_job_finds_the_run_of_the_second(cli: Callable[..., Result]) -> None:
+    runs = [{"runId": "R-1", "status": "failed"}, {"runId": "R-2", "status": "success"}]
+    with RawServer(lambda count, *_: ok({**runs[min(count, 2) - 1], "replayed": True})) as server:
+        argv = ["run", "--repo", "r", "--idempotency-key", "ci", "x"]
+        result = cli(*argv, env={**service(server.url), **GITHUB, "GITHUB_RUN_ATTEMPT": "3"})
+    assert (result.code, len(server.requests)) == (0, 2)
+    assert result.out.startswith("matched existing run R-2 (success)\n")
 
 
 def test_a_label_tells_the_legs_of_a_matrix_apart(run_demo: Callable[..., Result]) -> None:
