@@ -2517,7 +2517,7 @@ def hear(*answers: Any, interval_s: float = 1.5) -> Hearing:
     return Hearing(messages, 0, "")
 
 
-FAILED = kind("failed", payload={"exit_code": 1})
+FAILED_EVENT = kind("failed", payload={"exit_code": 1})
 BOOM = kind("failed", payload={"error": "it went boom"})
 ENDS = [  # the answers, how many of them it takes, the status at the end
     # A success is complete with its finished event, and confirmed by a second answer without.
@@ -2528,8 +2528,8 @@ ENDS = [  # the answers, how many of them it takes, the status at the end
     # "finished" ends nothing by itself.
     ([("streaming", [kind("finished")])] * 5 + [("success", [])], 6, "success"),
     # Two answers, and no wait for an event where one has come, before the status or after.
-    ([("failed", [FAILED], "Agent run exited with code 1.")], 2, "failed"),
-    ([("streaming", [FAILED]), ("failed", [], "Agent run exited with code 1.")], 3, "failed"),
+    ([("failed", [FAILED_EVENT], "Agent run exited with code 1.")], 2, "failed"),
+    ([("streaming", [FAILED_EVENT]), ("failed", [], "Agent run exited with code 1.")], 3, "failed"),
     ([("failed", [], "boom"), ("failed", [BOOM], "boom")], 2, "failed"),
     ([("cancelled", [kind("cancelled")], "stopped")], 2, "cancelled"),
     ([("failed", [kind("log", message="so it went boom")], "boom")], 2, "failed"),
@@ -2987,13 +2987,13 @@ def tailing(*order: Step, **options: Any) -> Iterator[Tuple[Iterator[Any], Virtu
 
 
 END = (poll("success", 1), poll("success", 1))
-FINISHED = {"id": "9", "type": "finished", "message": "done"}
+FINISHED_EVENT = {"id": "9", "type": "finished", "message": "done"}
 
 
 @pytest.mark.parametrize("order, messages, times", [
     ((poll("success", 1, 2), poll("success", 1, 2, 3)), ["m1", "m2", "m3"], [0, 1.5]),
     ((poll("streaming", 1), poll("streaming", 1, 2), *END), ["m1", "m2"], [0, 1.5, 3, 4.5]),
-    ((poll("streaming", 1), poll("success", 1, FINISHED)), ["m1", "done"], [0, 1.5]),
+    ((poll("streaming", 1), poll("success", 1, FINISHED_EVENT)), ["m1", "done"], [0, 1.5]),
     ((poll("failed", 1, error="boom"),), ["m1"], [0, 1.5, 3, 4.5, 6, 7.5]),
     # Things of an odd type, and what is not there.
     ((ok({"events": [7, None, "x", *listed(1)],
@@ -3026,7 +3026,7 @@ def test_a_full_list_is_said_once_and_the_tail_ends_with_the_run() -> None:
 
 
 def test_a_verdict_of_the_first_answer_knows_that_the_list_was_full() -> None:
-    with tailing(poll("success", *range(10, 209), FINISHED)) as (items, clock, times, _):
+    with tailing(poll("success", *range(10, 209), FINISHED_EVENT)) as (items, clock, times, _):
         told, verdict = followed(items)
     assert len(told) == 200 and times == [0] and verdict.truncated and len(clock.notes) == 1
 
