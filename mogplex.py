@@ -366,7 +366,7 @@ def redact(text: str, *secrets: str) -> str:
 
 
 def text_of(record: object, *keys: str) -> str:
-    """The string or number at ``record[key][key]...``; "" for what is missing or of another type."""
+    """The string or number at ``record[key][key]...``; "" where there is neither."""
     for key in keys:
         if not isinstance(record, dict):
             return ""
@@ -576,7 +576,8 @@ def parse_duration(text: str) -> float:
         seconds = float(number) * SECONDS_IN[unit]
     if seconds <= 0:
         raise UsageError(
-            f"invalid duration '{text}': give seconds, or a number with s, m or h, such as 90s or 30m")
+            f"invalid duration '{text}': "
+            "give seconds, or a number with s, m or h, such as 90s or 30m")
     return seconds
 
 
@@ -600,7 +601,7 @@ def format_age(seconds: float) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The word of ``known`` that was meant: with letters swapped, else a similar one; "" for none."""
+    """The word of ``known`` with the same letters, else a similar one; "" for none."""
     import difflib
     words = list(known)
     for one in words:
@@ -705,11 +706,13 @@ def _is_joined(before: str, char: str) -> bool:
 
 def _completes_flag(cluster: str, char: str) -> bool:
     """Whether a cluster is the first of the two letters of a flag, and this the second."""
-    return len(cluster) == 1 and _is_within(cluster, FLAG_LETTERS) and _is_within(char, FLAG_LETTERS)
+    if len(cluster) > 1:
+        return False
+    return _is_within(cluster, FLAG_LETTERS) and _is_within(char, FLAG_LETTERS)
 
 
 def clusters(text: str) -> Iterator[str]:
-    """The parts of ``text`` that a terminal never divides: a character and what is drawn over it."""
+    """The parts of ``text`` that a terminal never divides: a character, and what joins it."""
     cluster = ""
     for char in text:
         if not cluster:
@@ -810,9 +813,10 @@ def make_private_directory(path: str) -> None:
 
 
 def read_regular_file(path: str) -> Tuple[bytes, int]:
-    """The content of a file and its mode bits; OSError for anything but a regular file of up to 8 MiB.
+    """The content of a file, and its mode bits.
 
-    Opened without waiting: a fifo that nobody writes to would hold us for ever.
+    OSError for anything but a regular file of at most 8 MiB. Opened without waiting: a fifo that
+    nobody writes to would hold us for ever.
     """
     descriptor = os.open(path, READING)
     try:
@@ -835,7 +839,7 @@ def _open_private(path: str, flags: int) -> int:
 
 
 class Replacement:
-    """The next content of a file, swapped in whole: whenever we are killed, the old or the new is there.
+    """The next content of a file, swapped in whole: a kill leaves the old content or the new.
 
     A link is followed. For use under the file's lock, so that the temporary name can be fixed:
     what a killed process left there, tokens in it, is taken away by the next one. ``room``
@@ -894,7 +898,7 @@ class Replacement:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Make ``data`` the content of a file, under its lock; OSError, and then nothing has changed."""
+    """Make ``data`` the content of a file, under its lock; after an OSError it is as before."""
     with Replacement(path) as replacement:
         replacement.commit(data)
 
@@ -949,7 +953,7 @@ IN_DOUBT_S = 86400.0    # how long an earlier start of the same request matters
 
 
 def check_token(token: str, place: str) -> str:
-    """``token`` if a header can carry it; else UnauthorizedError, with the ``place`` but not the token."""
+    """``token`` if a header can carry it; UnauthorizedError names ``place``, never the token."""
     if not TOKEN.match(token):
         raise UnauthorizedError(
             f"{place}: the token contains spaces, control or non-ASCII characters")
@@ -995,7 +999,8 @@ def start_record(base_url: str, body: Json, key: str, repo: str) -> Json:
         "repo": text_of(body, "repoId"),
         "task": text_of(body, "prompt"),
     }
-    digest = hashlib.sha256(to_json(request, sort_keys=True).encode()).hexdigest()
+    canonical = to_json(request, sort_keys=True)
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
     now = time.time()
     seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
     return {
@@ -1101,10 +1106,15 @@ class Home:
                     f"{self.directory} does not support locks ({error.strerror}): "
                     "do not run two commands that sign in or start runs at once")
 
+    @contextlib.contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        with self._lock(path), naming_file("write", path):
+            yield
+
     # -- auth.json
 
     def _document(self, warn: Warn) -> Json:
-        """auth.json, {} for none; UnauthorizedError that names it when it cannot be read or understood."""
+        """auth.json, {} for none; UnauthorizedError that names it when it cannot be read."""
         try:
             data, mode = read_regular_file(self.auth_path)
             document = parse_json(data.decode("utf-8-sig"))
@@ -1164,7 +1174,7 @@ class Home:
 
         MogplexError that names the file when it cannot be written, or is held by another process.
         """
-        with self._lock(self.auth_path), naming_file("write", self.auth_path):
+        with self._writing(self.auth_path):
             content, _ = self._content_with(entry)
             replace_file(self.auth_path, content)
         return self.auth_path
@@ -1173,7 +1183,7 @@ class Home:
         """Take our sign-in, and nothing else, out of auth.json; whether there was one."""
         if not os.path.lexists(self.auth_path):
             return False
-        with self._lock(self.auth_path), naming_file("write", self.auth_path):
+        with self._writing(self.auth_path):
             content, had_one = self._content_with({})
             if had_one:
                 replace_file(self.auth_path, content)
@@ -1185,13 +1195,13 @@ class Home:
 
     @contextlib.contextmanager
     def sign_in_successor(self) -> Iterator[Store]:
-        """A function that stores an entry, under ``sign_in_lock``, with all that can fail done before.
+        """A function that stores an entry; for use under ``sign_in_lock``.
 
-        UnwritableError when the entry could not be stored: known before a refresh token is spent.
+        UnwritableError when an entry could not be stored: known before a refresh token is spent.
         """
         with naming_file("write", self.auth_path):
             present, _ = read_regular_file(self.auth_path)
-            replace_file(self.auth_path, present)  # by itself: only trying shows that it can be done
+            replace_file(self.auth_path, present)  # only trying shows that it can be replaced
             replacement = Replacement(self.auth_path, room=len(present) + RENEWAL_ROOM)
 
         def store(entry: Json) -> None:
@@ -1208,11 +1218,11 @@ class Home:
     # -- runs.jsonl
 
     def record_start(self, start: Json) -> None:
-        """Write a start down before it is sent; see ``start_record``. Where that fails, a warning is all."""
+        """Write a start down before it is sent; where that fails, a warning is all."""
         self._change_history(with_start, start)
 
     def record_run(self, start: Json, run: Json) -> None:
-        """Add the answer to a start that was written down: the run's id, branch and time; one record a run."""
+        """Add to a start what its answer says: the run's id, branch and time."""
         entry = {
             **start,
             "id": text_of(run, "runId"),
@@ -1226,7 +1236,10 @@ class Home:
         self._change_history(without_start, start)
 
     def history(self, base_url: str) -> List[Json]:
-        """What was started here on the service at ``base_url``, newest first; without ``id``: in doubt."""
+        """What was started here on the service at ``base_url``, newest first.
+
+        A record without an ``id`` is of a start whose answer never came.
+        """
         if not self.keeps_history:
             return []
         try:
@@ -1241,7 +1254,7 @@ class Home:
         return [record for record in self.history(base_url) if text_of(record, "id")]
 
     def start_in_doubt(self, start: Json, now: float) -> Json:
-        """An earlier start of the same request within a day whose answer never came; {} for none."""
+        """A start of the same request, of the last day, whose answer never came; {} for none."""
         for record in self.history(text_of(start, "service")):
             if _share("key", record, start):
                 continue  # the answer to this one is about to come
@@ -1268,7 +1281,7 @@ class Home:
         if not self.keeps_history:
             return
         try:
-            with self._lock(self.history_path), naming_file("write", self.history_path):
+            with self._writing(self.history_path):
                 changed = change(self._records(), record)
                 kept = newest_records(changed, time.time())
                 lines = [to_json(one) + "\n" for one in kept]
@@ -1295,8 +1308,35 @@ REFRESH_EARLY_S = 60.0   # before its end a token is refreshed
 SETTLE_S = 5.0           # the longest wait for a refresh that is under way when the program leaves
 
 
+def _reason(answer: Json) -> str:
+    """Why OAuth says no, as one harmless line."""
+    reasons = [text_of(answer, "error"), text_of(answer, "error_description")]
+    return sanitize(": ".join(filter(None, reasons))) or "no reason given"
+
+
+def _token_error(
+    base_url: str,
+    status: int,
+    answer: Json,
+    form: Dict[str, str],
+) -> MogplexError:
+    """What an answer of the token endpoint without a token means."""
+    if status == 429:
+        return RateLimitedError("too many sign-ins", status=status, transient=True)
+    if status >= 500:
+        return UnavailableError("the sign-in service is unavailable", status=status, transient=True)
+    if status not in (400, 401, 403):
+        message = f"unexpected response from {base_url}{TOKEN_PATH}: no token in it"
+        return InvalidResponseError(message, status=status)
+    reason = _reason(answer)
+    for name in SECRET_FIELDS:
+        reason = redact(reason, form.get(name, ""))
+    return UnauthorizedError(
+        f"the service refused the sign-in: {reason}", status=status, hint="run `mogplex login`")
+
+
 def _ask_for_token(post: PostForm, base_url: str, **form: str) -> Json:
-    """Ask the token endpoint; the entry to store. No secret gets into an error, not even when echoed.
+    """Ask the token endpoint; the entry to store. An error has no secret in it, even when echoed.
 
     Facts: 401 with OAuth's error for a code or refresh token that is bad, used or expired; 429 as
     plain text; an empty 500 in an outage.
@@ -1317,23 +1357,6 @@ def _ask_for_token(post: PostForm, base_url: str, **form: str) -> Json:
     raise _token_error(base_url, status, answer, form)
 
 
-def _token_error(base_url: str, status: int, answer: Json, form: Dict[str, str]) -> MogplexError:
-    """What an answer of the token endpoint without a token means."""
-    if status == 429:
-        return RateLimitedError("too many sign-ins", status=status, transient=True)
-    if status >= 500:
-        return UnavailableError("the sign-in service is unavailable", status=status, transient=True)
-    if status not in (400, 401, 403):
-        message = f"unexpected response from {base_url}{TOKEN_PATH}: no token in it"
-        return InvalidResponseError(message, status=status)
-    reasons = [text_of(answer, key) for key in ("error", "error_description")]
-    reason = sanitize(": ".join(filter(None, reasons))) or "no reason given"
-    for name in SECRET_FIELDS:
-        reason = redact(reason, form.get(name, ""))
-    return UnauthorizedError(
-        f"the service refused the sign-in: {reason}", status=status, hint="run `mogplex login`")
-
-
 def _not_stored(entry: Json) -> None:
     """What a credential without a home does with a new sign-in."""
 
@@ -1346,8 +1369,14 @@ class Credential:
     """
 
     def __init__(
-        self, token: Optional[str], *, source: str = "given", base_url: str = "",
-        refresh_token: str = "", expires_at: Optional[float] = None, home: Optional[Home] = None,
+        self,
+        token: Optional[str],
+        *,
+        source: str = "given",
+        base_url: str = "",
+        refresh_token: str = "",
+        expires_at: Optional[float] = None,
+        home: Optional[Home] = None,
     ) -> None:
         if not token:
             raise UnauthorizedError("no token given", hint="is the variable that holds it set?")
@@ -1581,10 +1610,10 @@ def reply_to_callback(head: str, attempt: Attempt) -> Reply:
     if _hosts_named(head) not in ([f"127.0.0.1:{attempt.port}"], [f"localhost:{attempt.port}"]):
         return NOTHING_HERE
     values = dict(urllib.parse.parse_qsl(match.group(2)))
-    is_ours = hmac.compare_digest(values.get("state", "").encode(), attempt.state.encode())
+    state = values.get("state", "")
+    is_ours = hmac.compare_digest(state.encode(), attempt.state.encode())
     if "error" in values and (is_ours or "state" not in values):  # the service sends it without
-        reasons = [values[key] for key in ("error", "error_description") if key in values]
-        reason = sanitize(": ".join(reasons))
+        reason = _reason(values)
         text = f"The sign-in failed: {reason}. You can return to the terminal."
         return Reply(200, text, {"error": reason})
     if not is_ours or "code" not in values:
@@ -1619,7 +1648,7 @@ def _send_page(connection: socket.socket, reply: Reply) -> None:
 
 
 def _serve_callback(connection: socket.socket, attempt: Attempt, outcomes: List[Json]) -> None:
-    """Answer one connection; what ends the wait goes to ``outcomes``, once the browser has its page."""
+    """Answer one connection; what ends the wait goes to ``outcomes`` after the browser's page."""
     with connection, contextlib.suppress(OSError):
         connection.settimeout(10.0)
         head = _read_head(connection)
@@ -1651,8 +1680,16 @@ def start_thread(function: Callable[..., object], *arguments: object) -> None:
         raise MogplexError(f"cannot start a thread: {error}") from None
 
 
+def never() -> bool:
+    """A ``stopped`` that lets the wait go on."""
+    return False
+
+
 def _await_callback(
-    listener: socket.socket, attempt: Attempt, timeout_s: float, stopped: Callable[[], bool],
+    listener: socket.socket,
+    attempt: Attempt,
+    timeout_s: float,
+    stopped: Callable[[], bool],
 ) -> Json:
     """What the browser brings; each visitor has a thread, so that a silent one holds up nobody."""
     outcomes: List[Json] = []
@@ -1671,13 +1708,19 @@ def _await_callback(
 
 
 def sign_in(
-    base_url: str, post: PostForm, *, announce: Callable[[str], None],
-    open_browser: Optional[Callable[[str], object]], timeout_s: float = 300.0,
-    stopped: Callable[[], bool] = lambda: False, ports: Sequence[int] = LOGIN_PORTS,
+    base_url: str,
+    post: PostForm,
+    *,
+    announce: Callable[[str], None],
+    open_browser: Optional[Callable[[str], object]],
+    timeout_s: float = 300.0,
+    stopped: Callable[[], bool] = never,
+    ports: Sequence[int] = LOGIN_PORTS,
 ) -> Json:
-    """Sign in through a browser (authorization code, PKCE S256); the entry for ``Home.store_sign_in``.
+    """Sign in through a browser: authorization code, PKCE S256.
 
-    ``announce`` gets the URL to open. UnauthorizedError when the service refuses, MogplexError
+    The value is the entry for ``Home.store_sign_in``. ``announce`` gets the URL to open.
+    UnauthorizedError when the service refuses, MogplexError
     when ``timeout_s`` is over, ``stopped`` says so, or no port is free.
     """
     import secrets
@@ -2756,7 +2799,10 @@ class Client:
         send = functools.partial(self._send_renewing, request)
         worker = Worker(send, functools.partial(self._explain, request))
         report = functools.partial(self._report, request.method, attempt)
-        return Exchange(request, worker, tick, self._clean, report)
+        clean: Callable[[str], str] = self._clean
+        if not request.authorized:
+            clean = str  # a sign-in's answer holds tokens, and is shown to nobody
+        return Exchange(request, worker, tick, clean, report)
 
     # The four rules around the transport; the first three run on the worker's thread.
 

@@ -1090,6 +1090,15 @@ def test_closing_a_client_waits_for_a_refresh_that_is_under_way(tmp_path: Any) -
         assert stored(tmp_path)["mogplex"]["refresh_token"] == "refresh-1"
 
 
+def test_a_refresh_token_that_does_not_rotate_is_kept_as_it_is(tmp_path: Any) -> None:
+    said = {"access_token": "access-1", "refresh_token": "refresh-0", "expires_in": 3600}
+    with RawServer(lambda *_: answer(200, said)) as server:
+        credential = signed_in(tmp_path, server.url)
+        with mogplex.Client(credential, server.url) as client:
+            assert credential.current(client.post_form) == "access-1"
+    assert stored(tmp_path)["mogplex"]["refresh_token"] == "refresh-0"
+
+
 def fifo_at(path: Any) -> None:
     os.mkfifo(path)
 
