@@ -5931,11 +5931,15 @@ def test_odd_sandbox_logs(cli: Callable[..., Result], data: Dict[str, Any], out:
     assert result == Result(0, out, err)
 
 
-def test_a_token_without_the_scope(run_demo: Callable[..., Result], demo: mogplex.DemoServer) -> None:
-    for flags in ([], ["--json"]):
-        result = run_demo("run", "--repo", mogplex.DEMO_WEB, "x", *flags, MOGPLEX_API_KEY=demo.read_token)
-        assert (result.code, result.out) == (65, "")
-        assert result.err.startswith("error: FORBIDDEN: Missing required scope: write.") and "(HTTP 403)" in result.err
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_a_token_without_the_scope(
+    run_demo: Callable[..., Result], demo: mogplex.DemoServer, flags: List[str],
+) -> None:
+    argv = ["run", "--repo", mogplex.DEMO_WEB, "x", *flags]
+    result = run_demo(*argv, MOGPLEX_API_KEY=demo.read_token)
+    assert (result.code, result.out) == (65, "")
+    assert result.err.startswith("error: FORBIDDEN: Missing required scope: write.")
+    assert "(HTTP 403)" in result.err
 
 
 def test_no_credential_names_both_ways_to_give_one(cli: Callable[..., Result]) -> None:
@@ -5949,32 +5953,43 @@ def test_a_token_no_header_can_carry_is_not_printed(cli: Callable[..., Result], 
     assert result.code == 64 and "mog" not in result.err.replace("mogplex", "")
 
 
-def test_debug_shows_requests_and_never_the_token(run_demo: Callable[..., Result], demo: mogplex.DemoServer) -> None:
-    for argv in (["--debug", "repos", "list"], ["repos", "list", "--debug"]):
-        result = run_demo(*argv)
-        assert re.search(r"debug: GET http://127\.0\.0\.1:\d+/api/v1/mogplex/repos\S* 200 \d+ ms \d+ bytes try 1", result.err)
-        assert demo.token not in result.err + result.out
-    assert "debug: GET" in run_demo("repos", "list", MOGPLEX_DEBUG="1").err
-
-
-@pytest.mark.parametrize("flags", [["--demo"], []])
-def test_demo_before_and_after_the_subcommand(
-    cli: Callable[..., Result], tmp_path: Any, flags: List[str],
+@pytest.mark.parametrize("argv, env", [
+    (["--debug", "repos", "list"], {}),
+    (["repos", "list", "--debug"], {}),
+    (["repos", "list"], {"MOGPLEX_DEBUG": "1"}),
+])
+def test_debug_shows_requests_and_never_the_token(
+    run_demo: Callable[..., Result], demo: mogplex.DemoServer, argv: List[str], env: Dict[str, str],
 ) -> None:
-    argv = [*flags, "runs", "list", "--json", *([] if flags else ["--demo"])]
-    result = cli(*argv, env={"MOGPLEX_API_KEY": TOKEN, "MOGPLEX_URL": "https://nowhere.invalid", "NODE_ENV": "production"})
-    assert result.code == 0 and [json.loads(line)["id"] for line in result.out.splitlines()][0] == RUNNING
+    result = run_demo(*argv, **env)
+    path = re.escape(f"{demo.url}/api/v1/mogplex/repos")
+    assert re.search(rf"debug: GET {path}\S* 200 \d+ ms \d+ bytes try 1", result.err)
+    assert demo.token not in result.err + result.out
+
+
+@pytest.mark.parametrize("argv", [
+    ["--demo", "runs", "list", "--json"], ["runs", "list", "--json", "--demo"]])
+def test_demo_before_and_after_the_subcommand(
+    cli: Callable[..., Result], tmp_path: Any, argv: List[str],
+) -> None:
+    elsewhere = {**service("https://nowhere.invalid"), "NODE_ENV": "production"}
+    result = cli(*argv, env=elsewhere)
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert result.code == 0 and records[0]["id"] == RUNNING
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("status, code", [(401, 64), (403, 65), (404, 1), (429, 75), (501, 69), (503, 69), (418, 1)])
-def test_json_never_changes_an_exit_code(cli: Callable[..., Result], status: int, code: int) -> None:
+@pytest.mark.parametrize("status, code", [
+    (401, 64), (403, 65), (404, 1), (429, 75), (501, 69), (503, 69), (418, 1)])
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_json_never_changes_an_exit_code(
+    cli: Callable[..., Result], status: int, code: int, flags: List[str],
+) -> None:
     with one_answer(refusal(status, "CODE", "text \x1b[2J", Retry_After="60")) as server:
-        for flags in ([], ["--json"]):
-            result = cli("repos", "list", *flags, env=service(server.url))
-            assert (result.code, result.out) == (code, "")
-            assert result.err.splitlines()[0] == f"error: CODE: text  (HTTP {status})"
-            assert "asks to wait 60 s" in result.err
+        result = cli("repos", "list", *flags, env=service(server.url))
+    assert (result.code, result.out) == (code, "")
+    assert result.err.splitlines()[0] == f"error: CODE: text  (HTTP {status})"
+    assert "asks to wait 60 s" in result.err
 
 
 def test_a_refused_token_says_what_to_check(run_demo: Callable[..., Result]) -> None:
@@ -5983,26 +5998,38 @@ def test_a_refused_token_says_what_to_check(run_demo: Callable[..., Result]) -> 
         "the token was refused: check MOGPLEX_API_KEY, or sign in with `mogplex login`\n"))
 
 
-@pytest.mark.parametrize("location", [None, "/api/v1/mogplex/repos?again", "http://localhost:{port}/api/v1/mogplex/repos"])
-def test_a_netrc_entry_never_takes_the_token_s_place(cli: Callable[..., Result], tmp_path: Any, location: Optional[str]) -> None:
-    (tmp_path / ".netrc").write_text("default login someone password else\nmachine localhost login someone password else\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    with RawServer(lambda *_: answer(307, "", Location=location.format(port=server.url[-5:])) if location else ok({"repos": []})) as server:
+@pytest.mark.parametrize("location, code", [
+    (None, 0),
+    ("/api/v1/mogplex/repos?again", 1),
+    ("http://localhost:{port}/api/v1/mogplex/repos", 1),
+])
+def test_a_netrc_entry_never_takes_the_token_s_place(
+    cli: Callable[..., Result], tmp_path: Any, location: Optional[str], code: int,
+) -> None:
+    def reply(number: int, request: str, connection: socket.socket) -> bytes:
+        if location is None:
+            return ok({"repos": []})
+        return answer(307, "", Location=location.format(port=server.url.rpartition(":")[2]))
+
+    netrc = tmp_path / ".netrc"
+    netrc.write_text(
+        "default login someone password else\nmachine localhost login someone password else\n")
+    netrc.chmod(0o600)
+    with RawServer(reply) as server:
         result = cli("repos", "list", "--json", env=service(server.url))
-    assert result.code == (1 if location else 0) and len(server.requests) == 1
-    assert f"authorization: bearer {TOKEN}".lower() in server.requests[0].lower() and "basic" not in server.requests[0].lower()
+    (request,) = server.requests
+    assert result.code == code and "basic" not in request.lower()
+    assert f"authorization: bearer {TOKEN}".lower() in request.lower()
 
 
 def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
     """What a command writes on a terminal so wide."""
-    import fcntl
-    import pty
-    import struct
-    import termios
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    process = subprocess.Popen([sys.executable, MODULE, *argv], stdin=slave, stdout=slave, stderr=slave, env={
-        **{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}, "TERM": "xterm", **env})
+    inherited = {name: os.environ[name] for name in os.environ if name not in ("COLUMNS", "LINES")}
+    process = subprocess.Popen(
+        [sys.executable, MODULE, *argv], stdin=slave, stdout=slave, stderr=slave,
+        env={**inherited, "TERM": "xterm", **env})
     os.close(slave)
     shown = b""
     with contextlib.suppress(OSError):  # EIO is how Linux says that the other side is closed
@@ -6016,21 +6043,29 @@ def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
-def test_a_table_on_a_terminal_has_ages_and_colours_and_keeps_its_ids(demo: mogplex.DemoServer) -> None:
-    shown = on_a_terminal(100, "sandboxes", "list", "--repo", "acme/web", env=service(demo.url, demo.token))
+def test_a_table_on_a_terminal_has_ages_and_colours_and_keeps_its_ids(
+    demo: mogplex.DemoServer,
+) -> None:
+    argv = ["sandboxes", "list", "--repo", "acme/web"]
+    shown = on_a_terminal(100, *argv, env=service(demo.url, demo.token))
     plain = re.sub("\x1b\\[[0-9]*m", "", shown)
-    assert "\x1b[32mrunning\x1b[0m" in shown and re.search(r" \d+[smhd] ago", plain) and "\u2026" in plain
-    assert max(map(len, plain.rstrip("\n").split("\n"))) <= 100 and mogplex.DEMO_SANDBOXES[0][0] in plain
+    assert "\x1b[32mrunning\x1b[0m" in shown
+    assert re.search(r" \d+[smhd] ago", plain) and "\u2026" in plain
+    assert max(map(len, plain.splitlines())) <= 100
+    assert mogplex.DEMO_SANDBOXES[0][0] in plain
 
 
 def test_following_on_a_terminal_leaves_no_status_line_behind(demo: mogplex.DemoServer) -> None:
-    shown = on_a_terminal(100, "runs", "events", FINISHED, "--follow", env=service(demo.url, demo.token))
+    argv = ["runs", "events", FINISHED, "--follow"]
+    shown = on_a_terminal(100, *argv, env=service(demo.url, demo.token))
     screen = [line.split("\r")[-1] for line in shown.split("\n")]
     assert [line for line in screen if "| last event" in line] == [] and "duration: " in screen[-2]
     assert "success | last event" not in shown or "\r" in shown
 
 
-def test_a_login_redirect_is_unauthorized_and_names_the_base_url(cli: Callable[..., Result]) -> None:
+def test_a_login_redirect_is_unauthorized_and_names_the_base_url(
+    cli: Callable[..., Result],
+) -> None:
     with one_answer(answer(307, "", Location="/login?next=%2Fx")) as server:
         result = cli("runs", "cancel", "R", env=service(server.url))
     assert result.code == 64 and "MOGPLEX_URL" in result.err and len(server.requests) == 1
@@ -6305,16 +6340,27 @@ def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
         served.set()
 
 
-@pytest.mark.parametrize("shell, code, told", [
-    ("{} repos list >/dev/full", 1, "error: cannot write to stdout: No space left on device"),
-    ("{} repos list >&-", 1, "error: stdout is closed"), ("{} repos list 2>&-", 0, ""), ("{} repos list 2>/dev/full", 0, ""),
-    ("{} repos list --json | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}", None, ""),
+@pytest.mark.parametrize("redirection, code, told", [
+    (">/dev/full", 1, "error: cannot write to stdout: No space left on device"),
+    (">&-", 1, "error: stdout is closed"),
+    ("2>&-", 0, ""),
+    ("2>/dev/full", 0, ""),
 ])
-def test_a_stdout_that_takes_nothing(demo: mogplex.DemoServer, shell: str, code: Optional[int], told: str) -> None:
-    command = shell.format(f"{sys.executable} {MODULE}")
-    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60,
-                          env={**os.environ, **service(demo.url, demo.token)})
-    assert done.returncode in ((code,) if code is not None else (0, 141)) and done.stderr.decode().strip() == told
+def test_a_stream_that_takes_nothing(
+    demo: mogplex.DemoServer, redirection: str, code: int, told: str,
+) -> None:
+    command = f"{sys.executable} {MODULE} repos list {redirection}"
+    environ = {**os.environ, **service(demo.url, demo.token)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, env=environ)
+    assert (done.returncode, done.stderr.decode().strip()) == (code, told)
+
+
+def test_a_reader_of_one_byte_ends_a_list_quietly(demo: mogplex.DemoServer) -> None:
+    program = f"{sys.executable} {MODULE} repos list --json"
+    command = f"{program} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    environ = {**os.environ, **service(demo.url, demo.token)}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, env=environ)
+    assert done.returncode in (0, 141) and done.stderr == b""
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no O_NONBLOCK")
@@ -6340,12 +6386,16 @@ def waiting_bytes(descriptor: int) -> int:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell script for a browser")
-def test_a_browser_gets_neither_the_token_nor_our_streams(tmp_path: Any, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_browser_gets_neither_the_token_nor_our_streams(
+    tmp_path: Any, capfd: pytest.CaptureFixture[str],
+) -> None:
     seen = tmp_path / "seen"
     browser = tmp_path / "browser"
-    browser.write_text(f'#!/bin/sh\necho words of the browser; echo more >&2\n(echo "$1"; env) > "{seen}"\n')
+    browser.write_text(
+        f'#!/bin/sh\necho words of the browser; echo more >&2\n(echo "$1"; env) > "{seen}"\n')
     browser.chmod(0o755)
-    environ = {**os.environ, **service("http://127.0.0.1:1"), "BROWSER": f"{browser} %s", "KEPT": "yes"}
+    ours = service("http://127.0.0.1:1")
+    environ = {**os.environ, **ours, "BROWSER": f"{browser} %s", "KEPT": "yes"}
     context = mogplex.Context(environ, sys.stdin, sys.stdout, sys.stderr)
     assert context.browse("https://a.example/?a=1&b=2") is True
     url, *variables = seen.read_text().splitlines()
@@ -6372,8 +6422,10 @@ def test_the_certificates_that_the_environment_names(
     assert mogplex.trusted_certificates(given) == expected
 
 
-def test_the_certificates_of_the_environment_are_those_of_every_command(cli: Callable[..., Result]) -> None:
-    environ = {"MOGPLEX_URL": "https://127.0.0.1:9", "MOGPLEX_API_KEY": TOKEN, "SSL_CERT_FILE": "/nowhere.pem"}
+def test_the_certificates_of_the_environment_are_those_of_every_command(
+    cli: Callable[..., Result],
+) -> None:
+    environ = {**service("https://127.0.0.1:9"), "SSL_CERT_FILE": "/nowhere.pem"}
     assert "CA certificates" in cli("repos", "list", env=environ).err
 
 
@@ -6414,28 +6466,38 @@ def test_the_id_of_a_run_is_not_lost_with_the_reader_of_stdout(flags: List[str],
 
 
 def test_an_encoding_that_lacks_a_character_gets_a_replacement(demo: mogplex.DemoServer) -> None:
-    done = subprocess.run([sys.executable, MODULE, "runs", "events", FINISHED], capture_output=True, timeout=60, env={
-        **os.environ, **service(demo.url, demo.token), "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-    assert done.returncode == 0 and b"tests pass ?" in done.stdout and done.stderr == b""
+    ours = service(demo.url, demo.token)
+    environ = {**os.environ, **ours, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    argv = [sys.executable, MODULE, "runs", "events", FINISHED]
+    done = subprocess.run(argv, capture_output=True, timeout=60, env=environ)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"?" in done.stdout and done.stdout.isascii()
 
 
-@pytest.mark.parametrize("missing, argv, code, out, told", [
-    ("requests", ["repos", "list"], 1, "", "the package 'requests' is missing"),
-    ("tabulate", ["repos", "list", "--query", "docs"], 0,
-     "ID\tREPO\tBRANCH\tROOT\nc41e9a70-8d2b-4f65-b3a7-6e5d4c3b2a19\tacme/docs\ttrunk\twebsite\n", "'tabulate' is missing"),
-    ("tabulate", ["repos", "list", "--query", "zzz", "--json"], 0, "", ""),
-])
-def test_missing_packages(
-    run_demo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, missing: str, argv: List[str], code: int, out: str,
-    told: str,
+def test_without_requests_a_command_says_how_to_install_it(
+    run_demo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, missing, None)  # what Python itself does for "not there"
-    result = run_demo(*argv)
-    assert (result.code, result.out) == (code, out) and told in result.err and "Traceback" not in result.err
-    assert missing != "requests" or "python3 -m pip install requests" in result.err
+    monkeypatch.setitem(sys.modules, "requests", None)  # what Python itself does for "not there"
+    result = run_demo("repos", "list")
+    assert (result.code, result.out) == (1, "")
+    assert "the package 'requests' is missing" in result.err
+    assert "python3 -m pip install requests" in result.err
 
 
-def test_a_real_bug_keeps_its_traceback(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_tabulate_a_table_is_tab_separated(
+    run_demo: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "tabulate", None)
+    result = run_demo("repos", "list", "--query", "docs")
+    titles, row = result.out.splitlines()
+    assert titles.startswith("ID\tREPO\t") and "\tacme/docs\ttrunk\twebsite" in row
+    assert result.err == "the package 'tabulate' is missing: the table is tab-separated\n"
+    assert run_demo("repos", "list", "--query", "zzz", "--json") == Result(0, "", "")
+
+
+def test_a_real_bug_keeps_its_traceback(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(mogplex, "DEFAULT_URL", None)
     with pytest.raises(AttributeError):
         cli("runs", "list")
@@ -6545,45 +6607,75 @@ def test_a_demo_that_ends_says_that_its_runs_are_gone(cli: Callable[..., Result]
 
 
 @pytest.mark.usefixtures("login_ports")
-def test_login_in_the_demo_touches_no_file_of_ours(cli: Callable[..., Result], tmp_path: Any) -> None:
-    result = cli("--demo", "login")
-    assert result.code == 0 and re.fullmatch(r"signed in to http://127\.0\.0\.1:\d+\n", result.out)
-    assert "/api/auth/mcp/authorize?response_type=code&" in result.err and not (tmp_path / "home").exists()
+def test_login_in_the_demo_touches_no_file_of_ours(
+    cli: Callable[..., Result], tmp_path: Any,
+) -> None:
+    result = cli("--demo", "login", env={"CI": "true"})  # whose browser the demo brings along
+    assert result.code == 0
+    assert re.fullmatch(r"signed in to http://127\.0\.0\.1:\d+\n", result.out)
+    assert "/api/auth/mcp/authorize?response_type=code&" in result.err
+    assert not (tmp_path / "home").exists()
+
+
+def remote_login(url: str) -> Tuple["subprocess.Popen[str]", List[str]]:
+    """``login`` over SSH, and the lines that it says before it waits."""
+    environ = {**os.environ, **service(url, ""), "SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}
+    process = subprocess.Popen(
+        [sys.executable, MODULE, "login"], env=environ, universal_newlines=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr
+    return process, [process.stderr.readline() for _ in range(5)]
 
 
 @pytest.mark.posix
 @pytest.mark.usefixtures("login_ports")
-def test_login_on_a_remote_host(tmp_path: Any) -> None:
-    """The URL is taken to a browser elsewhere; nothing is opened here, Ctrl+C leaves, and the rest is stored."""
+def test_login_on_a_remote_host_takes_the_answer_of_a_browser_elsewhere(tmp_path: Any) -> None:
     with RawServer(Issuer()) as server:
-        environ = {**os.environ, **service(server.url, ""), "SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}
-        for interrupted in True, False:
-            process = subprocess.Popen(
-                [sys.executable, MODULE, "login"], env=environ, universal_newlines=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            assert process.stderr
-            said = [process.stderr.readline() for _ in range(5)]
-            assert said[0] == f"to sign in to {server.url}, open this page:\n"
-            assert re.search(r"ssh -L (2481[68]):127\.0\.0\.1:\1 ", said[2]) and "login --with-token" in said[3]
-            assert said[4] == "waiting for up to 5m 00s; press Ctrl+C to stop\n"
-            if interrupted:
-                process.send_signal(signal.SIGINT)
-            else:
-                Browser(CALLBACK)(said[1].strip())
-            left = (*process.communicate(), process.returncode)
-            assert left == (("", "", 130) if interrupted else (f"signed in to {server.url}\n", "", 0))
+        process, said = remote_login(server.url)
+        Browser(CALLBACK)(said[1].strip())
+        left = process.communicate(timeout=60)
+    assert said[0] == f"to sign in to {server.url}, open this page:\n"
+    assert re.search(r"ssh -L (2481[68]):127\.0\.0\.1:\1 ", said[2])
+    assert "login --with-token" in said[3]
+    assert said[4] == "waiting for up to 5m 00s; press Ctrl+C to stop\n"
+    assert (process.returncode, *left) == (0, f"signed in to {server.url}\n", "")
     assert stored(tmp_path / "home")["mogplex"]["access_token"] == "access-1"
 
 
+@pytest.mark.posix
+@pytest.mark.usefixtures("login_ports")
+def test_ctrl_c_ends_the_wait_for_a_browser(tmp_path: Any) -> None:
+    with RawServer(Issuer()) as server:
+        process, _ = remote_login(server.url)
+        process.send_signal(signal.SIGINT)
+        left = process.communicate(timeout=60)
+    assert (process.returncode, *left) == (130, "", "")
+    assert not (tmp_path / "home" / "auth.json").exists()
+
+
+def accepts_one_token(number: int, request: str, connection: socket.socket) -> bytes:
+    """A service that knows TOKEN and no other."""
+    if TOKEN in request:
+        return ok({"repos": []})
+    return refusal(401, "UNAUTHORIZED", "Unauthorized")
+
+
+@pytest.mark.parametrize("stdin, code", [("mog_wrong\n", 64), ("", 2), (" \n", 2), ("mog_\x1b[2J", 64)])
+def test_login_stores_no_token_that_is_not_accepted(
+    cli: Callable[..., Result], tmp_path: Any, stdin: str, code: int,
+) -> None:
+    with RawServer(accepts_one_token) as server:
+        result = cli("login", "--with-token", env=service(server.url, ""), stdin=stdin)
+    assert (result.code, result.out) == (code, "") and not (tmp_path / "home").exists()
+
+
 def test_login_with_a_token(cli: Callable[..., Result], tmp_path: Any) -> None:
-    with RawServer(lambda number, request, _: ok({"repos": []}) if TOKEN in request else refusal(
-            401, "UNAUTHORIZED", "Unauthorized")) as server:
-        for stdin, code in (("mog_wrong\n", 64), ("", 2), (" \n", 2), ("mog_\x1b[2J", 64)):
-            result = cli("login", "--with-token", env=service(server.url, ""), stdin=stdin)
-            assert (result.code, result.out) == (code, "") and not (tmp_path / "home").exists(), result
-        result = cli("login", "--with-token", "--json", env=service(server.url, "mog_other"), stdin=f"{TOKEN}\n")
-    assert json.loads(result.out) == {"service": server.url, "path": str(tmp_path / "home" / "auth.json")}
-    assert (result.code, result.err) == (0, "MOGPLEX_API_KEY is set and takes precedence over this sign-in\n")
+    with RawServer(accepts_one_token) as server:
+        overruled = service(server.url, "mog_other")
+        result = cli("login", "--with-token", "--json", env=overruled, stdin=f"{TOKEN}\n")
+    path = str(tmp_path / "home" / "auth.json")
+    assert result.code == 0 and json.loads(result.out) == {"service": server.url, "path": path}
+    assert result.err == "MOGPLEX_API_KEY is set and takes precedence over this sign-in\n"
     assert stored(tmp_path / "home")["mogplex"] == {"token": TOKEN, "base_url": server.url}
 
 
@@ -6602,15 +6694,13 @@ def test_login_in_ci_does_not_wait_for_a_browser(
 
 
 @pytest.mark.usefixtures("login_ports")
-@pytest.mark.parametrize("argv, env", [
-    (["login", "--no-browser", "--timeout", "0.1"], {"CI": "true"}),
-    (["login", "--no-browser", "--timeout", "0.1"], {"CI": "false"}),
-])
-def test_login_in_ci_waits_for_a_browser_elsewhere(
-    cli: Callable[..., Result], argv: List[str], env: Dict[str, str],
+@pytest.mark.parametrize("flags, in_ci", [(["--no-browser"], "true"), ([], "false"), ([], "0")])
+def test_login_waits_for_a_browser_elsewhere(
+    cli: Callable[..., Result], flags: List[str], in_ci: str,
 ) -> None:
-    result = cli(*argv, env={**service("http://127.0.0.1:9", ""), **env})
-    assert result.code == 1 and "open this page" in result.err
+    environ = {**service("http://127.0.0.1:9", ""), "CI": in_ci, "SSH_TTY": "/dev/tty"}
+    result = cli("login", *flags, "--timeout", "0.1", env=environ)
+    assert result.code == 1 and "CI job" not in result.err
 
 
 @pytest.mark.parametrize("argv", [["repos", "list"], ["sandboxes", "list"]])
@@ -6627,11 +6717,11 @@ def test_a_list_that_ends_at_its_limit_says_so(
 
 
 def test_login_asks_for_the_token_unseen_on_a_terminal(tmp_path: Any) -> None:
-    import pty
     ours, theirs = pty.openpty()
     with RawServer(lambda *_: ok({"repos": []})) as server:
         process = subprocess.Popen(
-            [sys.executable, MODULE, "login", "--with-token"], env={**os.environ, **service(server.url, "")},
+            [sys.executable, MODULE, "login", "--with-token"],
+            env={**os.environ, **service(server.url, "")},
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
         os.close(theirs)
         screen = b""
@@ -6646,43 +6736,62 @@ def test_login_asks_for_the_token_unseen_on_a_terminal(tmp_path: Any) -> None:
     assert stored(tmp_path / "home")["mogplex"]["token"] == TOKEN
 
 
+NO_REPOS = ok({"repos": []})
+A_SIGN_IN = {"access_token": "0123456789abcdefg", "expires_at": 9e9}
+
+
 @pytest.mark.parametrize("key, entry, said, code, expected", [
-    (TOKEN, {}, ok({"repos": []}), 0, {
-        "source": "MOGPLEX_API_KEY", "kind": "personal access token", "token": "mog_T0ke", "hides": None,
-        "expires": None, "state": "accepted"}),
-    (TOKEN, {"token": "t"}, ok({"repos": []}), 0, {"source": "MOGPLEX_API_KEY", "hides": "{path}"}),
-    ("", {"access_token": "0123456789abcdefg", "expires_at": 9e9}, ok({"repos": []}), 0, {
-        "source": "{path}", "kind": "sign-in", "token": "01234567", "hides": None, "expires": "2255-03-14T16:00:00Z"}),
-    ("", {"token": "short"}, refusal(401, "UNAUTHORIZED", "Unauthorized"), 64, {"token": None, "state": "refused"}),
-    (TOKEN, {}, refusal(403, "FORBIDDEN", "Missing"), 65, {"state": "accepted, without the scope read"}),
+    (TOKEN, {}, NO_REPOS, 0,
+     {"source": "MOGPLEX_API_KEY", "kind": "personal access token", "token": "mog_T0ke"}),
+    (TOKEN, {}, NO_REPOS, 0, {"hides": None, "expires": None, "state": "accepted"}),
+    (TOKEN, {"token": "t"}, NO_REPOS, 0, {"source": "MOGPLEX_API_KEY", "hides": "{path}"}),
+    ("", A_SIGN_IN, NO_REPOS, 0, {"source": "{path}", "kind": "sign-in", "token": "01234567"}),
+    ("", A_SIGN_IN, NO_REPOS, 0, {"hides": None, "expires": "2255-03-14T16:00:00Z"}),
+    ("", {"token": "short"}, refusal(401, "UNAUTHORIZED", "Unauthorized"), 64,
+     {"token": None, "state": "refused"}),
+    (TOKEN, {}, refusal(403, "FORBIDDEN", "Missing"), 65,
+     {"state": "accepted, without the scope read"}),
     (TOKEN, {}, answer(500, "", Retry_After="60"), 1, {"state": "unknown"}),
-    ("", {}, b"", 64, {}),
 ])
 def test_login_status(
-    cli: Callable[..., Result], tmp_path: Any, key: str, entry: Dict[str, Any], said: bytes, code: int,
-    expected: Dict[str, Any],
+    cli: Callable[..., Result], tmp_path: Any, key: str, entry: Dict[str, Any], said: bytes,
+    code: int, expected: Dict[str, Any],
 ) -> None:
     path = str(put(tmp_path / "home", {"mogplex": entry}))
-    with RawServer(lambda *_: said) as server:
+    with one_answer(said) as server:
         result = cli("login", "status", "--json", env=service(server.url, key))
         human = cli("login", "status", env=service(server.url, key))
+    record = json.loads(result.out)
     assert result.code == human.code == code
-    record = json.loads(result.out or "{}")
-    assert {name: record[name] for name in expected} == {
-        name: path if value == "{path}" else value for name, value in expected.items()}
-    rows = "".join(f"{name:<7} {value}\n" for name, value in record.items() if value)
-    assert human.out == rows and TOKEN not in human.out + human.err + result.out
+    for name, value in expected.items():
+        assert record[name] == (path if value == "{path}" else value)
+    assert human.out == "".join(f"{name:<7} {value}\n" for name, value in record.items() if value)
+    assert TOKEN not in human.out + human.err + result.out
+
+
+def test_login_status_of_nobody(cli: Callable[..., Result]) -> None:
+    result = cli("login", "status", env=service("http://127.0.0.1:9", ""))
+    assert (result.code, result.out) == (64, "") and "not signed in" in result.err
 
 
 def test_logout(cli: Callable[..., Result], tmp_path: Any) -> None:
     put(tmp_path / "home", {"mogplex": {"token": "t"}, "other": 1})
     applies = "MOGPLEX_API_KEY is set and still applies\n"
     assert cli("logout", env={"MOGPLEX_API_KEY": "x"}) == (0, "signed out\n", applies)
-    assert cli("--logout") == (0, "not signed in\n", "")
-    assert cli("--logout", "runs", "list", "--json") == (0, "", "not signed in\n")  # stdout is the command's
-    for argv in (["logout", "--json"], ["--logout", "--json"]):
-        assert cli(*argv) == (0, '{"forgotten":false}\n', "")
     assert stored(tmp_path / "home") == {"version": 1, "other": 1}
+    assert cli("logout") == (0, "not signed in\n", "")
+
+
+@pytest.mark.parametrize("argv, out, err", [
+    (["--logout"], "not signed in\n", ""),
+    (["--logout", "--json"], '{"forgotten":false}\n', ""),
+    (["logout", "--json"], '{"forgotten":false}\n', ""),
+    (["--logout", "runs", "list", "--json"], "", "not signed in\n"),  # stdout is the command's
+])
+def test_logout_alone_and_before_a_command(
+    cli: Callable[..., Result], argv: List[str], out: str, err: str,
+) -> None:
+    assert cli(*argv) == Result(0, out, err)
 
 
 # ---------------------------------------------------------------- The contract
