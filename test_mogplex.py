@@ -6043,6 +6043,7 @@ def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
+@pytest.mark.posix
 def test_a_table_on_a_terminal_has_ages_and_colours_and_keeps_its_ids(
     demo: mogplex.DemoServer,
 ) -> None:
@@ -6055,6 +6056,7 @@ def test_a_table_on_a_terminal_has_ages_and_colours_and_keeps_its_ids(
     assert mogplex.DEMO_SANDBOXES[0][0] in plain
 
 
+@pytest.mark.posix
 def test_following_on_a_terminal_leaves_no_status_line_behind(demo: mogplex.DemoServer) -> None:
     argv = ["runs", "events", FINISHED, "--follow"]
     shown = on_a_terminal(100, *argv, env=service(demo.url, demo.token))
@@ -6340,6 +6342,7 @@ def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
         served.set()
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("redirection, code, told", [
     (">/dev/full", 1, "error: cannot write to stdout: No space left on device"),
     (">&-", 1, "error: stdout is closed"),
@@ -6355,6 +6358,7 @@ def test_a_stream_that_takes_nothing(
     assert (done.returncode, done.stderr.decode().strip()) == (code, told)
 
 
+@pytest.mark.posix
 def test_a_reader_of_one_byte_ends_a_list_quietly(demo: mogplex.DemoServer) -> None:
     program = f"{sys.executable} {MODULE} repos list --json"
     command = f"{program} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
@@ -6363,7 +6367,7 @@ def test_a_reader_of_one_byte_ends_a_list_quietly(demo: mogplex.DemoServer) -> N
     assert done.returncode in (0, 141) and done.stderr == b""
 
 
-@pytest.mark.skipif(os.name == "nt", reason="no O_NONBLOCK")
+@pytest.mark.posix
 @pytest.mark.parametrize("flags", [["--json"], []])
 def test_a_stdout_that_does_not_block_is_waited_for(flags: List[str]) -> None:
     repos = [{"id": str(number), "full_name": "x" * 2000} for number in range(150)]
@@ -6385,7 +6389,7 @@ def waiting_bytes(descriptor: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(descriptor, termios.FIONREAD, b"\0" * 4))[0])
 
 
-@pytest.mark.skipif(os.name == "nt", reason="a shell script for a browser")
+@pytest.mark.posix
 def test_a_browser_gets_neither_the_token_nor_our_streams(
     tmp_path: Any, capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -6548,6 +6552,7 @@ def test_a_terminal_that_cannot_go_back_gets_no_status_line(environ: Dict[str, s
     assert screen.getvalue() == "connection is back\n"
 
 
+@pytest.mark.posix
 def test_the_specification_s_own_script(demo: mogplex.DemoServer, tmp_path: Any) -> None:
     script = r'''
 set -u
@@ -6716,6 +6721,7 @@ def test_a_list_that_ends_at_its_limit_says_so(
     assert (whole.code, whole.err) == (0, "") and whole.out == full.out
 
 
+@pytest.mark.posix
 def test_login_asks_for_the_token_unseen_on_a_terminal(tmp_path: Any) -> None:
     ours, theirs = pty.openpty()
     with RawServer(lambda *_: ok({"repos": []})) as server:
