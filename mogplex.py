@@ -8230,14 +8230,28 @@ def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
     return Exit.OK
 
 
+def told_run_text(answer: Json, colour: bool) -> str:
+    """A run, and what its events tell besides: the branch pushed, the pull request, why it failed."""
+    delivery = Delivery()
+    failure = ""
+    for event in dicts_of(answer, "events"):
+        delivery = delivery.then(delivery_of(event) or Delivery())
+        failure = failure_of(event) or failure
+    run = dict_of(answer, "run")
+    if failure == text_of(run, "error"):
+        failure = ""
+    return run_text(run, colour, delivery, failure)
+
+
 def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
-    """One run as it is now."""
+    """One run as it is now. People get what its events tell too, which come with the run."""
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
-        run = client.run(run_id)
+        answer = {"run": client.run(run_id)} if ctx.as_json else client.events(run_id)
+    run = dict_of(answer, "run")
     if not run:
         raise InvalidResponseError("the response contains no run")
-    return ctx.emit_record(run, run_text(run, ctx.colour))
+    return ctx.emit_record(run, told_run_text(answer, ctx.colour))
 
 
 def follow_run(ctx: Context, run_id: str, options: FollowOptions) -> int:

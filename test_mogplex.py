@@ -5853,8 +5853,12 @@ def test_another_service_has_other_runs(run_demo: Callable[..., Result], cli: Ca
 
 
 def test_runs_get(run_demo: Callable[..., Result]) -> None:
-    shown, flat = run_demo("runs", "get", FAILED), run_demo("runs", "get", FAILED, "--json")
-    assert shown.out == mogplex.run_text(json.loads(flat.out), False) + "\n" and "\nerror   " in shown.out
+    flat = json.loads(run_demo("runs", "get", FAILED, "--json").out)
+    delivery = mogplex.Delivery(branch=f"mogplex/agent-{FAILED[:8]}")
+    text = mogplex.run_text(flat, False, delivery, "command_failed, exit code 1")
+    shown = run_demo("runs", "get", FAILED)
+    assert shown.out == text + "\n" and "\nerror   " in shown.out and "\npushed  " in shown.out
+    assert "\npull    https://github.com/acme/" in run_demo("runs", "get", FINISHED).out
     unknown = run_demo("runs", "get", "00000000-0000-4000-8000-000000000000")
     assert unknown.code == 1 and "(HTTP 404)" in unknown.err
     malformed = run_demo("runs", "get", "nope/../x")
