@@ -6727,6 +6727,13 @@ def demo_body(data: bytes) -> Json:
     return value if isinstance(value, dict) else {}
 
 
+def demo_like(text: str) -> Pattern[str]:
+    """What SQL's ILIKE finds for a part of a name: ``%`` and ``_`` are wildcards."""
+    wildcards = {"%": ".*", "_": "."}
+    parts = [wildcards.get(char, re.escape(char)) for char in text]
+    return re.compile("".join(parts), re.IGNORECASE)
+
+
 def demo_first(records: Iterable[Any], request: DemoRequest) -> List[Any]:
     """As many as ``limit`` asks for: it is clamped and never refused."""
     limit = request.query.get("limit", "")
@@ -6808,10 +6815,12 @@ class DemoSignIn:
         """Tokens for a code, whose verifier must fit, or for a refresh token; either works once."""
         import secrets
         form = request.body
-        asked = self.grants.pop(form.get("code") or form.get("refresh_token", ""), None)
+        grant = form.get("code") or form.get("refresh_token", "")
+        asked = self.grants.pop(grant, None)
         if asked is None:
             return self._error("invalid_grant", "invalid grant")
-        digest = hashlib.sha256(form.get("code_verifier", "").encode()).digest()
+        verifier = form.get("code_verifier", "")
+        digest = hashlib.sha256(verifier.encode()).digest()
         challenge = base64.urlsafe_b64encode(digest).decode().rstrip("=")
         if "code" in form and asked.get("code_challenge") != challenge:
             return self._error("invalid_request", "the code verifier does not fit")
@@ -6909,14 +6918,15 @@ class DemoService:
 
     def list_repos(self, request: DemoRequest) -> DemoAnswer:
         """GET /repos: those with ``q`` in their name, or the one with the ``id``."""
-        wildcards = {"%": ".*", "_": "."}
-        query = request.query.get("q", "")
-        like = "".join(wildcards.get(char, re.escape(char)) for char in query)
-        found = [repo for repo in DEMO_REPOS.values() if re.search(like, repo.full_name, re.I)]
+        found = list(DEMO_REPOS.values())
         wanted = request.query.get("id", "").lower()
         if wanted:
-            found = [repo for repo in DEMO_REPOS.values() if repo.id == wanted]
-        return demo_data({"repos": [repo._asdict() for repo in demo_first(found, request)]})
+            found = [repo for repo in found if repo.id == wanted]
+        else:
+            name = demo_like(request.query.get("q", ""))
+            found = [repo for repo in found if name.search(repo.full_name)]
+        repos = [repo._asdict() for repo in demo_first(found, request)]
+        return demo_data({"repos": repos})
 
     def list_sandboxes(self, request: DemoRequest) -> DemoAnswer:
         """GET /sandboxes: those of ``repo_id`` and with ``status``, newest activity first."""
@@ -6936,7 +6946,8 @@ class DemoService:
         repo_id = text_of(request.body, "repoId").lower()
         self._find(DEMO_REPOS, repo_id, "Repo")
         body = {**request.body, "repoId": repo_id}
-        return demo_data({"sandbox": self._add_sandbox(body, self.clock())}, 202)
+        sandbox = self._add_sandbox(body, self.clock())
+        return demo_data({"sandbox": sandbox}, 202)
 
     def sandbox_logs(self, request: DemoRequest) -> DemoAnswer:
         """GET /sandboxes/{id}/logs: what its commands wrote, and what became of it."""
@@ -6949,8 +6960,12 @@ class DemoService:
             "payload": {},
             "created_at": sandbox["created_at"],
         }
-        logs = {"install_log": "added 1208 packages in 31s\n", "dev_log": sandbox["error"]}
-        return demo_data({"sandbox": {**sandbox, **logs}, "lifecycle_events": [created]})
+        logs = {
+            **sandbox,
+            "install_log": "added 1208 packages in 31s\n",
+            "dev_log": sandbox["error"],
+        }
+        return demo_data({"sandbox": logs, "lifecycle_events": [created]})
 
     def start_run(self, request: DemoRequest) -> DemoAnswer:
         """POST /runs: a new run, or the one that was started with the same key."""
@@ -7010,8 +7025,11 @@ class DemoService:
             steps = run.shown(now) + demo_play(DEMO_CANCEL, run.words, now, self.speed)
             run = self.runs[request.id] = run._replace(steps=steps)
         record = run.record(now)
-        answer = {"run": record, "status": record["status"], "alreadyTerminal": ended}
-        return demo_data(answer)
+        return demo_data({
+            "run": record,
+            "status": record["status"],
+            "alreadyTerminal": ended,
+        })
 
     def list_agents(self, request: DemoRequest) -> DemoAnswer:
         """GET /agents."""
@@ -7124,9 +7142,10 @@ def demo_wire(answer: DemoAnswer) -> bytes:
     lines += [f"{name}: {value}" for name, value in headers.items()]
     head = "\r\n".join(lines) + "\r\n\r\n"
     data = text.encode("utf-8", "replace")
-    chunks = [data[start:start + 8192] for start in range(0, len(data), 8192)]
-    framed = [b"%x\r\n%b\r\n" % (len(chunk), chunk) for chunk in chunks]
-    return b"".join([head.encode("ascii"), *framed, b"0\r\n\r\n"])
+    chunk = b"%x\r\n%b\r\n" % (len(data), data)
+    if not data:
+        chunk = b""  # an empty one would end the answer early
+    return head.encode("ascii") + chunk + b"0\r\n\r\n"
 
 
 def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
@@ -7143,7 +7162,8 @@ def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
 
         def converse(self) -> None:
             """Read a request and answer it."""
-            data = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            length = int(self.headers.get("Content-Length") or 0)
+            data = self.rfile.read(length)
             headers = {name.lower(): value for name, value in self.headers.items()}
             answer = DemoAnswer(421, "This demo service answers to its own address alone.")
             if headers.get("host") in hosts:
