@@ -7217,8 +7217,10 @@ Client.sandboxes (self, repo_id='', status='', limit=None)
 Client.start_run (self, body, idempotency_key)
 Client.stop_sandbox (self, sandbox_id)
 Credential (token, *, source='given', base_url='', refresh_token='', expires_at=None, home=None)
+Credential.anonymous ()
 Credential.current (self, post)
 Credential.renew (self, refused, post)
+Credential.settle (self, seconds=5.0)
 Exit OK=0 FAILURE=1 USAGE=2 UNAUTHORIZED=64 FORBIDDEN=65 UNAVAILABLE=69 TEMPORARY=75 HANGUP=129 INTERRUPTED=130 BROKEN_PIPE=141 TERMINATED=143
 ForbiddenError MogplexError exit 65
 InvalidResponseError MogplexError exit 1
@@ -7234,7 +7236,7 @@ UnavailableError MogplexError exit 69
 UsageError MogplexError exit 2
 Verdict (run_id, status, error, working_branch, pull_request_url, truncated, duration_s, run)
 sanitize (text, newline=' ⏎ ')
-tail (client, run_id, *, timeout_s=None, limit=200, on_progress=<lambda>, interval_s=1.5, idle_s=60.0, clock=monotonic, sleep=sleep, random=random_unit)
+tail (client, run_id, *, timeout_s=None, limit=200, on_progress=tell_nobody, interval_s=1.5, idle_s=30.0, just_started=False, clock=monotonic, sleep=sleep, random=random_unit)
 """
 
 
