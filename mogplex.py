@@ -4336,7 +4336,37 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 
 # ---------------------------------------------------------------- 7. Cockpit
 
-# -- What the terminal sends, as messages
+# State is a value: update() makes the next one, view() draws it, repaint() finds what differs. All
+# three are pure. Only Screen touches the terminal, and only a Desk, a thread, touches the network.
+Segment = Tuple[str, str]  # text, and the name of its style
+Line = Sequence[Segment]   # of any width
+Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
+
+STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
+    "": ("", "", ""),
+    "dim": ("38;5;245", "2", "2"),
+    "bold": ("1", "1", "1"),
+    "line": ("38;5;239", "2", "2"),
+    "brand": ("1;38;5;213", "1;35", "1"),
+    "accent": ("38;5;117", "36", ""),
+    "ok": ("38;5;114", "32", ""),
+    "bad": ("1;38;5;210", "1;31", "1"),
+    "warn": ("38;5;222", "33", "1"),
+    "run": ("38;5;81", "36", "1"),
+    "key": ("1;38;5;153", "1;36", "1"),
+    "select": ("1;38;5;255;48;5;60", "7", "7"),
+    "alert": ("1;38;5;231;48;5;124", "1;37;41", "1;7"),
+}
+GLYPHS = str.maketrans("│─┴▸▶●○◌✓✗■·…›⎇▼⏎•↑↓–—", "|-+>>*o.+x#-~>@v/*^v--")  # for ASCII
+MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
+width_of = functools.lru_cache(8192)(text_width)  # frames measure mostly what the last one did
+fitted = functools.lru_cache(8192)(fit)
+
+
+def harmless(value: object, most: int = 500) -> str:
+    """One short line of API text."""
+    text = value if isinstance(value, str) else text_of({"": value}, "")
+    return sanitize(text[:most * 4])[:most]
 
 
 class Key(NamedTuple):
@@ -4379,59 +4409,7 @@ class Resize(NamedTuple):
     height: int
 
 
-# State is a value, update() makes the next one, view() draws it, paint() finds what differs: all pure. Only
-# Screen touches the terminal, and only the two Desks, each a thread, touch the network.
-Segment = Tuple[str, str]  # text, and the name of its style
-Line = Sequence[Segment]   # of any width
-Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
-Message = Tuple[Any, ...]  # what happened: a name in MESSAGES, and its arguments
-Effect = Tuple[Any, ...]   # what shall be done about it: the NAME of a do_NAME in Shell or Desk, and its arguments
-
-STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
-    "": ("", "", ""), "dim": ("38;5;245", "2", "2"), "bold": ("1", "1", "1"), "line": ("38;5;239", "2", "2"),
-    "brand": ("1;38;5;213", "1;35", "1"), "accent": ("38;5;117", "36", ""), "ok": ("38;5;114", "32", ""),
-    "bad": ("1;38;5;210", "1;31", "1"), "warn": ("38;5;222", "33", "1"), "run": ("38;5;81", "36", "1"),
-    "key": ("1;38;5;153", "1;36", "1"), "select": ("1;38;5;255;48;5;60", "7", "7"),
-    "alert": ("1;38;5;231;48;5;124", "1;37;41", "1;7"),
-}
-GLYPHS = str.maketrans("│─┴▸▶●○◌✓✗■·…›⎇▼⏎•↑↓–—", "|-+>>*o.+x#-~>@v/*^v--")  # for an ASCII locale
-EVENT_TYPES = {  # style, and the tag for a narrow screen
-    "started": ("run", "start"), "log": ("dim", "log"), "status_changed": ("accent", "state"),
-    "finished": ("ok", "done"), "failed": ("bad", "fail"), "cancel_requested": ("warn", "stop?"),
-    "cancelled": ("warn", "stop"), "tool_call": ("accent", "tool"), "assistant_message": ("bold", "agent"),
-}
-NOT_OFFERED = ("pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
-HELP = (
-    ("Enter", "send; in a pane or drawer: open what is selected"), ("Shift+Enter Alt+Enter", "a new line in the task"),
-    ("Up Down", "the history of what was sent"), ("Tab Shift+Tab", "complete a command, else the next pane"),
-    ("j k arrows PgUp PgDn", "move in a pane; moving up stops following"), ("g G Home End", "first, last"),
-    ("f End", "follow the newest event again"), ("/ or ^F", "filter the timeline by words of type and text"),
-    (": or ^P", "palette: find anything by a few letters"), ("y", "copy the selected line to the clipboard"),
-    ("o", "open the pull request, else the preview"), ("x", "cancel the shown run, after a yes"),
-    ("Esc", "close, clear, dismiss"), ("^L", "repaint"),
-    ("^T", "mouse on or off; off, the terminal selects text itself"), ("^Z", "suspend; fg comes back"),
-    ("q", "leave, from a pane"), ("^C ^C", "leave, from anywhere; runs go on in the cloud"),
-)
-HINTS = {
-    "composer": "Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit",
-    "timeline": "j k move · Enter details · f follow · / filter · ? help · q quit · o open · x kill · y copy",
-    "rail": "j k move · Enter open · Tab composer · : palette · ? help · q quit",
-    "filter": "type to filter · Enter keep · Esc clear", "drawer": "type to search · ↑ ↓ move · Enter open · Esc close",
-    "signed out": "Enter open the browser · or paste a token, then Enter · ^C ^C quit",
-}
-width_of = functools.lru_cache(8192)(text_width)  # every frame measures mostly what the last one did
-fitted = functools.lru_cache(8192)(fit)
-MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
-EXPORTS = ("json", "jsonl", "markdown")
-FETCHES = {  # what can be read, most of it for the drawer of this name, and by which method of the Client
-    "repos": "repos", "run": "run", "sandboxes": "sandboxes", "logs": "sandbox_logs", "agents": "agents",
-    "models": "models", "mcp": "mcp_servers",
-}
-
-
-def harmless(value: object, most: int = 500) -> str:
-    """One short line of API text; a number too."""
-    return sanitize((value if isinstance(value, str) else text_of({"": value}, ""))[:most * 4])[:most]
+Message = Union[Key, Text, Paste, Wheel, Click, Resize]  # what a terminal sends
 
 
 # -- The terminal: what it sends
@@ -5115,11 +5093,428 @@ class CrashGuard:
         self.on_crash(failure.exc_value)
 
 
-# -- What the cockpit knows
+# -- What the workers are asked, and what they say
+
+
+class Target(NamedTuple):
+    """Where and with what the next task runs. Nothing but a choice or a delivery moves it."""
+
+    repo: Json = {}
+    branch: str = ""   # to continue on, which a run has delivered; "" lets the service make one
+    base: str = ""     # to start from; "" is the repository's default
+    harness: str = next(iter(HARNESSES))
+    choices: int = 0   # how often somebody chose: an untouched target has the same number
+
+
+class NewRun(NamedTuple):
+    """A start from Enter until its fate is known. Its key never starts a second run."""
+
+    task: str
+    target: Target
+    key: str
+    under_way: bool = True  # False: no answer came, and the run may have started
+    run_id: str = ""        # once the service has said it
+
+
+class Ask(NamedTuple):
+    """A job for a Desk, or a call of a Shell: the method and its arguments."""
+
+    job: Callable[..., object]
+    arguments: Tuple[Any, ...] = ()
+
+
+class Tick(NamedTuple):
+    """Another second began."""
+
+
+class Arrived(NamedTuple):
+    """An event of a run."""
+
+    run_id: str
+    event: Json
+
+
+class Progressed(NamedTuple):
+    """How the tail of a run gets on; ``wait_s`` until it asks again."""
+
+    run_id: str
+    progress: Progress
+    wait_s: float = 0.0
+
+
+class Ended(NamedTuple):
+    """How a run ended."""
+
+    run_id: str
+    verdict: Verdict
+
+
+class Fetched(NamedTuple):
+    """The answer to a read."""
+
+    ask: Ask
+    data: Any
+    latency_ms: float
+
+
+class Failed(NamedTuple):
+    """A job that ended in an error."""
+
+    ask: Ask
+    error: MogplexError
+
+
+class Started(NamedTuple):
+    """The service's answer to a start."""
+
+    new: NewRun
+    run: Json
+
+
+class Settled(NamedTuple):
+    """A started run has been written to the history."""
+
+    new: NewRun
+
+
+class Said(NamedTuple):
+    """A line for the person."""
+
+    text: str
+    style: str = ""
+
+
+class Announced(NamedTuple):
+    """The URL that a browser has to open for a sign-in."""
+
+    url: str
+
+
+class Lapses(NamedTuple):
+    """When the sign-in ends, in epoch seconds; None when it renews itself."""
+
+    at: Optional[float]
+
+
+class SignedOut(NamedTuple):
+    """There is no credential."""
+
+    text: str
+
+
+class SignedIn(NamedTuple):
+    """The service accepted a credential."""
+
+    text: str
+
+
+class Crashed(NamedTuple):
+    """A worker ended in an exception that is a bug."""
+
+    error: BaseException
+
+
+class Facts(NamedTuple):
+    """What the desks work with, the same for all."""
+
+    connect: Callable[..., Client]  # from a credential, or from the one in force
+    base_url: str
+    home: Home
+    run_browser: Optional[Callable[[str], object]]
+    overruled: str                  # that the environment takes precedence over a sign-in
+
+
+class Left(Exception):
+    """Raised inside a tail that is left for another job."""
+
+
+TAIL_INTERVAL_S = 2.5  # 24 requests a minute of the 60 that a token has
+
+
+def body_for(target: Target, task: str) -> Json:
+    """The body of POST /runs."""
+    body: Json = {
+        "repoId": text_of(target.repo, "id"), "prompt": task, "harness": target.harness,
+    }
+    if target.base or target.branch:
+        default = text_of(target.repo, "default_branch") or "main"
+        body["baseBranch"] = target.base or default
+    if target.branch:
+        body["workingBranch"] = target.branch
+        body["createBranch"] = False
+    return body
+
+
+def write_new_file(path: str, text: str) -> None:
+    """Write a file that does not exist yet; a failure leaves nothing behind. OSError, ValueError."""
+    data = text.encode("utf-8", "replace")
+    with open(path, "xb") as stream:
+        try:
+            stream.write(data)
+            stream.flush()
+        except BaseException:
+            os.unlink(path)
+            raise
+
+
+class Desk:
+    """A worker thread and its jobs, one after another, with a Client of its own.
+
+    A job returns the message that tells what came of it. An exception that is no MogplexError is
+    a bug, and ends the cockpit.
+    """
+
+    def __init__(self, post: Callable[[Any], None], facts: Facts) -> None:
+        self.post = post
+        self.facts = facts
+        self.asks: Any = queue.SimpleQueue()
+        self.connection: Optional[Client] = None
+        self.told: Optional[Progress] = None  # the last of a tail
+        self.stopped = False                  # the wait for a browser was given up
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self) -> None:
+        while True:
+            self.do(self.asks.get())
+
+    def do(self, ask: Ask) -> None:
+        try:
+            message = ask.job(self, *ask.arguments)
+        except Left:
+            return
+        except MogplexError as error:
+            message = Failed(ask, error)
+            if isinstance(error, UnauthorizedError) and self.connection is None:
+                message = SignedOut(str(error))
+            if ask.job in (Desk.try_token, Desk.sign_in, Desk.start):
+                message = Failed(ask, error)
+        if message is not None:
+            self.post(message)
+
+    def client(self) -> Client:
+        if self.connection is None:
+            self.connection = self.facts.connect()
+            credential = self.connection.credential
+            self.post(Lapses(None if credential.refreshable else credential.expires_at))
+        return self.connection
+
+    def reconnect(self) -> None:
+        """The next job takes the credential that is in force then."""
+        if self.connection is not None:
+            self.connection.close()  # the garbage collector's warning would land on the screen
+        self.connection = None
+
+    def watch(self, run_id: str) -> None:
+        """Follow a run until its verdict, or until there is another job."""
+        self.told = None
+        report = functools.partial(self.report, run_id)
+        for item in tail(self.client(), run_id, on_progress=report, interval_s=TAIL_INTERVAL_S):
+            if isinstance(item, Verdict):
+                self.post(Ended(run_id, item))
+            else:
+                self.post(Arrived(run_id, item))
+
+    def report(self, run_id: str, progress: Progress) -> None:
+        if progress != self.told:
+            self.told = progress
+            retry_at = progress.retry_at or 0.0
+            self.post(Progressed(run_id, progress, max(0.0, retry_at - time.monotonic())))
+        if not self.asks.empty():
+            raise Left
+
+    def read(self, ask: Ask, method: Callable[..., Any], **limits: int) -> Fetched:
+        client = self.client()
+        began = time.monotonic()
+        data = method(client, *ask.arguments, **limits)
+        return Fetched(ask, data, (time.monotonic() - began) * 1000)
+
+    def repos(self) -> Fetched:
+        return self.read(Ask(Desk.repos), Client.repos, limit=MAX_LIMIT)
+
+    def sandboxes(self) -> Fetched:
+        return self.read(Ask(Desk.sandboxes), Client.sandboxes)
+
+    def run(self, run_id: str) -> Fetched:
+        return self.read(Ask(Desk.run, (run_id,)), Client.run)
+
+    def find_run(self, run_id: str) -> Fetched:
+        """The same for a run that is shown once it is known to exist."""
+        return self.read(Ask(Desk.find_run, (run_id,)), Client.run)
+
+    def logs(self, sandbox_id: str) -> Fetched:
+        return self.read(Ask(Desk.logs, (sandbox_id,)), Client.sandbox_logs)
+
+    def agents(self) -> Fetched:
+        return self.read(Ask(Desk.agents), Client.agents)
+
+    def models(self) -> Fetched:
+        return self.read(Ask(Desk.models), Client.models)
+
+    def mcp_servers(self) -> Fetched:
+        return self.read(Ask(Desk.mcp_servers), Client.mcp_servers)
+
+    def start(self, new: NewRun) -> Settled:
+        """Started is posted as soon as the run exists, before its id is written down."""
+        start_recorded(
+            self.client(), self.facts.home, body_for(new.target, new.task), new.key,
+            text_of(new.target.repo, "full_name"), functools.partial(self.tell_started, new))
+        return Settled(new)
+
+    def tell_started(self, new: NewRun, run: Json) -> None:
+        self.post(Started(new, run))
+
+    def cancel(self, run_id: str) -> Said:
+        answer = self.client().cancel(run_id)
+        if answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal":
+            return Said(f"Run {sanitize(run_id)[:8]} had already ended.", "warn")
+        return Said(f"Cancellation of run {sanitize(run_id)[:8]} requested.", "warn")
+
+    def remember(self, repo: str, run: Json) -> None:
+        """Write a run that was started elsewhere to the history."""
+        start = {"service": self.facts.base_url, "repo": repo, "task": ""}
+        self.facts.home.record_run(start, run)
+
+    def export(self, path: str, content: str) -> Said:
+        try:
+            write_new_file(os.path.expanduser(path), content)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", "") or str(error)
+            return Said(f"Cannot write {path}: {reason}", "bad")
+        return Said(f"Exported to {os.path.abspath(os.path.expanduser(path))}", "ok")
+
+    def open(self, url: str) -> Said:
+        opened: object = False
+        with contextlib.suppress(OSError):
+            opened = self.facts.run_browser and self.facts.run_browser(url)
+        if opened is False or not self.facts.run_browser:
+            return Said(f"Open this in a browser: {url}")
+        return Said(f"Opened {url}")
+
+    def check(self, credential: Credential) -> None:
+        """MogplexError unless the service accepts the credential, as a real request shows."""
+        with self.facts.connect(credential) as client:
+            client.repos(limit=1)
+
+    def try_token(self, token: str) -> SignedIn:
+        """Store a pasted token once the service has accepted it."""
+        self.check(Credential(check_token(token, "the token")))
+        self.facts.home.store_sign_in({"token": token, "base_url": self.facts.base_url})
+        return SignedIn(f"Signed in. {self.facts.overruled}")
+
+    def try_stored(self) -> SignedIn:
+        """Sign in with what is stored."""
+        self.reconnect()
+        self.client().repos(limit=1)
+        return SignedIn("Signed in.")
+
+    def sign_in(self) -> SignedIn:
+        """Sign in through a browser."""
+        self.stopped = False
+        base_url = self.facts.base_url
+        with self.facts.connect(Credential.anonymous()) as client:
+            entry = sign_in(
+                base_url, client.post_form, announce=self.tell_url,
+                open_browser=self.facts.run_browser, stopped=self.is_stopped)
+        self.facts.home.store_sign_in(entry)  # first: its refresh token works only once
+        self.check(Credential(text_of(entry, "access_token")))
+        return SignedIn(f"Signed in. {self.facts.overruled}")
+
+    def tell_url(self, url: str) -> None:
+        self.post(Announced(url))
+
+    def is_stopped(self) -> bool:
+        return self.stopped
+
+    def sign_out(self) -> Any:
+        self.facts.home.forget_sign_in()
+        if self.facts.overruled:
+            return Said(self.facts.overruled, "warn")
+        return SignedOut("Signed out: the stored sign-in is deleted.")
+
+
+class Shell:
+    """Messages come in here from every thread; what the state asks for goes out."""
+
+    def __init__(self, screen: Screen, facts: Facts) -> None:
+        self.screen = screen
+        self.inbox: Any = queue.SimpleQueue()
+        # A desk for each kind of work: what is prompt never waits behind what is not.
+        self.signing = Desk(self.post, facts)
+        watching = Desk(self.post, facts)
+        polling = Desk(self.post, facts)
+        reading = Desk(self.post, facts)
+        filing = Desk(self.post, facts)
+        self.desks: Dict[Callable[..., object], Desk] = {
+            Desk.watch: watching,
+            Desk.repos: polling,
+            Desk.sandboxes: polling,
+            Desk.run: polling,
+            Desk.find_run: reading,
+            Desk.logs: reading,
+            Desk.agents: reading,
+            Desk.models: reading,
+            Desk.mcp_servers: reading,
+            Desk.start: Desk(self.post, facts),
+            Desk.cancel: Desk(self.post, facts),
+            Desk.remember: filing,
+            Desk.export: filing,
+            Desk.open: filing,
+            Desk.try_token: self.signing,
+            Desk.try_stored: self.signing,
+            Desk.sign_in: self.signing,
+            Desk.sign_out: self.signing,
+        }
+
+    def post(self, message: Any) -> None:
+        """Hand in a message, from any thread."""
+        self.inbox.put(message)
+        self.screen.wake()
+
+    def warn(self, line: str) -> None:
+        """What the home has to say."""
+        self.post(Said(line, "warn"))
+
+    def fail(self, error: BaseException) -> None:
+        """A thread's crash ends the cockpit: the loop raises it."""
+        self.post(Crashed(error))
+
+    def perform(self, ask: Ask) -> None:
+        """Do what a state asks for: at a desk, or here what needs the terminal."""
+        desk = self.desks.get(ask.job)
+        if desk is None:
+            ask.job(self, *ask.arguments)
+        else:
+            desk.asks.put(ask)
+
+    def reconnect(self) -> None:
+        """Every desk takes the credential anew."""
+        for desk in set(self.desks.values()):
+            desk.asks.put(Ask(Desk.reconnect))
+
+    def stop_sign_in(self) -> None:
+        self.signing.stopped = True
+
+    def leave(self) -> None:
+        raise SystemExit(Exit.OK)
+
+    def repaint(self) -> None:
+        self.screen.repaint()
+
+    def write(self, text: str) -> None:
+        self.screen.write(text)
+
+    def set_mouse(self, on: bool) -> None:
+        self.screen.switch_mouse(on)
+
+    def suspend(self) -> None:
+        self.screen.suspend()
+
+
+# -- State
 
 
 class Entry(NamedTuple):
-    """One event, made harmless and short when it arrives."""
+    """One event of the timeline, made harmless and short when it arrives."""
 
     time: str
     kind: str
@@ -5127,413 +5522,1788 @@ class Entry(NamedTuple):
     event: Json
 
 
-class Item(NamedTuple):
-    """One line of a drawer, and the words that Enter on it puts through the composer."""
+class Shown(NamedTuple):
+    """The run in the header and the timeline."""
 
-    text: str
-    does: str = ""
+    run_id: str = ""
+    run: Json = {}
+    origin: Optional[Target] = None  # of a run that was started here
+    entries: Tuple[Entry, ...] = ()
+    branch: str = ""                 # the one that it really works on
+    pull_request_url: str = ""
+    over: bool = False               # the verdict is in
+    truncated: bool = False
+    lost: str = ""                   # why its tail gave up
+    again_at: float = 0.0            # when the tail is begun again; 0 for never
+    stale: bool = False              # it was begun again: the next event is the first once more
+
+
+class Timeline(NamedTuple):
+    """What of the events is on the screen."""
+
+    at: int = 0          # the selected entry, counted among those that pass the filter
+    top: int = 0         # the first on the screen, while the newest are not followed
+    follow: bool = True
+    filter: str = ""
+    wrap: bool = False
+
+
+class KnownRun(NamedTuple):
+    """A run in the rail. Times are epoch seconds; 0 is never."""
+
+    id: str
+    repo: str = ""
+    task: str = ""
+    started_at: float = 0.0
+    status: str = ""     # "" until the service has said it
+    error: str = ""
+    heard_at: float = 0.0
+    asked_at: float = 0.0
+
+
+class Rail(NamedTuple):
+    """The runs that are known, newest first, and the sandboxes after them."""
+
+    runs: Tuple[KnownRun, ...] = ()
+    sandboxes: Tuple[Json, ...] = ()
+    at: int = 0          # the selected row, counted over both
+
+
+class Repos(NamedTuple):
+    """The repositories, once they are known, and which of them to begin with."""
+
+    all: Tuple[Json, ...] = ()
+    heard: bool = False
+    wanted: str = ""     # an id or a name
+
+
+class Polls(NamedTuple):
+    """What is asked in the background, and when."""
+
+    sent: Tuple[float, ...] = ()  # within the last minute
+    unanswered: int = 0
+    repos_at: float = 0.0
+    sandboxes_at: float = 0.0
+
+
+class Composer(NamedTuple):
+    """What is being typed, and what was sent before."""
+
+    text: str = ""
+    cursor: int = 0
+    history: Tuple[str, ...] = ()
+    recalled: int = 0    # how far back in the history; 0 is the line being typed,
+    draft: str = ""      # which is kept here meanwhile
+
+
+class Item(NamedTuple):
+    """A row of a drawer: its cells, and the id of what it is about."""
+
+    cells: Tuple[str, ...]
+    id: str = ""
     style: str = ""
+    present: bool = False  # it is the present choice
+
+
+class Heading(NamedTuple):
+    """A column of a drawer; ``width`` in columns of the terminal."""
+
+    title: str
+    width: int
+
+
+class Listing(NamedTuple):
+    """A kind of drawer. An action takes the state and the id of the selected row."""
+
+    title: str
+    columns: Tuple[Heading, ...]     # none: a page of text
+    rows: Callable[..., List[Item]]  # of a state and a drawer
+    enter: Optional[Callable[..., Any]] = None
+    reads: Optional[Callable[..., object]] = None
+    kill: Optional[Callable[..., Any]] = None
+    open: Optional[Callable[..., Any]] = None
+    copies: bool = False            # y copies the id, or the line
 
 
 class Drawer(NamedTuple):
-    """A list in place of the timeline; ``data`` is the last good answer of its source."""
+    """An open listing, in place of the timeline."""
 
-    kind: str
-    argument: str = ""
-    data: Any = None
+    listing: Listing
+    subject: Tuple[str, ...] = ()   # what it is about, and the arguments of its read
+    data: Any = None                # the last good answer, or what it was opened with
     query: str = ""
+    searching: bool = False         # letters are no row actions
     at: int = 0
     error: str = ""
+    lines: Tuple[Item, ...] = ()    # all, as of the last change
+    found: Tuple[Item, ...] = ()    # those that the query finds
+
+
+class Health(NamedTuple):
+    """How the service answers."""
+
+    failures: int = 0       # in a row
+    latency_ms: float = 0.0  # 0: nothing was answered yet
+    trouble: str = ""       # why the last request failed
+    refused: str = ""       # what a 401 or 403 said
+    held_until: float = 0.0  # after a 429 nothing is asked before
+    lapses_at: Optional[float] = None  # when the sign-in ends
+
+
+class SigningIn(NamedTuple):
+    """The sign-in, on the screen until the service has accepted a credential."""
+
+    needed: bool = False
+    checking: bool = False
+    url: str = ""       # while a browser is open for it
+    waiting: str = ""   # what stood in the composer when it came up: no token
+
+
+class Alert(NamedTuple):
+    """A line at the top, as long as its cause is there."""
+
+    text: str
+    run_id: str = ""
+
+
+class Notice(NamedTuple):
+    """A line at the bottom, until the next key or ``until``."""
+
+    text: str = ""
+    style: str = ""
+    until: float = 0.0
 
 
 class State(NamedTuple):
-    """All that the cockpit knows. Times are epoch seconds; ``effects`` is what the last message asks for."""
+    """All that the cockpit knows. Times are epoch seconds."""
 
     base_url: str = DEFAULT_URL
     now: float = 0.0
     width: int = 80
     height: int = 24
-    signed_in: bool = True
-    sign_in_url: str = ""       # while a browser is open for it
-    waiting: str = ""           # what stood in the composer when the sign-in came up: no token, and not to be lost
-    lapses_at: Optional[float] = None
-    focus: str = "composer"     # or "timeline", "rail", "filter"
-    text: str = ""
-    cursor: int = 0
-    history: Tuple[str, ...] = ()
-    recalled: int = 0           # how far back in the history; 0 is the line being typed, which is
-    draft: str = ""             # kept here meanwhile
-    notice: Tuple[str, str, float] = ("", "", 0.0)  # text, style, and until when
-    killing: str = ""           # the run that is cancelled if the next key is y
-    armed_until: float = 0.0    # a second Ctrl+C before this leaves
-    mouse: bool = True
-    wanted: str = ""            # the repository to take once the list is here: its id or name
-    repo: Json = {}
-    repos: Tuple[Json, ...] = ()
-    branch: str = ""            # chosen to start from; "" is the repository's own
-    delivered: str = ""         # pushed by the run before: the next task goes on there
-    harness: str = next(iter(HARNESSES))
-    run_id: str = ""
-    run: Json = {}
-    pull_request: str = ""      # its URL
-    pushed: str = ""            # the branch that the shown run really works on
-    entries: Tuple[Entry, ...] = ()
-    over: bool = False          # the verdict is in
-    adrift: bool = False        # its tail gave up, and is to be tried again
-    stale: bool = False         # its tail began anew: the next event is the first once more
-    truncated: bool = False
-    at: int = 0                 # the selected entry, counted among those that pass the filter
-    top: int = 0                # the first entry on the screen, while the newest are not followed
-    follow: bool = True
-    filter: str = ""
-    runs: Tuple[Json, ...] = ()  # remembered, newest first, with "status" and "error" once known
-    sandboxes: Tuple[Json, ...] = ()
-    rail_at: int = 0
+    focus: str = "composer"  # or "timeline", "rail", "filter"
+    target: Target = Target()
+    shown: Shown = Shown()
+    timeline: Timeline = Timeline()
+    composer: Composer = Composer()
+    rail: Rail = Rail()
+    repos: Repos = Repos()
+    polls: Polls = Polls()
     drawer: Optional[Drawer] = None
-    alerts: Tuple[Tuple[str, str], ...] = ()  # (run id, text) of runs that ended badly, till looked at
-    failures: int = 0           # requests without an answer, in a row
-    latency_ms: float = 0.0     # 0: nothing was answered yet
-    trouble: str = ""           # why the last request failed
-    refused: str = ""           # what a 401 or 403 said
-    held_until: float = 0.0     # after a 429 nothing is polled before
-    effects: Tuple[Effect, ...] = ()
+    health: Health = Health()
+    sign_in: SigningIn = SigningIn()
+    starts: Tuple[NewRun, ...] = ()  # whose fate is not known
+    session: str = ""                # what the keys of starts begin with
+    started: int = 0                 # how many keys were made
+    alerts: Tuple[Alert, ...] = ()   # of runs that ended badly, until looked at
+    notice: Notice = Notice()
+    killing: str = ""                # the run that is cancelled if the next key is y
+    armed_until: float = 0.0         # a second Ctrl+C before this leaves
+    mouse: bool = True
+    asks: Tuple[Ask, ...] = ()       # what the last message asks for
 
-    def ask(self, *effect: Any) -> State:
-        return self._replace(effects=self.effects + (effect,))
+    def ask(self, job: Callable[..., object], *arguments: Any) -> State:
+        return self._replace(asks=(*self.asks, Ask(job, arguments)))
 
     def say(self, text: str, style: str = "", for_s: float = 8.0) -> State:
-        """With a line under the composer for a while, until the next key; an error stays."""
-        return self._replace(notice=(harmless(text), style, self.now + (9e9 if style == "bad" else for_s)))
+        """With a line at the bottom for a while, until the next key; an error stays."""
+        if style == "bad":
+            for_s = 9e9
+        return self._replace(notice=Notice(harmless(text), style, self.now + for_s))
 
-    def write(self, text: str, cursor: Optional[int] = None) -> State:
-        return self._replace(text=text, cursor=len(text) if cursor is None else cursor, focus="composer")
+    def write(self, text: str, cursor: int = -1) -> State:
+        """With ``text`` in the composer, the cursor at its end if nothing else is said."""
+        if cursor < 0:
+            cursor = len(text)
+        return self._replace(
+            composer=self.composer._replace(text=text, cursor=cursor), focus="composer")
+
+    def open(self, listing: Listing, *subject: str, data: Any = None, query: str = "") -> State:
+        """With a drawer open, and what it shows asked for."""
+        state = self._replace(drawer=Drawer(listing, subject, data, query))
+        if state.focus == "filter":
+            state = state._replace(focus="composer")
+        if listing.reads:
+            return state.ask(listing.reads, *subject)
+        return state
+
+    def choose(self, **changes: Any) -> State:
+        """With another target, which no run moves that was started before."""
+        choices = self.target.choices + 1
+        return self._replace(target=self.target._replace(choices=choices, **changes))
+
+    def show(self, **changes: Any) -> State:
+        return self._replace(shown=self.shown._replace(**changes))
+
+    def scroll(self, **changes: Any) -> State:
+        return self._replace(timeline=self.timeline._replace(**changes))
 
     def shift(self, **changes: Any) -> State:
-        return self._replace(drawer=self.drawer and self.drawer._replace(**changes))
+        if self.drawer is None:
+            return self
+        return self._replace(drawer=self.drawer._replace(**changes))
 
-    def open(self, kind: str, argument: str = "", data: Any = None) -> State:
-        """With a drawer open, and what it shows asked for."""
-        state = self._replace(drawer=Drawer(kind, argument, data), focus=self.focus.replace("filter", "composer"))
-        return state.ask("fetch", kind, argument) if kind in FETCHES else state
-
-
-# -- What a state means
+    def feel(self, **changes: Any) -> State:
+        return self._replace(health=self.health._replace(**changes))
 
 
-def status_of(record: Json) -> Tuple[str, str, str]:
-    """(glyph, word, style) of a run or a sandbox; causes() has the same of the transport."""
-    word = harmless(record.get("status"), 20)
-    status = Status("●", "ok") if word == "enabled" else status_named(word)
-    return status.glyph, word, status.style
+class Sign(NamedTuple):
+    """How a status is shown: never by colour alone."""
+
+    glyph: str
+    word: str
+    style: str
 
 
-def run_label(run: Json) -> str:
-    return harmless(run.get("task"), 80) or harmless(run.get("branch"), 80) or "(task not known)"
+def local_time(value: object, form: str) -> str:
+    """A time of the service on the clock of this machine; "" for what is none."""
+    seconds = parse_time(value)
+    if seconds is None or not 0 < seconds < 4e9:
+        return ""
+    return time.strftime(form, time.localtime(seconds))
 
 
-def branch_of(record: Json) -> str:
-    return harmless(record.get("working_branch")) or harmless(record.get("base_branch"))
+def sign_of(status: object) -> Sign:
+    """The sign of a run or a sandbox."""
+    word = harmless(status, 20)
+    if not word:
+        return Sign("…", "", "dim")
+    known = status_named(word)
+    return Sign(known.glyph, word, known.style)
 
 
-def base_branch(state: State) -> str:
-    """The branch that the next run starts from, as far as it is known."""
-    return state.branch or harmless(state.repo.get("default_branch")) or "main"
+def is_bad_end(status: str) -> bool:
+    known = status_named(status)
+    return known.terminal and known.style == "bad"
+
+
+def is_active(run: KnownRun) -> bool:
+    """Whether its status may change: one that is not known may."""
+    return run.status not in TERMINAL_STATUSES and run.status != "unknown"
+
+
+def run_named(state: State, run_id: str) -> KnownRun:
+    """What the rail has of a run."""
+    for run in state.rail.runs:
+        if run.id == run_id:
+            return run
+    return KnownRun(run_id)
+
+
+def task_of(run: KnownRun) -> str:
+    return run.task or "(task not known)"
+
+
+def repo_named(state: State, repo_id: str) -> str:
+    """The full name of a repository; "" for one that is not listed."""
+    for repo in state.repos.all:
+        if text_of(repo, "id") == repo_id:
+            return harmless(repo.get("full_name"))
+    return ""
+
+
+def branch_of(sandbox: Json) -> str:
+    return harmless(sandbox.get("working_branch")) or harmless(sandbox.get("base_branch"))
+
+
+def default_branch(target: Target) -> str:
+    return harmless(target.repo.get("default_branch")) or "main"
+
+
+def target_text(target: Target) -> str:
+    """``acme/api ⎇ main · codex``."""
+    if not target.repo:
+        return f"no repository, choose one with /repo · {target.harness}"
+    branch = target.branch or target.base or default_branch(target)
+    return f"{harmless(target.repo.get('full_name'))} ⎇ {harmless(branch, 200)} · {target.harness}"
 
 
 def passing(state: State) -> Sequence[Entry]:
     """The entries that have every word of the filter in their type or text."""
-    words = state.filter.lower().split()
-    return [entry for entry in state.entries if all(word in f"{entry.kind} {entry.text}".lower() for word in words)] \
-        if words else state.entries
+    words = state.timeline.filter.lower().split()
+    if not words:
+        return state.shown.entries
+    found = []
+    for entry in state.shown.entries:
+        text = f"{entry.kind} {entry.text}".lower()
+        if all(word in text for word in words):
+            found.append(entry)
+    return found
 
 
-def selected(state: State) -> int:
+def selected_entry(state: State) -> int:
     """The position of the selected entry among those that pass; -1 when there is none."""
-    return len(passing(state)) - 1 if state.follow else min(state.at, len(passing(state)) - 1)
+    last = len(passing(state)) - 1
+    if state.timeline.follow:
+        return last
+    return min(state.timeline.at, last)
 
 
-def listed(state: State) -> List[Tuple[str, Json]]:
-    """What the rail lists: (the command that Enter on it means, record)."""
-    return [("/attach", run) for run in state.runs] + [("/logs", sandbox) for sandbox in state.sandboxes]
+def selected_row(state: State) -> int:
+    """The position of the selected row of the rail; -1 when there is none."""
+    return min(state.rail.at, len(state.rail.runs) + len(state.rail.sandboxes) - 1)
 
 
-def causes(state: State) -> Tuple[Sequence[str], List[Tuple[str, str]]]:
-    """(glyph, word, style) of the transport, and the alerts: (run id or "", text), each there as long as its cause."""
-    wait_s, latency = state.held_until - state.now, f"{state.latency_ms:.0f}ms"
-    lapse_s = 9e9 if state.lapses_at is None else state.lapses_at - state.now
-    cases: Iterable[Tuple[object, str, str, str, str]] = (
-        (not state.signed_in, "○", "signed out", "dim", ""),
-        (wait_s > 0, "◌", f"reconnect {wait_s:.0f}s", "warn",
-         f"Rate limited: nothing is polled for {format_duration(wait_s)}; runs go on in the cloud"),
-        (state.failures >= 3 or "resolve" in state.trouble, "✗", "offline", "bad",
-         f"No answer from the service, trying again by itself: {state.trouble}"),
-        (state.failures, "◌", "reconnect", "warn", ""),
-        (state.refused and state.signed_in, "○", "degraded refused", "warn",
-         f"{state.refused} · /login signs in again"),
-        (state.truncated or state.latency_ms > 2000, "○", f"degraded {latency}", "warn", ""),
-        (state.latency_ms, "●", f"nominal {latency}", "ok", ""), (True, "◌", "connecting", "dim", ""),
-        (lapse_s < 600, "", "", "", f"The sign-in lapses in {format_duration(lapse_s)} · /login renews it"))
-    met = [case for applies, *case in cases if applies]
-    return met[0][:3], [*state.alerts, *(("", alert) for *_, alert in met if alert)]
+def selected_run(state: State) -> str:
+    """The id of the run that is selected in the rail; "" when none is."""
+    at = selected_row(state)
+    if 0 <= at < len(state.rail.runs):
+        return state.rail.runs[at].id
+    return ""
 
 
-def target_url(state: State) -> str:
+def selected_sandbox(state: State) -> Json:
+    at = selected_row(state) - len(state.rail.runs)
+    if at < 0:
+        return {}
+    return state.rail.sandboxes[at]
+
+
+def selected_item(state: State) -> Optional[Item]:
+    """The selected row of the open drawer."""
+    drawer = state.drawer
+    if drawer is None or not drawer.found:
+        return None
+    return drawer.found[min(drawer.at, len(drawer.found) - 1)]
+
+
+def web_url(state: State) -> str:
     """The pull request of the shown run, else the preview of its sandbox, else the web page."""
-    ids = {text_of(state.run, "sandboxRecordId"), text_of(state.run, "sandboxId")} - {"", "pending"}
-    mine = (sandbox for sandbox in state.sandboxes if text_of(sandbox, "id") in ids)
-    urls = [state.pull_request, *(text_of(sandbox, "preview_url") for sandbox in mine)]
-    return next((url for url in urls if url.startswith("https://")), state.base_url)
+    run = state.shown.run
+    ids = {text_of(run, "sandboxRecordId"), text_of(run, "sandboxId")} - {"", "pending"}
+    urls = [state.shown.pull_request_url]
+    for sandbox in state.rail.sandboxes:
+        if text_of(sandbox, "id") in ids:
+            urls.append(text_of(sandbox, "preview_url"))
+    for url in urls:
+        if url.startswith("https://"):
+            return url
+    return state.base_url
+
+
+def health_sign(state: State) -> Sign:
+    """How well the service answers."""
+    health = state.health
+    wait_s = health.held_until - state.now
+    latency = f"{health.latency_ms:.0f}ms"
+    if state.sign_in.needed:
+        return Sign("○", "signed out", "dim")
+    if wait_s > 0:
+        return Sign("◌", f"reconnect {wait_s:.0f}s", "warn")
+    if health.failures >= 3 or "host name" in health.trouble:
+        return Sign("✗", "offline", "bad")
+    if health.refused:
+        return Sign("○", "degraded refused", "warn")
+    if health.failures:
+        return Sign("◌", "reconnect", "warn")
+    if not health.latency_ms:
+        return Sign("◌", "connecting", "dim")
+    if state.shown.truncated or health.latency_ms > 2000:
+        return Sign("○", f"degraded {latency}", "warn")
+    return Sign("●", f"nominal {latency}", "ok")
+
+
+def alerts_of(state: State) -> List[Alert]:
+    """What is wrong, the gravest first."""
+    health = state.health
+    alerts = list(state.alerts)
+    wait_s = health.held_until - state.now
+    if state.sign_in.needed:
+        return alerts
+    if wait_s > 0:
+        wait = format_duration(wait_s)
+        alerts.append(Alert(f"Rate limited: nothing is asked for {wait}; runs go on in the cloud"))
+    elif health_sign(state).word == "offline":
+        alerts.append(Alert(f"The service does not answer, retrying: {health.trouble}"))
+    if health.refused:
+        alerts.append(Alert(f"{health.refused} · retrying; /login signs in again"))
+    if health.lapses_at is not None and health.lapses_at - state.now < 600:
+        left = format_duration(health.lapses_at - state.now)
+        alerts.append(Alert(f"The sign-in lapses in {left} · /login renews it"))
+    return alerts
+
+
+def rail_width(width: int) -> int:
+    """The columns of the rail, its edge included; 0 where there is none."""
+    if width < 100:
+        return 0
+    return max(27, min(48, width // 3))
+
+
+def is_too_small(state: State) -> bool:
+    """Whether the window shows nothing but that: no key is a yes then."""
+    return state.width < 30 or state.height < 8
+
+
+def focus_of(state: State) -> str:
+    """The pane that has the focus; never a rail that is not there."""
+    if state.focus == "rail" and not rail_width(state.width):
+        return "timeline"
+    return state.focus
+
+
+def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None) -> State:
+    """With this run shown, from its first event on."""
+    alerts = tuple(alert for alert in state.alerts if alert.run_id != run_id)
+    state = state._replace(
+        shown=Shown(run_id, run, origin), timeline=Timeline(wrap=state.timeline.wrap),
+        alerts=alerts, drawer=None)
+    return state.ask(Desk.watch, run_id)
+
+
+def watch_known(state: State, run_id: str) -> State:
+    """Watch a run of the rail: what is known of it is shown at once."""
+    known = run_named(state, run_id)
+    run = {"runId": run_id, "status": known.status, "error": known.error}
+    return watch(state, run_id, run)
+
+
+def ask_to_kill(state: State, run_id: str) -> State:
+    """Ask whether this run shall be cancelled."""
+    status = run_named(state, run_id).status
+    if run_id == state.shown.run_id:
+        status = text_of(state.shown.run, "status") or status
+    if not run_id:
+        return state.say("Select a run to cancel.", "warn")
+    if status in TERMINAL_STATUSES:
+        return state.say(f"Run {harmless(run_id, 8)} has ended: {status}.", "warn")
+    return state._replace(killing=run_id)
+
+
+def open_for_run(state: State, run_id: str) -> State:
+    """Open the pull request or the preview of a run, which only the shown one is known to have."""
+    if run_id and run_id != state.shown.run_id:
+        return state.say("Enter shows this run; then o opens its pull request.", "warn")
+    return state.ask(Desk.open, web_url(state))
+
+
+def open_preview(state: State, sandbox_id: str) -> State:
+    """Open the preview of a sandbox."""
+    for sandbox in state.rail.sandboxes:
+        url = text_of(sandbox, "preview_url")
+        if text_of(sandbox, "id") == sandbox_id and url.startswith("https://"):
+            return state.ask(Desk.open, url)
+    return state.say("This sandbox has no preview.", "warn")
+
+
+def take_repo(state: State, repo_id: str) -> State:
+    """The next task runs in this repository, on its default branch."""
+    for repo in state.repos.all:
+        if text_of(repo, "id") == repo_id:
+            state = state.choose(repo=repo, branch="", base="")._replace(drawer=None)
+            return state.say(f"Next: {target_text(state.target)}")
+    return state
+
+
+def take_branch(state: State, branch: str) -> State:
+    """The next task starts from this branch."""
+    state = state.choose(branch="", base=branch)._replace(drawer=None)
+    return state.say(f"Next: {target_text(state.target)}")
+
+
+def take_harness(state: State, harness: str) -> State:
+    """The next task uses this agent program."""
+    state = state.choose(harness=harness)._replace(drawer=None)
+    return state.say(f"Next: {target_text(state.target)}")
+
+
+EXPORTS = {"json": "json", "jsonl": "jsonl", "markdown": "md"}  # forms, and how their files end
+
+
+def export_text(state: State, form: str) -> str:
+    """The shown run and its events; JSON in ASCII, so that it holds no raw control character."""
+    events = [entry.event for entry in state.shown.entries]
+    if form == "json":
+        return to_json({"run": state.shown.run, "events": events}, indent=2) + "\n"
+    if form == "jsonl":
+        return "".join(to_json(event) + "\n" for event in events)
+    word = sign_of(state.shown.run.get("status")).word
+    lines = [f"# Mogplex run {harmless(state.shown.run_id)}", "", f"{word}: {web_url(state)}", ""]
+    for event in events:
+        lines.append(f"    {event_line(event)}")  # indented: it is no Markdown
+    return "\n".join(lines) + "\n"
+
+
+def export_as(state: State, form: str, path: str = "") -> State:
+    """Write the shown run to a file, of a name made from its id if none is given."""
+    if not path:
+        name = re.sub("[^0-9A-Za-z-]", "", state.shown.run_id)[:8]
+        path = f"mogplex-{name}.{EXPORTS[form]}"
+    return state._replace(drawer=None).ask(Desk.export, path, export_text(state, form))
+
+
+def export_chosen(state: State, form: str) -> State:
+    """The same for a form from the picker, which keeps the file's name."""
+    path = ""
+    if state.drawer:
+        path = "".join(state.drawer.subject)
+    return export_as(state, form, path)
+
+
+def action_list(state: State, drawer: Drawer) -> List[Item]:
+    """Keys or commands, as the drawer was opened with."""
+    return list(drawer.data)
+
+
+def run_items(state: State, drawer: Drawer) -> List[Item]:
+    items = []
+    for run in state.rail.runs:
+        sign = sign_of(run.status)
+        began = ""
+        if 0 < run.started_at < 4e9:
+            began = time.strftime("%b %d %H:%M", time.localtime(run.started_at))
+        cells = (
+            harmless(run.id, 8), f"{sign.glyph} {sign.word}", run.repo, began, task_of(run))
+        items.append(Item(cells, run.id, sign.style, run.id == state.shown.run_id))
+    return items
+
+
+def sandbox_items(state: State, drawer: Drawer) -> List[Item]:
+    items = []
+    for sandbox in state.rail.sandboxes:
+        sign = sign_of(sandbox.get("status"))
+        detail = harmless(sandbox.get("error")) or harmless(sandbox.get("preview_url"))
+        cells = (
+            harmless(sandbox.get("id"), 8), f"{sign.glyph} {sign.word}",
+            repo_named(state, text_of(sandbox, "repo_id")), branch_of(sandbox), detail)
+        items.append(Item(cells, text_of(sandbox, "id"), sign.style))
+    return items
+
+
+def repo_items(state: State, drawer: Drawer) -> List[Item]:
+    items = []
+    for repo in state.repos.all:
+        cells = (harmless(repo.get("full_name")), harmless(repo.get("default_branch")))
+        repo_id = text_of(repo, "id")
+        items.append(Item(cells, repo_id, present=repo_id == text_of(state.target.repo, "id")))
+    return items
+
+
+def branch_items(state: State, drawer: Drawer) -> List[Item]:
+    """The branches that are known: the service lists none."""
+    target = state.target
+    names = [target.branch, target.base, default_branch(target)]
+    for sandbox in state.rail.sandboxes:
+        if sandbox.get("repo_id") == target.repo.get("id"):
+            names.append(branch_of(sandbox))
+    present = target.branch or target.base or default_branch(target)
+    return [Item((name,), name, present=name == present) for name in dict.fromkeys(names) if name]
+
+
+def harness_items(state: State, drawer: Drawer) -> List[Item]:
+    present = state.target.harness
+    return [Item((name, title), name, present=name == present)
+            for name, title in HARNESSES.items()]
+
+
+def export_items(state: State, drawer: Drawer) -> List[Item]:
+    return [Item((form,), form) for form in EXPORTS]
+
+
+def agent_items(state: State, drawer: Drawer) -> List[Item]:
+    items = []
+    for agent in drawer.data or ():
+        items.append(Item(tuple(
+            harmless(agent.get(key)) for key in ("name", "model", "category", "description"))))
+    return items
+
+
+def per_million(model: Json, key: str) -> str:
+    """A price per million tokens; the service gives it per token."""
+    with contextlib.suppress(ValueError):
+        return f"${float(text_of(model, 'pricing', key)) * 1e6:,.2f}"
+    return ""
+
+
+def model_items(state: State, drawer: Drawer) -> List[Item]:
+    items = []
+    for model in drawer.data or ():
+        context = text_of(model, "contextLength")
+        if context.isdigit():
+            context = f"{int(context[:15]):,}"
+        cells = (
+            harmless(model.get("id")), harmless(model.get("provider")), harmless(context, 20),
+            per_million(model, "input"), per_million(model, "output"))
+        items.append(Item(cells))
+    return items
+
+
+def server_items(state: State, drawer: Drawer) -> List[Item]:
+    """MCP servers; never a config, which holds live secrets."""
+    items = []
+    for server in drawer.data or ():
+        enabled = "● enabled" if server.get("enabled") is True else "○ disabled"
+        items.append(Item((harmless(server.get("name")), enabled, harmless(server.get("kind"), 20))))
+    return items
+
+
+LONGEST_PAGE = 1 << 20  # characters of a log or an event that a drawer shows
+
+
+def wrapped(text: str, width: int) -> List[str]:
+    """The lines of ``text``, broken into pieces of at most ``width`` columns."""
+    pieces = []
+    for line in text.split("\n"):
+        start = 0
+        while start < len(line):
+            piece = line[start:start + width]
+            if not piece.isascii():
+                piece = fit(piece, width, "") or piece[:1]
+            pieces.append(piece)
+            start += len(piece)
+        if not line:
+            pieces.append("")
+    return pieces
+
+
+def folded(text: str, width: int) -> List[str]:
+    """One line broken between its words where that can be done."""
+    lines: List[str] = []
+    line = ""
+    for word in text.split(" "):
+        longer = f"{line} {word}" if line else word
+        if width_of(longer) > width and line:
+            lines.append(line)
+            longer = word
+        *whole, line = wrapped(longer, width)
+        lines += whole
+    return [*lines, line]
+
+
+def page_items(state: State, text: str) -> List[Item]:
+    """A text as wide as the window has room for."""
+    if len(text) > LONGEST_PAGE:
+        text = text[:LONGEST_PAGE] + "\n… cut here: /export writes all of it to a file"
+    width = state.width - rail_width(state.width) - 3
+    return [Item((line,), line) for line in wrapped(sanitize(text, "\n"), max(10, width))]
+
+
+def log_items(state: State, drawer: Drawer) -> List[Item]:
+    """The two logs of a sandbox, and what happened to it, in local times."""
+    if drawer.data is None:
+        return []
+    lines = [logs_text({"sandbox": dict_of(drawer.data, "sandbox")})]
+    for event in dicts_of(drawer.data, "lifecycle_events"):
+        clock = local_time(event.get("created_at"), "%b %d %H:%M:%S")
+        words = (clock, text_of(event, "event_type"), text_of(event, "decision_code"))
+        lines.append(harmless("  ".join(words)).rstrip())
+    return page_items(state, "\n".join(filter(None, lines)))
+
+
+def event_items(state: State, drawer: Drawer) -> List[Item]:
+    """An event: when and what, the message, then all the rest as JSON."""
+    event = drawer.data
+    clock = local_time(event.get("createdAt"), "%b %d %H:%M:%S")
+    tool = harmless(event.get("toolName"))
+    title = "  ".join(filter(None, (clock, harmless(event.get("type"), 40), tool)))
+    rest = {key: value for key, value in event.items() if key != "message"}
+    text = to_json(rest, indent=2, ensure_ascii=False)
+    return page_items(state, f"{title}\n{text_of(event, 'message')}\n\n{text}")
+
+
+LOGS = Listing("logs", (), log_items, reads=Desk.logs, copies=True)
+
+
+def show_logs(state: State, sandbox_id: str) -> State:
+    """The logs of a sandbox."""
+    return state.open(LOGS, sandbox_id)
+
+
+ACTION_COLUMNS = (Heading("", 24), Heading("", 90))
+EVENT = Listing("event", (), event_items, copies=True)
+HELP = Listing("help", ACTION_COLUMNS, action_list)
+RUNS = Listing(
+    "runs",
+    (Heading("RUN", 8), Heading("STATUS", 11), Heading("REPO", 16), Heading("STARTED", 12),
+     Heading("TASK", 90)),
+    run_items, enter=watch_known, kill=ask_to_kill, open=open_for_run, copies=True)
+SANDBOXES = Listing(
+    "sandboxes",
+    (Heading("SANDBOX", 8), Heading("STATUS", 12), Heading("REPO", 14), Heading("BRANCH", 18),
+     Heading("PREVIEW OR ERROR", 90)),
+    sandbox_items, enter=show_logs, reads=Desk.sandboxes, open=open_preview, copies=True)
+REPOS = Listing(
+    "repos", (Heading("REPO", 40), Heading("DEFAULT BRANCH", 30)), repo_items,
+    enter=take_repo, reads=Desk.repos)
+BRANCHES = Listing("branches", (Heading("BRANCH", 80),), branch_items, enter=take_branch)
+HARNESS_PICKER = Listing(
+    "harnesses", (Heading("NAME", 16), Heading("AGENT PROGRAM", 60)), harness_items,
+    enter=take_harness)
+EXPORT_PICKER = Listing("export", (Heading("FORMAT", 80),), export_items, enter=export_chosen)
+AGENTS = Listing(
+    "agents",
+    (Heading("AGENT", 22), Heading("MODEL", 22), Heading("CATEGORY", 12), Heading("DOES", 90)),
+    agent_items, reads=Desk.agents)
+MODELS = Listing(
+    "models",
+    (Heading("MODEL", 30), Heading("PROVIDER", 12), Heading("CONTEXT", 9), Heading("IN $/M", 9),
+     Heading("OUT $/M", 9)),
+    model_items, reads=Desk.models)
+SERVERS = Listing(
+    "mcp servers", (Heading("SERVER", 30), Heading("STATUS", 12), Heading("KIND", 20)),
+    server_items, reads=Desk.mcp_servers)
+
+
+def closeness(text: str, letters: str) -> int:
+    """How many characters of ``text`` hold ``letters`` in this order; -1 when it has them not.
+
+    Forward to where they end, then back to where they begin: linear in the text.
+    """
+    end = -1
+    for letter in letters:
+        end = text.find(letter, end + 1)
+        if end < 0:
+            return -1
+    start = end + 1
+    for letter in reversed(letters):
+        start = text.rfind(letter, 0, start)
+    return end - start
+
+
+def searched(lines: Sequence[Item], query: str) -> Tuple[Item, ...]:
+    """The lines with the letters of ``query`` in this order, the closest first."""
+    letters = "".join(query.lower().split())
+    if not letters:
+        return tuple(lines)
+    ranked = []
+    for position, item in enumerate(lines):
+        text = " ".join(item.cells).lower()
+        span = closeness(text, letters)
+        if span >= 0:
+            ranked.append((span, position))
+    return tuple(lines[position] for _, position in sorted(ranked))
+
+
+def source_of(state: State) -> Tuple[object, ...]:
+    """What the tables of the drawers are made from, besides what was read for them."""
+    return (state.rail.runs, state.rail.sandboxes, state.repos.all, state.target,
+            state.shown.run_id)
+
+
+def refreshed(before: State, state: State) -> State:
+    """With the lines of the open drawer made anew, where what they come from has changed."""
+    drawer = state.drawer
+    old = before.drawer
+    if drawer is None:
+        return state
+    same = old is not None and drawer.listing is old.listing and drawer.data is old.data
+    if not same or state.width != before.width or (
+            drawer.listing.columns and source_of(state) != source_of(before)):
+        drawer = drawer._replace(lines=tuple(drawer.listing.rows(state, drawer)))
+    elif old is not None and drawer.query == old.query:
+        return state._replace(drawer=drawer._replace(lines=old.lines, found=old.found))
+    found = searched(drawer.lines, drawer.query)
+    at = max(0, min(drawer.at, len(found) - 1))
+    return state._replace(drawer=drawer._replace(found=found, at=at))
 
 
 # -- Words: what a line of the composer does
 
 
-def watch(state: State, run_id: str, run: Json) -> State:
-    """With this run shown, from its first event on."""
-    alerts = tuple(alert for alert in state.alerts if alert[0] != run_id)
-    return state._replace(
-        run_id=run_id, run=run, entries=(), over=False, adrift=False, stale=False, truncated=False, follow=True,
-        filter="", drawer=None, pushed="", pull_request="", alerts=alerts).ask("watch", run_id)
-
-
-def signed_out(state: State, text: str = "") -> State:
-    """The sign-in on the screen, and the composer free for a token."""
-    waiting = state.text if state.signed_in else state.waiting
-    state = state._replace(signed_in=False, sign_in_url="", drawer=None, waiting=waiting).write("")
-    return state.say(text, "warn") if text else state
-
-
-def connected(state: State) -> State:
-    """With everything asked for anew: the credential, the lists, and the shown run."""
-    state = state if state.signed_in else state.write(state.waiting)
-    state = state._replace(adrift=False, stale=True, signed_in=True, sign_in_url="", waiting="").ask("connect")
-    state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
-    return state.ask("watch", state.run_id) if state.run_id else state
-
-
-def attach(state: State, wanted: str) -> State:
-    """Watch the run with this id, or the one remembered whose id begins so; without an id, a picker."""
-    found = [run for run in state.runs if text_of(run, "id").startswith(wanted)]
-    if not wanted:
-        return state.open("runs")
-    run = found[0] if len(found) == 1 else {"id": wanted}
-    return watch(state._replace(delivered=""), text_of(run, "id"), run)
-
-
 def begin(state: State, task: str) -> State:
-    """A run of ``task``, on the branch that the run before delivered, when there is one."""
+    """``/run TASK``, and any other text: start a run for the target.
+
+    A start whose answer was lost keeps its key, so that the same task asks for the same run.
+    """
     if not task:
-        return state.say("A run needs its task: /run fix the flaky cookie test", "bad")
+        return state.say("A run needs a task: /run fix the flaky cookie test", "bad")
     if utf16_units(task) > MAX_PROMPT_UNITS:
-        return state.write(task).say(f"The service takes tasks of at most {MAX_PROMPT_UNITS:,} characters.", "bad")
-    if not state.repo:
-        return state.write(task).open("repos").say("Choose the repository first; the task waits.", "warn")
-    body: Json = {"repoId": text_of(state.repo, "id"), "prompt": task, "harness": state.harness}
-    if state.branch or state.delivered:
-        body["baseBranch"] = base_branch(state)
-    if state.delivered:
-        body.update(workingBranch=state.delivered, createBranch=False)
-    return state.ask("start", task, body).say("Starting a run…")
+        limit = f"{MAX_PROMPT_UNITS:,}"
+        return state.write(task).say(f"A task has at most {limit} characters.", "bad")
+    if not state.target.repo:
+        state = state.write(task).open(REPOS)
+        return state.say("Choose the repository first; the task is kept.", "warn")
+    number = state.started + 1
+    new = NewRun(task, state.target, f"{state.session}-{number}")
+    others = []
+    for known in state.starts:
+        if body_for(known.target, known.task) != body_for(new.target, task) or known.run_id:
+            others.append(known)
+        elif known.under_way:
+            return state.write(task).say("This start is still under way.", "warn")
+        else:
+            new = new._replace(key=known.key)
+    state = state._replace(starts=(*others, new), started=number)
+    return state.ask(Desk.start, new)
 
 
 def choose_repo(state: State, name: str) -> State:
-    """The repository of this name or id, or the only one with this in its name; else a picker."""
-    exact = [repo for repo in state.repos if name in (text_of(repo, "full_name"), text_of(repo, "id"))]
-    parts = [repo for repo in state.repos if name == text_of(repo, "full_name").rpartition("/")[2]]
-    found = exact or parts or [repo for repo in state.repos if name.lower() in text_of(repo, "full_name").lower()]
+    """``/repo [NAME]``: a name, an id, or what only one name has in it; else a picker."""
+    wanted = name.lower()
+    exact = []
+    short = []
+    partial = []
+    for repo in state.repos.all:
+        full_name = text_of(repo, "full_name").lower()
+        if wanted in (full_name, text_of(repo, "id").lower()):
+            exact.append(repo)
+        if wanted == full_name.rpartition("/")[2]:
+            short.append(repo)
+        if wanted in full_name:
+            partial.append(repo)
+    found = exact or short or partial
     if not name or len(found) != 1:
-        return state.open("repos").shift(query=name)
-    state = state._replace(repo=found[0], branch="", delivered="")
-    return state.say(f"The next run starts on {harmless(found[0].get('full_name'))}, branch {base_branch(state)}.")
+        return state.open(REPOS, query=name)
+    return take_repo(state, text_of(found[0], "id"))
 
 
-def kill(state: State, _: str = "") -> State:
-    if not state.run_id or state.over:
-        return state.say("No run is shown that could be cancelled.", "warn")
-    return state._replace(killing=state.run_id)
+def choose_branch(state: State, name: str) -> State:
+    """``/branch [NAME]``: a picker of the known ones without a name."""
+    if not name:
+        return state.open(BRANCHES)
+    return take_branch(state, name)
 
 
-def export_text(state: State, form: str) -> str:
-    events = [entry.event for entry in state.entries]
-    if form == "json":
-        return to_json({"run": state.run, "events": events}, indent=2, ensure_ascii=False) + "\n"
-    if form == "jsonl":
-        return "".join(to_json(event, ensure_ascii=False) + "\n" for event in events)
-    lines = [f"# Mogplex run {harmless(state.run_id)}", "", f"{status_of(state.run)[1]}: {target_url(state)}", ""]
-    return "\n".join(lines + [f"    {event_line(event)}" for event in events]) + "\n"  # indented, it is no Markdown
+def choose_harness(state: State, name: str) -> State:
+    """``/harness [NAME]``: a picker without a name."""
+    if not name:
+        return state.open(HARNESS_PICKER)
+    if name.lower() not in HARNESSES:
+        return state.open(HARNESS_PICKER).say(f"unknown harness '{name}'", "bad")
+    return take_harness(state, name.lower())
+
+
+def choose_anew(state: State, _: str) -> State:
+    """``/new``: the next task starts from the base branch again."""
+    state = state.choose(branch="")
+    return state.say(f"Next: {target_text(state.target)}")
+
+
+def attach(state: State, wanted: str) -> State:
+    """``/attach RUN``: watch a known run, or one that the service finds; else a picker."""
+    found = [run.id for run in state.rail.runs if run.id.lower().startswith(wanted.lower())]
+    if wanted in found:
+        found = [wanted]
+    if not wanted or len(found) > 1:
+        return state.open(RUNS, query=wanted)
+    if found:
+        return watch_known(state, found[0])
+    state = state.say(f"Looking for run {harmless(wanted, 40)}…", for_s=60.0)
+    return state.ask(Desk.find_run, wanted)
+
+
+def kill(state: State, _: str) -> State:
+    """``/kill``: cancel the shown run, after a yes."""
+    if not state.shown.run_id:
+        return state.say("No run is shown.", "warn")
+    return ask_to_kill(state, state.shown.run_id)
+
+
+def list_runs(state: State, _: str) -> State:
+    return state.open(RUNS)
+
+
+def list_sandboxes(state: State, _: str) -> State:
+    return state.open(SANDBOXES)
+
+
+def choose_logs(state: State, name: str) -> State:
+    """``/logs [SANDBOX]``: the only known one whose id begins so; else a picker."""
+    ids = [text_of(sandbox, "id") for sandbox in state.rail.sandboxes]
+    found = [one for one in ids if one.startswith(name)]
+    if not name or len(found) > 1:
+        return state.open(SANDBOXES, query=name)
+    return show_logs(state, "".join(found) or name)
+
+
+def list_agents(state: State, _: str) -> State:
+    return state.open(AGENTS)
+
+
+def list_models(state: State, _: str) -> State:
+    return state.open(MODELS)
+
+
+def list_servers(state: State, _: str) -> State:
+    return state.open(SERVERS)
+
+
+def open_web(state: State, _: str) -> State:
+    return state.ask(Desk.open, web_url(state))
 
 
 def export(state: State, words: str) -> State:
+    """``/export [FORMAT] [FILE]``: a picker without a format, which keeps the file's name."""
     form, _, path = words.partition(" ")
-    if not state.run_id:
-        return state.say("No run is shown that could be exported.", "warn")
-    if form not in EXPORTS:
-        return state.open("export")
-    name = re.sub("[^0-9A-Za-z-]", "", state.run_id)[:8]
-    path = path.strip() or f"mogplex-{name}.{'md' if form == 'markdown' else form}"
-    return state.ask("export", path, export_text(state, form))
+    path = path.strip()
+    if not state.shown.run_id:
+        return state.say("No run is shown.", "warn")
+    if form.lower() in EXPORTS:
+        return export_as(state, form.lower(), path)
+    state = state.open(EXPORT_PICKER, path)
+    if form:
+        return state.say(f"unknown format '{form}': choose one for {path or 'the file'}", "bad")
+    return state
 
 
-# what a word or a key does: a drawer to open, an effect, a function
-Handler = Union[str, Effect, Callable[..., State]]
-COMMANDS: Dict[str, Tuple[str, str, Handler]] = {  # what follows it, what it does, and how
-    "run": ("TASK", "start a run; typing the task alone does the same", begin),
-    "repo": ("[NAME]", "choose the repository that runs start on", choose_repo),
-    "branch": ("[NAME]", "choose the branch that runs start from", lambda state, name: state._replace(
-        branch=name, delivered="").say(f"The next run starts from {name}.") if name else state.open("branches")),
-    "harness": ("[NAME]", "choose the agent program: codex or claude-code", lambda state, name: state._replace(
-        harness=name).say(f"The next run uses {name}.") if name in HARNESSES else (
-            state.say(f"{name} is no harness.", "bad") if name else state).open("harnesses")),
-    "new": ("", "go back to the base branch for the next task", lambda state, _: state._replace(
-        delivered="").say(f"The next task starts from {base_branch(state)} again.")),
-    "attach": ("RUN", "watch a run, also one that was started elsewhere", attach),
-    "kill": ("", "cancel the shown run, after a yes", kill),
-    "runs": ("", "the runs that this machine remembers", "runs"),
-    "sandboxes": ("", "the sandboxes in the cloud", "sandboxes"),
-    "logs": ("[SANDBOX]", "the logs of a sandbox", lambda state, name: state.open(
-        "logs" if name else "sandboxes", name)),
-    "agents": ("", "the agents of the account", "agents"),
-    "model": ("", "the models that the service knows", "models"),
-    "mcp": ("", "the MCP servers: names, and whether enabled", "mcp"),
-    "open": ("", "the pull request, else the preview, else the web page", lambda state, _: state.ask(
-        "open", target_url(state))),
-    "export": ("[FORMAT] [FILE]", "the shown run and its events as json, jsonl or markdown", export),
-    "login": ("", "sign in", lambda state, _: signed_out(state)),
-    "logout": ("", "forget the stored sign-in", ("logout",)),
-    "help": ("", "every key and every command", "help"),
-    "clear": ("", "clear filter, alerts and messages", lambda state, _: state._replace(filter="", alerts=())),
-    "quit": ("", "leave; runs go on in the cloud", ("leave",)),
-    "exit": ("", "the same as /quit", ("leave",)),
-}
+def show_sign_in(state: State, _: str = "") -> State:
+    """``/login``: the sign-in on the screen, and the composer free for a token."""
+    waiting = state.sign_in.waiting
+    if not state.sign_in.needed:
+        waiting = state.composer.text
+    return state._replace(drawer=None, sign_in=SigningIn(needed=True, waiting=waiting)).write("")
 
 
-def act(state: State, handler: Handler, *arguments: Any) -> State:
-    if isinstance(handler, str):
-        return state.open(handler)
-    return state.ask(*handler) if isinstance(handler, tuple) else handler(state, *arguments)
+def sign_out(state: State, _: str) -> State:
+    return state.ask(Desk.sign_out)
+
+
+POLLS_A_MINUTE = 30  # with the tail's 24, six are left of a token's 60 for what somebody asks for
+
+
+def run_interval_s(active: int) -> float:
+    """How often each of so many active runs is asked: within the budget, and at most 30 s apart."""
+    return max(10.0, 2.2 * active)
+
+
+def asked_before(run: KnownRun) -> float:
+    return run.asked_at
+
+
+def due_runs(state: State) -> List[str]:
+    """The ids of the runs whose status is to be asked now, the longest unasked first."""
+    active = [run for run in state.rail.runs[:50] if is_active(run)]
+    interval_s = run_interval_s(len(active))
+    due = []
+    for run in state.rail.runs[:50]:
+        is_shown = run.id == state.shown.run_id
+        waits_s = interval_s
+        if is_shown and not state.shown.over:
+            continue  # its tail says it
+        if not is_active(run):
+            waits_s = 30.0
+            if not is_shown or run.status != "cancelled":
+                continue  # a cancelled run can come back: the shown one is watched for that
+        if state.now - run.asked_at >= waits_s:
+            due.append(run)
+    return [run.id for run in sorted(due, key=asked_before)]
+
+
+def poll(state: State, most: int) -> State:
+    """Ask what is due, at most so much of it, within what is left of the minute's budget."""
+    polls = state.polls
+    asks = []
+    if not state.repos.heard and state.now - polls.repos_at >= 10:
+        asks.append(Ask(Desk.repos))
+        polls = polls._replace(repos_at=state.now)
+    if state.now - polls.sandboxes_at >= 30:
+        asks.append(Ask(Desk.sandboxes))
+        polls = polls._replace(sandboxes_at=state.now)
+    sent = tuple(at for at in polls.sent if state.now - at < 60)
+    room = min(most, POLLS_A_MINUTE - len(sent)) - len(asks)
+    ids = due_runs(state)[:max(0, room)]
+    asks += [Ask(Desk.run, (run_id,)) for run_id in ids]
+    runs = []
+    for run in state.rail.runs:
+        if run.id in ids:
+            run = run._replace(asked_at=state.now)
+        runs.append(run)
+    sent += (state.now,) * len(asks)
+    polls = polls._replace(sent=sent, unanswered=polls.unanswered + len(asks))
+    return state._replace(
+        polls=polls, rail=state.rail._replace(runs=tuple(runs)), asks=(*state.asks, *asks))
+
+
+def refresh(state: State, _: str = "") -> State:
+    """``/refresh`` and r: ask everything now that may have changed."""
+    if state.health.held_until > state.now:
+        return state.say("Rate limited: nothing is asked until the wait is over.", "warn")
+    runs = tuple(run._replace(asked_at=0.0) for run in state.rail.runs)
+    polls = state.polls._replace(repos_at=0.0, sandboxes_at=0.0)
+    state = state._replace(rail=state.rail._replace(runs=runs), polls=polls)
+    state = state._replace(repos=state.repos._replace(heard=False))
+    if state.shown.again_at:
+        state = state.show(again_at=state.now)
+    if state.drawer and state.drawer.listing.reads:
+        state = state.ask(state.drawer.listing.reads, *state.drawer.subject)
+    if state.shown.run_id:
+        state = state.ask(Desk.run, state.shown.run_id)
+    return poll(state, POLLS_A_MINUTE).say("Asking the service…", for_s=2.0)
+
+
+def clear(state: State, _: str) -> State:
+    return state.scroll(filter="")._replace(alerts=())
+
+
+def leave(state: State, _: str = "") -> State:
+    """Leave; runs go on in the cloud."""
+    return state.ask(Shell.leave)
+
+
+class Word(NamedTuple):
+    """A slash command: its name, what follows it, what it does, and the function."""
+
+    name: str
+    follows: str
+    does: str
+    act: Callable[[State, str], State]
+
+
+HARNESS_NAMES = " or ".join(HARNESSES)
+WORDS = (
+    Word("run", "TASK", "start a run; typing the task alone does the same", begin),
+    Word("repo", "[NAME]", "choose the repository of the next task", choose_repo),
+    Word("branch", "[NAME]", "choose the branch that the next task starts from", choose_branch),
+    Word("harness", "[NAME]", f"choose the agent program: {HARNESS_NAMES}", choose_harness),
+    Word("new", "", "start the next task from the base branch again", choose_anew),
+    Word("attach", "RUN", "watch a run, also one started elsewhere", attach),
+    Word("kill", "", "cancel the shown run, after a question", kill),
+    Word("runs", "", "the runs that this machine remembers", list_runs),
+    Word("sandboxes", "", "the sandboxes in the cloud", list_sandboxes),
+    Word("logs", "[SANDBOX]", "the logs of a sandbox", choose_logs),
+    Word("agents", "", "the agents of the account", list_agents),
+    Word("model", "", "the models, their context length and prices", list_models),
+    Word("mcp", "", "the MCP servers: name, whether enabled, kind", list_servers),
+    Word("open", "", "open the pull request, else the preview, else the web page", open_web),
+    Word("export", "[FORMAT] [FILE]", f"write the shown run to a file: {', '.join(EXPORTS)}",
+         export),
+    Word("login", "", "sign in", show_sign_in),
+    Word("logout", "", "delete the stored sign-in", sign_out),
+    Word("refresh", "", "ask the service now", refresh),
+    Word("clear", "", "clear the filter and the alerts", clear),
+    Word("quit", "", "leave; runs go on in the cloud", leave),
+    Word("exit", "", "the same as /quit", leave),
+)
+NOT_OFFERED = (
+    "pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
+COMMANDS = {word.name: word for word in WORDS}
+
+
+def word_items(words: Iterable[Word]) -> List[Item]:
+    """Commands as rows: Enter on one performs it."""
+    return [Item((f"/{word.name} {word.follows}".strip(), word.does), f"/{word.name}")
+            for word in words]
+
+
+class Binding(NamedTuple):
+    """The keys that do one thing in a pane, and how help says it."""
+
+    keys: str
+    does: str
+    act: Callable[[State], State]
+
+
+def binding_items(bindings: Iterable[Binding]) -> List[Item]:
+    return [Item((binding.keys, binding.does)) for binding in bindings]
+
+
+GENERAL_KEYS = (
+    Item(("Enter", "send; in a pane or a drawer: open the selected row")),
+    Item(("Shift+Enter Alt+Enter", "a new line in the task")),
+    Item(("Up Down", "the history of what was sent")),
+    Item(("Tab Shift+Tab", "complete a command, else go to the next pane")),
+    Item(("^P", "palette: find a command or a run by a few letters")),
+    Item(("^F", "filter the timeline")),
+    Item(("?", "in a pane: its keys")),
+    Item(("^T", "mouse on or off; when off, the terminal selects text")),
+    Item(("^L ^Z", "repaint; suspend, fg comes back")),
+    Item(("Esc", "close, clear, dismiss")),
+    Item(("^C ^C", "leave, from anywhere; runs go on in the cloud")),
+)
+
+
+def show_help(state: State, _: str = "") -> State:
+    """``/help`` and F1: the keys, and every command."""
+    return state.open(HELP, data=(*GENERAL_KEYS, *word_items(WORDS)))
+
+
+COMMANDS["help"] = Word("help", "", "the keys and the commands", show_help)
 
 
 def perform(state: State, line: str) -> State:
     """What a line does when it is sent: a slash command, else a task."""
     if not line.startswith("/"):
         return begin(state, line)
-    name, argument = (line[1:].split(None, 1) + ["", ""])[:2]
-    words, _, handler = COMMANDS.get(name.lower(), ("", "", ""))
-    if handler and (words or not argument):
-        return act(state._replace(drawer=None), handler, argument.strip())
-    if handler or name in NOT_OFFERED:
-        problem = "takes nothing after it." if handler else "is not offered by the hosted API."
+    name, _, argument = line[1:].partition(" ")
+    argument = argument.strip()
+    word = COMMANDS.get(name.lower())
+    if word and (word.follows or not argument):
+        return word.act(state._replace(drawer=None), argument)
+    if word:
+        problem = "takes no argument."
+    elif name.lower() in NOT_OFFERED:
+        problem = "is not offered by the hosted API."
     else:
-        near = nearest(name, COMMANDS)
-        problem = f"is no command; did you mean /{near}?" if near else "is no command; /help lists them."
+        near = nearest(name.lower(), COMMANDS)
+        problem = "is unknown; /help lists the commands."
+        if near:
+            problem = f"is unknown; did you mean /{near}?"
     return state.write(line).say(f"/{fit(name, 30)} {problem} Nothing was sent.", "bad")
 
 
+def perform_item(state: State, command: str) -> State:
+    """Enter in the palette: ``/run`` takes what was typed as its task."""
+    text = state.composer.text
+    state = state._replace(drawer=None)
+    if command != "/run":
+        return perform(state, command)
+    if text.startswith("/"):
+        name, _, text = text.partition(" ")
+        if name != command:
+            text = ""
+    return state.write(f"{command} {text}")
+
+
+PALETTE = Listing("palette", ACTION_COLUMNS, action_list, enter=perform_item)
+
+
+def show_palette(state: State) -> State:
+    """Every command and run, to be found by a few letters."""
+    items = word_items(COMMANDS.values())
+    for run in state.rail.runs:
+        word = sign_of(run.status).word
+        cells = (f"/attach {harmless(run.id, 8)}", f"{word}  {task_of(run)}".strip())
+        items.append(Item(cells, f"/attach {run.id}"))
+    return state.open(PALETTE, data=tuple(items))
+
+
+def command_text(word: Word) -> str:
+    """A command as it is completed: ready for what follows it."""
+    if word.follows:
+        return f"/{word.name} "
+    return f"/{word.name}"
+
+
 def completions(state: State) -> List[str]:
-    """What the composer's text could become: a command, or the name of a repository or run after it."""
-    name, space, argument = state.text[1:].partition(" ")
-    if not state.text.startswith("/") or "\n" in state.text:
+    """What the composer's text could become: a command, or what may follow it."""
+    text = state.composer.text
+    if not text.startswith("/") or "\n" in text:
         return []
+    name, space, argument = text[1:].partition(" ")
     if not space:
-        return [f"/{command}{' ' * bool(COMMANDS[command][0])}" for command in COMMANDS if command.startswith(name)]
-    choices = {"repo": [harmless(repo.get("full_name")) for repo in state.repos],
-               "attach": [harmless(run.get("id")) for run in state.runs]}
-    return [f"/{name} {choice}" for choice in choices.get(name, ()) if choice.lower().startswith(argument.lower())]
+        return [command_text(word) for word in COMMANDS.values() if word.name.startswith(name)]
+    choices: List[str] = []
+    if name == "repo":
+        choices = [harmless(repo.get("full_name")) for repo in state.repos.all]
+    elif name == "attach":
+        choices = [harmless(run.id) for run in state.rail.runs]
+    elif name == "harness":
+        choices = list(HARNESSES)
+    elif name == "export":
+        choices = list(EXPORTS)
+    wanted = argument.lower()
+    return [f"/{name} {choice}" for choice in choices if choice.lower().startswith(wanted)]
 
 
-# -- Drawers: tables of records, and texts
+# -- View: the state as rows of styled text
 
 
-DRAWERS: Dict[str, Tuple[Optional[str], Dict[str, int]]] = {
-    # what Enter performs with the id of a record (None: nothing; "": its own line), and the widths of its columns
-    "help": ("", {"id": 22, "does": 90}), "palette": ("", {"id": 22, "does": 90}),
-    "runs": ("/attach ", {"id": 8, "status": 11, "repo": 18, "time": 16, "task": 90}),
-    "sandboxes": ("/logs ", {"id": 8, "status": 12, "branch": 24, "detail": 90}),
-    "repos": ("/repo ", {"full_name": 40, "default_branch": 30}), "branches": ("/branch ", {"id": 80}),
-    "harnesses": ("/harness ", {"id": 80}), "export": ("/export ", {"id": 80}),
-    "agents": (None, {"name": 22, "model": 26, "description": 90}),
-    "models": (None, {"id": 34, "provider": 14, "name": 60}), "mcp": (None, {"status": 12, "name": 80}),
-    "logs": (None, {}), "event": (None, {}),
+class PaneLine(NamedTuple):
+    """A line of a pane, and the position of what it shows; -1 for a line that shows nothing."""
+
+    line: Line
+    at: int = -1
+
+
+EVENT_TYPES = {  # style, and the tag for a narrow window
+    "started": ("run", "start"),
+    "stream_started": ("run", "start"),
+    "log": ("dim", "log"),
+    "status_changed": ("accent", "state"),
+    "tool_started": ("accent", "tool"),
+    "tool_finished": ("accent", "tool"),
+    "tool_call": ("accent", "tool"),
+    "tool_result": ("accent", "tool"),
+    "assistant_message": ("bold", "agent"),
+    "cancel_requested": ("warn", "stop?"),
+    "cancelled": ("warn", "stop"),
+    "finished": ("ok", "done"),
+    "failed": ("bad", "fail"),
 }
+COMPOSER_HINTS = (
+    "Enter send", "Tab pane", "^P palette", "^F filter", "F1 help", "^C ^C quit")
+TIMELINE_HINTS = (
+    "j k move", "Enter details", "o open", "x kill", "f follow", "/ filter", "? keys", "q quit",
+    "w wrap", "y copy", "r refresh")
+RUN_HINTS = ("j k move", "Enter show", "x kill", "o open", "? keys", "Tab composer", "y copy")
+SANDBOX_HINTS = ("j k move", "Enter logs", "o open preview", "? keys", "Tab composer", "y copy")
+FILTER_HINTS = ("type to filter", "Enter keep", "Esc clear")
+SIGN_IN_HINTS = ("Enter opens the browser", "or paste a token", "^C ^C quit")
+WAITING_HINTS = ("Esc gives up the wait", "^C ^C quit")
 
 
-def records(state: State, drawer: Drawer) -> Iterable[Json]:
-    """What a table lists."""
-    kind, names = drawer.kind, {"harnesses": tuple(HARNESSES), "export": EXPORTS}
-    if kind in ("help", "palette"):
-        words = [{"id": f"/{name} {words}", "does": does, "line": f"/{name}" + " " * words.isalpha()}
-                 for name, (words, does, _) in COMMANDS.items()]
-        return [{"id": key, "does": does} for key, does in HELP] + words if kind == "help" else words + [
-            {"id": f"/attach {text_of(run, 'id')[:8]}", "does": f"{status_of(run)[1]}  {run_label(run)}",
-             "line": f"/attach {text_of(run, 'id')}"} for run in state.runs]
-    if kind == "sandboxes":
-        return [{**one, "branch": branch_of(one), "detail": one.get("error") or one.get("preview_url")}
-                for one in state.sandboxes]
-    if kind == "mcp":  # never a config: it holds live secrets
-        return [{"name": server.get("name"), "status": "enabled" if server.get("enabled") is True else "disabled"}
-                for server in drawer.data or ()]
-    if kind == "branches":
-        here = [branch_of(one) for one in state.sandboxes if one.get("repo_id") == state.repo.get("id")]
-        names[kind] = (state.delivered, base_branch(state), harmless(state.repo.get("default_branch")), *here)
-    if kind in names:
-        return [{"id": name} for name in dict.fromkeys(names[kind]) if name]
-    return drawer.data or {"runs": state.runs, "repos": state.repos}.get(kind, ())
+def drawer_hints(drawer: Drawer) -> List[str]:
+    """What can be done in a drawer."""
+    listing = drawer.listing
+    hints = ["↑ ↓ move"]
+    if listing.enter:
+        hints.append("Enter open")
+    hints.append("Esc close")
+    if not drawer.searching:
+        if listing.kill:
+            hints.append("x kill")
+        if listing.open:
+            hints.append("o open")
+        if listing.copies:
+            hints.append("y copy")
+    hints.append("type to search")
+    return hints
 
 
-def columned(record: Json, columns: Mapping[str, int]) -> str:
+def hints_of(state: State) -> Sequence[str]:
+    """The keys that are useful now, the most useful first."""
+    focus = focus_of(state)
+    if state.drawer:
+        return drawer_hints(state.drawer)
+    if state.sign_in.needed and focus == "composer":
+        return WAITING_HINTS if state.sign_in.url else SIGN_IN_HINTS
+    if focus == "rail":
+        return RUN_HINTS if selected_run(state) else SANDBOX_HINTS
+    if focus == "timeline":
+        return TIMELINE_HINTS
+    if focus == "filter":
+        return FILTER_HINTS
+    return COMPOSER_HINTS
+
+
+def joined(hints: Iterable[str], width: int) -> str:
+    """Whole hints, as many as fit."""
     line = ""
-    for key, width in columns.items():
-        text = " ".join(status_of(record)[:2]) if key == "status" else harmless(record.get(key))
-        text = text[:8] if (key, width) == ("id", 8) else fit(text, width)
-        line += text + " " * (width - width_of(text) + 2)
-    return line.rstrip()
+    for hint in hints:
+        longer = f"{line} · {hint}" if line else f" {hint}"
+        if width_of(longer) > width:
+            break
+        line = longer
+    return line
 
 
-def page(drawer: Drawer) -> str:
-    """The text of a drawer that is no table: all of an event, after its message of many lines; or a sandbox's logs."""
-    if drawer.kind == "event":
-        message = text_of(drawer.data, "message")
-        return (f"{message}\n\n" if "\n" in message else "") + to_json(drawer.data, indent=2, ensure_ascii=False)
-    return logs_text(drawer.data)
+def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -> Row:
+    """Segments cut and padded to exactly ``width`` columns; ``style`` for all of it."""
+    row = []
+    room = width
+    for text, own in segments:
+        text = fitted(text, room)
+        row.append((text, own if style is None else style))
+        room -= width_of(text)
+    if room:
+        row.append((" " * room, style or ""))
+    return tuple(row)
 
 
-def rail_width(width: int) -> int:
-    """The columns of the rail, its edge included; 0 where there is none."""
-    return 0 if width < 100 else 27 if width < 120 else 34
+def padded(lines: Iterable[Line], width: int, rows: int) -> List[Row]:
+    """Exactly ``rows`` rows: the lines, and blank ones."""
+    filled = [fill(line, width) for line in lines][:rows]
+    return filled + [fill([], width)] * (rows - len(filled))
 
 
-def wrapped(text: str, width: int) -> List[str]:
-    """The lines of ``text``, broken into pieces of at most ``width`` columns."""
-    lines = []
-    for line in text.split("\n"):
-        start = 0
-        while not start or start < len(line):
-            lines.append(fit(line[start:start + width], width, "") or line[start:start + 1])
-            start += len(lines[-1]) or 1
+def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Row:
+    """``left`` cut and padded, and ``right`` at the end of the row, where there is room."""
+    room = width - sum(width_of(text) for text, _ in right)
+    if room <= 0:
+        return fill(left, width, style)
+    return (*fill(left, room, style), *right)
+
+
+def run_clock(state: State) -> str:
+    """How long the shown run has taken: `` 12:41``."""
+    run = state.shown.run
+    since = parse_time(run.get("createdAt")) or run_named(state, state.shown.run_id).started_at
+    until: Optional[float] = state.now
+    if run.get("status") in TERMINAL_STATUSES:
+        until = parse_time(run.get("updatedAt"))
+    if not since or not until:
+        return ""
+    minutes, seconds = divmod(max(0, int(until - since)), 60)
+    return f" {minutes}:{seconds:02d}"
+
+
+def header(state: State, width: int) -> Row:
+    """The shown run, and how the service answers."""
+    bar = (" │ ", "line")
+    sign = health_sign(state)
+    right: List[Segment] = [bar, (f"{sign.glyph} {sign.word} ", sign.style)]
+    row: List[Segment] = []
+    if width >= 40:
+        row.append((" mogplex", "brand"))
+    if not state.shown.run_id:
+        return ends(row, right, width)
+    run = state.shown.run
+    if width >= 60:
+        known = run_named(state, state.shown.run_id)
+        repo = repo_named(state, text_of(run, "repoId")) or known.repo
+        branch = state.shown.branch or harmless(text_of(run, "branch", "working"), 200)
+        branch = branch or harmless(text_of(run, "branch", "base"), 200)
+        row += [bar, (fit(repo, 28), "bold")]
+        if branch:
+            row.append((fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent"))
+    harness = harmless(run.get("harness"), 16)
+    if width >= 80 and harness:
+        row += [bar, (harness, "")]
+    status = sign_of(run.get("status"))
+    if row:
+        row.append(bar)
+    else:
+        row.append((" ", ""))
+    row.append((f"{status.glyph} {status.word.upper()}", status.style))
+    row.append((run_clock(state), "dim"))
+    return ends(row, right, width)
+
+
+def alert_row(alerts: Sequence[Alert], width: int) -> Row:
+    """The first alert, and how many there are beside it."""
+    more = ""
+    if len(alerts) > 1:
+        more = f" (+{len(alerts) - 1})"
+    keys = " "
+    if alerts[0].run_id and width >= 60:
+        keys = " [Enter] open  [Esc] dismiss "
+    return ends([(f" !! {alerts[0].text}{more}", "")], [(keys, "alert")], width, "alert")
+
+
+def run_age(state: State, run: KnownRun) -> str:
+    """How old a run is; of an active one whose status is older than 30 s, how old that is."""
+    if is_active(run) and run.heard_at and state.now - run.heard_at > 30:
+        return f"{format_age(state.now - run.heard_at)} old"
+    if run.started_at:
+        return format_age(state.now - run.started_at)
+    return ""
+
+
+def run_line(state: State, run: KnownRun, width: int) -> Row:
+    """A run in the rail. Where it is narrow the age goes first, then the repository, the word."""
+    sign = sign_of(run.status)
+    shown = run.id == state.shown.run_id
+    repo = run.repo.rpartition("/")[2]
+    if repo:
+        repo = fit(repo, 14) + " "
+    word = sign.word
+    age = run_age(state, run)
+    lead = f"{sign.glyph} "
+    name = harmless(run.id, 4) + " "
+    task = task_of(run)
+    room = width - 2 - width_of(lead) - width_of(name) - min(12, width_of(task))
+    if width_of(repo) + len(word) + len(age) + 3 > room:
+        age = ""
+    if width_of(repo) + len(word) + 2 > room:
+        repo = ""
+    if len(word) + 2 > room:
+        word = ""
+    right: List[Segment] = []
+    if word:
+        right.append((f" {word}", sign.style))
+    if age:
+        right.append((f" {age}", "dim"))
+    right.append((" ", ""))
+    mark = "▸" if shown else " "
+    left = [(f" {mark}", "accent"), (lead, sign.style), (name, "dim"), (repo, "dim"),
+            (task, "bold" if shown else "")]
+    return ends(left, right, width)
+
+
+def sandbox_line(state: State, sandbox: Json, width: int) -> Row:
+    """A sandbox in the rail."""
+    sign = sign_of(sandbox.get("status"))
+    repo = repo_named(state, text_of(sandbox, "repo_id")).rpartition("/")[2]
+    if repo:
+        repo = fit(repo, 14) + " "
+    branch = branch_of(sandbox)
+    left = [(f"  {sign.glyph} ", sign.style), (repo, "dim"), (branch, "")]
+    return ends(left, [(f" {sign.word} ", sign.style)], width)
+
+
+def row_detail(state: State) -> str:
+    """The selected row of the rail in full."""
+    run_id = selected_run(state)
+    if run_id:
+        run = run_named(state, run_id)
+        status = f"{sign_of(run.status).word or '…'} {run_age(state, run)}".strip()
+        parts = [f"{harmless(run.id, 8)} {run.repo}".strip(), status, run.error, task_of(run)]
+        return " · ".join(filter(None, parts))
+    sandbox = selected_sandbox(state)
+    if not sandbox:
+        return ""
+    repo = repo_named(state, text_of(sandbox, "repo_id"))
+    place = " ".join(filter(None, (harmless(sandbox.get("id"), 8), repo, branch_of(sandbox))))
+    return " · ".join(filter(None, (
+        place, sign_of(sandbox.get("status")).word, harmless(sandbox.get("error")))))
+
+
+def around(at: int, count: int, rows: int) -> range:
+    """Which of ``count`` rows are on the screen, so that row ``at`` is among ``rows`` of them."""
+    top = max(0, min(at, count - 1) - rows + 1)
+    return range(top, min(count, top + rows))
+
+
+def chosen(placed: PaneLine, at: int, width: int) -> PaneLine:
+    """A line as the selected one, if it is that."""
+    if placed.at < 0 or placed.at != at:
+        return placed
+    return PaneLine(fill(placed.line, width, "select"), at)
+
+
+def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+    """Runs and sandboxes, each with at least a third of the rail, and the selected row in full."""
+    runs = state.rail.runs
+    sandboxes = state.rail.sandboxes
+    at = selected_row(state)
+    focused = focus_of(state) == "rail" and not state.drawer
+    title = "key" if focused else "bold"
+    detail = [f" {piece}" for piece in folded(row_detail(state), width - 2)][:3]
+    if rows < 12:
+        detail = detail[:1]
+    room = max(2, rows - len(detail) - 2)
+    for_sandboxes = min(len(sandboxes), max(room // 3, room - len(runs)))
+    active = sum(bool(run.status) and is_active(run) for run in runs)
+    counts = f" · {active} active" if active else ""
+    lines = [PaneLine([(f" RUNS {len(runs)}", title), (counts, "dim")])]
+    for position in around(at, len(runs), room - for_sandboxes):
+        lines.append(PaneLine(run_line(state, runs[position], width), position))
+    running = sum(sandbox.get("status") == "running" for sandbox in sandboxes)
+    counts = f" · {running} running" if running else ""
+    lines.append(PaneLine([(f" SANDBOXES {len(sandboxes)}", title), (counts, "dim")]))
+    for position in around(max(0, at - len(runs)), len(sandboxes), for_sandboxes):
+        row = sandbox_line(state, sandboxes[position], width)
+        lines.append(PaneLine(row, len(runs) + position))
+    if focused:
+        lines = [chosen(placed, at, width) for placed in lines]
+    blank = [PaneLine([])] * (rows - len(lines) - len(detail))
+    return lines + blank + [PaneLine([(piece, "dim")]) for piece in detail]
+
+
+def strip(state: State, width: int) -> Row:
+    """The rail in one row, the shown run first."""
+    row: List[Segment] = [(f" RUNS {len(state.rail.runs)} ", "bold")]
+    shown = [run for run in state.rail.runs if run.id == state.shown.run_id]
+    others = [run for run in state.rail.runs if run.id != state.shown.run_id]
+    for run in (shown + others)[:6]:
+        sign = sign_of(run.status)
+        mark = "▸" if run in shown else " "
+        words = " ".join(filter(None, (sign.glyph, harmless(run.id, 4), sign.word)))
+        row += [(mark, "accent"), (f"{words} ", sign.style), (fit(task_of(run), 16) + " ", "")]
+    running = sum(sandbox.get("status") == "running" for sandbox in state.rail.sandboxes)
+    right: List[Segment] = []
+    if width >= 60:
+        right.append((f" SANDBOXES {len(state.rail.sandboxes)} ", "bold"))
+    if width >= 90:
+        right.append((f"· {running} running ", "dim"))
+    return ends(row, right, width)
+
+
+def outcome(state: State) -> List[Segment]:
+    """The line after the newest entry: what goes on, or how the run ended and why."""
+    shown = state.shown
+    status = text_of(shown.run, "status")
+    if shown.lost and not shown.again_at:
+        return [(f"✗ cannot be followed: {shown.lost}", "bad")]
+    if not shown.over and status not in TERMINAL_STATUSES:
+        if not shown.entries:
+            return [("… waiting for the first event", "dim")]
+        heard_at = parse_time(shown.entries[-1].event.get("createdAt"))
+        quiet = ""
+        if heard_at:
+            quiet = f", last event {format_age(state.now - heard_at)} ago"
+        return [("… agent working" + quiet, "dim")]
+    sign = sign_of(status)
+    error = harmless(shown.run.get("error"))
+    reason = f": {error}" if error else ""
+    segments = [(f"{sign.glyph} {sign.word}{reason}", sign.style)]
+    if web_url(state) != state.base_url:
+        segments.append((f" · o opens {web_url(state)}", ""))
+    if shown.truncated:
+        segments.append((" · the service lists no later events of this run", "warn"))
+    return segments
+
+
+def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
+    """An event: one line, or as many as its text needs."""
+    style, tag = EVENT_TYPES.get(entry.kind, ("", entry.kind))
+    loud = style if style in ("ok", "bad", "warn") else ""
+    lead: List[Segment] = [(f" {fit(tag, 6):6} ", style)]
+    if width >= 60:
+        lead = [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, 17):17} ", style)]
+    indent = sum(width_of(text) for text, _ in lead)
+    pieces = [entry.text]
+    if wrap:
+        pieces = folded(entry.text, max(10, width - indent))
+    lines: List[Line] = [[*lead, (pieces[0], loud)]]
+    for piece in pieces[1:]:
+        lines.append([(" " * indent, ""), (piece, loud)])
     return lines
 
 
-def items(state: State) -> List[Item]:
-    """The open drawer's lines with the letters of its query in this order, first those where they lie closest."""
-    drawer = state.drawer
-    if not drawer:
-        return []
-    does, columns = DRAWERS[drawer.kind]
-    if columns:
-        lines = [Item(columned(record, columns),
-                      does + harmless(record.get("id" if does else "line")) if does is not None else "",
-                      status_of(record)[2] if "status" in columns else "") for record in records(state, drawer)]
-    else:
-        width = state.width - rail_width(state.width) - 2
-        lines = [Item(line) for line in wrapped(sanitize(page(drawer), "\n"), width)] if drawer.data else []
-    pattern, found = ".*?".join(map(re.escape, "".join(drawer.query.lower().split()))), []
-    if not pattern:
-        return lines
-    for position, item in enumerate(lines):
-        spans = [match.end() - match.start() for match in re.finditer(pattern, item.text.lower())]
-        if spans:
-            found.append((min(spans), position, item))
-    return [item for _, _, item in sorted(found)]
+def scrolled(
+    state: State, entries: Sequence[Entry], at: int, top: int, width: int, rows: int,
+) -> int:
+    """The first entry to show, so that entry ``at`` is on the screen; moved no further than needed."""
+    lowest = at
+    height = 0
+    for position in range(at, -1, -1):
+        if state.timeline.wrap:
+            height += len(entry_lines(entries[position], width, True))
+        else:
+            height += 1
+        if height > rows:
+            break
+        lowest = position
+    return max(0, lowest, min(top, at))
+
+
+def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+    """Title, entries, and a last line: of what goes on, or of how many are newer."""
+    entries = passing(state)
+    at = selected_entry(state)
+    timeline = state.timeline
+    focused = focus_of(state) == "timeline"
+    kinds = f"filter: {timeline.filter}" if timeline.filter else "all types"
+    plural = "" if len(entries) == 1 else "s"
+    mode = ("FOLLOW", "ok") if timeline.follow else ("PAUSED", "warn")
+    lines = [PaneLine([
+        (" TIMELINE ", "key" if focused else "bold"),
+        (harmless(state.shown.run_id, 8) + "  ", ""), mode,
+        (f" · {kinds} · {len(entries)} event{plural}", "dim")])]
+    top = 0 if timeline.follow else timeline.top
+    top = scrolled(state, entries, at, top, width, rows - 2)
+    end = top
+    while end < len(entries):
+        rows_of_it = entry_lines(entries[end], width, timeline.wrap)
+        if len(lines) > 1 and len(lines) + len(rows_of_it) > rows - 1:
+            break
+        lines += [PaneLine(line, end) for line in rows_of_it]
+        end += 1
+    lines = lines[:rows - 1]
+    if focused:
+        lines = [chosen(placed, at, width) for placed in lines]
+    if timeline.follow:
+        indent = 11 if width >= 60 else 1
+        return lines + [PaneLine([(" " * indent, ""), *outcome(state)])]
+    newer = "▼ End follows "
+    if end < len(entries):
+        newer = f"▼ {len(entries) - end} newer (End) "
+    return lines + [PaneLine(ends([], [(newer, "warn")], width))]
+
+
+def welcome(state: State, width: int) -> List[Segment]:
+    """What the body says without a run, or while nobody is signed in; a segment a line."""
+    blank = ("", "")
+    if state.sign_in.url:
+        pieces = wrapped(state.sign_in.url, width - 6)
+        return [
+            ("Waiting for the browser. If none opened, open this address yourself:", "bold"),
+            blank, *((piece, "accent") for piece in pieces), blank,
+            ("Esc gives up the wait.", "dim")]
+    if state.sign_in.needed:
+        return [
+            ("Sign in to Mogplex", "bold"),
+            (state.base_url, "accent"),
+            blank,
+            ("Enter            opens your browser, and comes back here by itself", ""),
+            ("paste a token    then Enter; create tokens at", ""),
+            (f"                 {state.base_url}/settings/api-keys", "accent"),
+            blank,
+            ("Esc tries the stored sign-in again.", "dim")]
+    return [
+        ("Type a task and press Enter to start a run.", "bold"),
+        blank,
+        ("/repo     choose the repository", ""),
+        ("/attach   watch a run started elsewhere", ""),
+        ("/help     every key and command", "")]
+
+
+def welcome_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+    lines = welcome(state, width)[:rows]
+    indent = " " * min(3, width // 20)
+    blank = [PaneLine([])] * ((rows - len(lines)) // 3)
+    return blank + [PaneLine([(indent, ""), line]) for line in lines]
+
+
+def cells_text(cells: Sequence[str], columns: Sequence[Heading]) -> str:
+    """The cells of a row below each other's titles."""
+    if not columns:
+        return cells[0]
+    line = ""
+    for text, column in zip(cells, columns):
+        text = fitted(text, column.width)
+        line += text + " " * (column.width - width_of(text) + 2)
+    return line.rstrip()
+
+
+def nothing_found(drawer: Drawer) -> str:
+    if drawer.query:
+        return "no match"
+    if drawer.listing.reads and drawer.data is None:
+        return "loading…"
+    return "nothing here"
+
+
+def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[PaneLine]:
+    """Title, the columns' titles, and the rows around the selected one; the present is marked."""
+    found = drawer.found
+    listing = drawer.listing
+    at = max(0, min(drawer.at, len(found) - 1))
+    about = harmless(" ".join(drawer.subject), 40)
+    sought = ("type to search", "dim")
+    if drawer.query or drawer.searching:
+        sought = (f"/{drawer.query}", "accent")
+    count = f"{min(at + 1, len(found))}/{len(found)} · Esc closes "
+    name = " ".join(filter(None, (listing.title.upper(), about)))
+    lines = [PaneLine(ends([(f" {name}  ", "key"), sought], [(count, "dim")], width))]
+    titles = [column.title for column in listing.columns]
+    if any(titles):
+        lines.append(PaneLine([("   " + cells_text(titles, listing.columns), "dim")]))
+    if drawer.error:
+        lines.append(PaneLine([(f"   {drawer.error} · retrying", "bad")]))
+    elif not found:
+        lines.append(PaneLine([(f"   {nothing_found(drawer)}", "dim")]))
+    for position in around(at, len(found), rows - len(lines)):
+        item = found[position]
+        mark = " ▸ " if item.present else "   "
+        if not listing.columns:
+            mark = " "
+        line = [(mark, "accent"), (cells_text(item.cells, listing.columns), item.style)]
+        lines.append(chosen(PaneLine(line, position), at, width))
+    return lines
+
+
+def body_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+    """The drawer, the timeline, or what there is to do without them."""
+    if state.drawer:
+        return drawer_lines(state, state.drawer, width, rows)
+    if state.shown.run_id and not state.sign_in.needed:
+        return timeline_lines(state, width, rows)
+    return welcome_lines(state, width, rows)
+
+
+def is_token_field(state: State) -> bool:
+    """Whether what is typed into the composer is a token, never to be shown."""
+    return state.sign_in.needed and not state.composer.text.startswith("/")
+
+
+def composer_lines(state: State, width: int, most: int) -> List[Line]:
+    """What is being typed, as much as fits around the cursor: an empty segment of its own style."""
+    text = state.composer.text.replace("\t", " ")
+    cursor = state.composer.cursor
+    mark = "› "
+    focus = focus_of(state)
+    if focus == "filter":
+        text = state.timeline.filter
+        cursor = len(text)
+        mark = "/ "
+    elif is_token_field(state):
+        text = "•" * len(text)
+    room = width - 4
+    start = max(0, cursor - room * most)
+    # Each line has a place for the cursor behind its end.
+    before = wrapped(text[start:cursor].replace("\n", " \n") + " ", room)
+    lines = wrapped(text[start:cursor + room * most].replace("\n", " \n") + " ", room)
+    at = len(before) - 1
+    column = len(before[-1]) - 1
+    active = not state.drawer and focus in ("composer", "filter")
+    output: List[Line] = []
+    for row in around(at, len(lines), most):
+        line: List[Segment] = [(lines[row], "")]
+        if active and row == at:
+            line = [(lines[row][:column], ""), ("", "cursor"), (lines[row][column:], "")]
+        lead = mark if row == 0 else "  "
+        output.append([(f" {lead}", "key" if active else "dim"), *line])
+    return output
+
+
+def question_lines(state: State, width: int) -> List[Line]:
+    """The question before a run is cancelled; whole, however narrow the window is."""
+    task = fit(task_of(run_named(state, state.killing)), 40)
+    question = f"Cancel run {harmless(state.killing, 8)}, {task}?  y yes · any other key no"
+    return [[(f" {piece}", "alert")] for piece in folded(question, width - 2)]
+
+
+def hint_line(state: State, width: int) -> Line:
+    """The last row: a notice, a start under way, what can be completed, else the keys."""
+    if state.notice.until > state.now:
+        return [(f" {state.notice.text}", state.notice.style)]
+    if any(new.under_way and not new.run_id for new in state.starts):
+        return [(" Starting a run…", "run")]
+    if state.sign_in.checking:
+        return [(" Trying the token…", "run")]
+    if focus_of(state) != "composer" or state.drawer:
+        return [(joined(hints_of(state), width), "dim")]
+    found = completions(state)
+    word = COMMANDS.get(state.composer.text[1:])
+    if word is None and len(found) == 1:
+        word = COMMANDS.get(found[0][1:].partition(" ")[0])
+    if found and word:
+        return [(f" /{word.name} {word.follows}  ", "key"), (word.does, "dim")]
+    if found:
+        return [(" Tab", "dim"), (joined((one.strip() for one in found), width - 5), "key")]
+    return [(joined(hints_of(state), width), "dim")]
+
+
+def foot_lines(state: State, width: int, height: int) -> List[Line]:
+    """The composer, and a question or the hints below it."""
+    lines = composer_lines(state, width, max(1, min(height // 4, 8)))
+    if state.killing:
+        return lines + question_lines(state, width)
+    return lines + [hint_line(state, width)]
+
+
+def next_line(state: State) -> List[Segment]:
+    """What the next task will use."""
+    return [(" next: ", "dim"), (target_text(state.target), "accent")]
+
+
+def rule_row(state: State, side: int, width: int, says_next: bool) -> Row:
+    """The line above the composer; in a low window it says what comes next."""
+    rule = "─" * width
+    if side:
+        rule = "─" * (side - 1) + "┴" + "─" * (width - side)
+    if not says_next:
+        return ((rule, "line"),)
+    text = fitted(f"─ next: {target_text(state.target)} ", width)
+    return ((text, "accent"), (rule[width_of(text):], "line"))
+
+
+class Layout(NamedTuple):
+    """Where the panes are: the first row of the body, its rows, and the columns of the rail."""
+
+    top: int
+    rows: int
+    side: int
+    foot: List[Line]
+    has_next: bool  # the next: line has a row of its own
+
+
+def has_strip(side: int, height: int) -> bool:
+    return not side and height >= 12
+
+
+def layout_of(state: State, width: int, height: int) -> Layout:
+    side = rail_width(width)
+    foot = foot_lines(state, width, height)
+    top = 1
+    if alerts_of(state):
+        top += 1
+    if has_strip(side, height):
+        top += 1
+    has_next = height >= 20
+    rows = height - top - len(foot) - 1
+    if has_next:
+        rows -= 1
+    return Layout(top, max(0, rows), side, foot, has_next)
+
+
+def view(state: State, width: int, height: int) -> List[Row]:
+    """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
+    if width < 30 or height < 8:
+        blank: List[Line] = [[]] * (height // 2)
+        return padded([*blank, [("enlarge the window", "warn")]], width, height)
+    layout = layout_of(state, width, height)
+    side = layout.side
+    alerts = alerts_of(state)
+    rows = [header(state, width)]
+    if alerts:
+        rows.append(alert_row(alerts, width))
+    if has_strip(side, height):
+        rows.append(strip(state, width))
+    body = [placed.line for placed in body_lines(state, width - side, layout.rows)]
+    main = padded(body, width - side, layout.rows)
+    if side:
+        rail = [placed.line for placed in rail_lines(state, side - 1, layout.rows)]
+        left = padded(rail, side - 1, layout.rows)
+        main = [(*one, ("│", "line"), *other) for one, other in zip(left, main)]
+    rows += main
+    rows.append(rule_row(state, side, width, not layout.has_next))
+    if layout.has_next:
+        rows.append(fill(next_line(state), width))
+    rows += [fill(line, width) for line in layout.foot]
+    return rows[:height]
 
 
 # -- Keys
@@ -5542,772 +7312,1170 @@ def items(state: State) -> List[Item]:
 def insert(state: State, text: str) -> State:
     """With ``text`` typed into whatever takes words now."""
     if state.drawer:
-        return state.shift(query=(state.drawer.query + sanitize(text, " "))[:200], at=0)
-    if state.focus == "filter":
-        return state._replace(filter=(state.filter + sanitize(text, " "))[:200])
-    text = "\n".join(map(sanitize, text.split("\n")))
-    return state.write(state.text[:state.cursor] + text + state.text[state.cursor:], state.cursor + len(text))
+        query = (state.drawer.query + sanitize(text, " "))[:200]
+        return state.shift(query=query, searching=True, at=0)
+    if focus_of(state) == "filter":
+        return state.scroll(filter=(state.timeline.filter + sanitize(text, " "))[:200])
+    lines = ["\t".join(map(sanitize, line.split("\t"))) for line in text.split("\n")]
+    text = "\n".join(lines)
+    composer = state.composer
+    before = composer.text[:composer.cursor]
+    after = composer.text[composer.cursor:]
+    return state.write(before + text + after, len(before) + len(text))
 
 
 def cut(state: State, start: int, end: int) -> State:
-    return state.write(state.text[:max(0, start)] + state.text[end:], max(0, start))
+    """With the composer's text from ``start`` to ``end`` deleted."""
+    text = state.composer.text
+    start = max(0, start)
+    return state.write(text[:start] + text[end:], start)
 
 
-def vertical(state: State, step: int) -> State:
-    """Up or down by a line of the text, and past its ends through the history."""
-    before, after = state.text[:state.cursor], state.text[state.cursor:]
-    if "\n" in (before if step < 0 else after):
-        return state._replace(cursor=before.rindex("\n") if step < 0 else state.cursor + after.index("\n") + 1)
-    back = min(max(0, state.recalled - step), len(state.history))
-    draft = state.draft if state.recalled else state.text
-    return state._replace(recalled=back, draft=draft).write(state.history[-back] if back else draft)
+def word_start(text: str, cursor: int) -> int:
+    """Where the word before the cursor begins."""
+    before = re.sub(r"[\n\t]", " ", text[:cursor])
+    return before.rstrip(" ").rfind(" ") + 1
+
+
+def word_end(text: str, cursor: int) -> int:
+    """Where the word after the cursor ends."""
+    match = re.compile(r"\s*\S*").match(text, cursor)
+    return match.end() if match else cursor
+
+
+def line_start(composer: Composer) -> int:
+    return composer.text.rfind("\n", 0, composer.cursor) + 1
+
+
+def line_end(composer: Composer) -> int:
+    end = composer.text.find("\n", composer.cursor)
+    return end if end >= 0 else len(composer.text)
+
+
+def put_cursor(state: State, cursor: int) -> State:
+    """With the cursor there."""
+    cursor = max(0, min(cursor, len(state.composer.text)))
+    return state._replace(composer=state.composer._replace(cursor=cursor))
+
+
+def new_line(state: State) -> State:
+    return insert(state, "\n")
+
+
+def delete_back(state: State) -> State:
+    return cut(state, state.composer.cursor - 1, state.composer.cursor)
+
+
+def delete_forward(state: State) -> State:
+    return cut(state, state.composer.cursor, state.composer.cursor + 1)
+
+
+def delete_word(state: State) -> State:
+    composer = state.composer
+    return cut(state, word_start(composer.text, composer.cursor), composer.cursor)
+
+
+def delete_line(state: State) -> State:
+    """Everything before the cursor."""
+    return cut(state, 0, state.composer.cursor)
+
+
+def delete_line_end(state: State) -> State:
+    return cut(state, state.composer.cursor, line_end(state.composer))
+
+
+def char_left(state: State) -> State:
+    return put_cursor(state, state.composer.cursor - 1)
+
+
+def char_right(state: State) -> State:
+    return put_cursor(state, state.composer.cursor + 1)
+
+
+def word_left(state: State) -> State:
+    return put_cursor(state, word_start(state.composer.text, state.composer.cursor))
+
+
+def word_right(state: State) -> State:
+    return put_cursor(state, word_end(state.composer.text, state.composer.cursor))
+
+
+def to_line_start(state: State) -> State:
+    return put_cursor(state, line_start(state.composer))
+
+
+def follow(state: State) -> State:
+    """Follow the newest event, or stay at the selected one."""
+    return state.scroll(follow=not state.timeline.follow, at=max(0, selected_entry(state)))
+
+
+def select_entry(state: State, at: int, may_follow: bool) -> State:
+    """With this entry selected; at the last one the newest may be followed again."""
+    entries = passing(state)
+    before = selected_entry(state)
+    layout = layout_of(state, state.width, state.height)
+    width = state.width - layout.side
+    rows = layout.rows - 2
+    top = state.timeline.top
+    if state.timeline.follow:
+        top = 0
+    top = scrolled(state, entries, before, top, width, rows)
+    at = max(0, min(at, len(entries) - 1))
+    top = scrolled(state, entries, at, top, width, rows)
+    follow = may_follow and at >= len(entries) - 1
+    return state.scroll(at=at, top=top, follow=follow)
+
+
+def move(state: State, step: int) -> State:
+    """By so many lines in the drawer, else in the rail where that has the focus, else in time."""
+    if state.drawer:
+        last = len(state.drawer.found) - 1
+        return state.shift(at=max(0, min(state.drawer.at + step, last)))
+    if focus_of(state) == "rail":
+        return state._replace(rail=state.rail._replace(at=max(0, selected_row(state) + step)))
+    return select_entry(state, selected_entry(state) + step, step > 0)
+
+
+def to_last(state: State) -> State:
+    return move(state, 10**9)
+
+
+def to_line_end(state: State) -> State:
+    """The end of the line; with nothing typed, the newest event."""
+    if not state.composer.text:
+        return to_last(state)
+    return put_cursor(state, line_end(state.composer))
+
+
+def recall(state: State, back: int) -> State:
+    """With the text that was sent so many lines before; 0 is the one being typed."""
+    composer = state.composer
+    back = max(0, min(back, len(composer.history)))
+    draft = composer.draft
+    if not composer.recalled:
+        draft = composer.text
+    text = draft
+    if back:
+        text = composer.history[-back]
+    state = state._replace(composer=composer._replace(recalled=back, draft=draft))
+    return state.write(text)
+
+
+def typed_up(state: State) -> State:
+    """Up by a line of the text, and from its first line into the history."""
+    start = line_start(state.composer)
+    if start:
+        return put_cursor(state, start - 1)
+    return recall(state, state.composer.recalled + 1)
+
+
+def typed_down(state: State) -> State:
+    """Down by a line of the text, and from its last line back through the history."""
+    end = line_end(state.composer)
+    if end < len(state.composer.text):
+        return put_cursor(state, end + 1)
+    return recall(state, state.composer.recalled - 1)
 
 
 def complete(state: State) -> State:
-    """Tab: as far as all completions agree; where there is nothing to complete, to the next pane."""
+    """Tab: as far as all completions agree; where there is nothing to complete, the next pane."""
     found = completions(state)
     common = os.path.commonprefix(found)
     if not found:
         return state._replace(focus="timeline")
-    return state.write(common) if len(common) > len(state.text) else state
+    if len(common) > len(state.composer.text):
+        return state.write(common)
+    return state
+
+
+def send_token(state: State, token: str) -> State:
+    """Enter at the sign-in: try the token; without one, open the browser."""
+    state = state.write("")
+    if not token:
+        return state.ask(Desk.sign_in)
+    sign_in_state = state.sign_in._replace(checking=True)
+    return state._replace(sign_in=sign_in_state).ask(Desk.try_token, token)
 
 
 def send(state: State) -> State:
-    """Enter in the composer: a token while signed out, else a command or a task; alone, it opens the alert."""
-    line = state.text.strip()
-    if not state.signed_in and not line.startswith("/"):
-        return state.write("").ask("token", line) if line else state.ask("login")
+    """Enter in the composer: a token while signed out, else a command or a task."""
+    line = state.composer.text.strip()
+    if is_token_field(state):
+        return send_token(state, line)
+    if not line and state.alerts and state.alerts[0].run_id:
+        return watch_known(state, state.alerts[0].run_id)
     if not line:
-        return attach(state, state.alerts[0][0]) if state.alerts else state
-    history = (*(old for old in state.history if old != line), line)[-200:]
-    return perform(state._replace(history=history, recalled=0).write(""), line)
+        return state
+    history = [old for old in state.composer.history if old != line]
+    history = [*history, line][-200:]
+    composer = Composer(history=tuple(history))
+    return perform(state._replace(composer=composer), line)
 
 
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
-    if not state.signed_in:  # no answer ends this screen by itself: a token being typed would become a task
-        return state._replace(sign_in_url="").ask("stop") if state.sign_in_url else connected(state.write(""))
-    return state._replace(alerts=state.alerts[1:], filter="" if not state.alerts else state.filter)
+    if state.sign_in.url:
+        state = state._replace(sign_in=state.sign_in._replace(url=""))
+        return state.ask(Shell.stop_sign_in)
+    if state.sign_in.needed:
+        return state.write("").ask(Desk.try_stored)
+    if state.alerts:
+        return state._replace(alerts=state.alerts[1:])
+    return state.scroll(filter="")
 
 
-def scrolled(at: int, top: int, rows: int) -> int:
-    """The first line to show, so that line ``at`` is among ``rows``; moved no further than needed."""
-    return max(0, at - rows + 1, min(top, at))
+def page_rows(state: State) -> int:
+    return max(1, state.height - 9)
 
 
-def timeline_rows(state: State) -> int:
-    """How many entries are on the screen; fewer while a line in the composer is longer than the screen is wide."""
-    typed, strip = min(state.text.count("\n") + 1, 8), not rail_width(state.width) and state.height >= 12
-    return state.height - 5 - min(typed, max(1, state.height // 4)) - strip - bool(causes(state)[1])
+def line_up(state: State) -> State:
+    return move(state, -1)
 
 
-def move(state: State, step: int) -> State:
-    """By so many lines in the drawer, else in the rail where that has the focus, else in the timeline."""
-    def within(at: int, count: int) -> int:
-        return max(0, min(at + step, count - 1))
-    if state.drawer:
-        return state.shift(at=within(state.drawer.at, len(items(state))))
-    if state.focus == "rail":
-        return state._replace(rail_at=within(state.rail_at, len(listed(state))))
-    at, rows = within(selected(state), len(passing(state))), timeline_rows(state)
-    top = scrolled(selected(state), 0 if state.follow else state.top, rows)  # as it is now
-    return state._replace(at=at, top=scrolled(at, top, rows), follow=step > 0 and at >= len(passing(state)) - 1)
+def line_down(state: State) -> State:
+    return move(state, 1)
 
 
-def choose(state: State) -> State:
-    """Enter, but in the composer: what is selected is opened, or its line performed."""
-    line, entries = "", passing(state)
-    if state.drawer:
-        line = "".join(item.does for item in items(state)[:state.drawer.at + 1][-1:])
-    elif state.focus == "rail":
-        line = "".join(f"{does} {text_of(record, 'id')}" for does, record in listed(state)[:state.rail_at + 1][-1:])
-    elif entries:
-        return state.open("event", "", entries[selected(state)].event)
-    if line.endswith(" "):  # what was typed already may be the task
-        return state._replace(drawer=None).write(line + state.text * (not state.text.startswith("/")))
-    return perform(state, line) if line else state
+def page_up(state: State) -> State:
+    return move(state, -page_rows(state))
 
 
-def copy(state: State) -> State:
-    """The selected line, or the id in the rail, to the terminal's clipboard (OSC 52)."""
+def page_down(state: State) -> State:
+    return move(state, page_rows(state))
+
+
+def to_first(state: State) -> State:
+    return move(state, -10**9)
+
+
+def wrap(state: State) -> State:
+    return state.scroll(wrap=not state.timeline.wrap)
+
+
+def open_event(state: State) -> State:
+    """The selected event in full."""
+    entries = passing(state)
+    if not entries:
+        return state
+    return state.open(EVENT, data=entries[selected_entry(state)].event)
+
+
+def open_row(state: State) -> State:
+    """Enter in the rail: show the run, or the logs of the sandbox."""
+    sandbox = selected_sandbox(state)
+    if selected_run(state):
+        return watch_known(state, selected_run(state))
+    if sandbox:
+        return show_logs(state, text_of(sandbox, "id"))
+    return state
+
+
+def copied(state: State, text: str) -> State:
+    """With ``text`` on the terminal's clipboard (OSC 52)."""
+    if not text:
+        return state
     import base64
-    if state.focus == "rail":
-        text = "".join(text_of(record, "id") for _, record in listed(state)[:state.rail_at + 1][-1:])
-    else:
-        text = passing(state)[selected(state)].text if passing(state) else ""
-    sequence = f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\x07"
-    return state.ask("write", sequence).say("Copied to the clipboard.", "ok") if text else state
+    code = base64.b64encode(text.encode("utf-8", "replace")).decode()
+    return state.ask(Shell.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
+
+
+def copy_event(state: State) -> State:
+    entries = passing(state)
+    if not entries:
+        return state
+    return copied(state, entries[selected_entry(state)].text)
+
+
+def copy_row(state: State) -> State:
+    """The id of the selected row of the rail."""
+    return copied(state, selected_run(state) or text_of(selected_sandbox(state), "id"))
+
+
+def kill_shown(state: State) -> State:
+    return kill(state, "")
+
+
+def kill_row(state: State) -> State:
+    return ask_to_kill(state, selected_run(state))
+
+
+def open_shown(state: State) -> State:
+    return open_for_run(state, state.shown.run_id)
+
+
+def open_row_web(state: State) -> State:
+    """o in the rail: the run's pull request, or the sandbox's preview."""
+    if selected_run(state):
+        return open_for_run(state, selected_run(state))
+    return open_preview(state, text_of(selected_sandbox(state), "id"))
+
+
+def quit_pane(state: State) -> State:
+    """q: leave, but not with a half-typed task."""
+    if state.composer.text:
+        return state.say("The composer holds a task: press Ctrl+C twice to leave.", "warn")
+    return leave(state)
+
+
+def focus_composer(state: State) -> State:
+    return state._replace(focus="composer", drawer=None)
+
+
+def focus_filter(state: State) -> State:
+    return state._replace(focus="filter", drawer=None)
+
+
+def keep_filter(state: State) -> State:
+    return state._replace(focus="timeline")
+
+
+def drop_filter(state: State) -> State:
+    return state._replace(focus="composer").scroll(filter="")
+
+
+def shorten_filter(state: State) -> State:
+    return state.scroll(filter=state.timeline.filter[:-1])
+
+
+def panes(state: State) -> List[str]:
+    """The panes that are there, in the order of Tab."""
+    if rail_width(state.width) and selected_row(state) >= 0:
+        return ["composer", "timeline", "rail"]
+    return ["composer", "timeline"]
+
+
+def step_pane(state: State, step: int) -> State:
+    order = panes(state)
+    focus = focus_of(state)
+    at = order.index(focus) if focus in order else 0
+    return state._replace(focus=order[(at + step) % len(order)], drawer=None)
+
+
+def next_pane(state: State) -> State:
+    return step_pane(state, 1)
+
+
+def previous_pane(state: State) -> State:
+    return step_pane(state, -1)
+
+
+def close_drawer(state: State) -> State:
+    return state._replace(drawer=None)
+
+
+def choose_item(state: State) -> State:
+    """Enter in a drawer."""
+    item = selected_item(state)
+    if state.drawer and state.drawer.listing.enter and item and item.id:
+        chosen_state: State = state.drawer.listing.enter(state, item.id)
+        return chosen_state
+    return state
+
+
+def shorten_query(state: State) -> State:
+    if state.drawer is None or not state.drawer.query:
+        return state.shift(searching=False)
+    return state.shift(query=state.drawer.query[:-1], at=0)
+
+
+def act_on_item(state: State, letter: str) -> Optional[State]:
+    """x, o or y on the selected row of a drawer, / to search for them; None where it is a letter."""
+    drawer = state.drawer
+    item = selected_item(state)
+    if drawer is None or drawer.searching:
+        return None
+    listing = drawer.listing
+    if letter == "/" and (listing.kill or listing.open or listing.copies):
+        return state.shift(searching=True)
+    if item is None:
+        return None
+    acted: Optional[State] = None
+    if letter == "x" and listing.kill:
+        acted = listing.kill(state, item.id)
+    elif letter == "o" and listing.open:
+        acted = listing.open(state, item.id)
+    elif letter == "y" and listing.copies:
+        acted = copied(state, item.id)
+    return acted
 
 
 def interrupt(state: State) -> State:
     """Ctrl+C: closes a drawer or clears the composer; a second one within 1.5 s leaves."""
     if state.armed_until > state.now:
-        return state.ask("leave")
-    state = state.write(state.text if state.drawer or state.focus == "filter" else "")
-    return state._replace(drawer=None, sign_in_url="", armed_until=state.now + 1.5).ask("stop").say(
-        "Ctrl+C again within 1.5 s leaves; runs go on in the cloud.", "warn", 1.5)
+        return leave(state)
+    if state.drawer or state.focus == "filter":
+        state = state._replace(focus="composer", drawer=None)
+    else:
+        state = state.write("")
+    sign_in_state = state.sign_in._replace(url="")
+    state = state._replace(sign_in=sign_in_state, armed_until=state.now + 1.5)
+    state = state.ask(Shell.stop_sign_in)
+    return state.say("Press Ctrl+C again within 1.5 s to leave; runs go on.", "warn", 1.5)
+
+
+def repaint_all(state: State) -> State:
+    return state.ask(Shell.repaint)
+
+
+def suspend(state: State) -> State:
+    return state.ask(Shell.suspend)
 
 
 def switch_mouse(state: State) -> State:
-    words = "Mouse off: the terminal selects text." if state.mouse else "Mouse on: the wheel scrolls."
-    return state._replace(mouse=not state.mouse).ask("write", MOUSE[not state.mouse]).say(words)
+    """The mouse on, or off so that the terminal selects text."""
+    mouse = not state.mouse
+    words = "Mouse off: the terminal selects text."
+    if mouse:
+        words = "Mouse on: the wheel scrolls, a click selects."
+    return state._replace(mouse=mouse).ask(Shell.set_mouse, mouse).say(words)
 
 
-def pane(state: State, step: int) -> State:
-    """Tab, Shift+Tab: composer, timeline, and the rail where there is one."""
-    order = ("composer", "timeline", "rail")[:3 if rail_width(state.width) and listed(state) else 2]
-    at = order.index(state.focus) if state.focus in order else 0
-    return state._replace(focus=order[(at + step) % len(order)], drawer=None)
-
-
-def focus(name: str) -> Callable[[State], State]:
-    return lambda state: state._replace(focus=name, drawer=None)
-
-
-ALIASES = {"k": "up", "j": "down", "g": "home", "G": "end", "/": "^f", ":": "^p", "?": "f1"}  # in a pane
-ANYWHERE: Dict[str, Handler] = {
-    "^c": interrupt, "^p": "palette", "f1": "help", "^f": focus("filter"), "^l": ("repaint",), "^z": ("suspend",),
-    "^t": switch_mouse,
+ANYWHERE = (
+    Binding("^c", "close or clear; twice: leave", interrupt),
+    Binding("^p", "palette", show_palette),
+    Binding("f1", "help", show_help),
+    Binding("^f", "filter the timeline", focus_filter),
+    Binding("^l", "repaint", repaint_all),
+    Binding("^z", "suspend", suspend),
+    Binding("^t", "mouse on or off", switch_mouse),
+)
+MOVES = (
+    Binding("up k", "up", line_up),
+    Binding("down j", "down", line_down),
+    Binding("pgup", "a page up", page_up),
+    Binding("pgdown", "a page down", page_down),
+    Binding("home g", "the first", to_first),
+    Binding("end G", "the last", to_last),
+)
+PANE = (
+    *MOVES,
+    Binding("tab", "the next pane", next_pane),
+    Binding("btab", "the pane before", previous_pane),
+    Binding("/", "filter the timeline", focus_filter),
+    Binding(":", "palette", show_palette),
+    Binding("r", "ask the service now", refresh),
+    Binding("q", "leave", quit_pane),
+    Binding("esc", "the composer", focus_composer),
+)
+TIMELINE_PANE = (
+    Binding("enter", "the event in full", open_event),
+    Binding("x", "cancel the shown run, after a question", kill_shown),
+    Binding("o", "open the pull request, else the preview, else the web page", open_shown),
+    Binding("y", "copy the event", copy_event),
+    Binding("f", "follow the newest event, or stop", follow),
+    Binding("w", "wrap long lines, or cut them", wrap),
+    *PANE,
+)
+RAIL_PANE = (
+    Binding("enter", "show the run, or the sandbox's logs", open_row),
+    Binding("x", "cancel the selected run, after a question", kill_row),
+    Binding("o", "open its pull request or preview", open_row_web),
+    Binding("y", "copy its id", copy_row),
+    Binding("f", "follow the newest event, or stop", follow),
+    *PANE,
+)
+FILTER_PANE = (
+    Binding("enter tab", "keep the filter", keep_filter),
+    Binding("esc", "clear the filter", drop_filter),
+    Binding("backspace", "delete a letter", shorten_filter),
+    Binding("up", "up", line_up),
+    Binding("down", "down", line_down),
+)
+DRAWER_PANE = (
+    Binding("enter", "open the selected row", choose_item),
+    Binding("esc", "close", close_drawer),
+    Binding("backspace", "delete a letter of the search", shorten_query),
+    Binding("up", "up", line_up),
+    Binding("down", "down", line_down),
+    Binding("pgup", "a page up", page_up),
+    Binding("pgdown", "a page down", page_down),
+    Binding("home", "the first", to_first),
+    Binding("end", "the last", to_last),
+)
+COMPOSER_PANE = (
+    Binding("enter", "send", send),
+    Binding("newline ^j", "a new line", new_line),
+    Binding("tab", "complete, else the next pane", complete),
+    Binding("btab", "the pane before", previous_pane),
+    Binding("esc", "dismiss", dismiss),
+    Binding("backspace", "delete a character", delete_back),
+    Binding("delete ^d", "delete the next character", delete_forward),
+    Binding("^w", "delete a word", delete_word),
+    Binding("^u", "delete all before the cursor", delete_line),
+    Binding("^k", "delete to the end of the line", delete_line_end),
+    Binding("left ^b", "a character left", char_left),
+    Binding("right", "a character right", char_right),
+    Binding("alt+b ctrl+left alt+left", "a word left", word_left),
+    Binding("alt+f ctrl+right alt+right", "a word right", word_right),
+    Binding("home ^a", "the start of the line", to_line_start),
+    Binding("end ^e", "the end of the line", to_line_end),
+    Binding("up", "up, then the history", typed_up),
+    Binding("down", "down, then the history", typed_down),
+    Binding("pgup", "the timeline a page up", page_up),
+    Binding("pgdown", "the timeline a page down", page_down),
+)
+PANES = {
+    "timeline": TIMELINE_PANE,
+    "rail": RAIL_PANE,
+    "filter": FILTER_PANE,
+    "composer": COMPOSER_PANE,
 }
-PANE: Dict[str, Handler] = {
-    "enter": choose, "y": copy, "x": kill, "o": lambda state: perform(state, "/open"), "esc": focus("composer"),
-    "f": lambda state: state._replace(follow=not state.follow, at=max(0, selected(state)), top=0),
-    "q": lambda state: state.say("The composer holds words; Ctrl+C twice leaves all the same.", "warn")
-    if state.text else state.ask("leave"),
-    "tab": lambda state: pane(state, 1), "btab": lambda state: pane(state, -1),
-}
-KEYS: Dict[str, Dict[str, Handler]] = {
-    "timeline": PANE, "rail": PANE,
-    "drawer": {
-        "enter": choose, "esc": lambda state: state._replace(drawer=None),
-        "backspace": lambda state: state.shift(query=state.drawer.query[:-1], at=0),
-    },
-    "filter": {
-        "enter": focus("timeline"), "tab": focus("timeline"),
-        "esc": lambda state: state._replace(focus="composer", filter=""),
-        "backspace": lambda state: state._replace(filter=state.filter[:-1]),
-    },
-    "composer": {
-        "enter": send, "newline": lambda state: insert(state, "\n"), "^j": lambda state: insert(state, "\n"),
-        "esc": dismiss, "tab": complete, "btab": PANE["btab"],
-        "backspace": lambda state: cut(state, state.cursor - 1, state.cursor),
-        "delete": lambda state: cut(state, state.cursor, state.cursor + 1),
-        "^u": lambda state: cut(state, 0, state.cursor), "^w": lambda state: cut(  # to where the last word starts
-            state, state.text[:state.cursor].replace("\n", " ").rstrip().rfind(" ") + 1, state.cursor),
-        "left": lambda state: state._replace(cursor=max(0, state.cursor - 1)),
-        "right": lambda state: state._replace(cursor=min(len(state.text), state.cursor + 1)),
-        "home": lambda state: state._replace(cursor=state.text.rfind("\n", 0, state.cursor) + 1),
-        "end": lambda state: state._replace(cursor=(state.text + "\n").index("\n", state.cursor)) if state.text
-        else move(state, 10**9),
-        "up": lambda state: vertical(state, -1), "down": lambda state: vertical(state, 1),
-    },
-}
 
 
-def on_key(state: State, name: str) -> State:
-    state = state._replace(notice=("", "", 0.0), armed_until=state.armed_until if name == "^c" else 0.0)
-    if state.killing:
-        run_id, state = state.killing, state._replace(killing="")
-        if name in ("y", "Y"):
-            return state.ask("cancel", run_id)
-        state = state.say("Not cancelled.")
-        if name != "^c":
-            return state
-    keys, page_rows = KEYS["drawer" if state.drawer else state.focus], state.height - 9
-    name = ALIASES.get(name, name) if keys is PANE else name
-    handler = ANYWHERE.get(name) or keys.get(name)
-    steps = {"up": -1, "down": 1, "pgup": -page_rows, "pgdown": page_rows, "home": -10**9, "end": 10**9}
-    return act(state, handler) if handler else move(state, steps[name]) if name in steps else state
+def bound(bindings: Iterable[Binding], name: str) -> Optional[Callable[[State], State]]:
+    """What a key does among these bindings."""
+    for binding in bindings:
+        if name in binding.keys.split():
+            return binding.act
+    return None
 
 
-def on_paste(state: State, text: str) -> State:
-    """A paste is one text and runs nothing; from a pane it goes to the composer."""
-    return insert(state._replace(notice=("", "", 0.0), armed_until=0.0, killing=""), text)
+def bindings_of(state: State) -> Sequence[Binding]:
+    """The keys of the drawer, or of the pane that has the focus."""
+    if state.drawer:
+        return DRAWER_PANE
+    return PANES[focus_of(state)]
 
 
-def on_text(state: State, text: str) -> State:
-    """What was typed: words where words are taken, else keys; words typed in one go neither leave nor cancel a run."""
-    if not state.killing and (state.drawer or state.focus in ("composer", "filter")):
-        return on_paste(state, text)
-    if len(text) > 1 and state.killing:
-        return on_key(state, "")  # which is no yes
-    for char in text:
-        state = on_key(state, char) if char not in "qx" or text == char else state
+def takes_words(state: State) -> bool:
+    """Whether letters are typed into something, rather than keys."""
+    return state.drawer is not None or focus_of(state) in ("composer", "filter")
+
+
+def touched(state: State, name: str = "") -> State:
+    """What every key does besides: the notice goes, and the second Ctrl+C is disarmed."""
+    if name != "^c":
+        state = state._replace(armed_until=0.0)
+    return state._replace(notice=Notice())
+
+
+def answered(state: State, name: str) -> State:
+    """The key after the question whether to cancel: a yes only where that could be read."""
+    run_id = state.killing
+    state = state._replace(killing="")
+    if name in ("y", "Y") and not is_too_small(state):
+        return state.ask(Desk.cancel, run_id)
+    state = state.say("Not cancelled.")
+    if name == "^c":
+        return interrupt(state)
     return state
 
 
-def on_resize(state: State, width: int, height: int) -> State:
-    """A rail that is no longer there keeps no focus."""
-    gone = state.focus == "rail" and not rail_width(width)
-    return state._replace(width=width, height=height, focus="timeline" if gone else state.focus)
+def on_key(state: State, message: Key) -> State:
+    """A key does what the table of its pane says."""
+    name = message.name
+    state = touched(state, name)
+    if state.killing:
+        return answered(state, name)
+    bindings = bindings_of(state)
+    if name == "?" and not takes_words(state):
+        return state.open(HELP, data=tuple(binding_items((*bindings, *ANYWHERE))))
+    act = bound(ANYWHERE, name) or bound(bindings, name)
+    if act:
+        return act(state)
+    return state
 
 
-def on_wheel(state: State, step: int, column: int) -> State:
-    """The wheel scrolls what is under it, wherever the focus is."""
-    under = "rail" if column < rail_width(state.width) else "timeline"
-    return move(state._replace(focus=under), step)._replace(focus=state.focus)
+def on_paste(state: State, message: Paste) -> State:
+    """A paste is one text and runs nothing; from a pane it goes to the composer."""
+    return insert(touched(state)._replace(killing=""), message.text)
 
 
-# -- Messages of the workers
+def on_text(state: State, message: Text) -> State:
+    """What was typed: words where words are taken, else keys, one after another.
 
-
-def noted(state: State, run_id: str, run: Json, task: str = "") -> State:
-    """With what an answer says of a run: in the rail, and in an alert when it just failed; a new one is remembered."""
-    if not run:
+    Of letters that came together none leaves, cancels a run or answers a question.
+    """
+    text = message.text
+    if state.killing and len(text) > 1:
+        return on_key(state, Key(""))
+    while text and (state.killing or not takes_words(state)):
+        if len(message.text) == 1 or text[0] not in "qx":
+            state = on_key(state, Key(text[0]))
+        text = text[1:]
+    if not text:
         return state
-    status, error = harmless(run.get("status"), 20) or "unknown", harmless(run.get("error"), 200)
-    shown, known = run_id == state.run_id, [one for one in state.runs if one.get("id") == run_id]
-    was = text_of((known + [state.run if shown else {}])[0], "status")
-    state = state._replace(run=run) if shown else state
-    if status == "failed" and was not in ("", "failed"):
-        text = f"run {harmless(run_id, 8)} failed" + (f": {error}" if error else "")
-        state = state._replace(alerts=(*(one for one in state.alerts if one[0] != run_id), (run_id, text)))
-    if shown and not known:
-        repo = next((repo for repo in state.repos if repo.get("id") == run.get("repoId")), {})
-        record = {"id": run_id, "service": state.base_url, "repo": text_of(repo, "full_name"), "task": task[:200],
-                  "branch": text_of(run, "branch", "working"), "time": text_of(run, "createdAt")}
-        state = state._replace(runs=(record, *state.runs)).ask("remember", record)
-    return state._replace(runs=tuple(
-        {**one, "status": status, "error": error} if one.get("id") == run_id else one for one in state.runs))
+    acted = None
+    if len(message.text) == 1:
+        acted = act_on_item(state, text)
+    if acted is None:
+        acted = insert(state, text)
+    return touched(acted) if acted.notice is state.notice else acted
 
 
-def on_event(state: State, _: str, event: Json) -> State:
-    seconds = parse_time(event.get("createdAt"))
-    clock = time.strftime("%H:%M:%S", time.localtime(seconds)) if seconds and 0 < seconds < 4e9 else ""
-    entry = Entry(clock, harmless(event.get("type"), 40) or "event", event_text(event)[:2000], event)
+def on_resize(state: State, message: Resize) -> State:
+    """A rail that is no longer there keeps no focus."""
+    state = state._replace(width=message.width, height=message.height)
+    return state._replace(focus=focus_of(state))
+
+
+def on_wheel(state: State, message: Wheel) -> State:
+    """The wheel scrolls what is under it, wherever the focus is."""
+    under = "timeline"
+    if message.column < rail_width(state.width):
+        under = "rail"
+    focus = state.focus
+    return move(state._replace(focus=under), message.step)._replace(focus=focus)
+
+
+def click_rail(state: State, at: int) -> State:
+    if at < 0:
+        return state
+    if focus_of(state) == "rail" and selected_row(state) == at and not state.drawer:
+        return open_row(state)
+    rail = state.rail._replace(at=at)
+    return state._replace(focus="rail", rail=rail, drawer=None)
+
+
+def click_drawer(state: State, at: int) -> State:
+    if state.drawer and state.drawer.at == at:
+        return choose_item(state)
+    return state.shift(at=at)
+
+
+def click_timeline(state: State, at: int) -> State:
+    if focus_of(state) == "timeline" and selected_entry(state) == at:
+        return open_event(state)
+    return select_entry(state._replace(focus="timeline"), at, True)
+
+
+def on_click(state: State, message: Click) -> State:
+    """A click selects what is under it; a click on what is selected opens it."""
+    state = touched(state)
+    if is_too_small(state) or state.killing:
+        return state
+    layout = layout_of(state, state.width, state.height)
+    row = message.row - layout.top
+    if row >= layout.rows:
+        return focus_composer(state)
+    if row < 0:
+        return state
+    if message.column < layout.side:
+        return click_rail(state, rail_lines(state, layout.side - 1, layout.rows)[row].at)
+    lines = body_lines(state, state.width - layout.side, layout.rows)
+    if row >= len(lines) or lines[row].at < 0:
+        return state
+    if state.drawer:
+        return click_drawer(state, lines[row].at)
+    return click_timeline(state, lines[row].at)
+
+
+# -- What the workers said
+
+
+def put_first(state: State, known: KnownRun) -> State:
+    """With a run at the head of the rail; what was selected there stays so."""
+    rail = state.rail
+    at = rail.at + 1 if state.focus == "rail" else 0
+    return state._replace(rail=rail._replace(runs=(known, *rail.runs), at=at))
+
+
+def added(state: State, known: KnownRun, run: Json) -> State:
+    """With a run that was started elsewhere in the rail, and written to the history."""
+    repo = repo_named(state, text_of(run, "repoId"))
+    began = parse_time(run.get("createdAt")) or 0.0
+    state = put_first(state, known._replace(repo=repo, started_at=began))
+    return state.ask(Desk.remember, repo, run)
+
+
+def heard(state: State, run_id: str, run: Json) -> State:
+    """With what an answer says of a run: in the header, in the rail, and as an alert."""
+    status = harmless(run.get("status"), 20)
+    error = harmless(run.get("error"), 200)
+    if not status:
+        return state
+    shown = run_id == state.shown.run_id
+    before = run_named(state, run_id)
+    was = before.status
+    if shown:
+        was = was or text_of(state.shown.run, "status")
+        state = state.show(run=run)
+    if is_bad_end(status) and was and not is_bad_end(was):
+        reason = f": {error}" if error else ""
+        alert = Alert(f"run {harmless(run_id, 8)} {status}{reason}", run_id)
+        others = [one for one in state.alerts if one.run_id != run_id]
+        state = state._replace(alerts=(*others, alert))
+    after = before._replace(status=status, error=error, heard_at=state.now)
+    if before in state.rail.runs:
+        runs = tuple(after if one is before else one for one in state.rail.runs)
+        return state._replace(rail=state.rail._replace(runs=runs))
+    if shown:
+        return added(state, after, run)
+    return state
+
+
+def delivered(state: State, delivery: Delivery) -> State:
+    """With the branch and the pull request of the shown run.
+
+    Of a run that was started here, from this very target, untouched since, the next task
+    continues on the branch. No other run moves the target, live or replayed.
+    """
+    shown = state.shown
+    branch = harmless(delivery.branch, 200) or shown.branch
+    url = delivery.pull_request_url or shown.pull_request_url
+    state = state.show(branch=branch, pull_request_url=url)
+    if not delivery.changed or not branch or shown.origin is None:
+        return state
+    if shown.origin != state.target:
+        return state
+    target = state.target._replace(branch=branch)
+    return state._replace(target=target).show(origin=target)
+
+
+def on_event(state: State, message: Arrived) -> State:
+    """An event of the shown run; a delivery may move the target."""
+    event = message.event
+    tool = harmless(event.get("toolName"), 100)
+    text = "  ".join(filter(None, (tool, event_text(event)[:2000])))
+    clock = local_time(event.get("createdAt"), "%H:%M:%S")
+    entry = Entry(clock, harmless(event.get("type"), 40) or "event", text, event)
+    entries = state.shown.entries
+    if state.shown.stale:
+        entries = ()
+    state = state.show(entries=(*entries, entry), stale=False)
     delivery = delivery_of(event)
     if delivery:
-        pushed = harmless(delivery.branch, 200) or state.pushed
-        state = state._replace(pushed=pushed, pull_request=delivery.pull_request_url or state.pull_request,
-                               delivered=pushed if delivery.changed else state.delivered)
-    return state._replace(entries=(*(() if state.stale else state.entries), entry), stale=False)
-
-
-def on_progress(state: State, run_id: str, progress: Progress, wait_s: float) -> State:
-    """How the tail of the shown run gets on; ``wait_s`` until it tries again."""
-    was, held = state.failures, state.now + wait_s if progress.connection == "limited" else state.held_until
-    state = state._replace(failures=progress.failures, trouble=harmless(progress.message) * bool(progress.failures),
-                           latency_ms=progress.latency_ms or state.latency_ms, held_until=held)
-    if was >= 3 and not progress.failures:
-        state = state.say("Connected again.", "ok")
-    return noted(state, run_id, progress.run)
-
-
-def on_fetched(state: State, source: str, argument: str, data: Any, latency_ms: float) -> State:
-    state = state._replace(failures=0, trouble="", refused="", latency_ms=latency_ms)
-    if source == "run":
-        state = noted(state, argument, data)
-        if argument == state.run_id and state.over and text_of(data, "status") not in TERMINAL_STATUSES:
-            state = watch(state, argument, data)  # a cancelled run can come back: API.md
-    elif source == "sandboxes":
-        state = state._replace(sandboxes=tuple(data))
-    elif source == "repos":
-        wanted = [repo for repo in data if state.wanted and state.wanted in (repo.get("id"), repo.get("full_name"))]
-        repo = (wanted or data)[0] if wanted or len(data) == 1 else {}
-        state = state._replace(repos=tuple(data), repo=state.repo or repo)
-    if state.drawer and (state.drawer.kind, state.drawer.argument) in ((source, argument), (source, "")):
-        state = state.shift(data=data, error="")
+        return delivered(state, delivery)
     return state
 
 
-def on_error(state: State, job: str, arguments: Sequence[Any], error: MogplexError) -> State:
-    """A job that failed."""
-    text = harmless(str(error)) + (f" · {harmless(error.hint)}" if error.hint else "")
+def good_answer(state: State, latency_ms: float) -> State:
+    """What failed before is forgotten."""
+    was_offline = state.health.failures >= 3
+    latency_ms = latency_ms or state.health.latency_ms
+    state = state.feel(failures=0, trouble="", refused="", latency_ms=latency_ms)
+    if was_offline:
+        return state.say("Connected again.", "ok")
+    return state
+
+
+def on_progress(state: State, message: Progressed) -> State:
+    """How the tail of the shown run gets on."""
+    progress = message.progress
+    if progress.failures:
+        state = state.feel(failures=progress.failures)
+        if progress.message:
+            state = state.feel(trouble=harmless(progress.message))
+    elif progress.connection == "connected":
+        state = good_answer(state, progress.latency_ms)
+    if progress.connection == "limited":
+        state = state.feel(held_until=state.now + message.wait_s)
+    return heard(state, message.run_id, progress.run)
+
+
+def on_ended(state: State, message: Ended) -> State:
+    verdict = message.verdict
+    state = state.show(over=True, lost="", again_at=0.0, truncated=verdict.truncated)
+    return heard(state, message.run_id, verdict.run)
+
+
+def take_run(state: State, message: Fetched) -> State:
+    """The present state of a run."""
+    run_id = message.ask.arguments[0]
+    state = heard(state, run_id, message.data)
+    ended = text_of(message.data, "status") in TERMINAL_STATUSES
+    if run_id == state.shown.run_id and state.shown.over and not ended:
+        return watch(state, run_id, message.data, state.shown.origin)  # a cancelled one came back
+    return state
+
+
+def take_found(state: State, message: Fetched) -> State:
+    """A run that was looked for: it is shown now."""
+    run_id = text_of(message.data, "runId") or message.ask.arguments[0]
+    state = watch(state._replace(notice=Notice()), run_id, message.data)
+    return heard(state, run_id, message.data)
+
+
+def take_sandboxes(state: State, message: Fetched) -> State:
+    return state._replace(rail=state.rail._replace(sandboxes=tuple(message.data)))
+
+
+def take_repos(state: State, message: Fetched) -> State:
+    """The repositories; the first time, the target's is chosen among them where that is clear."""
+    repos = tuple(message.data)
+    wanted = state.repos.wanted.lower()
+    state = state._replace(repos=state.repos._replace(all=repos, heard=True))
+    found = []
+    for repo in repos:
+        names = (text_of(repo, "id").lower(), text_of(repo, "full_name").lower())
+        if wanted and wanted in names:
+            found.append(repo)
+    if not found and len(repos) == 1:
+        found = [repos[0]]
+    if found and not state.target.repo:
+        return state._replace(target=state.target._replace(repo=found[0]))
+    return state
+
+
+TAKEN = {
+    Desk.run: take_run,
+    Desk.find_run: take_found,
+    Desk.sandboxes: take_sandboxes,
+    Desk.repos: take_repos,
+}
+POLLED = (Desk.run, Desk.sandboxes, Desk.repos)
+
+
+def answered_poll(state: State, job: Callable[..., object]) -> State:
+    if job not in POLLED:
+        return state
+    left = max(0, state.polls.unanswered - 1)
+    return state._replace(polls=state.polls._replace(unanswered=left))
+
+
+def is_for_drawer(state: State, ask: Ask) -> bool:
+    drawer = state.drawer
+    if drawer is None or drawer.listing.reads is not ask.job:
+        return False
+    return drawer.subject == ask.arguments
+
+
+def on_fetched(state: State, message: Fetched) -> State:
+    """The answer to a read: to the rail, and to the drawer that waits for it."""
+    job = message.ask.job
+    state = good_answer(state, message.latency_ms)
+    state = answered_poll(state, job)
+    take = TAKEN.get(job)
+    if take:
+        state = take(state, message)
+    if is_for_drawer(state, message.ask):
+        return state.shift(data=message.data, error="")
+    return state
+
+
+def felt(state: State, error: MogplexError, text: str) -> State:
+    """What an error says of the service."""
     if isinstance(error, RateLimitedError):
-        state = state._replace(held_until=state.now + (error.retry_after_s or 60.0))
-    elif isinstance(error, (UnauthorizedError, ForbiddenError)):
-        state = state._replace(refused=text)
-    elif isinstance(error, UnavailableError):
-        state = state._replace(failures=state.failures + 1, trouble=text)
-    if job == "watch":
-        state = state._replace(adrift=error.transient or isinstance(error, (UnavailableError, RateLimitedError)))
-    elif job == "start" and not state.text:
-        state = state.write(arguments[0])
-    elif job == "fetch" and state.drawer and state.drawer.kind == arguments[0]:
-        return state.shift(error=text)
-    elif job == "poll":
-        gone = arguments[0] == "run" and not isinstance(error, (UnavailableError, RateLimitedError))
-        known = state.run if arguments[1] == state.run_id else {}
-        return noted(state, arguments[1], {**known, "status": "unknown"}) if gone else state
+        return state.feel(held_until=state.now + (error.retry_after_s or 60.0))
+    if isinstance(error, (UnauthorizedError, ForbiddenError)):
+        return state.feel(refused=text)
+    if isinstance(error, UnavailableError):
+        return state.feel(failures=state.health.failures + 1, trouble=text)
+    return state
+
+
+def watch_failed(state: State, error: MogplexError, text: str) -> State:
+    """A tail that an outage ended is begun again by itself; 401 and 403 can be one."""
+    again_at = 0.0
+    passing_errors = (
+        UnavailableError, RateLimitedError, UnauthorizedError, ForbiddenError)
+    if error.transient or isinstance(error, passing_errors):
+        again_at = state.now + 10
+    state = state.show(lost=text, again_at=again_at)
+    if again_at:
+        return state
     return state.say(text, "bad")
 
 
-def on_started(state: State, run: Json, task: str) -> State:
-    """A run that was just started: it is shown, and the branch it continues stays the one to continue."""
-    run_id = text_of(run, "runId")
-    state = noted(watch(state, run_id, run), run_id, run, task)
-    return state.say("That run had been started before." if run.get("replayed") is True else "Run started.", "ok")
-
-
-def on_tick(state: State) -> State:
-    """Once a second. Beside the tail there is a look at one other thing every 10 s, without a tail every 5 s.
-
-    The budget is 60 requests a minute, of which a tail takes 40.
-    """
-    drawer, beat, busy = state.drawer, int(state.now) // 5, bool(state.run_id) and not state.over
-    if state.held_until > state.now or not state.signed_in or int(state.now) % 5:
+def run_refused(state: State, run_id: str, error: MogplexError) -> State:
+    """A poll that was refused takes no status away; one that was never known is unknown then."""
+    known = run_named(state, run_id)
+    if error.status != 404 or known.status or known not in state.rail.runs:
         return state
-    if drawer and drawer.error:
-        state = state.ask("fetch", drawer.kind, drawer.argument)
-    if state.adrift and state.run_id:
-        state = state._replace(adrift=False, stale=True).ask("watch", state.run_id)
-    if beat % 2 == 0:
-        others = [("run", text_of(run, "id")) for run in state.runs[:20]
-                  if run.get("status") not in (*TERMINAL_STATUSES, "unknown") and run.get("id") != state.run_id]
-        return state.ask("poll", *(others + [("sandboxes", "")])[beat // 2 % (len(others) + 1)])
-    return state if busy or not state.run_id else state.ask("poll", "run", state.run_id)
-
-
-MESSAGES: Dict[str, Callable[..., State]] = {
-    "key": on_key, "text": on_text, "paste": on_paste, "wheel": on_wheel, "tick": on_tick, "event": on_event,
-    "resize": on_resize, "progress": on_progress,
-    "verdict": lambda state, run_id, verdict: noted(
-        state._replace(over=True, adrift=False, truncated=verdict.truncated), run_id, verdict.run),
-    "fetched": on_fetched, "error": on_error, "started": on_started, "say": State.say,
-    "announced": lambda state, url: state._replace(sign_in_url=harmless(url, 4000)),
-    "lapses": lambda state, at: state._replace(lapses_at=at),
-    "signed out": lambda state, text: signed_out(state, text) if state.signed_in else state.say(text, "warn"),
-    "signed in": lambda state, text: connected(state._replace(refused="")).say(text, "ok", 60.0),
-}
-
-
-def update(state: State, message: Message) -> State:
-    """The state after one message; what shall be done about it stands in its ``effects``."""
-    name, *arguments = message
-    state = state._replace(effects=())
-    if name in ("event", "progress", "verdict") and arguments[0] != state.run_id:
-        return state  # of a run shown before
-    return MESSAGES[name](state, *arguments)
-
-
-# -- View: the state as rows of styled text
-
-
-def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -> Row:
-    """Segments cut and padded to exactly ``width`` columns; ``style`` for all of it."""
-    row, room = [], width
-    for text, own in segments:
-        text = fitted(text, room)
-        row.append((text, own if style is None else style))
-        room -= width_of(text)
-    return (*row, (" " * room, style or "")) if room else tuple(row)
-
-
-def padded(lines: Iterable[Line], width: int, rows: int) -> List[Row]:
-    """Exactly ``rows`` rows: the lines, and blank ones."""
-    filled_up = [fill(line, width) for line in lines]
-    return filled_up + [fill([], width)] * (rows - len(filled_up))
-
-
-def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Row:
-    """``left`` cut and padded, and ``right`` at the end of the row."""
-    room = width - sum(width_of(text) for text, _ in right)
-    return (*fill(left, room, style), *right) if room > 0 else fill(left, width, style)
-
-
-def header(state: State, health: Sequence[str], width: int) -> Row:
-    bar, (glyph, words, style) = (" │ ", "line"), health
-    row: List[Segment] = [(" mogplex", "brand")] if width >= 40 else []
-    if width >= 60:
-        branch = state.pushed or state.delivered or base_branch(state)
-        row += [bar, (fit(harmless(state.repo.get("full_name")), 28), "bold"),
-                (fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent"),
-                ] if state.repo else [bar, ("no repository: /repo", "dim")]
-    if width >= 80:
-        row += [bar, (harmless(state.run.get("harness"), 16) or state.harness, "")]
-    if state.run_id:
-        mark, word, tone = status_of(state.run)
-        since = parse_time(state.run.get("createdAt") or state.run.get("time"))
-        until = parse_time(state.run.get("updatedAt")) if state.run.get("status") in TERMINAL_STATUSES else state.now
-        took = max(0, int((until or 0) - since)) if since and until else -1
-        clock = f" {took // 60}:{took % 60:02d}" * (took >= 0)
-        row += [bar] * bool(row) + [(f"{mark} {word.upper()}", tone), (clock, "dim")]
-    return ends([(" ", ""), *row] if width < 40 else row, [bar, (f"{glyph} {words} ", style)], width)
-
-
-def rail(state: State, width: int, rows: int) -> List[Line]:
-    active = sum(run.get("status") not in (*TERMINAL_STATUSES, None, "unknown") for run in state.runs)
-    focused, at, chosen = state.focus == "rail" and not state.drawer, 0, min(state.rail_at, len(listed(state)) - 1)
-    title = "key" if focused else "bold"
-    lines: List[Line] = [[(f" RUNS {len(state.runs)}", title), (f" · {active} active" * bool(active), "dim")]]
-    for position, (does, record) in enumerate(listed(state)):
-        if position == len(state.runs):
-            lines.append([(f" SANDBOXES {len(state.sandboxes)}", title)])
-        at = len(lines) if position == chosen else at
-        glyph, word, style = status_of(record)
-        left, age = [(f"  {glyph} ", style), (branch_of(record), "")], ""
-        if does == "/attach":
-            shown, since = record.get("id") == state.run_id, parse_time(record.get("time"))
-            age = f" {format_age(state.now - since):>3}" if since and width > 30 else ""
-            left = [(" ▸" if shown else "  ", "accent"), (f"{glyph} ", style),
-                    (harmless(record.get("id"), 4) + " ", "dim"), (run_label(record), "bold" if shown else "")]
-        row = ends(left, [(f" {word}", style), (age + " ", "dim")], width)
-        lines.append(fill(row, width, "select") if focused and position == chosen else row)
-    return lines[max(0, at - rows + 1):][:rows]
-
-
-def strip(state: State, width: int) -> Row:
-    """The rail in one row."""
-    running = sum(sandbox.get("status") == "running" for sandbox in state.sandboxes)
-    row: List[Segment] = [(f" RUNS {len(state.runs)} ", "bold")]
-    for run in sorted(state.runs, key=lambda run: run.get("id") != state.run_id)[:6]:  # the shown one first
-        glyph, word, style = status_of(run)
-        row += [("▸" if run.get("id") == state.run_id else " ", "accent"),
-                (f"{glyph} {harmless(run.get('id'), 4)} {word} ", style), (fit(run_label(run), 16) + " ", "")]
-    right = [(f" SANDBOXES {len(state.sandboxes)}", "bold"), (f" · {running} running ", "dim")]
-    return ends(row, right[:width // 30 - 1], width)
-
-
-def outcome(state: State) -> List[Segment]:
-    """The line after the newest entry: that the agent is at work, or how the run ended."""
-    if not state.over and state.run.get("status") not in TERMINAL_STATUSES:
-        heard_at = parse_time(state.entries[-1].event.get("createdAt")) if state.entries else None
-        quiet = f", last event {format_age(state.now - heard_at)} ago" if heard_at else ""
-        return [("… agent working" + quiet if state.entries else "… waiting for the first event", "dim")]
-    glyph, word, style = status_of(state.run)
-    url = target_url(state)
-    more = " · the service lists no later events of this run" if state.truncated else ""
-    return [(f"{glyph} {word}", style), (f" · o opens {url}" if url != state.base_url else "", ""), (more, "warn")]
-
-
-def entry_row(entry: Entry, width: int) -> List[Segment]:
-    style, tag = EVENT_TYPES.get(entry.kind, ("", entry.kind))
-    loud = style if style in ("ok", "bad", "warn") else ""
-    if width < 60:
-        return [(f" {fit(tag, 6):6} ", style), (entry.text, loud)]
-    wide = 15 if width < 80 else 18
-    return [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, wide - 1):{wide}} ", style), (entry.text, loud)]
-
-
-def timeline(state: State, width: int, rows: int) -> List[Line]:
-    """Title, entries, and a last line: of what goes on, or of how many are newer."""
-    entries, at, focused = passing(state), selected(state), state.focus == "timeline"
-    kinds = f"filter: {state.filter}" if state.filter else "all types"
-    count = f"{len(entries)} event" + "s" * (len(entries) != 1)
-    lines: List[Line] = [
-        [(" TIMELINE ", "key" if focused else "bold"), (harmless(state.run_id, 8) + "  ", ""),
-         ("FOLLOW", "ok") if state.follow else ("PAUSED", "warn"), (f" · {kinds} · {count}", "dim")]]
-    top = scrolled(at, 0 if state.follow else state.top, rows - 2)
-    end = top + rows - 2
-    lines += [fill(entry_row(entry, width), width, "select" if focused and position == at else None)
-              for position, entry in enumerate(entries[top:end], top)]
-    if state.follow:
-        return lines + [[(" " * (11 if width >= 60 else 1), ""), *outcome(state)]]
-    text = f"▼ {len(entries) - end} newer (End) " if end < len(entries) else "▼ End follows "
-    return lines + [ends([], [(text, "warn")], width)]
-
-
-def welcome(state: State, width: int) -> List[Segment]:
-    """What the body says without a run, or while nobody is signed in; a segment a line."""
-    blank, link = ("", ""), state.sign_in_url
-    if link:
-        return [("Waiting for the browser. If none opened, open this address yourself:", "bold"), blank,
-                *((piece, "accent") for piece in wrapped(link, width - 6)), blank, ("Esc gives up the wait.", "dim")]
-    if not state.signed_in:
-        return [("Sign in to Mogplex", "bold"), (state.base_url, "accent"), blank,
-                ("Enter            opens your browser, and comes back here by itself", ""),
-                ("paste a token    then Enter; tokens are made at", ""),
-                (f"                 {state.base_url}/settings/api-keys", "accent"), blank,
-                ("Esc tries again with the sign-in that is stored.", "dim")]
-    return [("Type what is to be done and press Enter.", "bold"), blank, ("/repo     another repository", ""),
-            ("/attach   watch a run started elsewhere", ""), ("/help     every key and command", "")]
-
-
-def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Line]:
-    found = items(state)
-    at = max(0, min(drawer.at, len(found) - 1))
-    sought = (f"/{drawer.query}", "accent") if drawer.query else ("type to search", "dim")
-    lines: List[Line] = [ends([(f" {drawer.kind.upper()} {harmless(drawer.argument, 8)} ", "key"), sought],
-                              [(f"{min(at + 1, len(found))}/{len(found)} · Esc closes ", "dim")], width)]
-    if drawer.error:
-        lines.append([(f" {drawer.error} · trying again by itself", "bad")])
-    elif not found:
-        word = "nothing has these letters" if drawer.query else "nothing here"
-        lines.append([(" loading…" if drawer.kind in FETCHES and drawer.data is None else f" {word}", "dim")])
-    room = rows - len(lines)
-    top = max(0, at - room + 1)
-    return lines + [fill([(f" {item.text}", item.style)], width, "select" if position == at else None)
-                    for position, item in enumerate(found[top:top + room], top)]
-
-
-def body(state: State, width: int, rows: int) -> List[Line]:
-    if state.drawer:
-        return drawer_lines(state, state.drawer, width, rows)
-    if state.run_id and state.signed_in:
-        return timeline(state, width, rows)
-    lines = welcome(state, width)[:rows]
-    return [[]] * ((rows - len(lines)) // 3) + [[("   "[:width // 20], ""), line] for line in lines]
-
-
-def composer(state: State, width: int, most: int) -> List[Line]:
-    """What is being typed, as much as fits around the cursor: that is an empty segment of style "cursor"."""
-    text, cursor, room = state.text, state.cursor, width - 4
-    if state.focus == "filter":
-        text, cursor = state.filter, len(state.filter)
-    elif not state.signed_in and not text.startswith("/"):
-        text = "•" * len(text)
-    start = max(0, cursor - room * most)
-    before, lines = (wrapped(text[start:end].replace("\n", " \n") + " ", room)  # each line has a place for the cursor
-                     for end in (cursor, cursor + room * most))
-    output: List[Line] = []
-    at, column = len(before) - 1, len(before[-1]) - 1
-    active, top = not state.drawer and state.focus in ("composer", "filter"), max(0, at - most + 1)
-    for row, line in enumerate(lines[top:top + most], top):
-        mark = "  " if row else "/ " if state.focus == "filter" else "› "
-        parts = [(line[:column], ""), ("", "cursor"), (line[column:], "")]
-        output.append([(f" {mark}", "key" if active else "dim"), *(parts if active and row == at else [(line, "")])])
-    return output
-
-
-def hints(state: State) -> Line:
-    """The last row: a question, a notice, what can be completed, else the keys."""
-    found = completions(state) if state.focus == "composer" and not state.drawer else []
-    if state.killing:
-        return [(f" Cancel run {harmless(state.killing, 8)} in the cloud?  y yes · any other key no", "alert")]
-    if state.notice[2] > state.now:
-        return [(f" {state.notice[0]}", state.notice[1])]
-    if len(found) == 1 or state.text[1:] in COMMANDS:
-        name = state.text[1:] if state.text[1:] in COMMANDS else found[0][1:].split(" ")[0]
-        return [(f" /{name} {COMMANDS[name][0]}  ", "key"), (COMMANDS[name][1], "dim")]
-    if found:
-        return [(" Tab ", "dim"), *((f"{one.strip()}  ", "key") for one in found)]
-    where = "drawer" if state.drawer else state.focus if state.signed_in else "signed out"
-    return [(f" {HINTS[where]}", "dim")]
-
-
-def view(state: State, width: int, height: int) -> List[Row]:
-    """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
-    if width < 30 or height < 8:
-        return padded([[]] * (height // 2) + [[("enlarge the window", "warn")]], width, height)
-    side, (health, alerts), line = rail_width(width), causes(state), "─" * width
-    rows = [header(state, health, width)]
-    if alerts:
-        more = f" (+{len(alerts) - 1})" * (len(alerts) > 1)
-        keys = " [Enter] open  [Esc] dismiss " if alerts[0][0] and width >= 60 else " "
-        rows.append(ends([(f" !! {alerts[0][1]}{more}", "")], [(keys, "alert")], width, "alert"))
-    if not side and height >= 12:
-        rows.append(strip(state, width))
-    below = [fill(one, width) for one in (*composer(state, width, max(1, min(height // 4, 8))), hints(state))]
-    left = height - len(rows) - len(below) - 1
-    main = padded(body(state, width - side, left), width - side, left)
-    if side:
-        main = [(*one, ("│", "line"), *other)
-                for one, other in zip(padded(rail(state, side - 1, left), side - 1, left), main)]
-        line = "─" * (side - 1) + "┴" + "─" * (width - side)
-    return [*rows, *main, ((line, "line"),), *below]
-
-
-# -- The shell: what touches the terminal and the network
-
-
-class Switch(Exception):
-    """Raised inside a tail: leave it for the job in ``args``."""
-
-
-class Desk:
-    """A worker thread: its jobs, its own Client, and where to say what came of them. ``do_NAME`` does the job NAME."""
-
-    def __init__(self, post: Callable[..., None], **facts: Any) -> None:
-        self.post, self.facts, self.stopped = post, facts, False
-        self.jobs: Any = queue.SimpleQueue()
-        self.connection: Optional[Client] = None
-        threading.Thread(target=self.work, daemon=True).start()
-
-    def client(self) -> Client:
-        if self.connection is None:
-            self.connection = self.facts["connect"]()
-            credential = self.connection.credential
-            self.post("lapses", None if credential.refreshable else credential.expires_at)
-        return self.connection
-
-    def work(self) -> None:
-        """One job after another; an error that is no MogplexError is a bug, and ends the cockpit: see run_cockpit."""
-        job = None
-        while True:
-            job = self.do(*(job or self.jobs.get()))
-
-    def do(self, name: str, *arguments: Any) -> Optional[Tuple[Any, ...]]:
-        """Do one job, and post what it answers; the job that it was left for, if any."""
-        try:
-            message = getattr(self, f"do_{name}")(*arguments)
-            if message:
-                self.post(*message)
-        except Switch as switch:
-            return switch.args
-        except MogplexError as error:
-            if isinstance(error, UnauthorizedError) and self.connection is None:
-                self.post("signed out", str(error))
-            else:
-                self.post("error", name, arguments, error)
-        return None
-
-    def do_connect(self) -> None:
-        if self.connection is not None:
-            self.connection.close()  # now: what the garbage collector says of it would land on the screen
-        self.connection = None
-
-    def do_watch(self, run_id: str) -> None:
-        """Follow a run until its verdict; polls that come meanwhile are done between two looks at it."""
-
-        def between(progress: Progress) -> None:
-            wait_s = 0.0 if progress.retry_at is None else progress.retry_at - time.monotonic()
-            self.post("progress", run_id, progress, wait_s)
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    job = self.jobs.get_nowait()
-                    if job[0] == "poll":
-                        self.do(*job)
-                    elif job != ("watch", run_id):  # which is being done
-                        raise Switch(*job)
-
-        for item in tail(self.client(), run_id, on_progress=between):
-            self.post("verdict" if isinstance(item, Verdict) else "event", run_id, item)
-
-    def do_fetch(self, source: str, argument: str) -> Message:
-        client, began = self.client(), time.monotonic()
-        data = getattr(client, FETCHES[source])(
-            *[argument] * bool(argument), **{"limit": MAX_LIMIT} if source == "repos" else {})
-        return "fetched", source, argument, data, (time.monotonic() - began) * 1000
-
-    do_poll = do_fetch
-
-    def do_start(self, task: str, body: Json) -> Message:
-        import uuid
-        return "started", self.client().start_run(body, str(uuid.uuid4())), task
-
-    def do_remember(self, record: Json) -> None:
-        self.facts["home"].record_run(record, {})
-
-    def do_cancel(self, run_id: str) -> Message:
-        answer = self.client().cancel(run_id)
-        over = answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
-        return "say", "The run was over already." if over else "Cancellation requested.", "warn"
-
-    def do_export(self, path: str, content: str) -> Message:
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(content)
-        except (OSError, ValueError) as error:
-            return "say", f"Nothing was written to {path}: {getattr(error, 'strerror', error)}", "bad"
-        return "say", f"Exported to {os.path.abspath(path)}", "ok"
-
-    def do_open(self, url: str) -> Message:
-        opened = self.facts["run_browser"] and self.facts["run_browser"](url) is not False
-        return "say", f"Opened {url}" if opened else f"Open this in a browser: {url}"
-
-    def store(self, entry: Json) -> Message:
-        self.facts["home"].store_sign_in(entry)
-        return "signed in", f"Signed in. {self.facts['overruled']}"
-
-    def do_login(self) -> Message:
-        self.stopped, base_url = False, self.facts["base_url"]
-        with self.facts["connect"](Credential.anonymous()) as client:
-            return self.store(sign_in(
-                base_url, client.post_form, announce=lambda url: self.post("announced", url),
-                open_browser=self.facts["run_browser"], stopped=lambda: self.stopped))
-
-    def do_token(self, token: str) -> Message:
-        return self.store({"token": check_token(token, "the token"), "base_url": self.facts["base_url"]})
-
-    def do_logout(self) -> Message:
-        self.facts["home"].forget_sign_in()
-        if self.facts["overruled"]:
-            return "say", self.facts["overruled"], "warn"
-        return "signed out", "Signed out: the stored sign-in is forgotten."
-
-
-class Shell:
-    """Messages in; states, frames and effects out."""
-
-    def __init__(self, screen: Screen, state: State, **facts: Any) -> None:
-        self.screen, self.state, self.inbox = screen, state, queue.SimpleQueue()  # type: Screen, State, Any
-        poller, self.actions = Desk(self.post, **facts), Desk(self.post, **facts)
-        self.desks = {"watch": [poller], "poll": [poller], "connect": [poller, self.actions]}
-
-    def post(self, *message: Any) -> None:
-        """A message from any thread, or from a signal handler."""
-        self.inbox.put(message)
-        self.screen.wake()
-
-    def fail(self, error: BaseException) -> None:
-        """A thread's crash ends the cockpit: the loop raises it."""
-        self.post("crash", error)
-
-    def loop(self) -> None:
-        """Until SystemExit is raised: draw, wait, take every message that there is."""
-        while True:
-            self.screen.draw(view(self.state, *self.screen.size))
-            self.effects()  # after the frame: the threads import what takes longer than to draw it
-            messages: List[Message] = []
-            for one in self.screen.wait(1.0 - time.time() % 1.0):
-                messages.append((type(one).__name__.lower(), *one[:2 if isinstance(one, Wheel) else None]))
-            messages += [("tick",)] * (int(time.time()) != int(self.state.now))
-            while not self.inbox.empty():
-                messages.append(self.inbox.get())
-            for message in messages:
-                if message[0] == "crash":
-                    raise message[1]
-                self.effects()
-                self.state = update(self.state._replace(now=time.time()), message)
-
-    def effects(self) -> None:
-        """Do what the state asks for: here what needs the terminal, at the desks the rest."""
-        asked, self.state = self.state.effects, self.state._replace(effects=())
-        for name, *arguments in asked:
-            here = getattr(self, f"do_{name}", None)
-            if here:
-                here(*arguments)
-            else:
-                for desk in self.desks.get(name, [self.actions]):
-                    desk.jobs.put((name, *arguments))
-
-    def do_leave(self) -> None:
-        raise SystemExit(Exit.OK)
-
-    def do_repaint(self) -> None:
-        self.screen.repaint()
-
-    def do_write(self, text: str) -> None:
-        self.screen.write(text)
-
-    def do_stop(self) -> None:
-        self.actions.stopped = True
-
-    def do_suspend(self) -> None:
-        self.screen.mouse = self.state.mouse
-        self.screen.suspend()
-
-    def last_words(self) -> str:
-        """What stands on the terminal when the screen is gone: leaving never stops a run."""
-        run_id = harmless(self.state.run_id)
-        return f"mogplex runs events {run_id} --follow\n" if run_id else ""
-
-
-def first_state(home: Home, environ: Mapping[str, str], base_url: str, text: str, run_id: str) -> State:
-    """What is known before the first answer: the remembered runs, and the words of the command line."""
-    runs = tuple({text_of(run, "id"): run for run in home.runs(base_url)}.values())
-    wanted = environ.get("MOGPLEX_REPO") or (text_of(runs[0], "repo") if runs else "")
-    tasks = tuple(dict.fromkeys(filter(None, (text_of(run, "task") for run in reversed(runs)))))
-    state = State(base_url=base_url, now=time.time(), runs=runs, history=tasks, wanted=wanted).write(text)
-    state = state.ask("fetch", "repos", "").ask("poll", "sandboxes", "")
-    for run in runs[:8]:
-        state = state.ask("poll", "run", text_of(run, "id"))
-    if run_id:
-        state = attach(state, text_of(runs[0], "id") if run_id == "@last" and runs else run_id)
-    if text:
-        near = nearest((text.split() or [""])[0], GROUPS)
-        state = state.say((f"Did you mean `mogplex {near}`? " if near else "") +
-                          "Nothing was sent; Enter starts a run of these words.", "warn", 60.0)
+    runs = tuple(
+        one._replace(status="unknown") if one is known else one for one in state.rail.runs)
+    return state._replace(rail=state.rail._replace(runs=runs))
+
+
+def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> State:
+    """A start that failed: the task comes back, with its key where the run may have started."""
+    others = [one for one in state.starts if one.key != new.key]
+    if any(one.key == new.key and one.run_id for one in state.starts):
+        return state._replace(starts=tuple(others))  # only the history failed
+    if error.delivered:
+        others.append(new._replace(under_way=False))
+        text = f"No answer to the start, the run may have started: {text}; Enter asks for the same run"
+    state = state._replace(starts=tuple(others))
+    if not state.composer.text:
+        state = state.write(new.task)
+    return state.say(text, "bad")
+
+
+def sign_in_failed(state: State, text: str) -> State:
+    """The field stays one for a token until the service has accepted one."""
+    sign_in_state = state.sign_in._replace(checking=False, url="")
+    return state._replace(sign_in=sign_in_state).say(f"Not signed in: {text}", "bad")
+
+
+def on_failed(state: State, message: Failed) -> State:
+    """A job that failed. What is asked in the background says so in the header alone."""
+    error = message.error
+    job = message.ask.job
+    text = harmless(str(error))
+    if error.hint:
+        text = f"{text} · {harmless(error.hint)}"
+    state = answered_poll(state, job)
+    if job in (Desk.try_token, Desk.try_stored, Desk.sign_in):
+        return sign_in_failed(state, text)
+    state = felt(state, error, text)
+    if job is Desk.watch:
+        return watch_failed(state, error, text)
+    if job is Desk.start:
+        return start_failed(state, message.ask.arguments[0], error, text)
+    if is_for_drawer(state, message.ask):
+        return state.shift(error=text)
+    if job is Desk.run:
+        return run_refused(state, message.ask.arguments[0], error)
+    if job in POLLED:
+        return state
+    return state.say(text, "bad")
+
+
+def on_started(state: State, message: Started) -> State:
+    """A run that was just started: it is shown, and its delivery may move the target."""
+    run = message.run
+    new = message.new
+    run_id = text_of(run, "runId")
+    starts = tuple(
+        one._replace(run_id=run_id) if one.key == new.key else one for one in state.starts)
+    state = watch(state._replace(starts=starts), run_id, run, new.target)
+    if run_named(state, run_id) not in state.rail.runs:
+        began = parse_time(run.get("createdAt")) or state.now
+        repo = harmless(new.target.repo.get("full_name"))
+        task = harmless(new.task.replace("\n", " "), 200)
+        state = put_first(state, KnownRun(run_id, repo, task, began))
+    state = heard(state, run_id, run)
+    error = harmless(run.get("error"), 200)
+    if is_bad_end(text_of(run, "status")):
+        return state.say(f"The run failed to start: {error}", "bad")
+    if run.get("replayed") is True:
+        return state.say("That run had already been started.", "ok")
+    return state.say("Run started.", "ok")
+
+
+def on_settled(state: State, message: Settled) -> State:
+    starts = tuple(one for one in state.starts if one.key != message.new.key)
+    return state._replace(starts=starts)
+
+
+def on_said(state: State, message: Said) -> State:
+    return state.say(message.text, message.style)
+
+
+def on_announced(state: State, message: Announced) -> State:
+    if not state.sign_in.needed:
+        return state
+    return state._replace(sign_in=state.sign_in._replace(url=harmless(message.url, 4000)))
+
+
+def on_lapses(state: State, message: Lapses) -> State:
+    return state.feel(lapses_at=message.at)
+
+
+def on_signed_out(state: State, message: SignedOut) -> State:
+    """There is no credential: the composer takes a token now."""
+    if not state.sign_in.needed:
+        state = show_sign_in(state)
+    if message.text:
+        return state.say(message.text, "warn")
     return state
 
 
-def stay(screen: Screen, shell: Shell) -> int:
+def on_signed_in(state: State, message: SignedIn) -> State:
+    """The service accepted a credential: everything is asked for anew."""
+    if state.sign_in.needed:
+        state = state.write(state.sign_in.waiting)
+    state = state._replace(sign_in=SigningIn()).feel(failures=0, trouble="", refused="")
+    state = state.ask(Shell.reconnect)
+    if state.shown.run_id:
+        state = state.show(stale=True, lost="", again_at=0.0)
+        state = state.ask(Desk.watch, state.shown.run_id)
+    return refresh(state).say(message.text, "ok", 60.0)
+
+
+def on_tick(state: State, _: Tick) -> State:
+    """Once a second: what is due is asked, but nothing during a wait that a 429 asked for."""
+    drawer = state.drawer
+    if state.health.held_until > state.now or state.sign_in.needed:
+        return state
+    if drawer and drawer.error and drawer.listing.reads and int(state.now) % 5 == 0:
+        state = state.ask(drawer.listing.reads, *drawer.subject)
+    if state.shown.again_at and state.now >= state.shown.again_at:
+        state = state.show(again_at=0.0, lost="", stale=True)
+        state = state.ask(Desk.watch, state.shown.run_id)
+    if state.polls.unanswered >= 6:
+        return state
+    return poll(state, 4)
+
+
+HANDLERS: Dict[type, Callable[[State, Any], State]] = {
+    Key: on_key,
+    Text: on_text,
+    Paste: on_paste,
+    Wheel: on_wheel,
+    Click: on_click,
+    Resize: on_resize,
+    Tick: on_tick,
+    Arrived: on_event,
+    Progressed: on_progress,
+    Ended: on_ended,
+    Fetched: on_fetched,
+    Failed: on_failed,
+    Started: on_started,
+    Settled: on_settled,
+    Said: on_said,
+    Announced: on_announced,
+    Lapses: on_lapses,
+    SignedOut: on_signed_out,
+    SignedIn: on_signed_in,
+}
+
+
+def is_of_another_run(state: State, message: object) -> bool:
+    """Whether a tail says this that has been left meanwhile."""
+    if isinstance(message, (Arrived, Progressed, Ended)):
+        return message.run_id != state.shown.run_id
+    if isinstance(message, Failed) and message.ask.job is Desk.watch:
+        return bool(message.ask.arguments[0] != state.shown.run_id)
+    return False
+
+
+def update(state: State, message: object) -> State:
+    """The state after one message; what it asks for stands in its ``asks``."""
+    before = state
+    state = state._replace(asks=())
+    if is_of_another_run(state, message):
+        return state
+    return refreshed(before, HANDLERS[type(message)](state, message))
+
+
+# -- The cockpit, from its first frame to its last words
+
+
+START_WAIT_S = 5.0  # how long leaving waits for the answer to a start
+
+
+def is_about_a_start(message: object) -> bool:
+    if isinstance(message, Failed):
+        return message.ask.job is Desk.start
+    return isinstance(message, (Started, Settled))
+
+
+def is_answered(new: NewRun) -> bool:
+    return bool(new.run_id) or not new.under_way
+
+
+def is_settled(new: NewRun) -> bool:
+    """Whether nothing more comes of a start: one that is written to the history is gone."""
+    return not new.under_way
+
+
+class Cockpit:
+    """The loop: messages in, states and frames out, and what they ask for done."""
+
+    def __init__(self, shell: Shell, state: State) -> None:
+        self.shell = shell
+        self.state = state
+
+    def run(self) -> None:
+        """Until SystemExit is raised: draw, wait, take every message that there is."""
+        screen = self.shell.screen
+        while True:
+            screen.draw(view(self.state, *screen.size))
+            self.perform()  # after the frame: a desk's first job imports what takes longer
+            for message in screen.wait(1.0 - time.time() % 1.0):
+                self.take(message)
+            if int(time.time()) != int(self.state.now):
+                self.take(Tick())
+            while not self.shell.inbox.empty():
+                self.take(self.shell.inbox.get())
+
+    def take(self, message: object) -> None:
+        if isinstance(message, Crashed):
+            raise message.error
+        self.perform()
+        self.state = update(self.state._replace(now=time.time()), message)
+
+    def perform(self) -> None:
+        asks = self.state.asks
+        self.state = self.state._replace(asks=())
+        for ask in asks:
+            self.shell.perform(ask)
+
+    def await_starts(self, is_done: Callable[[NewRun], bool], until: float) -> None:
+        """Take the answers to starts that are under way, until all are done or it is late."""
+        while not all(map(is_done, self.state.starts)):
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return
+            with contextlib.suppress(queue.Empty):
+                message = self.shell.inbox.get(timeout=left_s)
+                if is_about_a_start(message):
+                    self.state = update(self.state._replace(now=time.time()), message)
+
+    def last_words(self) -> Iterator[str]:
+        """What is left on the terminal: how to follow the runs on, and the keys of lost starts."""
+        until = time.monotonic() + START_WAIT_S
+        self.await_starts(is_answered, until)
+        run_ids = [new.run_id for new in self.state.starts if new.run_id]
+        for run_id in dict.fromkeys([self.state.shown.run_id, *run_ids]):
+            if run_id:
+                yield f"mogplex runs events {harmless(run_id)} --follow\n"
+        for new in self.state.starts:
+            if not new.run_id:
+                task = fit(harmless(new.task.replace("\n", " ")), 60)
+                yield (f"no answer to the start of '{task}'; it may have started: "
+                       f"run it again with --idempotency-key {new.key}\n")
+        self.await_starts(is_settled, until)
+
+
+def known_runs(home: Home, base_url: str) -> List[KnownRun]:
+    """The runs that this machine remembers, newest first, each once."""
+    runs: Dict[str, KnownRun] = {}
+    for record in home.runs(base_url):
+        run_id = text_of(record, "id")
+        runs.setdefault(run_id, KnownRun(
+            run_id, harmless(record.get("repo")), harmless(record.get("task"), 200),
+            parse_time(record.get("time")) or 0.0))
+    return list(runs.values())
+
+
+def attach_first(state: State, wanted: str) -> State:
+    """``--attach RUN``: what it names is shown at once, known or not: nothing is lost by that."""
+    state = attach(state, wanted)
+    if state.shown.run_id or state.drawer:
+        return state
+    return watch(state._replace(asks=(), notice=Notice()), wanted, {"runId": wanted})
+
+
+def unsent(text: str) -> str:
+    """What is said of the words of a command line that may have been meant for a command."""
+    near = nearest(text.split()[0], GROUPS) if text.split() else ""
+    words = "Nothing was sent: press Enter to start a run with this task."
+    if near:
+        return f"Did you mean `mogplex {near}`? {words}"
+    return words
+
+
+def first_state(
+    home: Home, environ: Mapping[str, str], base_url: str, text: str, run_id: str,
+) -> State:
+    """What is known before the first answer: the history, and the words of the command line."""
+    import uuid
+    runs = known_runs(home, base_url)
+    wanted = environ.get("MOGPLEX_REPO", "")
+    if not wanted and runs:
+        wanted = runs[0].repo
+    tasks = dict.fromkeys(run.task for run in reversed(runs) if run.task)
+    state = State(
+        base_url=base_url, now=time.time(), session=str(uuid.uuid4()), rail=Rail(tuple(runs)),
+        composer=Composer(history=tuple(tasks)), repos=Repos(wanted=wanted)).write(text)
+    if run_id == "@last" and runs:
+        run_id = runs[0].id
+    if run_id:
+        state = attach_first(state, run_id)
+    if text:
+        state = state.say(unsent(text), "warn", 60.0)
+    return poll(state, 2)
+
+
+def stay(screen: Screen, cockpit: Cockpit) -> int:
     """The cockpit until it is left; the exit code. The terminal is as it was before."""
     try:
         screen.enter()
-        shell.loop()
-    except SystemExit as leave:
-        return int(leave.code or 0)
+        cockpit.run()
+    except SystemExit as leaving:
+        return int(leaving.code or 0)
     except TerminalGone:
         return Exit.HANGUP
     finally:
@@ -6333,19 +8501,18 @@ def run_cockpit(
     overruled = ""
     given = token_given(environ)
     if given.variable:
-        overruled = f"{given.variable} is set and stays in force: unset it."
+        overruled = f"{given.variable} is set and takes precedence: unset it."
     with Signals() as signals:
         screen = Screen(environ, signals)
-        shell = Shell(
-            screen, first_state(home, environ, base_url, text, attach), connect=connect,
-            base_url=base_url, home=home, environ=environ, run_browser=run_browser,
-            overruled=overruled,
-        )
+        shell = Shell(screen, Facts(connect, base_url, home, run_browser, overruled))
+        home.warn = shell.warn  # standard error is the screen now
+        cockpit = Cockpit(shell, first_state(home, environ, base_url, text, attach))
         with CrashGuard(screen, shell.fail):
             try:
-                return stay(screen, shell)
+                return stay(screen, cockpit)
             finally:
-                screen.write_last(shell.last_words())
+                for line in cockpit.last_words():
+                    screen.write_last(line)
 
 
 # ---------------------------------------------------------------- 8. Demo

@@ -4036,149 +4036,233 @@ def test_signs_of_life_as_text() -> None:
 # ---------------------------------------------------------------- 7. Cockpit
 
 NOW = 1795608000.0  # 2026-11-25T12:00:00Z
-SHOWN = {"runId": "7f2c41aa-0000-4000-8000-000000000001", "harness": "codex", "status": "streaming", "repoId": "r1",
-         "createdAt": "2026-11-25T11:47:19Z", "updatedAt": "2026-11-25T11:59:00Z", "branch": {"base": "main"}}
+RUN_ID = "7f2c41aa-0000-4000-8000-000000000001"
+SHOWN = {
+    "runId": RUN_ID, "harness": "codex", "status": "streaming", "repoId": "r1",
+    "createdAt": "2026-11-25T11:47:19Z", "updatedAt": "2026-11-25T11:59:00Z",
+    "branch": {"base": "main"},
+}
+FAILED_RUN = {**SHOWN, "status": "failed", "error": "Agent run exited with code 1."}
 EVENTS: List[Dict[str, Any]] = [
-    {"type": "started", "message": "External Mogplex run accepted", "createdAt": "2026-11-25T11:47:20.1Z"},
-    {"type": "log", "message": "Synchronized mogplex/agent-7f2c41aa", "createdAt": "2026-11-25T11:47:24Z",
+    {"type": "started", "message": "External Mogplex run accepted",
+     "createdAt": "2026-11-25T11:47:20.1Z"},
+    {"type": "log", "message": "Synchronized mogplex/agent-7f2c41aa",
+     "createdAt": "2026-11-25T11:47:24Z",
      "payload": {"stage": "git_sync", "working_branch": "mogplex/agent-7f2c41aa"}},
-    {"type": "status_changed", "message": "Harness run streaming", "createdAt": "2026-11-25T11:58:00+00:00"},
+    {"type": "tool_started", "toolName": "apply_patch", "message": "src/session.ts",
+     "createdAt": "2026-11-25T11:58:00+00:00"},
 ]
 HOSTILE_EVENT = {
-    "type": "\x1b]0;owned\x07log", "createdAt": ["never"], "payload": {"stage": "git_sync", "working_branch": {}},
-    "message": "\x1b[2J\x9b31m::error::\rfirst\nse\u0301cond \u202e日本語\u200d👩\u200d👧 \x85\x00 " + "very " * 3000 + "long"}
-SANDBOXES = [{"id": "s1", "status": "running", "working_branch": "main", "repo_id": "r1"},
-             {"id": "s2", "status": "error", "base_branch": "fix/tax", "error": "out of\x1b[0m memory"}]
+    "type": "\x1b]0;owned\x07log", "createdAt": ["never"],
+    "payload": {"stage": "git_sync", "working_branch": {}},
+    "message": "\x1b[2J\x9b31m::error::\rfirst\nse\u0301cond \u202e日本語\u200d👩\u200d👧 \x85\x00 "
+               + "very " * 3000 + "long",
+}
+SANDBOXES = [
+    {"id": "s1000000-1", "status": "running", "working_branch": "main", "repo_id": "r1",
+     "preview_url": "https://s1.preview.example"},
+    {"id": "s2000000-2", "status": "error", "base_branch": "fix/tax",
+     "error": "out of\x1b[0m memory"},
+]
+WEB_REPO = {"id": "r1", "full_name": "acme/web", "default_branch": "main"}
+API_REPO = {"id": "r2", "full_name": "acme/api", "default_branch": "trunk"}
+TWO_REPOS = [WEB_REPO, API_REPO]
+DELIVERY = {
+    "type": "log", "message": "Pull request ready", "payload": {
+        "stage": "git_delivery", "changed": True, "working_branch": "mogplex/a",
+        "pull_request_url": "https://github.com/acme/web/pull/1"},
+}
+Desk = mogplex.Desk
+Shell = mogplex.Shell
 
 
-def remembered(number: int, task: str, **facts: Any) -> Dict[str, Any]:
-    return {"id": f"{number:04x}0000-0000-4000-8000-000000000000", "repo": "acme/web", "task": task,
-            "branch": "main", "time": "2026-11-25T11:52:00Z", **facts}
+def remembered(number: int, task: str, status: str = "", **facts: Any) -> mogplex.KnownRun:
+    return mogplex.KnownRun(
+        f"{number:04x}0000-0000-4000-8000-000000000000", "acme/web", task, NOW - 480, status,
+        **facts)
 
 
-def played(*messages: Tuple[Any, ...], **facts: Any) -> mogplex.State:
+def played(*messages: Any, **facts: Any) -> mogplex.State:
     """The state after these messages."""
-    state = mogplex.State(now=NOW, base_url="https://www.mogplex.com")._replace(**facts)
+    state = mogplex.State(now=NOW, base_url="https://www.mogplex.com", session="session")
+    return then(state._replace(**facts), *messages)
+
+
+def then(state: mogplex.State, *messages: Any) -> mogplex.State:
     for message in messages:
         state = mogplex.update(state, message)
     return state
 
 
-def progress(connection: str = "connected", run: Any = None, **facts: Any) -> mogplex.Progress:
+def later(state: mogplex.State, seconds: float, *messages: Any) -> mogplex.State:
+    return then(state._replace(now=state.now + seconds), *messages)
+
+
+def keys(*names: str) -> List[Any]:
+    return [mogplex.Key(name) for name in names]
+
+
+def typed(text: str) -> List[Any]:
+    return [mogplex.Text(text), mogplex.Key("enter")]
+
+
+def fetched(job: Any, data: Any, *arguments: str) -> mogplex.Fetched:
+    return mogplex.Fetched(mogplex.Ask(job, arguments), data, 84.0)
+
+
+def failed(error: mogplex.MogplexError, job: Any, *arguments: Any) -> mogplex.Failed:
+    return mogplex.Failed(mogplex.Ask(job, arguments), error)
+
+
+def arrived(event: Dict[str, Any], run_id: str = RUN_ID) -> mogplex.Arrived:
+    return mogplex.Arrived(run_id, event)
+
+
+def progressed(connection: str = "connected", run: Any = None, **facts: Any) -> mogplex.Progressed:
     blank: Dict[str, Any] = dict.fromkeys(mogplex.Progress._fields, 0)
-    return mogplex.Progress(**{**blank, "connection": connection, "message": "", "run": run or SHOWN, "latency_ms": 84.0,
-                               "retry_at": None, **facts})
+    blank.update(connection=connection, message="", run=run or SHOWN, latency_ms=84.0)
+    wait_s = facts.pop("wait_s", 0.0)
+    run_id = facts.pop("run_id", RUN_ID)
+    return mogplex.Progressed(run_id, mogplex.Progress(**{**blank, **facts}), wait_s)
 
 
-def typed(text: str) -> List[Tuple[Any, ...]]:
-    return [("text", text), ("key", "enter")]
+def run_over(run: Dict[str, Any], truncated: bool = False) -> mogplex.Ended:
+    return mogplex.Ended(RUN_ID, mogplex.Verdict(
+        RUN_ID, run["status"], "", "", "", truncated, 1.0, run))
 
 
+def asked(state: mogplex.State) -> List[Any]:
+    """What the last message asked for: (job, arguments...)."""
+    return [(ask.job, *ask.arguments) for ask in state.asks]
+
+
+def jobs(state: mogplex.State) -> List[Any]:
+    return [ask.job for ask in state.asks]
+
+
+FIRST_LISTS = [fetched(Desk.repos, TWO_REPOS), fetched(Desk.sandboxes, SANDBOXES)]
+AIMED = [*FIRST_LISTS, *typed("/repo web")]
+ATTACHED = [*AIMED, *typed(f"/attach {RUN_ID}"), fetched(Desk.find_run, SHOWN, RUN_ID)]
 BUSY = [
-    ("fetched", "repos", "", [{"id": "r1", "full_name": "acme/web", "default_branch": "main"}], 84.0),
-    ("fetched", "sandboxes", "", SANDBOXES, 84.0), *typed(f"/attach {SHOWN['runId']}"),
-    *(("event", SHOWN["runId"], {**event, "id": str(number)}) for number, event in enumerate(EVENTS)),
-    ("progress", SHOWN["runId"], progress(), 0.0),
-]
-ENDED_BADLY = BUSY + [
-    ("event", SHOWN["runId"], {"type": "failed", "message": "External Mogplex run failed",
-                               "payload": {"error": "Sandbox launch failed"}, "createdAt": "2026-11-25T11:59:00Z"}),
-    ("verdict", SHOWN["runId"], mogplex.Verdict(
-        SHOWN["runId"], "failed", "", "", "", True, 1.0, {**SHOWN, "status": "failed", "error": "Sandbox launch failed"}))]
+    *ATTACHED, *(arrived({**event, "id": str(number)}) for number, event in enumerate(EVENTS)),
+    progressed()]
+ENDED_BADLY = [
+    *BUSY, arrived({"type": "failed", "message": "Harness run failed", "payload": {},
+                    "createdAt": "2026-11-25T11:59:00Z"}),
+    run_over(FAILED_RUN, truncated=True)]
 NASTY = [
-    ("fetched", "repos", "", [{"id": 7, "full_name": "acme/\x1b[31mweb\x07", "default_branch": None}, {"x": []}], 9e9),
-    ("fetched", "sandboxes", "", [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}], 1.0),
-    *typed("/attach \x1b]52;c;x\x07nope"), ("event", "nope", HOSTILE_EVENT), ("event", "nope", {}),
-    ("event", "nope", {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]}),
-    ("progress", "nope", progress(run={"status": "\x1b[2Jodd", "createdAt": 7, "branch": "x"}, failures=3,
-                                  message="no\x1b answer"), 0.0)]
-RUNS = (remembered(0x7e9a, "bump deps", status="streaming"), remembered(0x7d10, "docs", status="success"),
-        remembered(0x7c02, "e2e tests for the checkout", status="failed"))
+    fetched(Desk.repos, [{"id": 7, "full_name": "acme/\x1b[31mweb\x07", "default_branch": None},
+                         {"x": []}]),
+    fetched(Desk.sandboxes, [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}]),
+    fetched(Desk.find_run, {"status": "\x1b[2Jodd"}, "nope\x1b"),
+    *(arrived(event, "nope\x1b") for event in (
+        HOSTILE_EVENT, {}, {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]})),
+    progressed(run={"status": "\x1b[2Jodd", "createdAt": 7, "branch": "x"}, failures=3,
+               message="no\x1b answer", run_id="nope\x1b")]
+RUNS = (
+    remembered(0x7e9a, "bump deps", "streaming"), remembered(0x7d10, "docs", "success"),
+    remembered(0x7c02, "e2e tests for the checkout", "failed"), remembered(0x7b01, "not asked"))
+RAIL = mogplex.Rail(RUNS)
+LIMITED = failed(mogplex.RateLimitedError("slow down", retry_after_s=43.0), Desk.sandboxes)
 STATES = {
-    "empty": played(), "busy": played(*BUSY, runs=RUNS), "failed": played(*ENDED_BADLY, runs=RUNS),
-    "hostile": played(*NASTY), "signed out": played(("signed out", "not signed in"), ("text", "mog_secret")),
-    "waiting": played(("signed out", ""), ("announced", "https://www.mogplex.com/api/auth?" + "x" * 300)),
-    "drawer": played(*BUSY, ("key", "^p"), ("text", "sbx"), runs=RUNS),
-    "event": played(*NASTY, ("key", "tab"), ("key", "k"), ("key", "k"), ("key", "enter")),
-    "paused": played(*BUSY, ("key", "tab"), ("key", "k"), runs=RUNS),
-    "limited": played(*BUSY, ("error", "poll", ("sandboxes", ""), mogplex.RateLimitedError("slow down", retry_after_s=43.0))),
-    "many lines": played(("paste", "日本語 text\n" * 400)),
-    "question": played(*BUSY, ("key", "tab"), ("text", "x"), runs=RUNS),
+    "empty": played(),
+    "busy": played(*BUSY, rail=RAIL),
+    "failed": played(*ENDED_BADLY, rail=RAIL),
+    "hostile": played(*NASTY),
+    "signed out": played(mogplex.SignedOut("not signed in"), mogplex.Text("mog_secret")),
+    "waiting": played(
+        mogplex.SignedOut(""), mogplex.Announced("https://www.mogplex.com/api/auth?" + "x" * 300)),
+    "drawer": played(*BUSY, *keys("^p"), mogplex.Text("sbx"), rail=RAIL),
+    "runs": played(*BUSY, *typed("/runs"), rail=RAIL),
+    "event": played(*NASTY, *keys("tab", "up", "up", "enter")),
+    "details": played(*BUSY, *keys("tab", "enter"), rail=RAIL),
+    "paused": played(*BUSY, *keys("tab", "up"), rail=RAIL),
+    "wrapped": played(*NASTY, *keys("tab"), mogplex.Text("w")),
+    "limited": played(*BUSY, LIMITED),
+    "many lines": played(mogplex.Paste("日本語 text\n" * 400)),
+    "rail": played(*BUSY, *keys("btab", "down"), rail=RAIL, width=120, height=40),
+    "question": played(*BUSY, *keys("tab"), mogplex.Text("x"), rail=RAIL),
 }
-SIZES = [(width, height) for width in (*range(30, 131, 9), 59, 60, 79, 80, 99, 100, 119, 120) for height in range(8, 46, 6)]
+SCREEN_WIDTHS = (*range(30, 131, 9), 59, 60, 79, 80, 99, 100, 119, 120)
+SIZES = [(width, height) for width in SCREEN_WIDTHS for height in range(8, 46, 6)]
 
 
 @pytest.fixture(autouse=True, scope="session")
 def utc() -> Iterator[None]:
     """Times on the cockpit's screen are local."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TZ", "UTC")
-        if hasattr(time, "tzset"):  # Windows reads the variable by itself
-            time.tzset()
-        yield
-    if hasattr(time, "tzset"):
-        time.tzset()
+    before = os.environ.get("TZ")
+    os.environ["TZ"] = "UTC"
+    time.tzset()
+    yield
+    if before is None:
+        del os.environ["TZ"]
+    else:
+        os.environ["TZ"] = before
+    time.tzset()
 
 
-def drawn(state: mogplex.State, width: int, height: int) -> str:
-    rows = mogplex.view(mogplex.update(state, ("resize", width, height)), width, height)
+def resized(state: mogplex.State, width: int, height: int) -> List[Any]:
+    return mogplex.view(then(state, mogplex.Resize(width, height)), width, height)
+
+
+def drawn(state: mogplex.State, width: int = 120, height: int = 40) -> str:
+    rows = resized(state, width, height)
     return "\n".join("".join(text for text, _ in row).rstrip() for row in rows)
 
 
 GOLDEN = {  # each row after a |
     ("busy", 120, 40): """
 | mogplex │ acme/web ⎇ mogplex/agent-7f2c41aa │ codex │ ▶ STREAMING 12:41                               │ ● nominal 84ms
-| RUNS 4 · 2 active               │ TIMELINE 7f2c41aa  FOLLOW · all types · 3 events
-| ▸▶ 7f2c (task no… streaming 12m │ 11:47:20  started            External Mogplex run accepted
-|  ▶ 7e9a bump deps streaming  8m │ 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
-|  ✓ 7d10 docs        success  8m │ 11:58:00  status_changed     Harness run streaming
-|  ✗ 7c02 e2e tests f… failed  8m │           … agent working, last event 2m ago
-| SANDBOXES 2                     │
-|  ● main                 running │
-|  ○ fix/tax                error │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|                                 │
-|─────────────────────────────────┴──────────────────────────────────────────────────────────────────────────────────────
+| RUNS 5 · 2 active                     │ TIMELINE 7f2c41aa  FOLLOW · all types · 3 events
+| ▸▶ 7f2c web (task not know… streaming │ 11:47:20  started           External Mogplex run accepted
+|  ▶ 7e9a web bump deps    streaming 8m │ 11:47:24  log               Synchronized mogplex/agent-7f2c41aa
+|  ✓ 7d10 web docs           success 8m │ 11:58:00  tool_started      apply_patch  src/session.ts
+|  ✗ 7c02 web e2e tests for … failed 8m │           … agent working, last event 2m ago
+|  … 7b01 web not asked              8m │
+| SANDBOXES 2 · 1 running               │
+|  ● web main                   running │
+|  ○ fix/tax                      error │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+|                                       │
+| 7f2c41aa acme/web · streaming 12m ·   │
+| (task not known)                      │
+|───────────────────────────────────────┴────────────────────────────────────────────────────────────────────────────────
+| next: acme/web ⎇ main · codex
 | ›
 | Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
 """,
     ("failed", 80, 24): """
 | mogplex │ acme/web ⎇ mogplex/… │ codex │ ✗ FAILED 11:41      │ ○ degraded 84ms
-| !! run 7f2c41aa failed: Sandbox launch failed      [Enter] open  [Esc] dismiss
-| RUNS 4 ▸✗ 7f2c failed (task not known)  ▶ 7e9a streaming bump deps  SANDBOXES 2
+| !! run 7f2c41aa failed: Agent run exited with cod… [Enter] open  [Esc] dismiss
+| RUNS 5 ▸✗ 7f2c failed (task not known)  ▶ 7e9a streaming bump dep… SANDBOXES 2
 | TIMELINE 7f2c41aa  FOLLOW · all types · 4 events
-| 11:47:20  started            External Mogplex run accepted
-| 11:47:24  log                Synchronized mogplex/agent-7f2c41aa
-| 11:58:00  status_changed     Harness run streaming
-| 11:59:00  failed             External Mogplex run failed: Sandbox launch failed
-|           ✗ failed · the service lists no later events of this run
-|
+| 11:47:20  started           External Mogplex run accepted
+| 11:47:24  log               Synchronized mogplex/agent-7f2c41aa
+| 11:58:00  tool_started      apply_patch  src/session.ts
+| 11:59:00  failed            Harness run failed
+|           ✗ failed: Agent run exited with code 1. · the service lists no later…
 |
 |
 |
@@ -4191,12 +4275,13 @@ GOLDEN = {  # each row after a |
 |
 |
 |────────────────────────────────────────────────────────────────────────────────
+| next: acme/web ⎇ main · codex
 | ›
 | Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
 """,
     ("hostile", 59, 20): """
 | mogplex │ ○ ODD                               │ ✗ offline
-| !! No answer from the service, trying again by itself: n…
+| !! The service does not answer, retrying: nonswer
 | RUNS 1 ▸○ nope odd (task not known)
 | TIMELINE nope  FOLLOW · all types · 3 events
 | log    : :error:: ⏎ first ⏎ sécond 日本語👩👧  ⏎  very ve…
@@ -4211,63 +4296,133 @@ GOLDEN = {  # each row after a |
 |
 |
 |
-|
 |───────────────────────────────────────────────────────────
+| next: no repository, choose one with /repo · codex
 | ›
-| Enter send · Tab pane · ^P palette · ^F filter · F1 help …
+| Enter send · Tab pane · ^P palette · ^F filter · F1 help
 """,
     ("busy", 30, 8): """
 | ▶ STREAMING │ ● nominal 84ms
 | TIMELINE 7f2c41aa  FOLLOW · …
 | log    Synchronized mogplex/…
-| state  Harness run streaming
+| tool   apply_patch  src/sess…
 | … agent working, last event …
-|──────────────────────────────
+|─ next: acme/web ⎇ main · cod…
 | ›
-| Enter send · Tab pane · ^P p…
+| Enter send · Tab pane
 """,
     ("signed out", 60, 12): """
-| mogplex │ no repository: /repo              │ ○ signed out
-| RUNS 0                                          SANDBOXES 0
+| mogplex                                     │ ○ signed out
+| RUNS 0                                         SANDBOXES 0
 |   Sign in to Mogplex
 |   https://www.mogplex.com
 |
 |   Enter            opens your browser, and comes back here…
-|   paste a token    then Enter; tokens are made at
+|   paste a token    then Enter; create tokens at
 |                    https://www.mogplex.com/settings/api-ke…
 |
-|────────────────────────────────────────────────────────────
+|─ next: no repository, choose one with /repo · codex ───────
 | › ••••••••••
-| Enter open the browser · or paste a token, then Enter · ^C…
+| Enter opens the browser · or paste a token · ^C ^C quit
 """,
     ("drawer", 100, 16): """
 | mogplex │ acme/web ⎇ mogplex/agent-7… │ codex │ ▶ STREAMING 12:41                 │ ● nominal 84ms
-| RUNS 4 · 2 active        │ PALETTE  /sbx                                          1/3 · Esc closes
-| ▸▶ 7f2c (task… streaming │ /sandboxes              the sandboxes in the cloud
-|  ▶ 7e9a bump … streaming │ /logs [SANDBOX]         the logs of a sandbox
-|  ✓ 7d10 docs     success │ /new                    go back to the base branch for the next task
-|  ✗ 7c02 e2e test… failed │
-| SANDBOXES 2              │
-|  ● main          running │
-|  ○ fix/tax         error │
-|                          │
-|                          │
-|                          │
-|                          │
-|──────────────────────────┴─────────────────────────────────────────────────────────────────────────
+| RUNS 5 · 2 active              │ PALETTE  /sbx                                    1/3 · Esc closes
+| ▸▶ 7f2c (task not k… streaming │   /sandboxes                the sandboxes in the cloud
+|  ▶ 7e9a bump deps    streaming │   /logs [SANDBOX]           the logs of a sandbox
+|  ✓ 7d10 web docs    success 8m │   /branch [NAME]            choose the branch that the next task …
+|  ✗ 7c02 e2e tests for … failed │
+|  … 7b01 web not asked       8m │
+| SANDBOXES 2 · 1 running        │
+|  ● web main            running │
+|  ○ fix/tax               error │
+|                                │
+| 7f2c41aa acme/web · streaming  │
+| 12m · (task not known)         │
+|─ next: acme/web ⎇ main · codex ┴───────────────────────────────────────────────────────────────────
 | ›
-| type to search · ↑ ↓ move · Enter open · Esc close
+| ↑ ↓ move · Enter open · Esc close · type to search
+""",
+    ("runs", 120, 14): """
+| mogplex │ acme/web ⎇ mogplex/agent-7f2c41aa │ codex │ ▶ STREAMING 12:41                               │ ● nominal 84ms
+| RUNS 5 · 2 active                     │ RUNS  type to search                                          1/5 · Esc closes
+| ▸▶ 7f2c web (task not know… streaming │   RUN       STATUS       REPO              STARTED       TASK
+|  ▶ 7e9a web bump deps    streaming 8m │ ▸ 7f2c41aa  ▶ streaming  acme/web          Nov 25 11:47  (task not known)
+|  ✓ 7d10 web docs           success 8m │   7e9a0000  ▶ streaming  acme/web          Nov 25 11:52  bump deps
+|  ✗ 7c02 web e2e tests for … failed 8m │   7d100000  ✓ success    acme/web          Nov 25 11:52  docs
+|  … 7b01 web not asked              8m │   7c020000  ✗ failed     acme/web          Nov 25 11:52  e2e tests for the che…
+| SANDBOXES 2 · 1 running               │   7b010000  …            acme/web          Nov 25 11:52  not asked
+|  ● web main                   running │
+|  ○ fix/tax                      error │
+| 7f2c41aa acme/web · streaming 12m ·   │
+|─ next: acme/web ⎇ main · codex ───────┴────────────────────────────────────────────────────────────────────────────────
+| ›
+| ↑ ↓ move · Enter open · Esc close · x kill · o open · y copy · type to search
+""",
+    ("details", 80, 24): """
+| mogplex │ acme/web ⎇ mogplex/… │ codex │ ▶ STREAMING 12:41    │ ● nominal 84ms
+| RUNS 5 ▸▶ 7f2c streaming (task not known)  ▶ 7e9a streaming bump … SANDBOXES 2
+| EVENT  type to search                                         1/9 · Esc closes
+| Nov 25 11:58:00  tool_started  apply_patch
+| src/session.ts
+|
+| {
+|   "type": "tool_started",
+|   "toolName": "apply_patch",
+|   "createdAt": "2026-11-25T11:58:00+00:00",
+|   "id": "2"
+| }
+|
+|
+|
+|
+|
+|
+|
+|
+|────────────────────────────────────────────────────────────────────────────────
+| next: acme/web ⎇ main · codex
+| ›
+| ↑ ↓ move · Esc close · y copy · type to search
+""",
+    ("rail", 100, 16): """
+| mogplex │ acme/web ⎇ mogplex/agent-7… │ codex │ ▶ STREAMING 12:41                 │ ● nominal 84ms
+| RUNS 5 · 2 active              │ TIMELINE 7f2c41aa  FOLLOW · all types · 3 events
+| ▸▶ 7f2c (task not k… streaming │ 11:47:20  started           External Mogplex run accepted
+|  ▶ 7e9a bump deps    streaming │ 11:47:24  log               Synchronized mogplex/agent-7f2c41aa
+|  ✓ 7d10 web docs    success 8m │ 11:58:00  tool_started      apply_patch  src/session.ts
+|  ✗ 7c02 e2e tests for … failed │           … agent working, last event 2m ago
+|  … 7b01 web not asked       8m │
+| SANDBOXES 2 · 1 running        │
+|  ● web main            running │
+|  ○ fix/tax               error │
+|                                │
+| 7e9a0000 acme/web · streaming  │
+| 8m · bump deps                 │
+|─ next: acme/web ⎇ main · codex ┴───────────────────────────────────────────────────────────────────
+| ›
+| j k move · Enter show · x kill · o open · ? keys · Tab composer · y copy
+""",
+    ("question", 30, 8): """
+| ▶ STREAMING │ ● nominal 84ms
+| TIMELINE 7f2c41aa  FOLLOW · …
+| … agent working, last event …
+|─ next: acme/web ⎇ main · cod…
+| ›
+| Cancel run 7f2c41aa, (task
+| not known)?  y yes · any
+| other key no
 """,
     ("empty", 80, 24): """
-| mogplex │ no repository: /repo │ codex                          │ ◌ connecting
-| RUNS 0                                                              SANDBOXES 0
+| mogplex                                                         │ ◌ connecting
+| RUNS 0                                                             SANDBOXES 0
 |
 |
 |
 |
-|   Type what is to be done and press Enter.
+|   Type a task and press Enter to start a run.
 |
-|   /repo     another repository
+|   /repo     choose the repository
 |   /attach   watch a run started elsewhere
 |   /help     every key and command
 |
@@ -4279,29 +4434,32 @@ GOLDEN = {  # each row after a |
 |
 |
 |
-|
 |────────────────────────────────────────────────────────────────────────────────
+| next: no repository, choose one with /repo · codex
 | ›
 | Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
 """,
 }
 
 
-@pytest.mark.parametrize("name, width, height", list(GOLDEN), ids=lambda value: str(value))
+@pytest.mark.parametrize("name, width, height", list(GOLDEN), ids=str)
 def test_a_screen_looks_so(name: str, width: int, height: int) -> None:
-    assert "\n|" + drawn(STATES[name], width, height).replace("\n", "\n|") + "\n" == GOLDEN[name, width, height]
+    screen = drawn(STATES[name], width, height)
+    assert "\n|" + screen.replace("\n", "\n|") + "\n" == GOLDEN[name, width, height]
 
 
 @pytest.mark.parametrize("name", sorted(STATES))
 def test_every_size_is_filled_exactly_and_by_printable_text(name: str) -> None:
     for width, height in SIZES:
-        rows = mogplex.view(mogplex.update(STATES[name], ("resize", width, height)), width, height)
-        assert [sum(mogplex.text_width(text) for text, _ in row) for row in rows] == [width] * height, (width, height)
-        assert all(text.isprintable() and style in {*mogplex.STYLES, "cursor"} for row in rows for text, style in row)
+        rows = resized(STATES[name], width, height)
+        widths = [sum(mogplex.text_width(text) for text, _ in row) for row in rows]
+        assert widths == [width] * height, (width, height)
+        for text, style in (segment for row in rows for segment in row):
+            assert text.isprintable() and style in {*mogplex.STYLES, "cursor"}
 
 
 class Emulator(pyte.Screen):
-    """A terminal of pyte; CSI with a private mark and what it has no name for does not end up as text."""
+    """A terminal of pyte; CSI with a private mark and what it has no name for is no text."""
 
     def report_device_status(self, mode: int, **_: Any) -> None:
         pass
@@ -4310,28 +4468,40 @@ class Emulator(pyte.Screen):
         super().select_graphic_rendition(*attributes)
 
 
-@pytest.mark.parametrize("depth, allowed", [
-    (0, r"0|1|2|7|38;5;\d+|48;5;\d+"), (1, r"0|1|2|7|3[0-7]|4[0-7]"), (2, r"0|1|2|7")], ids=["256", "16", "NO_COLOR"])
-@pytest.mark.parametrize("name", ["empty", "busy", "failed", "hostile", "paused"])
-def test_a_screen_reads_the_same_in_all_colours(name: str, depth: int, allowed: str) -> None:
-    styles = {style: f"\x1b[0;{sgr[depth]}m".replace(";m", "m") for style, sgr in mogplex.STYLES.items()}
-    screen, rows = Emulator(80, 24), mogplex.view(mogplex.update(STATES[name], ("resize", 80, 24)), 80, 24)
-    output = mogplex.repaint([], rows, {**styles, "cursor": ""})
+def emulated(rows: Sequence[Any]) -> List[str]:
+    """The rows as pyte has them."""
+    text = "\n".join("".join(part for part, _ in row).rstrip() for row in rows)
+    return unicodedata.normalize("NFC", text).split("\n")
+
+
+@pytest.mark.parametrize("colours, allowed", [
+    (256, r"0|1|2|7|38;5;\d+|48;5;\d+"), (8, r"0|1|2|7|3[0-7]|4[0-7]"), (0, r"0|1|2|7")])
+@pytest.mark.parametrize("name", ["empty", "busy", "failed", "hostile", "paused", "runs"])
+def test_a_screen_reads_the_same_in_all_colours(name: str, colours: int, allowed: str) -> None:
+    screen = Emulator(80, 24)
+    rows = resized(STATES[name], 80, 24)
+    output = mogplex.repaint([], rows, mogplex.sgr_styles(colours))
     pyte.Stream(screen).feed(output)
-    expected = unicodedata.normalize("NFC", drawn(STATES[name], 80, 24)).split("\n")
-    assert [line.rstrip() for line in screen.display] == expected
+    assert [line.rstrip() for line in screen.display] == emulated(rows)
     for parameters in re.findall("\x1b\\[([0-9;]*)m", output):
         assert re.match(f"(?:(?:{allowed})(?:;|$))+$", parameters), parameters
     assert not re.search("[\x80-\x9f]", output)
-    assert set(re.findall("\x1b.[?0-9;]*.", output)) <= set(re.findall("\x1b\\[(?:[0-9;]+[Hm]|K|\\?(?:25|2026)[hl])", output))
+    ours = "\x1b\\[(?:[0-9;]+[Hm]|K|\\?(?:25|2026)[hl])"
+    assert set(re.findall("\x1b.[?0-9;]*.", output)) <= set(re.findall(ours, output))
+
+
+PLAIN = {**dict.fromkeys(mogplex.STYLES, ""), "cursor": ""}
+STYLED = {**dict.fromkeys(mogplex.STYLES, "\x1b[0;38;5;245m"), "cursor": ""}
 
 
 @pytest.mark.parametrize("width", [60, 80, 99])
 def test_a_change_behind_the_edge_writes_nothing(width: int) -> None:
-    runs = [{"id": f"000{number}-aaaa", "status": status, "task": "a task of some length"} for number, status in enumerate(
-        ("success", "success", "streaming", "success", "streaming", "failed"))]
-    before, after = (mogplex.view(played(runs=(*runs[:4], {**runs[4], "status": status}, runs[5])), width, 24) for status in ("streaming", "success"))
-    assert before != after and mogplex.repaint(before, after, {**dict.fromkeys(mogplex.STYLES, ""), "cursor": ""}) == ""
+    runs = [remembered(number, "a task of some length", "success") for number in range(5)]
+    first = played(rail=mogplex.Rail((*runs, remembered(9, "last", "streaming"))))
+    second = played(rail=mogplex.Rail((*runs, remembered(9, "last", "success"))))
+    before = mogplex.view(first, width, 24)
+    after = mogplex.view(second, width, 24)
+    assert before != after and mogplex.repaint(before, after, PLAIN) == ""
 
 
 def test_a_text_that_a_terminal_draws_wider_than_we_think_hides_nothing() -> None:
@@ -4353,204 +4523,853 @@ def test_an_ascii_screen_is_as_wide_as_the_other() -> None:
         assert len(mogplex.to_ascii(text)) == mogplex.text_width(text)
 
 
-def test_frames_add_up_to_the_screen() -> None:
+ANY_KEYS = [
+    "tab", "btab", "esc", "enter", "up", "down", "pgup", "home", "end", "^p", "^f", "f1",
+    "backspace", "newline", "left", "alt+b", "ctrl+right", "^k", "^w", "^t"]
+
+
+def any_message(chance: random.Random, width: int, height: int) -> Any:
+    run = {**SHOWN, "status": chance.choice(["success", "failed", "streaming"])}
+    sandboxes = SANDBOXES[:chance.randrange(3)]
+    cell = (chance.randrange(width), chance.randrange(height))
+    return chance.choice([
+        mogplex.Key(chance.choice(ANY_KEYS)), mogplex.Text(chance.choice("jkfwxoyr?/日a ")),
+        mogplex.Tick(), arrived(chance.choice(EVENTS)), mogplex.Wheel(chance.choice([3, -3]), *cell),
+        mogplex.Click(*cell), fetched(Desk.sandboxes, sandboxes),
+        fetched(Desk.run, run, RUNS[0].id), fetched(Desk.repos, TWO_REPOS), LIMITED,
+        mogplex.Paste("two\nlines\t日本語"), progressed(failures=chance.randrange(4))])
+
+
+@pytest.mark.parametrize("width, height", [(120, 24), (80, 20), (50, 15), (30, 8)])
+def test_frames_add_up_to_the_screen(width: int, height: int) -> None:
     """Whatever is done in whatever order: what was written in pieces shows what the last state is."""
-    chance, styles = random.Random(7), {**{style: f"\x1b[0;{sgr[1]}m" for style, sgr in mogplex.STYLES.items()}, "cursor": ""}
-    keys = ["tab", "btab", "esc", "enter", "up", "down", "pgup", "home", "end", "^p", "^f", "f1", "backspace"]
-    for width, height in ((120, 24), (80, 20), (50, 15)):
-        state, shown, screen = played(("resize", width, height), *BUSY, runs=RUNS), [], Emulator(width, height)  # type: Any, Any, Any
-        for number in range(60):
-            state = mogplex.update(state._replace(now=NOW + number), chance.choice([
-                ("key", chance.choice(keys)), ("text", chance.choice("jkf/日a ")), ("tick",), ("event", SHOWN["runId"], chance.choice(EVENTS)),
-                ("fetched", "sandboxes", "", SANDBOXES[:chance.randrange(3)], 84.0), ("wheel", chance.choice([3, -3]), chance.randrange(width)),
-                ("fetched", "run", RUNS[0]["id"], {**RUNS[0], "status": chance.choice(["success", "failed", "streaming"])}, 84.0)]))
-            rows = mogplex.view(state, width, height)
-            pyte.Stream(screen).feed(mogplex.repaint(shown, rows, styles))
-            shown = rows
-            expected = unicodedata.normalize("NFC", "\n".join("".join(text for text, _ in row).rstrip() for row in rows)).split("\n")
-            assert [line.rstrip() for line in screen.display] == expected, number
+    chance = random.Random(7)
+    state = played(mogplex.Resize(width, height), *BUSY, rail=RAIL)
+    shown: List[Any] = []
+    screen = Emulator(width, height)
+    for number in range(80):
+        state = later(state, 1, any_message(chance, width, height))
+        rows = mogplex.view(state, width, height)
+        pyte.Stream(screen).feed(mogplex.repaint(shown, rows, STYLED))
+        shown = rows
+        assert [line.rstrip() for line in screen.display] == emulated(rows), number
 
 
 def test_ascii_has_a_sign_for_every_glyph() -> None:
     text = mogplex.to_ascii(drawn(STATES["busy"], 100, 16))
-    assert text.isascii() and "?" not in text.replace("? help", "")
-    assert ">> 7f2c" in text and "x 7c02" in text and "+ 7d10" in text and "* nominal" in text
+    assert text.isascii() and "?" not in text
+    for sign in (">> 7f2c", "x 7c02", "+ 7d10", "* nominal"):
+        assert sign in text
 
 
-def test_a_frame_writes_only_what_differs() -> None:
+def many_events(count: int) -> List[Any]:
+    return [arrived({**EVENTS[1], "message": f"event {number} " + "x" * 60})
+            for number in range(count)]
+
+
+FULL = played(mogplex.Resize(120, 40), *BUSY, *many_events(5000))
+SCROLLED = then(FULL, *keys("tab"), *[mogplex.Text("k")] * 50, *[mogplex.Text("j")] * 9)
+
+
+@pytest.mark.parametrize("state, most, message, seconds", [
+    (FULL, 0, mogplex.Lapses(None), 0), (FULL, 250, mogplex.Tick(), 1),
+    (FULL, 400, mogplex.Text("w"), 0), (FULL, 6000, arrived(EVENTS[0]), 0),
+    (SCROLLED, 400, mogplex.Text("k"), 0), (SCROLLED, 400, mogplex.Text("j"), 0)])
+def test_a_frame_writes_only_what_differs(
+    state: mogplex.State, most: int, message: Any, seconds: int,
+) -> None:
     """The bars on bytes, at 120x40 with 5,000 events."""
-    styles = {**dict.fromkeys(mogplex.STYLES, "\x1b[0;38;5;245m"), "cursor": ""}
-    events = [("event", SHOWN["runId"], {**EVENTS[1], "message": f"event {number} " + "x" * 60}) for number in range(5000)]
-    state = played(("resize", 120, 40), *BUSY, *events)
-    scrolled = state
-    for message in (("key", "tab"), *[("text", "k")] * 50, *[("text", "j")] * 9):
-        scrolled = mogplex.update(scrolled, message)
-    for state, limit, message, now in (
-            (state, 0, ("lapses", None), NOW), (state, 250, ("tick",), NOW + 1), (state, 400, ("text", "w"), NOW),
-            (state, 6000, ("event", SHOWN["runId"], EVENTS[0]), NOW), (scrolled, 400, ("text", "k"), NOW),
-            (scrolled, 400, ("text", "j"), NOW)):
-        before = mogplex.view(state, 120, 40)
-        after = mogplex.view(mogplex.update(state._replace(now=now), message), 120, 40)
-        output = mogplex.repaint(before, after, styles)
-        assert bool(output) == bool(limit) and len(output.encode()) <= limit, message
-        screen = Emulator(120, 40)
-        pyte.Stream(screen).feed(mogplex.repaint([], before, styles) + output)
-        assert [line.rstrip() for line in screen.display] == ["".join(part[0] for part in row).rstrip() for row in after]
+    before = mogplex.view(state, 120, 40)
+    after = mogplex.view(later(state, seconds, message), 120, 40)
+    output = mogplex.repaint(before, after, STYLED)
+    assert bool(output) == bool(most) and len(output.encode()) <= most
+    screen = Emulator(120, 40)
+    pyte.Stream(screen).feed(mogplex.repaint([], before, STYLED) + output)
+    assert [line.rstrip() for line in screen.display] == emulated(after)
 
 
-@pytest.mark.parametrize("keys, expected", [
-    (typed("/frobnicate"), "/frobnicate is no command; /help lists them. Nothing was sent."),
-    (typed("/atach 7"), "did you mean /attach?"), (typed("/pause"), "/pause is not offered by the hosted API."), (typed("/quit now"), "/quit takes nothing after it."),
-    (typed("fix it"), "Choose the repository first"), (typed("/run"), "A run needs its task"),
-    (typed("/kill"), "No run is shown"), (typed("/branch dev"), "The next run starts from dev."),
-    (typed("/harness claude-code"), "The next run uses claude-code."), ([("key", "^c")], "Ctrl+C again within 1.5 s"),
-    ([("text", "/ex")], "/exit"), ([("text", "/repo")], "/repo [NAME]"), (typed("/logs"), "SANDBOXES"),
-    ([("key", "f1")], "HELP"), ([("key", "^f"), ("text", "zzz")], "/ zzz"), (typed("/mcp"), "loading…"),
-    (typed("/harness") + [("key", "enter")], "The next run uses codex."), (typed("/clear"), "Enter send"),
+# -- What comes next: the target
+
+
+def test_the_header_is_the_shown_run_s_and_the_next_line_is_the_target_s() -> None:
+    state = played(*BUSY, *typed("/repo api"), *typed("/harness claude-code"))
+    lines = drawn(state).split("\n")
+    assert "acme/web ⎇ mogplex/agent-7f2c41aa │ codex" in lines[0] and "api" not in lines[0]
+    assert lines[-3] == " next: acme/api ⎇ trunk · claude-code"
+
+
+def started(state: mogplex.State, **facts: Any) -> mogplex.State:
+    """After the service's answer to the start that is under way."""
+    new = state.starts[-1]
+    run = {**SHOWN, "runId": "b" * 8, "status": "pending", **facts}
+    return then(state, mogplex.Started(new, run), mogplex.Settled(new))
+
+
+def delivered(state: mogplex.State) -> mogplex.State:
+    return then(state, arrived(DELIVERY, state.shown.run_id))
+
+
+def body_of(state: mogplex.State, task: str = "more") -> Dict[str, Any]:
+    """The request that a task would make now."""
+    new = then(state, *keys("esc"), *typed(task)).starts[-1]
+    return mogplex.body_for(new.target, new.task)
+
+
+def test_a_conversation_continues_on_the_branch_that_its_run_delivered() -> None:
+    state = delivered(started(played(*AIMED, *typed("first"))))
+    body = body_of(state)
+    assert (body["repoId"], body["baseBranch"], body["workingBranch"], body["createBranch"]) == (
+        "r1", "main", "mogplex/a", False)
+    again = delivered(started(then(state, *typed("more"))))
+    assert body_of(again)["workingBranch"] == "mogplex/a"
+    assert "workingBranch" not in body_of(then(again, *typed("/new")))
+
+
+@pytest.mark.parametrize("touch", ["/repo api", "/repo web", "/branch dev", "/new",
+                                   "/harness claude-code"])
+def test_a_target_that_was_touched_is_moved_by_no_delivery(touch: str) -> None:
+    """Also when it was changed to what it was before."""
+    state = started(played(*AIMED, *typed("first")))
+    state = then(state, *typed(touch))
+    assert delivered(state).target == state.target
+    assert "workingBranch" not in body_of(delivered(state))
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_a_run_that_was_attached_moves_no_target(replay: bool) -> None:
+    state = played(*BUSY)
+    if replay:
+        state = then(state, *typed("/repo api"))
+    after = delivered(state)
+    assert after.shown.branch == "mogplex/a" and after.target == state.target
+    assert "workingBranch" not in body_of(after)
+
+
+def test_a_run_of_here_that_is_attached_again_moves_no_target() -> None:
+    state = started(played(*AIMED, *typed("first")))
+    state = then(state, *typed("/attach bbbbbbbb"))
+    assert delivered(state).target == state.target
+
+
+# -- Starts
+
+
+def test_a_start_whose_answer_was_lost_keeps_its_key() -> None:
+    state = played(*AIMED, *typed("fix it"))
+    assert asked(state)[0][0] is Desk.start
+    first = state.starts[-1]
+    lost = mogplex.UnavailableError("the connection was lost", delivered=True)
+    state = then(state, failed(lost, Desk.start, first))
+    assert state.composer.text == "fix it" and "may have started" in drawn(state)
+    state = then(state, *keys("enter"))
+    assert asked(state) == [(Desk.start, first)] and len(state.starts) == 1
+
+
+def test_a_start_that_was_refused_gives_the_task_back_and_forgets_its_key() -> None:
+    state = played(*AIMED, *typed("fix it"))
+    refused = mogplex.MogplexError("Prompt is too long", status=400)
+    state = then(state, failed(refused, Desk.start, state.starts[-1]))
+    assert state.composer.text == "fix it" and not state.starts
+    assert "Prompt is too long" in drawn(state) and "may have started" not in drawn(state)
+
+
+def test_another_task_or_target_has_a_key_of_its_own() -> None:
+    lost = mogplex.UnavailableError("lost", delivered=True)
+    state = played(*AIMED, *typed("fix it"))
+    state = then(state, failed(lost, Desk.start, state.starts[-1]), *keys("^c"))
+    state = then(state, *typed("another"), *typed("/repo api"), *typed("fix it"))
+    assert len({new.key for new in state.starts}) == 3
+
+
+def test_a_start_that_is_under_way_says_so_whatever_is_typed() -> None:
+    state = later(played(*AIMED, *typed("fix it")), 30, mogplex.Tick(), mogplex.Key("esc"))
+    assert "Starting a run…" in drawn(state)
+    again = then(state, *typed("fix it"))
+    assert jobs(again) == [] and "still under way" in drawn(again)
+    assert "Starting" not in drawn(started(again))
+
+
+def test_a_start_that_is_answered_with_a_failed_run_says_why() -> None:
+    state = played(*AIMED, *typed("fix it"))
+    state = started(state, status="failed", error="Could not queue", replayed=True)
+    assert "The run failed to start: Could not queue" in drawn(state)
+
+
+def test_the_same_task_once_more_is_a_run_of_its_own() -> None:
+    state = started(played(*AIMED, *typed("fix it")))
+    state = then(state, *typed("fix it"))
+    assert [ask.job for ask in state.asks] == [Desk.start]
+    assert state.starts[-1].key == "session-2"
+
+
+# -- Words and keys
+
+
+@pytest.mark.parametrize("messages, expected", [
+    (typed("/frobnicate"), "/frobnicate is unknown; /help lists the commands. Nothing was sent."),
+    (typed("/atach 7"), "did you mean /attach?"),
+    (typed("/pause"), "/pause is not offered by the hosted API."),
+    (typed("/quit now"), "/quit takes no argument."),
+    (typed("fix it"), "Choose the repository first"),
+    (typed("/run"), "A run needs a task"),
+    (typed("/kill"), "No run is shown"),
+    (typed("/branch dev"), "no repository"),
+    (typed("/harness CLAUDE-code"), "claude-code"),
+    (keys("^c"), "Ctrl+C again within 1.5 s"),
+    ([mogplex.Text("/ex")], "/exit"),
+    ([mogplex.Text("/repo")], "/repo [NAME]"),
+    (typed("/logs"), "SANDBOXES"),
+    (keys("f1"), "HELP"),
+    ([mogplex.Key("^f"), mogplex.Text("zzz")], "/ zzz"),
+    (typed("/mcp"), "loading…"),
+    (typed("/harness gpt"), "unknown harness 'gpt'"),
+    (typed("/harness") + keys("down", "enter"), "· claude-code"),
+    (typed("/clear"), "Enter send"),
 ])
-def test_what_words_and_keys_do(keys: List[Tuple[Any, ...]], expected: str) -> None:
-    assert expected in drawn(played(*keys), 120, 40)
+def test_what_words_and_keys_show(messages: List[Any], expected: str) -> None:
+    assert expected in drawn(played(*messages))
 
 
-@pytest.mark.parametrize("keys, effects", [
-    (typed("fix it"), [("start", "fix it", {"repoId": "r1", "prompt": "fix it", "harness": "codex"})]),
-    (typed("/kill") + [("text", "y")], [("cancel", SHOWN["runId"])]), (typed("/kill") + [("text", "n")], []),
-    (typed("/open"), [("open", "https://www.mogplex.com")]), (typed("/quit"), [("leave",)]),
-    ([("key", "^c"), ("key", "^c")], [("leave",)]), ([("key", "^c"), ("text", "a"), ("key", "^c")], [("stop",)]),
-    ([("key", "tab"), ("text", "q")], [("leave",)]), ([("key", "tab"), ("text", "quit")], []),
-    ([("text", "half"), ("key", "tab"), ("text", "q")], []), ([("key", "f1"), ("text", "q")], []),
-    ([("paste", "/quit\n/kill\ny\n")], []), ([("paste", "q")], []), ([("key", "tab"), ("paste", "q")], []),
-    ([("key", "tab"), ("text", "y")], [("write", "\x1b]52;c;SGFybmVzcyBydW4gc3RyZWFtaW5n\x07")]), (typed("/mcp"), [("fetch", "mcp", "")]),
-    ([("key", "^z")], [("suspend",)]), ([("key", "^t")], [("write", mogplex.MOUSE[False])]), ([("key", "^l")], [("repaint",)]),
-    (typed("/attach abc"), [("watch", "abc")]), ([("wheel", -3, 60)], []), (typed("/login") + [("key", "enter")], [("login",)]),
-    (typed("/login") + typed("mog_x"), [("token", "mog_x")]), (typed("/logout"), [("logout",)]),
-    (typed("/login") + [("fetched", "sandboxes", "", SANDBOXES, 9.0)] + typed("mog_x"), [("token", "mog_x")]),
+PANE = [*BUSY, *keys("tab")]
+
+
+@pytest.mark.parametrize("messages, expected", [
+    (typed("/kill") + [mogplex.Text("y")], [(Desk.cancel, RUN_ID)]),
+    (typed("/kill") + [mogplex.Text("n")], []),
+    (typed("/open"), [(Desk.open, "https://www.mogplex.com")]),
+    (typed("/quit"), [(Shell.leave,)]),
+    (keys("^c", "^c"), [(Shell.leave,)]),
+    ([mogplex.Key("^c"), mogplex.Text("a"), mogplex.Key("^c")], [(Shell.stop_sign_in,)]),
+    ([mogplex.Key("tab"), mogplex.Text("q")], [(Shell.leave,)]),
+    ([mogplex.Key("tab"), mogplex.Text("quit")], [(Desk.run, RUN_ID)][:0]),
+    ([mogplex.Text("half"), mogplex.Key("tab"), mogplex.Text("q")], []),
+    ([mogplex.Key("f1"), mogplex.Text("q")], []),
+    ([mogplex.Paste("/quit\n/kill\ny\n")], []),
+    ([mogplex.Paste("q")], []),
+    ([mogplex.Key("tab"), mogplex.Paste("q")], []),
+    ([mogplex.Key("tab"), mogplex.Text("y")],
+     [(Shell.write, "\x1b]52;c;YXBwbHlfcGF0Y2ggIHNyYy9zZXNzaW9uLnRz\x07")]),
+    (typed("/mcp"), [(Desk.mcp_servers,)]),
+    (keys("^z"), [(Shell.suspend,)]),
+    (keys("^t"), [(Shell.set_mouse, False)]),
+    (keys("^l"), [(Shell.repaint,)]),
+    ([mogplex.Wheel(-3, 60, 5)], []),
+    (typed("/login") + keys("enter"), [(Desk.sign_in,)]),
+    (typed("/login") + typed("mog_x"), [(Desk.try_token, "mog_x")]),
+    (typed("/login") + keys("esc"), [(Desk.try_stored,)]),
+    (typed("/logout"), [(Desk.sign_out,)]),
 ])
-def test_what_is_asked_of_the_shell(keys: List[Tuple[Any, ...]], effects: List[Tuple[Any, ...]]) -> None:
-    assert list(played(*BUSY, *keys).effects) == effects
+def test_what_is_asked_of_the_desks_and_the_shell(messages: List[Any], expected: List[Any]) -> None:
+    assert asked(played(*BUSY, *messages)) == expected
 
 
-def test_a_conversation_goes_on_on_the_branch_that_was_delivered() -> None:
-    delivery = {"type": "log", "message": "Pull request ready", "payload": {
-        "stage": "git_delivery", "changed": True, "working_branch": "mogplex/a", "pull_request_url": "https://x/1"}}
-    state = played(*BUSY, ("event", SHOWN["runId"], delivery))
-    body = played(*BUSY, ("event", SHOWN["runId"], delivery), *typed("more")).effects[0][2]
-    assert (body["baseBranch"], body["workingBranch"], body["createBranch"]) == ("main", "mogplex/a", False)
-    following = mogplex.update(state, ("started", {**SHOWN, "runId": "b"}, "more"))
-    assert following.delivered == "mogplex/a" and following.run_id == "b"
-    for message in typed("/new"):
-        following = mogplex.update(following, message)
-    assert following.delivered == ""
+def test_every_job_has_its_desk() -> None:
+    """What a Desk is asked for is done on a thread, and nothing else is."""
+    state_asks = {node.attr for node in ast.walk(tree()) if isinstance(node, ast.Attribute)
+                  and isinstance(node.value, ast.Name) and node.value.id == "Desk"}
+    source = inspect.getsource(mogplex.Shell)
+    for name in state_asks - {"reconnect"}:
+        assert f"Desk.{name}: " in source, name
 
 
-def test_scrolling_up_pauses_and_end_follows_again() -> None:
-    events = [("event", SHOWN["runId"], {**EVENTS[1], "message": f"event {number}"}) for number in range(100)]
-    state = played(("resize", 80, 24), *BUSY, *events)
-    assert "event 99" in drawn(state, 80, 24)
-    state = mogplex.update(state, ("wheel", -3, 10))
-    for _ in range(20):
-        state = mogplex.update(state, ("wheel", -3, 10))
-    state = mogplex.update(state, ("event", SHOWN["runId"], {"message": "late"}))
-    assert "PAUSED" in drawn(state, 80, 24) and "newer (End)" in drawn(state, 80, 24) and "late" not in drawn(state, 80, 24)
-    assert "late" in drawn(mogplex.update(state, ("key", "end")), 80, 24)
+@pytest.mark.parametrize("text, name, expected, cursor", [
+    ("fix the test", "^w", "fix the ", 8), ("fix the test ", "^w", "fix the ", 8),
+    ("one\ntwo", "^w", "one\n", 4), ("fix the test", "^u", "", 0),
+    ("fix the test", "alt+b", "fix the test", 8), ("fix the test", "ctrl+left", "fix the test", 8),
+    ("one\ntwo", "^a", "one\ntwo", 4), ("one\ntwo", "home", "one\ntwo", 4),
+    ("abc", "backspace", "ab", 2), ("abc", "left", "abc", 2), ("abc", "^k", "abc", 3),
+])
+def test_the_composer_s_keys(text: str, name: str, expected: str, cursor: int) -> None:
+    composer = played(mogplex.Paste(text), mogplex.Key(name)).composer
+    assert (composer.text, composer.cursor) == (expected, cursor)
+
+
+@pytest.mark.parametrize("names, expected, cursor", [
+    (["^a", "^k"], "", 0), (["^a", "alt+f"], "fix the test", 3),
+    (["^a", "ctrl+right", "ctrl+right"], "fix the test", 7), (["^a", "delete"], "ix the test", 0),
+    (["^a", "^e"], "fix the test", 12), (["alt+b", "^k"], "fix the ", 8),
+    (["left", "left", "right"], "fix the test", 11),
+])
+def test_the_composer_s_keys_from_its_start(names: List[str], expected: str, cursor: int) -> None:
+    composer = played(mogplex.Text("fix the test"), *keys(*names)).composer
+    assert (composer.text, composer.cursor) == (expected, cursor)
+
+
+def test_tabs_in_a_paste_are_kept_and_controls_are_not() -> None:
+    state = played(mogplex.Paste("a:\n\tb\x1b[31m\tc"))
+    assert state.composer.text == "a:\n\tb\tc"
+    assert "\t" not in drawn(state)
+
+
+def test_the_history_keeps_what_is_being_typed() -> None:
+    state = played(*typed("/branch one"), *typed("/branch two"), mogplex.Text("half"))
+    texts = []
+    for name in ("up", "up", "up", "down", "down"):
+        state = then(state, mogplex.Key(name))
+        texts.append(state.composer.text)
+    assert texts == ["/branch two", "/branch one", "/branch one", "/branch two", "half"]
+
+
+@pytest.mark.parametrize("typed_text, expected", [
+    ("/att", "/attach "), ("/attach 7d", f"/attach {RUNS[1].id}"), ("/repo ACME/A", "/repo acme/api"),
+    ("/harness cl", "/harness claude-code"), ("/export js", "/export json"),
+])
+def test_tab_completes(typed_text: str, expected: str) -> None:
+    state = played(*FIRST_LISTS, mogplex.Text(typed_text), mogplex.Key("tab"), rail=RAIL)
+    assert state.composer.text == expected
+
+
+def test_what_comes_in_one_read_means_what_it_means_apart() -> None:
+    watching = played(*PANE)
+    assert then(watching, mogplex.Text("/log")).timeline.filter == "log"
+    palette = then(watching, mogplex.Text(":rep")).drawer
+    assert palette and palette.listing is mogplex.PALETTE and palette.query == "rep"
+    assert then(played(), *keys("esc"), mogplex.Text("/kill")).composer.text == "/kill"
+
+
+def test_letters_typed_in_one_go_cancel_nothing() -> None:
+    watching = played(*PANE)
+    for text in ("xylophone", "xy", "quick"):
+        state = then(watching, mogplex.Text(text))
+        assert not state.killing and Desk.cancel not in jobs(state) and Shell.leave not in jobs(state)
+    question = then(watching, mogplex.Text("x"))
+    assert question.killing == RUN_ID
+    assert Desk.cancel not in jobs(then(question, mogplex.Text("yes")))
+    assert Desk.cancel not in jobs(then(question, mogplex.Paste("y")))
+    assert Shell.leave in jobs(then(question, *keys("^c", "^c")))
+
+
+def test_the_question_names_the_run_and_its_task_at_every_size() -> None:
+    runs = (remembered(0x7E9A, "bump the dependencies of the shop and its tests", "streaming"),)
+    state = played(*BUSY, *keys("btab"), width=120, height=40, rail=mogplex.Rail(runs))
+    state = then(state, *keys("down"), mogplex.Text("x"))
+    assert state.killing == runs[0].id
+    for width, height in ((120, 40), (80, 24), (59, 20), (30, 8)):
+        words = " ".join(drawn(state, width, height).split())
+        assert "7e9a0000" in words and "y yes" in words and "other key no" in words
+        assert "bump the dependencies" in words
+
+
+def test_no_key_is_a_yes_in_a_window_that_cannot_show_the_question() -> None:
+    question = played(*PANE, mogplex.Text("x"))
+    small = then(question, mogplex.Resize(25, 6))
+    assert "enlarge the window" in drawn(small, 25, 6)
+    assert jobs(then(small, mogplex.Text("y"))) == []
+
+
+def test_x_o_y_and_enter_act_on_the_selected_row_of_the_rail() -> None:
+    state = played(*BUSY, *keys("btab", "down"), rail=RAIL, width=120, height=40)
+    other = RUNS[0].id
+    assert then(state, mogplex.Text("x")).killing == other
+    assert base64.b64encode(other.encode()).decode() in asked(then(state, mogplex.Text("y")))[0][1]
+    assert asked(then(state, *keys("enter"))) == [(Desk.watch, other)]
+    assert "Enter shows this run" in drawn(then(state, mogplex.Text("o")))
+    sandbox = then(state, mogplex.Text("G"), *keys("up"))
+    assert asked(then(sandbox, mogplex.Text("o"))) == [(Desk.open, "https://s1.preview.example")]
+    assert asked(then(sandbox, *keys("enter"))) == [(Desk.logs, "s1000000-1")]
+    assert not then(sandbox, mogplex.Text("x")).killing
+
+
+def test_x_o_y_and_enter_act_on_the_selected_row_of_a_drawer() -> None:
+    state = played(*BUSY, *typed("/runs"), *keys("down"), rail=RAIL)
+    other = RUNS[0].id
+    assert then(state, mogplex.Text("x")).killing == other
+    assert base64.b64encode(other.encode()).decode() in asked(then(state, mogplex.Text("y")))[0][1]
+    assert asked(then(state, *keys("enter"))) == [(Desk.watch, other)]
+    sandboxes = played(*BUSY, *typed("/sandboxes"))
+    assert asked(then(sandboxes, mogplex.Text("o"))) == [(Desk.open, "https://s1.preview.example")]
+
+
+def test_a_search_takes_every_letter() -> None:
+    state = played(*BUSY, *typed("/runs"), mogplex.Text("/"), mogplex.Text("x"), rail=RAIL)
+    assert state.drawer and state.drawer.query == "x" and not state.killing
+    state = played(*BUSY, *typed("/runs"), mogplex.Text("d"), mogplex.Text("o"), rail=RAIL)
+    assert state.drawer and state.drawer.query == "do"
+
+
+def test_question_mark_shows_the_keys_of_this_pane() -> None:
+    timeline = drawn(played(*PANE, mogplex.Text("?")))
+    assert "wrap long lines" in timeline and "/export" not in timeline
+    rail = drawn(played(*BUSY, *keys("btab"), mogplex.Text("?"), rail=RAIL, width=120, height=40))
+    assert "cancel the selected run" in rail and "wrap long lines" not in rail
+
+
+def row_of(state: mogplex.State, text: str) -> int:
+    """The row of the screen with this text."""
+    lines = drawn(state, state.width, state.height).split("\n")
+    return next(number for number, line in enumerate(lines) if text in line)
+
+
+def test_a_click_selects_and_a_second_one_opens() -> None:
+    state = played(mogplex.Resize(120, 40), *BUSY, rail=RAIL)
+    click = mogplex.Click(5, row_of(state, "7e9a"))
+    once = then(state, click)
+    assert once.focus == "rail" and once.rail.at == 1 and Desk.watch not in jobs(once)
+    assert asked(then(once, click)) == [(Desk.watch, RUNS[0].id)]
+    click = mogplex.Click(60, row_of(state, "Synchronized"))
+    once = then(state, click)
+    assert mogplex.selected_entry(once) == 1 and once.drawer is None
+    twice = then(once, click)
+    assert twice.drawer and twice.drawer.data["message"].startswith("Synchronized")
+    runs = then(state, *typed("/runs"))
+    click = mogplex.Click(60, row_of(runs, "Nov 25 11:52  docs"))
+    assert asked(then(runs, click, click)) == [(Desk.watch, RUNS[1].id)]
+    assert then(state, *keys("tab"), mogplex.Click(60, 38)).focus == "composer"
+
+
+def test_hints_are_whole_words_and_the_panes_have_their_own() -> None:
+    for width in range(30, 130):
+        line = drawn(played(*PANE), width, 24).split("\n")[-1]
+        assert "…" not in line and line.strip().split(" · ")[-1] in mogplex.TIMELINE_HINTS
+    rail = drawn(played(*BUSY, *keys("btab"), rail=RAIL, width=120, height=40))
+    assert rail.split("\n")[-1].startswith(" j k move · Enter show · x kill")
+
+
+def test_the_palette_s_run_keeps_a_half_typed_task() -> None:
+    palette = [mogplex.Key("^p"), mogplex.Text("run task"), mogplex.Key("enter")]
+    for text in ("fix it", "/run fix it"):
+        assert played(mogplex.Text(text), *palette).composer.text == "/run fix it"
+
+
+def test_names_are_known_in_any_case_and_in_part() -> None:
+    repos = [{"id": "1", "full_name": "a/web", "default_branch": "main"},
+             {"id": "2", "full_name": "a/webhooks"}]
+    known = fetched(Desk.repos, repos)
+    for name in ("web", "WEB", "A/Web"):
+        assert played(known, *typed(f"/repo {name}")).target.repo == repos[0]
+    assert played(known, *typed("/repo hook")).target.repo == repos[1]
+    picker = played(known, *typed("/repo we")).drawer
+    assert picker and picker.listing is mogplex.REPOS and len(picker.found) == 2
+
+
+# -- Attaching
+
+
+def test_an_ambiguous_run_opens_the_picker_and_the_shown_run_stays() -> None:
+    state = played(*BUSY, *typed("/attach 7"), rail=RAIL)
+    assert state.shown.run_id == RUN_ID and len(state.shown.entries) == 3
+    assert state.drawer and state.drawer.listing is mogplex.RUNS
+
+
+def test_an_unknown_run_is_an_error_and_the_shown_run_stays() -> None:
+    state = played(*BUSY, *typed("/attach zzz"))
+    assert asked(state) == [(Desk.find_run, "zzz")] and state.shown.run_id == RUN_ID
+    missing = mogplex.MogplexError("Run not found", code="NOT_FOUND", status=404)
+    state = then(state, failed(missing, Desk.find_run, "zzz"))
+    assert state.shown.run_id == RUN_ID and len(state.shown.entries) == 3
+    assert "Run not found" in drawn(state)
+
+
+def test_a_run_that_is_found_is_shown_and_remembered() -> None:
+    found = {**SHOWN, "runId": "elsewhere"}
+    state = played(*BUSY, *typed("/attach elsewhere"), fetched(Desk.find_run, found, "elsewhere"))
+    assert asked(state) == [(Desk.watch, "elsewhere"), (Desk.remember, "acme/web", found)]
+    assert state.rail.runs[0].id == "elsewhere"
+
+
+# -- Signing in
+
+WRONG = mogplex.UnauthorizedError("Unauthorized", code="UNAUTHORIZED", status=401)
+
+
+def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> None:
+    state = played(mogplex.SignedOut("not signed in"), *typed("mog_wrong"))
+    assert asked(state) == [(Desk.try_token, "mog_wrong")] and "Trying the token" in drawn(state)
+    for message in (failed(WRONG, Desk.try_token, "mog_wrong"), fetched(Desk.sandboxes, []),
+                    progressed(), mogplex.Lapses(None), *keys("esc")):
+        state = then(state, message)
+        text = drawn(then(state, mogplex.Text("mog_right")))
+        assert "mog_" not in text and "•••••••••" in text and "Signed in" not in text
+    assert asked(then(state, *typed("mog_right"))) == [(Desk.try_token, "mog_right")]
+    state = then(state, mogplex.SignedIn("Signed in."))
+    assert "Signed in." in drawn(state) and not state.sign_in.needed
+
+
+def test_a_token_that_was_refused_is_not_said() -> None:
+    state = played(mogplex.SignedOut(""), *typed("mog_wrong"))
+    state = then(state, failed(WRONG, Desk.try_token, "mog_wrong"))
+    assert "mog_wrong" not in drawn(state) and "Not signed in" in drawn(state)
+    assert state.composer.history == ()
+
+
+def test_what_was_typed_before_a_sign_in_is_no_token_and_comes_back() -> None:
+    state = played(*BUSY, mogplex.Text("half a task"), mogplex.SignedOut("expired"))
+    assert state.composer.text == ""
+    state = then(state, mogplex.SignedIn("Signed in."))
+    assert state.composer.text == "half a task"
+    assert (Shell.reconnect,) in asked(state) and (Desk.watch, RUN_ID) in asked(state)
+
+
+# -- Truth: how the service answers, and what is known
+
+
+@pytest.mark.parametrize("status, kind", [
+    (401, mogplex.UnauthorizedError), (403, mogplex.ForbiddenError)])
+@pytest.mark.parametrize("job", [Desk.sandboxes, Desk.watch])
+def test_a_refusal_is_never_nominal(status: int, kind: Any, job: Any) -> None:
+    error = kind("Unauthorized", status=status)
+    arguments = [RUN_ID] if job is Desk.watch else []
+    state = played(*BUSY, failed(error, job, *arguments))
+    assert "nominal" not in drawn(state) and "Unauthorized" in drawn(state)
+    state = then(state, fetched(Desk.sandboxes, SANDBOXES))
+    assert "nominal" in drawn(state) and "!!" not in drawn(state)
+
+
+@pytest.mark.parametrize("error, again", [
+    (mogplex.MogplexError("Run not found", status=404), False),
+    (mogplex.UnavailableError("gave up", code="GAVE_UP"), True),
+    (mogplex.RateLimitedError("gave up"), True),
+    (mogplex.UnauthorizedError("no", status=401), True)])
+def test_a_tail_that_an_outage_ended_is_begun_again(error: Any, again: bool) -> None:
+    state = played(*BUSY, failed(error, Desk.watch, RUN_ID))
+    watched = []
+    for _ in range(130):
+        state = later(state, 1, mogplex.Tick())
+        watched += [ask for ask in asked(state) if ask[0] is Desk.watch]
+    assert watched == [(Desk.watch, RUN_ID)] * again
+    entries = then(state, arrived(EVENTS[0])).shown.entries
+    assert len(entries) == (1 if again else len(EVENTS) + 1)
+
+
+def test_a_run_that_cannot_be_followed_does_not_seem_to_work() -> None:
+    missing = mogplex.MogplexError("Run not found", status=404)
+    state = played(*BUSY, failed(missing, Desk.watch, RUN_ID))
+    assert "cannot be followed: Run not found" in drawn(state)
+    assert "agent working" not in drawn(state)
+
+
+def ticked(state: mogplex.State, seconds: int, answer: Any = None) -> List[Any]:
+    """(second, job, arguments...) of what is asked in that time; ``answer`` makes the answers."""
+    seen = []
+    for second in range(1, seconds + 1):
+        state = later(state, 1, mogplex.Tick())
+        for ask in state.asks:
+            seen.append((second, ask.job, *ask.arguments))
+            if answer:
+                state = then(state, answer(ask))
+    return seen
+
+
+def good(ask: mogplex.Ask) -> Any:
+    """A healthy service's answer."""
+    data: Any = SANDBOXES
+    if ask.job is Desk.repos:
+        data = TWO_REPOS
+    elif ask.job is Desk.run:
+        data = {**SHOWN, "runId": ask.arguments[0]}
+    return mogplex.Fetched(ask, data, 84.0)
+
+
+def test_what_could_not_be_fetched_at_the_start_is_fetched_again() -> None:
+    away = mogplex.UnavailableError("no answer", transient=True)
+    state = mogplex.poll(played(), 2)
+    assert jobs(state) == [Desk.repos, Desk.sandboxes]
+    state = then(state, failed(away, Desk.repos), failed(away, Desk.sandboxes))
+    assert not state.notice.text
+    asks = [job for _, job, *_ in ticked(state, 31)]
+    assert asks.count(Desk.repos) >= 2 and Desk.sandboxes in asks
+    assert "!!" not in drawn(then(state, fetched(Desk.repos, TWO_REPOS)))
+
+
+@pytest.mark.parametrize("count", [1, 4, 12])
+def test_active_runs_are_asked_at_least_every_30_s_within_the_budget(count: int) -> None:
+    runs = tuple(remembered(number, "work", "streaming") for number in range(count))
+    state = played(*BUSY, rail=mogplex.Rail(runs))
+    seen = ticked(state, 240, good)
+    for run in runs:
+        moments = [second for second, *ask in seen if ask == [Desk.run, run.id]]
+        gaps = [after - before for before, after in zip([0, *moments], moments)]
+        assert max(gaps) <= 30
+    for start in range(0, 180, 7):
+        within = [second for second, *_ in seen if start < second <= start + 60]
+        assert len(within) <= 30
+    assert (Desk.run, RUN_ID) not in [tuple(ask) for _, *ask in seen]  # which its tail says
+
+
+def test_the_tail_takes_24_requests_a_minute() -> None:
+    assert 60 / mogplex.TAIL_INTERVAL_S <= 24
+
+
+def test_unknown_statuses_are_asked_and_known_ends_are_not() -> None:
+    seen = [ask for _, *ask in ticked(played(*BUSY, rail=RAIL), 60, good)]
+    assert [Desk.run, RUNS[3].id] in seen and [Desk.run, RUNS[1].id] not in seen
+
+
+def test_nothing_is_asked_during_the_wait_of_a_429() -> None:
+    held = played(*BUSY, LIMITED)
+    assert "reconnect 43s" in drawn(held)
+    assert [second for second, *_ in ticked(held, 60)][0] == 43
+    assert "Rate limited" in drawn(then(held, *typed("/refresh")))
+
+
+def test_a_service_that_hangs_is_not_asked_more_and_more() -> None:
+    runs = tuple(remembered(number, "work", "streaming") for number in range(40))
+    assert len(ticked(played(*FIRST_LISTS, rail=mogplex.Rail(runs)), 600)) <= 12
+
+
+@pytest.mark.parametrize("messages", [typed("/refresh"), [*keys("tab"), mogplex.Text("r")]])
+def test_refresh_asks_now(messages: List[Any]) -> None:
+    state = played(*BUSY, rail=RAIL)
+    state = then(state, *messages)
+    for ask in ((Desk.repos,), (Desk.sandboxes,), (Desk.run, RUN_ID), (Desk.run, RUNS[0].id)):
+        assert ask in asked(state)
+
+
+def test_a_status_that_is_old_says_so() -> None:
+    run = remembered(1, "work", "streaming", heard_at=NOW - 45)
+    assert "45s old" in drawn(played(rail=mogplex.Rail((run,))))
+    done = remembered(1, "work", "success", heard_at=NOW - 45)
+    assert "old" not in drawn(played(rail=mogplex.Rail((done,))))
+
+
+@pytest.mark.parametrize("error", [
+    mogplex.MogplexError("gone", status=404), mogplex.ForbiddenError("no", status=403),
+    mogplex.MogplexError("broken", status=500, transient=True)])
+def test_a_poll_that_is_refused_takes_no_status_away(error: Any) -> None:
+    done = {**SHOWN, "status": "success"}
+    state = played(*BUSY, run_over(done), failed(error, Desk.run, RUN_ID))
+    assert "SUCCESS" in drawn(state) and "UNKNOWN" not in drawn(state)
+    state = played(rail=RAIL)
+    state = then(state, failed(error, Desk.run, RUNS[0].id))
+    assert state.rail.runs[0].status == "streaming"
+
+
+def test_why_a_run_failed_is_said_also_when_it_is_attached_later() -> None:
+    state = played(*AIMED, *typed(f"/attach {RUN_ID}"), fetched(Desk.find_run, FAILED_RUN, RUN_ID))
+    assert "✗ failed: Agent run exited with code 1." in drawn(state)
+    state = then(state, *(arrived(event) for event in EVENTS), run_over(FAILED_RUN))
+    assert "✗ failed: Agent run exited with code 1." in drawn(state)
+
+
+def test_a_run_in_the_background_that_fails_is_an_alert_that_leads_to_it() -> None:
+    state = played(*BUSY, rail=RAIL)
+    broken = {"runId": RUNS[0].id, "status": "failed", "error": "Sandbox launch failed"}
+    state = then(state, fetched(Desk.run, broken, RUNS[0].id))
+    assert "!! run 7e9a0000 failed: Sandbox launch failed" in drawn(state)
+    assert "!!" not in drawn(then(state, *keys("esc")))
+    assert asked(then(state, *keys("enter"))) == [(Desk.watch, RUNS[0].id)]
+    assert "!!" not in drawn(played(fetched(Desk.run, broken, RUNS[3].id), rail=RAIL))
 
 
 def test_alerts_leave_with_their_cause() -> None:
-    lost = played(*BUSY, ("progress", SHOWN["runId"], progress("lost", failures=3, message="no route"), 5.0))
-    assert "No answer from the service, trying again by itself: no route" in drawn(lost, 120, 40)
-    found = mogplex.update(lost, ("progress", SHOWN["runId"], progress(), 0.0))
-    assert "!!" not in drawn(found, 120, 40) and "Connected again." in drawn(found, 120, 40)
-    held = played(*BUSY, ("error", "poll", ("sandboxes", ""), mogplex.RateLimitedError("slow", retry_after_s=43.0)))
-    assert "reconnect 43s" in drawn(held, 120, 40)
-    ticks = [mogplex.update(held._replace(now=NOW + second), ("tick",)).effects for second in range(43)]
-    assert not any(ticks) and mogplex.update(held._replace(now=NOW + 50), ("tick",)).effects
-    failed = played(*ENDED_BADLY)
-    assert "run 7f2c41aa failed: Sandbox launch failed" in drawn(failed, 120, 40)
-    assert "!!" not in drawn(mogplex.update(failed, ("key", "esc")), 120, 40)
-    assert "lapses in 5m" in drawn(played(("lapses", NOW + 300)), 120, 40)
+    lost = played(*BUSY, progressed("lost", failures=3, message="no route"))
+    assert "The service does not answer, retrying: no route" in drawn(lost)
+    found = then(lost, progressed())
+    assert "!!" not in drawn(found) and "Connected again." in drawn(found)
+    assert "lapses in 5m" in drawn(played(mogplex.Lapses(NOW + 300)))
 
 
-def test_a_tail_that_begins_anew_shows_no_event_twice() -> None:
-    state = played(*BUSY, ("error", "watch", (SHOWN["runId"],), mogplex.UnavailableError("no answer")))
-    state = mogplex.update(state._replace(now=NOW + 5), ("tick",))
-    assert ("watch", SHOWN["runId"]) in state.effects and len(state.entries) == 3
-    for event in EVENTS:
-        state = mogplex.update(state, ("event", SHOWN["runId"], event))
-    assert [entry.event for entry in state.entries] == EVENTS
+def test_tool_names_are_in_the_timeline_and_found_by_the_filter() -> None:
+    state = played(*BUSY, *keys("^f"), mogplex.Text("apply_pat"))
+    assert "apply_patch  src/session.ts" in drawn(state) and "1 event" in drawn(state)
+    for kind in ("assistant_message", "cancel_requested", "tool_finished"):
+        state = played(*BUSY, arrived({**EVENTS[0], "type": kind}))
+        for width in (100, 120, 80, 60):
+            assert kind in drawn(state, width, 24)
+
+
+def test_times_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert "20:47:20" in drawn(played(*BUSY))
+        assert "Nov 25 20:52" in drawn(played(*typed("/runs"), rail=RAIL))
+        assert "Nov 25 20:58:00" in drawn(played(*PANE, *keys("enter")))
+        logs = {"lifecycle_events": [{"created_at": "2026-11-25T11:00:00Z", "event_type": "made"}]}
+        state = played(*BUSY, *typed("/logs s1"), fetched(Desk.logs, logs, "s1000000-1"))
+        assert "Nov 25 20:00:00  made" in drawn(state)
+    finally:
+        monkeypatch.setenv("TZ", "UTC")
+        time.tzset()
+
+
+@pytest.mark.parametrize("height", [16, 24, 40])
+def test_runs_and_sandboxes_each_keep_a_third_of_the_rail(height: int) -> None:
+    runs = tuple(remembered(number, "task", "success") for number in range(500))
+    sandboxes = tuple({"id": f"{number}", "status": "running", "base_branch": f"b{number}"}
+                      for number in range(500))
+    for rail in (mogplex.Rail(runs, tuple(SANDBOXES)), mogplex.Rail(runs, sandboxes)):
+        lines = mogplex.rail_lines(played(rail=rail), 39, height - 5)
+        for first, last in ((0, 500), (500, 1000)):
+            shown = [line for line in lines if first <= line.at < last]
+            assert len(shown) >= min((height - 10) // 3, 2 if rail.sandboxes is not sandboxes
+                                     and first else 500)
+
+
+def test_a_narrow_rail_gives_up_the_age_then_the_repository_then_the_word() -> None:
+    run = remembered(0x7E9A, "fix the login redirect", "streaming")
+    lines = {}
+    for width in (26, 32, 36, 40, 60):
+        row = mogplex.run_line(played(rail=mogplex.Rail((run,))), run, width)
+        lines[width] = "".join(text for text, _ in row)
+        assert "fix the logi" in lines[width].replace("…", "i") or "fix the log" in lines[width]
+    assert "streaming" not in lines[26]
+    assert "streaming" in lines[32] and "web" not in lines[32]
+    assert "web" in lines[36] and "8m" not in lines[36]
+    assert "8m" in lines[40]
+
+
+def test_the_rail_s_last_line_says_the_selected_row_in_full() -> None:
+    run = remembered(0x7E9A, "a task that is much longer than the rail is wide", "streaming")
+    text = drawn(played(rail=mogplex.Rail((run,))))
+    words = " ".join(" ".join(line.split("│")[0].split()) for line in text.split("\n")[-8:])
+    assert "7e9a0000 acme/web · streaming 8m · a task that is much longer than the rail" in words
+
+
+# -- Drawers
+
+
+def test_scrolling_up_pauses_and_end_follows_again() -> None:
+    state = played(mogplex.Resize(80, 24), *BUSY, *many_events(100))
+    assert "event 99" in drawn(state, 80, 24)
+    for _ in range(20):
+        state = then(state, mogplex.Wheel(-3, 10, 10))
+    state = then(state, arrived({"message": "late"}))
+    screen = drawn(state, 80, 24)
+    assert "PAUSED" in screen and "newer (End)" in screen and "late" not in screen
+    assert "late" in drawn(then(state, *keys("end")), 80, 24)
+
+
+def test_long_lines_are_wrapped_or_cut() -> None:
+    message = " ".join(f"word{number}" for number in range(60))
+    state = played(*BUSY, arrived({**EVENTS[0], "message": message}), *keys("tab"))
+    assert "word59" not in drawn(state)
+    wrapped = then(state, mogplex.Text("w"))
+    for number in range(60):
+        assert f"word{number}" in drawn(wrapped)
+    assert "word59" not in drawn(then(wrapped, mogplex.Text("w")))
+
+
+def test_the_details_of_an_event_begin_with_its_message() -> None:
+    event = {**EVENTS[1], "message": "first line\nsecond " + "x" * 200}
+    lines = drawn(played(*BUSY, arrived(event), *keys("tab", "enter")), 80, 24).split("\n")
+    assert lines[3].split() == ["Nov", "25", "11:47:24", "log"] and lines[4].strip() == "first line"
+    assert lines[5].strip().startswith("second xxx") and len(lines[6].strip()) > 70
+    assert "{" in [line.strip() for line in lines]
 
 
 def test_a_drawer_says_that_the_network_is_dead_and_recovers() -> None:
-    state = played(*typed("/agents"), ("error", "fetch", ("agents", ""), mogplex.UnavailableError("no answer")))
-    assert "no answer · trying again by itself" in drawn(state, 80, 24)
-    assert ("fetch", "agents", "") in mogplex.update(state._replace(now=NOW + 5), ("tick",)).effects
-    state = mogplex.update(state, ("fetched", "agents", "", [{"name": "Reviewer", "model": "gpt"}], 5.0))
+    away = mogplex.UnavailableError("no answer")
+    state = played(*typed("/agents"), failed(away, Desk.agents))
+    assert "no answer · retrying" in drawn(state, 80, 24)
+    assert (Desk.agents,) in asked(later(state, 5, mogplex.Tick()))
+    state = then(state, fetched(Desk.agents, [{"name": "Reviewer", "model": "gpt"}]))
     assert "Reviewer" in drawn(state, 80, 24) and "no answer" not in drawn(state, 80, 24)
 
 
 def test_a_drawer_of_mcp_servers_never_shows_a_config() -> None:
-    state = played(*typed("/mcp"), ("fetched", "mcp", "", [{"name": "db", "enabled": True, "config": {"k": "s3cret"}}], 1.0))
-    assert "● enabled" in drawn(state, 80, 24) and "s3cret" not in repr(mogplex.items(state))
+    servers = [{"name": "db", "enabled": True, "kind": "stdio", "config": {"k": "s3cret"}}]
+    state = played(*typed("/mcp"), fetched(Desk.mcp_servers, servers))
+    assert "● enabled" in drawn(state) and "stdio" in drawn(state)
+    assert state.drawer and "s3cret" not in repr(state.drawer.lines)
 
 
-@pytest.mark.parametrize("error, again", [
-    (mogplex.MogplexError("Run not found", status=404), False), (mogplex.UnavailableError("gave up", code="GAVE_UP"), True),
-    (mogplex.RateLimitedError("gave up"), True), (mogplex.UnauthorizedError("no", status=401), False)])
-def test_only_a_watch_that_an_outage_ended_is_begun_again(error: Any, again: bool) -> None:
-    state = played(*BUSY, ("error", "watch", (SHOWN["runId"],), error))
-    asked = []
-    for second in range(0, 130):
-        state = mogplex.update(state._replace(now=NOW + second, held_until=0.0), ("tick",))
-        asked += [effect for effect in state.effects if effect[0] == "watch"]
-    assert asked == [("watch", SHOWN["runId"])] * again
-    assert len(mogplex.update(state, ("event", SHOWN["runId"], EVENTS[0])).entries) == (1 if again else len(EVENTS) + 1)
+def test_models_have_their_context_and_their_prices_per_million() -> None:
+    models = [{"id": "gpt", "provider": "openai", "contextLength": 400000,
+               "pricing": {"input": 0.00001, "output": 0.0000125}},
+              {"id": "odd", "contextLength": "?", "pricing": {"input": [], "output": "x"}}]
+    text = drawn(played(*typed("/model"), fetched(Desk.models, models)))
+    assert "400,000" in text and "$10.00" in text and "$12.50" in text and "IN $/M" in text
 
 
-def test_words_typed_in_one_go_cancel_nothing() -> None:
-    watching = played(*BUSY, ("key", "tab"))
-    for text in ("xylophone", "xy", "quick"):
-        state = mogplex.update(watching, ("text", text))
-        assert not state.killing and not [effect for effect in state.effects if effect[0] in ("cancel", "leave")]
-    asked = mogplex.update(watching, ("text", "x"))
-    assert asked.killing and mogplex.update(asked, ("text", "yes")).effects == ()
-    assert mogplex.update(asked, ("text", "y")).effects == (("cancel", SHOWN["runId"]),)
-    assert played(*BUSY, ("key", "tab"), ("text", "x"), ("key", "^c"), ("key", "^c")).effects[-1] == ("leave",)
+@pytest.mark.parametrize("messages, present", [
+    (typed("/harness"), "▸ codex"), (typed("/repo"), "▸ acme/web"), (typed("/branch"), "▸ main"),
+    (typed("/runs"), "▸ 7f2c41aa")])
+def test_a_picker_marks_the_present_choice_under_a_title(messages: List[Any], present: str) -> None:
+    assert present in drawn(played(*BUSY, *messages))
 
 
-def test_what_is_selected_is_on_the_screen() -> None:
-    """Also when a list has become shorter, or the rail has gone."""
-    many = [{"id": f"{number:04}-s", "status": "running", "working_branch": f"b{number}"} for number in range(60)]
-    state = played(("resize", 120, 40), ("fetched", "sandboxes", "", many, 84.0), *typed("/sandboxes"), ("key", "end"), ("fetched", "sandboxes", "", many[:1], 84.0))
-    assert "0000-s" in drawn(state, 120, 40) and mogplex.update(state, ("key", "enter")).effects[-1] == ("fetch", "logs", "0000-s")
-    state = played(("resize", 120, 40), *BUSY, ("key", "btab"), runs=RUNS)
-    assert state.focus == "rail" and mogplex.update(state, ("resize", 80, 24)).focus == "timeline"
+def test_a_list_that_shrinks_keeps_a_row_selected() -> None:
+    many = [{"id": f"{number:04}-s", "status": "running"} for number in range(60)]
+    state = played(fetched(Desk.sandboxes, many), *typed("/sandboxes"), *keys("end"),
+                   fetched(Desk.sandboxes, many[:1]))
+    assert "0000-s" in drawn(state)
+    assert (Desk.logs, "0000-s") in asked(then(state, *keys("enter")))
 
 
-def test_words_that_are_half_known() -> None:
-    repos = [{"id": "1", "full_name": "a/web", "default_branch": "main"}, {"id": "2", "full_name": "a/webhooks"}]
-    known = ("fetched", "repos", "", repos, 84.0)
-    assert played(known, *typed("/repo web")).repo == repos[0] and played(known, *typed("/repo we")).drawer.kind == "repos"  # type: ignore[union-attr]
-    state = played(*typed("/harness gpt"))
-    assert state.drawer and state.drawer.kind == "harnesses" and state.notice[0] == "gpt is no harness."
-    assert played(("text", "fix it"), ("key", "^p"), ("text", "run task"), ("key", "enter")).text == "/run fix it"
-    assert played(("text", "/zzz"), ("key", "tab")).focus == "timeline"
+def test_a_rail_that_a_narrower_window_hides_keeps_no_focus() -> None:
+    state = played(mogplex.Resize(120, 40), *BUSY, *keys("btab"), rail=RAIL)
+    assert state.focus == "rail"
+    narrow = then(state, mogplex.Resize(80, 24))
+    assert narrow.focus == "timeline"
+    assert then(narrow, mogplex.Text("x")).killing == RUN_ID
 
 
-def test_a_poll_that_fails_takes_only_the_status() -> None:
-    state = played(*BUSY, ("error", "poll", ("run", SHOWN["runId"]), mogplex.MogplexError("gone", status=404)))
-    assert state.run == {**SHOWN, "status": "unknown"}
+@pytest.mark.parametrize("line", ["=====", "a" * 78, "é" * 78, "(.*?)+" * 13, "日本語" * 13])
+def test_a_search_over_10_000_lines_takes_50_ms_at_most(line: str) -> None:
+    items = [mogplex.Item((line,))] * 9999 + [mogplex.Item(("the needle",))]
+    best = 9.0
+    for query in ("=" * 8, "needle", line[:30], "xyz"):
+        began = time.perf_counter()
+        found = mogplex.searched(items, query)
+        best = min(best, time.perf_counter() - began)
+        assert query != "needle" or found[0].cells == ("the needle",)
+    assert best < 0.05
+
+
+def test_a_search_finds_letters_in_order_and_the_closest_first() -> None:
+    lines = [mogplex.Item((text,)) for text in ("s a n d b o x", "/sandboxes", "/sbx", "box s")]
+    found = mogplex.searched(lines, "s bx")
+    assert [item.cells[0] for item in found] == ["/sbx", "/sandboxes", "s a n d b o x"]
+
+
+def test_the_details_of_a_megabyte_are_wrapped_once() -> None:
+    event = {**EVENTS[0], "message": "a line of text, and more of it; " * 32768}
+    state = played(mogplex.Resize(120, 40), *BUSY, arrived(event), *keys("tab", "enter"))
+    assert state.drawer and len(state.drawer.lines) > 10000
+    began = time.perf_counter()
+    for _ in range(10):
+        state = later(state, 1, mogplex.Tick(), *keys("down"))
+        mogplex.view(state, 120, 40)
+    assert (time.perf_counter() - began) / 10 < 0.05
+
+
+# -- Exports
+
+SURROGATE = {**EVENTS[0], "message": "lone \ud800 surrogate \x9b31m \u202e bidi \x1b[2J"}
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "markdown"])
-def test_what_is_exported(form: str) -> None:
-    (name, path, content), = played(*BUSY, *typed(f"/export {form}")).effects
-    assert (name, path) == ("export", f"mogplex-7f2c41aa.{'md' if form == 'markdown' else form}")
+def test_an_export_holds_every_event_and_no_raw_control(form: str) -> None:
+    state = played(*BUSY, arrived(SURROGATE), *typed(f"/export {form}"))
+    (job, path, content), = asked(state)
+    endings = {"json": "json", "jsonl": "jsonl", "markdown": "md"}
+    assert job is Desk.export and path == f"mogplex-7f2c41aa.{endings[form]}"
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", content)
     if form == "json":
-        assert [event["type"] for event in json.loads(content)["events"]] == [event["type"] for event in EVENTS]
+        messages = [event["message"] for event in json.loads(content)["events"]]
     elif form == "jsonl":
-        assert [json.loads(line)["message"] for line in content.splitlines()] == [event["message"] for event in EVENTS]
+        messages = [json.loads(line)["message"] for line in content.splitlines()]
     else:
-        assert "Harness run streaming" in content
+        assert "src/session.ts" in content
+        return
+    assert messages == [event["message"] for event in [*EVENTS, SURROGATE]]
 
+
+def test_an_unknown_form_keeps_the_name_of_the_file() -> None:
+    state = played(*BUSY, *typed("/export pdf my report.md"))
+    assert "unknown format 'pdf': choose one for my report.md" in drawn(state)
+    state = then(state, *keys("down", "down", "enter"))
+    assert asked(state)[0][:2] == (Desk.export, "my report.md")
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_and_none_is_replaced(tmp_path: Any) -> None:
+    path = str(tmp_path / "run.md")
+    mogplex.write_new_file(path, "lone \ud800")
+    with open(path, "rb") as file:
+        assert file.read() == b"lone ?"
+    with pytest.raises(FileExistsError):
+        mogplex.write_new_file(path, "other")
+    code = (
+        "import resource, mogplex\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # as a full disk does it
+        f"mogplex.write_new_file({path + '2'!r}, 'x' * 10000)")
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=60,
+                          cwd=os.path.dirname(MODULE))
+    assert b"OSError" in done.stderr and not os.path.exists(path + "2")
+
+
+# -- The terminal
 
 NAMED_BY_BLESSED = {"\x1b[A": "up", "\x1bOB": "down", "\x1bOP": "f1"}
 
@@ -4666,10 +5485,16 @@ def spin(*_):
         pass
 if os.environ.get("CRASH") == "spin":
     mogplex.Keyboard.read = spin
-crashes = {"job": crash, "torn": torn, "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
+crashes = {"job": crash, "torn": lambda *_: threading.Thread(target=torn).start(),
+            "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
 given = token if "SIGNED_OUT" not in os.environ else ""
-connect = lambda: mogplex.Client(given or mogplex.resolve_credential(os.environ, url, mogplex.home_from(os.environ)), url)
-sys.exit(mogplex.run_cockpit(connect, base_url=url, home=mogplex.home_from(os.environ), environ=os.environ, attach=attach,
+home = mogplex.home_from(os.environ)
+def connect(credential=None):
+    return mogplex.Client(credential or given or mogplex.resolve_credential(os.environ, url, home), url)
+def missing(*_):
+    raise FileNotFoundError(2, "no such program")
+crashes["missing"] = missing
+sys.exit(mogplex.run_cockpit(connect, base_url=url, home=home, environ=os.environ, attach=attach,
                              text=" ".join(sys.argv[4:]),
                              run_browser=crashes.get(os.environ.get("CRASH"), lambda url: True)))
 """
@@ -4787,7 +5612,7 @@ def test_a_run_is_started_followed_exported_and_left(cockpit: Callable[..., Term
     terminal = cockpit().until("acme/web ⎇ main").send("fix the flaky test\r").until("Run started.")
     terminal.until("SUCCESS").until("Pull request ready").until("FOLLOW").until("success · o opens https://github.com")
     path = tmp_path / "run.jsonl"
-    terminal.send(f"/export jsonl {path}\r").until("Exported to ").send(f"/export jsonl {path}\r").until("Nothing was written")
+    terminal.send(f"/export jsonl {path}\r").until("Exported to ").send(f"/export jsonl {path}\r").until("Cannot write")
     assert [json.loads(line)["type"] for line in path.read_text().splitlines()][-1] == "finished"
     terminal.send("/open\r").until("Opened https://github.com")
     terminal.send("\x03").until("again within 1.5 s").send("\x03")
@@ -4800,7 +5625,7 @@ def test_panes_filter_palette_and_drawers(cockpit: Callable[..., Terminal], demo
     terminal.send("\x1b").until("PAUSED").send("f").until("FOLLOW").send("/").until("type to filter").send("synchron")
     terminal.until("filter: synchron · 1 event").send("\x1b").until("all types")
     terminal.send("\x10").until("PALETTE").send("models").until("1/1").send("\r").until("MODELS").until("openai")
-    terminal.send("\x03").until("TIMELINE").send("/sandboxes\r").until("preview").send("\r").until("install_log")
+    terminal.send("\x03").until("TIMELINE").send("/sandboxes\r").until("PREVIEW").send("\r").until("install_log")
     terminal.send("\x1b").until("TIMELINE").send("\x1b[<65;60;10M\x1b[<64;60;10M").until("PAUSED").send("/exit\r")
     assert "--follow" in terminal.ended(0)
 
@@ -4997,7 +5822,7 @@ def test_words_that_wait_are_no_token_and_outlive_the_sign_in(
 
 def test_a_sign_in_says_when_the_environment_goes_before_it(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
     terminal = cockpit(SIGNED_OUT="1", MOGPLEX_API_KEY=demo.token).until("acme/web ⎇ main").send("/login\r")
-    terminal.until("Sign in to Mogplex").send(f"{demo.token}\r").until("MOGPLEX_API_KEY is set and stays in force")
+    terminal.until("Sign in to Mogplex").send(f"{demo.token}\r").until("MOGPLEX_API_KEY is set and takes precedence")
     terminal.until("acme/web ⎇ main").send("\x03\x03")
     terminal.ended(0)
 
@@ -5006,6 +5831,105 @@ def test_without_a_terminal_it_does_not_start() -> None:
     for environ in ({"TERM": "xterm"}, {"TERM": "dumb"}, {}):
         with pytest.raises(mogplex.UsageError):
             mogplex.run_cockpit(lambda: mogplex.Client(TOKEN), base_url="", home="", environ=environ)
+
+
+# -- The cockpit on a pseudo-terminal
+
+
+def slow_start(answer_it: threading.Event) -> Callable[[int, str, socket.socket], Optional[bytes]]:
+    """A service whose answer to a start comes when the event is set."""
+    def reply(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        if request.startswith("POST"):
+            answer_it.wait(30)
+            return answer(202, {"ok": True, "data": {**SHOWN, "runId": "late-run"}})
+        return ok({"run": SHOWN, "events": [], "repos": [WEB_REPO], "sandboxes": []})
+    return reply
+
+
+def test_leaving_in_the_middle_of_a_start_waits_for_its_id(
+    cockpit: Callable[..., Terminal], tmp_path: Any,
+) -> None:
+    answer_it = threading.Event()
+    with RawServer(slow_start(answer_it)) as server:
+        terminal = cockpit(url=server.url).until("next: acme/web").send("fix it\r")
+        terminal.until("Starting a run…").until(lambda: "POST" in "".join(server.requests))
+        terminal.send("\x03").until("again within").send("\x03")
+        terminal.until(lambda: "1049" not in terminal.on())
+        assert terminal.process.poll() is None
+        answer_it.set()
+        assert "mogplex runs events late-run --follow" in terminal.ended(0)
+    with open(tmp_path / "home" / "runs.jsonl") as file:
+        assert "late-run" in file.read()
+
+
+def test_leaving_in_the_middle_of_a_start_tells_its_key(cockpit: Callable[..., Terminal]) -> None:
+    never = threading.Event()
+    with RawServer(slow_start(never)) as server:
+        terminal = cockpit(url=server.url, width=150).until("next: acme/web").send("fix it\r")
+        terminal.until("Starting a run…").until(lambda: "POST" in "".join(server.requests))
+        terminal.process.send_signal(signal.SIGTERM)
+        screen = terminal.ended(143)
+        post = next(request for request in server.requests if request.startswith("POST"))
+        key = re.findall(r"(?i)idempotency-key: (\S+)", post)[0]
+        assert f"--idempotency-key {key}" in screen and "'fix it'" in screen
+        never.set()
+
+
+def test_a_history_that_is_locked_delays_no_kill(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer, tmp_path: Any,
+) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with open(home / "runs.jsonl.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        terminal = cockpit(attach=seeded(demo, "streaming")).until("STREAMING")
+        began = time.monotonic()
+        terminal.send("/kill\r").until("y yes").send("y").until("requested")
+        assert time.monotonic() - began < 4
+        terminal.send("\x03\x03")
+        terminal.ended(0)
+
+
+def test_a_wrong_token_is_not_stored_and_the_next_one_is_hidden_too(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer, tmp_path: Any,
+) -> None:
+    terminal = cockpit(SIGNED_OUT="1").until("Sign in to Mogplex").send("mog_wrong\r")
+    terminal.until("Not signed in: ")
+    assert not (tmp_path / "home" / "auth.json").exists() and "mog_wrong" not in terminal.text()
+    terminal.send(demo.token).until("••••••")
+    assert demo.token[:8] not in terminal.text()
+    terminal.send("\r").until("Signed in.").until("next: acme/web")
+    assert demo.token in (tmp_path / "home" / "auth.json").read_text()
+    terminal.send("\x03\x03")
+    terminal.ended(0)
+
+
+def test_a_browser_that_is_missing_ends_nothing(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit(CRASH="missing").until("next: acme/web").send("\t").until("j k move").send("o")
+    terminal.until("Open this in a browser: http://127.0.0.1").send("q")
+    terminal.ended(0)
+
+
+def test_esc_and_a_command_in_one_read_start_nothing(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
+) -> None:
+    terminal = cockpit().until("next: acme/web")
+    runs = len(demo.service.runs)
+    terminal.send("\x1b/kill\r").until("No run is shown")
+    terminal.send("\t").until("j k move").send("/log").until("/ log").send("\x1b")
+    terminal.until("Enter send").send("\x03\x03")
+    terminal.ended(0)
+    assert len(demo.service.runs) == runs
+
+
+def test_an_export_goes_to_the_home_directory(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer, tmp_path: Any,
+) -> None:
+    terminal = cockpit(attach=seeded(demo, "success"), HOME=str(tmp_path)).until("SUCCESS")
+    terminal.until("finished").send("/export json ~/run.json\r").until("Exported to ")
+    assert json.loads((tmp_path / "run.json").read_text())["run"]["status"] == "success"
+    terminal.send("\x03\x03")
+    terminal.ended(0)
 
 
 # ---------------------------------------------------------------- 8. Demo
