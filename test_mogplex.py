@@ -8723,6 +8723,13 @@ def test_a_third_attempt_of_a_ci_job_finds_the_run_of_the_second(cli: Callable[.
     assert result.out.startswith("matched existing run R-2 (success)\n")
 
 
+def test_a_start_of_this_attempt_that_failed_at_once_starts_no_other(cli: Callable[..., Result]) -> None:
+    with one_answer(ok({"runId": "R-1", "status": "failed", "replayed": False})) as server:
+        argv = ["run", "--repo", "r", "--idempotency-key", "ci", "x"]
+        result = cli(*argv, env={**service(server.url), **GITHUB, "GITHUB_RUN_ATTEMPT": "2"})
+    assert (result.code, len(server.requests)) == (1, 1)
+
+
 def test_a_label_tells_the_legs_of_a_matrix_apart(run_demo: Callable[..., Result]) -> None:
     keys = ("ci:0", "ci:1", "ci:0")
     ids = [json.loads(run_demo("run", "--repo", "acme/web", "--json", "--idempotency-key", key, "x", **GITHUB).out)["runId"]
