@@ -276,6 +276,28 @@ def service(url: str, token: str = TOKEN) -> Dict[str, str]:
     return {"MOGPLEX_URL": url, "MOGPLEX_API_KEY": token, "MOGPLEX_DEV": "1"}
 
 
+WITHOUT_POSIX = """
+import os, signal, sys, time
+import http.client, mogplex, pyte, pytest, ssl, subprocess, trustme  # these ask at import where they are
+for module in "fcntl", "pty", "resource", "termios":
+    sys.modules[module] = None
+for name in "SIGALRM", "SIGCONT", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGTSTP", "SIGWINCH", "setitimer":
+    delattr(signal, name)
+del os.fork, os.mkfifo, time.tzset
+os.name = "nt"
+import test_mogplex
+"""
+
+
+@pytest.mark.posix
+def test_the_tests_import_where_there_is_no_posix() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    environ = {**os.environ, "PYTHONPATH": here}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_POSIX], env=environ, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+
+
 @pytest.mark.posix
 def test_a_test_that_hangs_fails() -> None:
     with pytest.raises(pytest.fail.Exception, match="not over after 0.1 s"):
