@@ -9522,12 +9522,15 @@ class Interrupts:
 def discard(stream: Any) -> None:
     """Point a stream that cannot be written to at nothing: Python flushes it again at exit."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
 
 
 def is_terminal(stream: Any) -> bool:
     """Whether a stream, which can be None or closed, is a terminal."""
-    return stream is not None and not stream.closed and bool(stream.isatty())
+    if stream is None or stream.closed:
+        return False
+    return bool(stream.isatty())
 
 
 def write_all(stream: Any, text: str) -> None:
@@ -9636,6 +9639,11 @@ class Context:
         return is_terminal(self.stdout)
 
     @property
+    def on_terminal(self) -> bool:
+        """Whether a person sits before it: the cockpit can open."""
+        return is_terminal(self.stdin) and is_terminal(self.stdout)
+
+    @property
     def as_json(self) -> bool:
         """Whether data is JSON."""
         return self.list_format == "json"
@@ -9731,7 +9739,7 @@ class Context:
         return redact(text, *tokens)
 
     def note(self, line: str) -> None:
-        """One harmless line on stderr, without the token, which the service can echo in an error."""
+        """One harmless line on stderr, without the token, which an error can echo."""
         # Twice: sanitizing joins what an escape sequence had split, and marks what a newline had.
         harmless = sanitize(self.redacted(line))
         self.say(self.redacted(harmless) + "\n")
@@ -9748,7 +9756,8 @@ class Context:
 
 def reader_left(stream: Any) -> bool:
     """Whether the reader of a pipe has gone, which writing would only tell at the next line."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # no file descriptor, or no poll() on this system
+    # No file descriptor, or no poll() on this system.
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         poll = select.poll()
         poll.register(stream.fileno(), 0)
         return any(happened & (select.POLLERR | select.POLLHUP) for _, happened in poll.poll(0))
@@ -10755,6 +10764,9 @@ PROGRAM_OPTIONS = (  # without a command
     HELP_OPTION,
 )
 
+HARNESS_WORDS = " or ".join(HARNESSES)
+SANDBOX_WORDS = ", ".join(SANDBOX_STATUSES)
+
 SUBCOMMANDS = {
     "repos list": Subcommand(
         cmd_repos_list, "List your cloud-linked repos.",
@@ -10773,7 +10785,7 @@ SUBCOMMANDS = {
             Option("--repo", "REPO",
                    "run in this repo, an ID or owner/name (default: MOGPLEX_REPO)"),
             Option("--harness", "NAME",
-                   f"agent program: {' or '.join(HARNESSES)} (default: the service's)",
+                   f"agent program: {HARNESS_WORDS} (default: the service's)",
                    known=tuple(HARNESSES)),
             Option("--base-branch", "NAME", "start from this branch (default: the repo's)"),
             Option("--branch", "NAME", "work on this branch (default: the service's choice)"),
@@ -10817,7 +10829,7 @@ SUBCOMMANDS = {
             Option("--repo", "REPO",
                    "list only sandboxes of this repo, an ID or owner/name (default: all)"),
             Option("--status", "STATUS",
-                   f"list only those with this status: {', '.join(SANDBOX_STATUSES)} (default: all)",
+                   f"list only those with this status: {SANDBOX_WORDS} (default: all)",
                    known=tuple(SANDBOX_STATUSES)),
             *LIST_OPTIONS,
         ),
@@ -10863,7 +10875,7 @@ def arguments_of(name: str) -> Tuple[Argument, ...]:
 
 
 def options_of(name: str) -> Tuple[Option, ...]:
-    """The options of a command or of the program (""), as the help orders them; a group has none."""
+    """The options of a command or of the program (""), in the help's order; a group has none."""
     if not name:
         return PROGRAM_OPTIONS
     if name not in SUBCOMMANDS:
@@ -10917,8 +10929,11 @@ class CommandParser(argparse.ArgumentParser):
     """argparse, whose errors become a UsageError that suggests an option or names the help."""
 
     def __init__(self, name: str) -> None:
-        # What is not given leaves nothing behind: the defaults are those of the command's function.
-        super().__init__(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        super().__init__(
+            add_help=False,
+            allow_abbrev=False,
+            argument_default=argparse.SUPPRESS,  # the defaults are the command's function's
+        )
         self.name = name
 
     def error(self, message: str) -> NoReturn:
@@ -11062,7 +11077,10 @@ def command_rows(name: str) -> List[str]:
 
 def argument_rows(name: str) -> List[str]:
     """The rows on the arguments of a command."""
-    return [help_row(argument.name, argument.meaning) for argument in arguments_of(name)]
+    rows = []
+    for argument in arguments_of(name):
+        rows.append(help_row(argument.name, argument.meaning))
+    return rows
 
 
 def option_rows(name: str) -> List[str]:
@@ -11137,7 +11155,7 @@ def serve_demo(ctx: Context, argv: Sequence[str]) -> int:
 
 
 def needs_terminal(word: str) -> UsageError:
-    """Why the cockpit does not open without a terminal, in words for what was typed first."""
+    """Why the cockpit does not open without a terminal; ``word`` may be a subcommand misspelt."""
     if word:
         return unknown("unknown subcommand", word, GROUPS)
     hint = "`mogplex --help` lists the commands that need none"
@@ -11152,32 +11170,35 @@ def stray_option(flag: str) -> UsageError:
     return unknown("unknown option", flag, flags_of(""))
 
 
-def cockpit_words(argv: Sequence[str]) -> Tuple[Optional[str], List[str]]:
-    """The run that --attach names, and the words for the composer; UsageError for other options."""
-    words = list(argv)
-    attach: Optional[str] = None
-    if words[:1] == ["--attach"]:
-        attach = words[1].strip() if len(words) > 1 else ""
-        words = words[2:]
-        if not attach:
-            raise UsageError("--attach needs a run ID or @last")
-    if words[:1] == ["--"]:
-        return attach, words[1:]
-    if words and words[0].startswith("-"):
-        raise stray_option(words[0])
-    return attach, words
+def take_attach(argv: Sequence[str]) -> Tuple[str, List[str]]:
+    """The run that --attach names, "" without it, and what follows."""
+    if argv[:1] != ["--attach"]:
+        return "", list(argv)
+    run_id = "".join(argv[1:2]).strip()
+    if not run_id:
+        raise UsageError("--attach needs a run ID or @last")
+    return run_id, list(argv[2:])
 
 
 def open_cockpit(ctx: Context, argv: Sequence[str]) -> int:
     """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
-    attach, words = cockpit_words(argv)
-    if not (is_terminal(ctx.stdin) and is_terminal(ctx.stdout)):
-        raise needs_terminal(words[0] if words and argv[0] != "--" else "")
-    if attach is None:
-        attach = ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
+    attach, words = take_attach(argv)
+    first = "".join(words[:1])
+    if first == "--":
+        first = ""
+        words = words[1:]
+    if first.startswith("-"):
+        raise stray_option(first)
+    if not ctx.on_terminal:
+        raise needs_terminal(first)
     return run_cockpit(
-        ctx.client, base_url=ctx.base_url, home=ctx.home, environ=ctx.environ,
-        text=" ".join(words), attach=attach, run_browser=ctx.browse,
+        ctx.client,
+        base_url=ctx.base_url,
+        home=ctx.home,
+        environ=ctx.environ,
+        text=" ".join(words),
+        attach=attach or ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip(),
+        run_browser=ctx.browse,
     )
 
 
@@ -11195,21 +11216,25 @@ def command_named(argv: Sequence[str]) -> str:
     return argv[0]
 
 
-def check_verb(name: str, argv: Sequence[str]) -> None:
+def check_verb(name: str, rest: Sequence[str]) -> None:
     """Refuse a group without one of its verbs, and a word after ``name`` that is none of them."""
-    verbs = [other.split()[1] for other in SUBCOMMANDS if other.startswith(name + " ")]
-    if verbs and argv[1:] and not argv[1].startswith("-"):
-        raise unknown(f"{name}: unknown subcommand", argv[1], verbs, name)
+    verbs = [other.split()[1] for other in below(name)]
+    has_word = bool(rest) and not rest[0].startswith("-")
+    if verbs and has_word:
+        raise unknown(f"{name}: unknown subcommand", rest[0], verbs, name)
     if name not in SUBCOMMANDS:
-        raise UsageError(f"{name} needs one of: {', '.join(verbs)}", hint=see_help(name))
+        needed = ", ".join(verbs)
+        raise UsageError(f"{name} needs one of: {needed}", hint=see_help(name))
 
 
 def note_unknown_values(ctx: Context, name: str, options: Mapping[str, Any]) -> None:
     """Say which values are unknown here and passed on: the service may be newer than we are."""
     for option in options_of(name):
         value = options.get(option.keyword)
-        if value and option.known and value not in option.known:
-            ctx.note(f"mogplex {__version__} does not know {option.flag} {value}; passing it on")
+        if not value or not option.known or value in option.known:
+            continue
+        what = f"{option.flag} {value}"
+        ctx.note(f"mogplex {__version__} does not know {what}; passing it on")
 
 
 def take_format(options: Json) -> str:
@@ -11226,8 +11251,9 @@ def run_command(ctx: Context, argv: Sequence[str]) -> int:
     if asks_for_help(argv):
         ctx.emit(help_text(name))
         return Exit.OK
-    check_verb(name, argv)
-    words, options = parse_command(name, argv[len(name.split()):])
+    rest = argv[len(name.split()):]
+    check_verb(name, rest)
+    words, options = parse_command(name, rest)
     ctx.list_format = take_format(options)
     note_unknown_values(ctx, name, options)
     return SUBCOMMANDS[name].function(ctx, *words, **options)
@@ -11247,8 +11273,7 @@ def run(ctx: Context, argv: List[str]) -> int:
     words = argv[1:]
     if words == ["--json"]:
         return run_command(ctx, ["logout", "--json"])
-    on_terminal = is_terminal(ctx.stdin) and is_terminal(ctx.stdout)
-    if not words and not on_terminal:
+    if not words and not ctx.on_terminal:
         return run_command(ctx, ["logout"])
     ctx.note(logout_text(log_out(ctx)))  # stdout is for what comes after it
     return command_or_cockpit(ctx, words)
@@ -11334,10 +11359,11 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line, of ``argv`` or of this process; the exit code."""
-    words = sys.argv[1:] if argv is None else argv
+    if argv is None:
+        argv = sys.argv[1:]
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
     with ctx.interrupts.handled():  # around the rescue, which a second signal must not end
-        return rescue(ctx, functools.partial(dispatch, ctx, words))
+        return rescue(ctx, functools.partial(dispatch, ctx, argv))
 
 
 if __name__ == "__main__":
