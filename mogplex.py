@@ -2945,6 +2945,7 @@ LATE_EVENT_S = 5.0      # by which the event that says why a run failed may be b
 LAST_EVENTS = ("finished", "failed", "cancelled")  # one of these types comes at a run's end
 REMEMBERED_EVENTS = 50_000  # that are known again, at least
 
+Clock = Callable[[], float]
 _Block = Tuple[str, str, List[str], Optional[int]]  # of a ServerSentEvent: event, id, data, retry
 
 
@@ -3115,6 +3116,9 @@ class Progress(NamedTuple):
     pull_request_url: str = ""
 
 
+OnProgress = Callable[[Progress], None]
+
+
 class Verdict(NamedTuple):
     """How a run ended; ``truncated``: the service listed only its first events."""
 
@@ -3172,10 +3176,11 @@ class Seen:
         if isinstance(identifier, int) and not isinstance(identifier, bool):
             return str(identifier)
         try:
-            content = hashlib.sha256(to_json(event, sort_keys=True).encode()).digest()
+            text = to_json(event, sort_keys=True)
         except RecursionError:
             message = "an event is nested too deeply"
             raise InvalidResponseError(message, code="TOO_LARGE") from None
+        content = hashlib.sha256(text.encode()).digest()
         copies = self._copies.get(content, 0) + 1
         self._copies[content] = copies
         return content, copies
@@ -3533,7 +3538,7 @@ class Timing(NamedTuple):
     timeout_s: Optional[float] = None
     interval_s: float = POLL_S
     idle_s: float = IDLE_S
-    clock: Callable[[], float] = time.monotonic
+    clock: Clock = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     random: Callable[[], float] = random_unit
 
@@ -3557,16 +3562,16 @@ class Resumption:
         self.complained = False         # of something in it that is no event
 
 
-TailItem = Tuple[Union[Json, Verdict], str]
-
-
-def data_of(messages: List[ServerSentEvent], clean: Callable[[str], str]) -> List[str]:
-    """The data of ``messages``, cleaned of the token: in one go, as hardly any holds it."""
-    texts = [message.data for message in messages]
+def cleaned(texts: List[str], exchange: Exchange) -> List[str]:
+    """``texts`` without the token: looked for in one go, as hardly any holds it."""
     together = "\n".join(texts)
-    if clean(together) == together:
+    if exchange.clean(together) == together:
         return texts
-    return [clean(text) for text in texts]
+    return [exchange.clean(text) for text in texts]
+
+
+TailItem = Tuple[Union[Json, Verdict], str]
+TailItems = Iterator[TailItem]
 
 
 class Tail:
@@ -3574,7 +3579,7 @@ class Tail:
 
     def __init__(
         self, client: Client, run_id: str, timing: Timing, limit: int,
-        on_progress: Callable[[Progress], None], just_started: bool = False,
+        on_progress: OnProgress, just_started: bool = False,
     ) -> None:
         self.client = client
         self.limit = min(limit, MAX_LIMIT)
@@ -3591,7 +3596,7 @@ class Tail:
         """The run that it follows."""
         return self.story.run_id
 
-    def items(self) -> Iterator[TailItem]:
+    def items(self) -> TailItems:
         """The events, and last the verdict; with each its very text, where it came in a stream."""
         while self.story.verdict is None:
             try:
@@ -3614,12 +3619,13 @@ class Tail:
             self._read_run(look)
         now = self.timing.clock()
         self.link.pace.succeeded(look.news, now)
-        interval_s = look.requests * self.link.pace.interval_s(self.timing.random())
+        random = self.timing.random()
+        interval_s = look.requests * self.link.pace.interval_s(random)
         if self.story.is_terminal:
             return interval_s  # two terminal answers are a whole interval apart
         return max(look.least_s, sent_at + interval_s - now)
 
-    def _read_events(self, look: Look) -> Iterator[TailItem]:
+    def _read_events(self, look: Look) -> TailItems:
         """The events, in whichever form the service gives them; a 204 says that no more come."""
         sent_at = self.timing.clock()
         exchange = self.client.open_events(
@@ -3633,7 +3639,7 @@ class Tail:
             elif exchange.status != 204:
                 yield from self._read_list(exchange, look)
 
-    def _read_list(self, exchange: Exchange, look: Look) -> Iterator[TailItem]:
+    def _read_list(self, exchange: Exchange, look: Look) -> TailItems:
         data = exchange.data()
         self._good()
         message = self.story.hear_length(len(data["events"]), self.limit)
@@ -3649,7 +3655,7 @@ class Tail:
         look.requests += 1
         self._hear_run(run, look)
 
-    def _read_snapshot(self, data: Json, look: Look) -> Iterator[TailItem]:
+    def _read_snapshot(self, data: Json, look: Look) -> TailItems:
         """The new events of ``{run, events}``, and what the run says of itself."""
         self.story.begin_answer()
         for event in dicts_of(data, "events"):
@@ -3664,7 +3670,7 @@ class Tail:
         if text_of(run, "status"):
             look.told_status = True
 
-    def _read_stream(self, exchange: Exchange, look: Look) -> Iterator[TailItem]:
+    def _read_stream(self, exchange: Exchange, look: Look) -> TailItems:
         """A stream, until it ends, brings no event for ``idle_s``, or the run seems to be over."""
         clock = self.timing.clock
         decoder = SSEDecoder(self._resumption.last_event_id)
@@ -3672,19 +3678,19 @@ class Tail:
         opened_at = clock()
         ask_at = self._ask_at(opened_at)
         while self.story.verdict is None:
-            piece = exchange.piece(max(0.0, ask_at - clock()))
+            piece = exchange.piece(idle_s=max(0.0, ask_at - clock()))
             if piece is None:
                 return
             if not piece:
                 look.told_status = False
                 return
-            messages = decoder.feed(piece)
+            texts = [message.data for message in decoder.feed(piece)]
             self._keep(decoder)
             now = clock()
-            if messages or now - opened_at >= GOOD_STREAM_S:
+            if texts or now - opened_at >= GOOD_STREAM_S:
                 self._good()
             was_over = self.story.seems_over
-            heard = yield from self._hand_on(data_of(messages, exchange.clean), look, now)
+            heard = yield from self._hand_on(cleaned(texts, exchange), look, now)
             if heard and not (was_over and self.story.seems_over):
                 ask_at = self._ask_at(now)
 
@@ -3732,7 +3738,8 @@ class Tail:
             raise InvalidResponseError(message, code="TOO_LARGE")
         self._resumption.last_event_id = decoder.last_event_id
         if decoder.retry_ms is not None:
-            self._resumption.reconnect_s = min(30_000, max(500, decoder.retry_ms)) / 1000
+            reconnect_ms = min(30_000, max(500, decoder.retry_ms))
+            self._resumption.reconnect_s = reconnect_ms / 1000
 
     def _good(self) -> None:
         message = self.link.good(self.timing.clock())
@@ -3742,7 +3749,8 @@ class Tail:
     def _set_back(self, error: MogplexError) -> float:
         """How long to wait after ``error``; raises what ends the tail."""
         now = self.timing.clock()
-        setback = self.link.failed(error, now, self.timing.random(), self._left_s())
+        random = self.timing.random()
+        setback = self.link.failed(error, now, random, self._left_s())
         self._say(setback.message)
         return setback.wait_s
 
@@ -3750,10 +3758,11 @@ class Tail:
         until = self.timing.clock() + wait_s
         while True:
             self._tick()  # which ends the tail at its time-out
-            left_s = until - self.timing.clock()
-            if left_s <= 0:
+            wait_s = until - self.timing.clock()
+            if wait_s <= 0:
                 return
-            self.timing.sleep(max(0.0, min(0.5, left_s, self._left_s())))
+            nap_s = min(0.5, wait_s, self._left_s())
+            self.timing.sleep(max(0.0, nap_s))
 
     def _left_s(self) -> float:
         """What is left of the time-out."""
@@ -3791,10 +3800,9 @@ def tell_nobody(progress: Progress) -> None:
 
 def tail(
     client: Client, run_id: str, *, timeout_s: Optional[float] = None, limit: int = MAX_LIMIT,
-    on_progress: Callable[[Progress], None] = tell_nobody, interval_s: float = POLL_S,
-    idle_s: float = IDLE_S, just_started: bool = False,
-    clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
-    random: Callable[[], float] = random_unit,
+    on_progress: OnProgress = tell_nobody, interval_s: float = POLL_S, idle_s: float = IDLE_S,
+    just_started: bool = False, clock: Clock = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep, random: Callable[[], float] = random_unit,
 ) -> Iterator[Union[Json, Verdict]]:
     """Each event of a run once, as it comes, and last of all the Verdict.
 
@@ -3859,6 +3867,11 @@ def ndjson_lines(records: Sequence[object], texts: Sequence[str]) -> str:
     return lines
 
 
+def shown(record: Json, *keys: str) -> str:
+    """The text at ``record[key][key]...``, harmless; "" for none."""
+    return sanitize(text_of(record, *keys))
+
+
 # -- Lists
 
 
@@ -3872,6 +3885,7 @@ class Setting(NamedTuple):
 
 
 Cell = Callable[[Json, Setting], str]
+Listed = Sequence[Json]
 
 
 class Column(NamedTuple):
@@ -3885,7 +3899,7 @@ class Column(NamedTuple):
 def plain(*keys: str) -> Cell:
     """The cell with the text at ``record[key][key]...``, harmless."""
     def cell(record: Json, setting: Setting) -> str:
-        return sanitize(text_of(record, *keys))
+        return shown(record, *keys)
     return cell
 
 
@@ -3901,7 +3915,7 @@ def when(key: str) -> Cell:
 
 def status_cell(record: Json, setting: Setting) -> str:
     """The record's status."""
-    return paint(sanitize(text_of(record, "status")), setting.colour)
+    return paint(shown(record, "status"), setting.colour)
 
 
 def repo_cell(record: Json, setting: Setting) -> str:
@@ -3912,15 +3926,12 @@ def repo_cell(record: Json, setting: Setting) -> str:
 
 def branch_cell(sandbox: Json, setting: Setting) -> str:
     """The branch that a sandbox works on."""
-    return sanitize(text_of(sandbox, "working_branch") or text_of(sandbox, "base_branch"))
+    return shown(sandbox, "working_branch") or shown(sandbox, "base_branch")
 
 
 def started_cell(record: Json, setting: Setting) -> str:
     """The id of a remembered run; for a start whose answer never came, the key that finds out."""
-    run_id = sanitize(text_of(record, "id"))
-    if run_id:
-        return run_id
-    return f"in doubt: key {sanitize(text_of(record, 'key'))}"
+    return shown(record, "id") or f"in doubt: key {shown(record, 'key')}"
 
 
 def task_repo_cell(record: Json, setting: Setting) -> str:
@@ -3928,6 +3939,9 @@ def task_repo_cell(record: Json, setting: Setting) -> str:
     repo = text_of(record, "repo")
     return sanitize(setting.repo_names.get(repo, repo))
 
+
+Columns = Sequence[Column]
+ListFormat = Callable[[Listed, Columns, Setting], str]
 
 REPO_COLUMNS = (
     Column("ID", plain("id")),
@@ -3953,11 +3967,9 @@ HISTORY_COLUMNS = (
 )
 
 
-def rows_of(
-    records: Iterable[Json], columns: Sequence[Column], setting: Setting,
-) -> List[List[str]]:
-    """A row of cells for each record."""
-    return [[column.cell(record, setting) for column in columns] for record in records]
+def row_of(record: Json, columns: Columns, setting: Setting) -> List[str]:
+    """The cells of a record."""
+    return [column.cell(record, setting) for column in columns]
 
 
 def shown_width(text: str) -> int:
@@ -3974,9 +3986,7 @@ def least_width(column: Column, cells: Sequence[str]) -> int:
     return max([text_width(column.title) + 2, *widths])  # tabulate makes no column narrower
 
 
-def fitted_widths(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], width: int,
-) -> List[int]:
+def fitted_widths(columns: Columns, rows: List[List[str]], width: int) -> List[int]:
     """The widths of the columns in a table of ``width``.
 
     The column with the most to spare is shortened first, until the rows fit or none has any.
@@ -3989,17 +3999,18 @@ def fitted_widths(
         widths.append(max([least, *map(shown_width, cells)]))
         spare.append(widths[index] - least)
     over = sum(widths) + 2 * (len(widths) - 1) - width
-    for index in sorted(range(len(columns)), key=spare.__getitem__, reverse=True):
+    most_to_spare_first = sorted(range(len(widths)), key=spare.__getitem__, reverse=True)
+    for index in most_to_spare_first:
         cut = min(spare[index], max(0, over))
         widths[index] -= cut
         over -= cut
     return widths
 
 
-def table(records: Sequence[Json], columns: Sequence[Column], setting: Setting) -> str:
+def table(records: Listed, columns: Columns, setting: Setting) -> str:
     """An aligned table, in the setting's width where it has one; ImportError without tabulate."""
     import tabulate
-    rows = rows_of(records, columns, setting)
+    rows = [row_of(record, columns, setting) for record in records]
     if setting.width is not None:
         widths = fitted_widths(columns, rows, setting.width)
         for row in rows:
@@ -4010,20 +4021,21 @@ def table(records: Sequence[Json], columns: Sequence[Column], setting: Setting) 
     return tabulate.tabulate(rows, headers=titles, tablefmt="plain", disable_numparse=True)
 
 
-def tab_separated(records: Sequence[Json], columns: Sequence[Column], setting: Setting) -> str:
+def tab_separated(records: Listed, columns: Columns, setting: Setting) -> str:
     """The same for a host without tabulate."""
-    titles = [column.title for column in columns]
-    rows = [titles, *rows_of(records, columns, setting)]
-    return "\n".join("\t".join(row) for row in rows)
+    lines = ["\t".join(column.title for column in columns)]
+    for record in records:
+        lines.append("\t".join(row_of(record, columns, setting)))
+    return "\n".join(lines)
 
 
-def json_list(records: Sequence[Json], columns: Sequence[Column], setting: Setting) -> str:
+def json_list(records: Listed, columns: Columns, setting: Setting) -> str:
     """The records as they came, one JSON object a line."""
     return "\n".join(map(ndjson, records))
 
 
 # A list in another format is one more function here.
-LIST_FORMATS: Dict[str, Callable[[Sequence[Json], Sequence[Column], Setting], str]] = {
+LIST_FORMATS: Dict[str, ListFormat] = {
     "table": table,
     "tsv": tab_separated,
     "json": json_list,
@@ -4041,8 +4053,8 @@ def block(rows: Iterable[Tuple[str, str]]) -> str:
 def branch_text(run: Json) -> str:
     """``feat/x (base main, created)``."""
     branch = dict_of(run, "branch")
-    working = sanitize(text_of(branch, "working"))
-    base = sanitize(text_of(branch, "base"))
+    working = shown(branch, "working")
+    base = shown(branch, "base")
     notes = []
     if base:
         notes.append(f"base {base}")
@@ -4055,43 +4067,44 @@ def branch_text(run: Json) -> str:
 
 def started_text(run: Json, colour: bool) -> str:
     """What ``run`` prints."""
-    run_id = sanitize(text_of(run, "runId"))
-    status = paint(sanitize(text_of(run, "status")), colour)
+    run_id = shown(run, "runId")
+    status = paint(shown(run, "status"), colour)
     first = "started run"
     if run.get("replayed") is True:
         first = "matched existing run"
     facts = block([
-        ("repo", sanitize(text_of(run, "repoId"))),
-        ("harness", sanitize(text_of(run, "harness"))),
+        ("repo", shown(run, "repoId")),
+        ("harness", shown(run, "harness")),
         ("branch", branch_text(run)),
     ])
-    tail_hint = f"tail events: mogplex runs events {run_id} --follow"
-    return "\n".join(filter(None, [f"{first} {run_id} ({status})", facts, tail_hint]))
+    lines = [
+        f"{first} {run_id} ({status})",
+        facts,
+        f"tail events: mogplex runs events {run_id} --follow",
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def run_text(
     run: Json, colour: bool, delivery: Delivery = Delivery(), failure: str = "",
 ) -> str:
     """What ``runs get`` prints; ``delivery`` and ``failure`` as the run's events tell them."""
-    def plain_text(key: str) -> str:
-        return sanitize(text_of(run, key))
-
     return block([
-        ("run", plain_text("runId")),
-        ("status", paint(plain_text("status"), colour)),
-        ("harness", plain_text("harness")),
-        ("repo", plain_text("repoId")),
+        ("run", shown(run, "runId")),
+        ("status", paint(shown(run, "status"), colour)),
+        ("harness", shown(run, "harness")),
+        ("repo", shown(run, "repoId")),
         ("branch", branch_text(run)),
         ("pushed", sanitize(delivery.branch)),
         ("pull", sanitize(delivery.pull_request_url)),
-        ("root", plain_text("rootDirectory")),
-        ("sandbox", plain_text("sandboxId")),
-        ("record", plain_text("sandboxRecordId")),
-        ("events", plain_text("eventsUrl")),
-        ("cancel", plain_text("cancelUrl")),
+        ("root", shown(run, "rootDirectory")),
+        ("sandbox", shown(run, "sandboxId")),
+        ("record", shown(run, "sandboxRecordId")),
+        ("events", shown(run, "eventsUrl")),
+        ("cancel", shown(run, "cancelUrl")),
         ("created", format_time(run.get("createdAt"))),
         ("updated", format_time(run.get("updatedAt"))),
-        ("error", plain_text("error")),
+        ("error", shown(run, "error")),
         ("reason", sanitize(failure)),
     ])
 
@@ -4105,7 +4118,9 @@ def verdict_json(verdict: Verdict) -> Json:
         "workingBranch": verdict.working_branch,
         "truncated": verdict.truncated,
     }
-    line.update((key, value) for key, value in known.items() if value)
+    for key, value in known.items():
+        if value:
+            line[key] = value
     return line
 
 

@@ -2742,6 +2742,7 @@ ENDS = [  # the answers, how many of them it takes, the status at the end
     ([("cancelled", []), ("streaming", []), ("failed", []), ("failed", [])], 4, "failed"),
     ([("cancelled", []), ("failed", []), ("failed", [])], 3, "failed"),
     ([("cancelled", [kind("cancelled")]), ("streaming", []), ("failed", [], "boom")], 8, "failed"),
+    ([("failed", [], "boom")] * 2 + [("streaming", []), ("failed", [])], 5, "failed"),
     ([("cancelled", []), ("streaming", []), ("cancelled", []), ("streaming", []), ("success", [])],
      6, "success"),
     # What has no status, and statuses of tomorrow.
@@ -2831,6 +2832,13 @@ def test_memory_does_not_grow_with_the_length_of_a_run() -> None:
     assert len(seen._recent | seen._older) <= 2 * mogplex.REMEMBERED_EVENTS
     # A stream that is replayed from its start repeats nothing of the last 50,000.
     assert not any(seen.add({"id": f"{number}"}) for number in range(170_000, 220_000))
+
+
+def test_memory_does_not_grow_with_events_without_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mogplex, "REMEMBERED_EVENTS", 100)
+    seen = mogplex.Seen()
+    assert all(seen.add({"message": number}) for number in range(1000))
+    assert len(seen._copies) <= 100
 
 
 def test_an_event_that_is_too_deep_is_refused() -> None:
@@ -3693,6 +3701,23 @@ def test_a_run_that_streams_is_over_with_the_first_answer_after_its_finished_eve
     assert len(server.requests) == 2 and clock.now == 1000.0
 
 
+def test_comments_show_in_time_that_the_service_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mogplex, "GOOD_STREAM_S", 0.05)
+    requests_at: Dict[str, int] = {}
+
+    def note(progress: mogplex.Progress) -> None:
+        if progress.message:
+            requests_at[progress.message.split(":")[0]] = len(server.requests)
+
+    order = poll("streaming", 1), reset_after(b""), dribble(STREAM, b": x\n\n", 0.01)
+    options: Dict[str, Any] = {"idle_s": 0.5, "interval_s": 0.01, "on_progress": note}
+    with streaming(["success"], *order, clock=time.monotonic, sleep=time.sleep, **options) as (
+            items, _, server, asked):
+        followed(items)
+    # The third request's stream said so, and not the answer of the run that was asked in the end.
+    assert requests_at == {"request failed": 2, "connected again": 3}
+
+
 def test_a_204_sends_the_tail_to_the_run() -> None:
     with streaming(["streaming", "success"], streamed(1), answer(204)) as (items, clock, _, _2):
         told, verdict = followed(items)
@@ -3990,7 +4015,7 @@ CELLS = [  # columns, a record, what its row holds
 @pytest.mark.parametrize("columns, record, row", CELLS)
 def test_records_as_rows(columns: Any, record: Dict[str, Any], row: List[str]) -> None:
     setting = mogplex.Setting(now=100.0, repo_names={"R": "acme/web"})
-    assert mogplex.rows_of([record], columns, setting) == [row]
+    assert mogplex.row_of(record, columns, setting) == row
 
 
 def test_a_column_is_added_in_one_line_and_is_in_every_format() -> None:
