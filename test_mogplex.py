@@ -7720,6 +7720,19 @@ def test_a_browser_gets_neither_the_token_nor_our_streams(
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.posix
+def test_a_module_in_the_way_does_not_open_the_browser(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The working directory is a checkout, whose files are not to be trusted."""
+    (tmp_path / "webbrowser.py").write_text("open('taken', 'w'); open = lambda url: True")
+    monkeypatch.chdir(tmp_path)
+    environ = {**os.environ, "BROWSER": "/bin/false", "PYTHONPATH": str(tmp_path)}
+    context = mogplex.Context(environ, sys.stdin, sys.stdout, sys.stderr)
+    context.browse("https://a.example/")
+    assert not (tmp_path / "taken").exists()
+
+
 @pytest.mark.parametrize("environ, trusted", [
     ({}, True),
     ({"SSL_CERT_FILE": "c", "CURL_CA_BUNDLE": "b", "REQUESTS_CA_BUNDLE": "a"}, "a"),
