@@ -11164,7 +11164,7 @@ def serve_demo(ctx: Context, argv: Sequence[str]) -> int:
         for name, value in demo.variables.items():
             ctx.emit(f"export {name}={value}")
         ctx.emit("unset NODE_ENV")
-        ctx.note("demo service running; paste the lines above into another shell; Ctrl+C ends it")
+        ctx.note("demo service running; paste the lines above into another shell; press Ctrl+C to stop")
         while True:
             time.sleep(3600)
 
@@ -11307,8 +11307,8 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
             return run(ctx, argv)
         finally:
             if demo.server.has_started_runs():
-                ctx.note("this demo service ends here, and its runs with it; "
-                         "`mogplex --demo-server` keeps one running")
+                ctx.note("this demo service and its runs end with the command; "
+                         "use `mogplex --demo-server` to keep one running")
 
 
 def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:

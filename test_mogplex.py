@@ -6429,6 +6429,8 @@ def test_demo_seeds(still: Still) -> None:
         "success", "success", "cancelled", "failed", "success", "streaming"]
     assert [seed["time"] for seed in seeds] == sorted(run["createdAt"] for run in runs)
     assert set(seeds[0]) == {"id", "service", "repo", "branch", "time", "task"}
+    boxes = {box["id"]: box["status"] for box in still.data("GET", "/sandboxes")["sandboxes"]}
+    assert [boxes[run["sandboxRecordId"]] for run in runs] == ["stopped"] * 5 + ["running"]
     before = still.watch(RUNNING)[1]
     still.now += 3600
     status, after = still.watch(RUNNING)
@@ -7938,7 +7940,8 @@ def test_a_demo_server_takes_its_home_with_it(name: str, code: int) -> None:
 
 
 def test_a_demo_that_ends_says_that_its_runs_are_gone(cli: Callable[..., Result]) -> None:
-    told = "this demo service ends here, and its runs with it; `mogplex --demo-server` keeps one running\n"
+    told = ("this demo service and its runs end with the command; "
+            "use `mogplex --demo-server` to keep one running\n")
     assert cli("--demo", "run", "--repo", "acme/web", "x").err.endswith(told)
     assert told not in cli("--demo", "repos", "list").err
 
