@@ -6152,7 +6152,10 @@ def server_items(state: State, drawer: Drawer) -> List[Item]:
     return items
 
 
-LONGEST_PAGE = 1 << 20  # characters of a log or an event that a drawer shows
+LONGEST_LOG = 1 << 20    # characters that a drawer shows
+LONGEST_EVENT = 1 << 18  # it is wrapped while somebody waits for it
+MOST_LINES = 20000
+LONGEST_MEASURED = 10000
 
 
 def wrapped(text: str, width: int) -> List[str]:
@@ -6162,7 +6165,9 @@ def wrapped(text: str, width: int) -> List[str]:
         start = 0
         while start < len(line):
             piece = line[start:start + width]
-            if not piece.isascii():
+            if not piece.isascii() and len(line) > LONGEST_MEASURED:
+                piece = piece[:width // 2]  # no character is wider than two columns
+            elif not piece.isascii():
                 piece = fit(piece, width, "") or piece[:1]
             pieces.append(piece)
             start += len(piece)
@@ -6185,10 +6190,12 @@ def folded(text: str, width: int) -> List[str]:
     return [*lines, line]
 
 
-def page_items(state: State, text: str) -> List[Item]:
-    """A text as wide as the window has room for."""
-    if len(text) > LONGEST_PAGE:
-        text = text[:LONGEST_PAGE] + "\n… cut here: /export writes all of it to a file"
+def page_items(state: State, text: str, most: int) -> List[Item]:
+    """A text as wide as the window has room for, of at most so many characters."""
+    lines = text[:most].split("\n")
+    if len(text) > most or len(lines) > MOST_LINES:
+        lines = [*lines[:MOST_LINES], "… cut here: /export writes all events to a file"]
+        text = "\n".join(lines)
     width = state.width - rail_width(state.width) - 3
     return [Item((line,), line) for line in wrapped(sanitize(text, "\n"), max(10, width))]
 
@@ -6202,7 +6209,7 @@ def log_items(state: State, drawer: Drawer) -> List[Item]:
         clock = local_time(event.get("created_at"), "%b %d %H:%M:%S")
         words = (clock, text_of(event, "event_type"), text_of(event, "decision_code"))
         lines.append(harmless("  ".join(words)).rstrip())
-    return page_items(state, "\n".join(filter(None, lines)))
+    return page_items(state, "\n".join(filter(None, lines)), LONGEST_LOG)
 
 
 def event_items(state: State, drawer: Drawer) -> List[Item]:
@@ -6213,7 +6220,8 @@ def event_items(state: State, drawer: Drawer) -> List[Item]:
     title = "  ".join(filter(None, (clock, harmless(event.get("type"), 40), tool)))
     rest = {key: value for key, value in event.items() if key != "message"}
     text = to_json(rest, indent=2, ensure_ascii=False)
-    return page_items(state, f"{title}\n{text_of(event, 'message')}\n\n{text}")
+    return page_items(
+        state, f"{title}\n{text_of(event, 'message')}\n\n{text}", LONGEST_EVENT)
 
 
 LOGS = Listing("logs", (), log_items, reads=Desk.logs, copies=True)

@@ -4237,15 +4237,13 @@ SIZES = [(width, height) for width in SCREEN_WIDTHS for height in range(8, 46, 6
 @pytest.fixture(autouse=True, scope="session")
 def utc() -> Iterator[None]:
     """Times on the cockpit's screen are local."""
-    before = os.environ.get("TZ")
-    os.environ["TZ"] = "UTC"
-    time.tzset()
-    yield
-    if before is None:
-        del os.environ["TZ"]
-    else:
-        os.environ["TZ"] = before
-    time.tzset()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TZ", "UTC")
+        if hasattr(time, "tzset"):  # Windows reads the variable by itself
+            time.tzset()
+        yield
+    if hasattr(time, "tzset"):
+        time.tzset()
 
 
 def resized(state: mogplex.State, width: int, height: int) -> List[Any]:
@@ -5215,6 +5213,7 @@ def test_tool_names_are_in_the_timeline_and_found_by_the_filter() -> None:
             assert kind in drawn(state, width, 24)
 
 
+@pytest.mark.posix
 def test_times_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "Asia/Tokyo")
     time.tzset()
@@ -5345,13 +5344,13 @@ def test_a_rail_that_a_narrower_window_hides_keeps_no_focus() -> None:
 @pytest.mark.parametrize("line", ["=====", "a" * 78, "é" * 78, "(.*?)+" * 13, "日本語" * 13])
 def test_a_search_over_10_000_lines_takes_50_ms_at_most(line: str) -> None:
     items = [mogplex.Item((line,))] * 9999 + [mogplex.Item(("the needle",))]
-    best = 9.0
+    took_s = []
     for query in ("=" * 8, "needle", line[:30], "xyz"):
-        began = time.perf_counter()
+        began = time.process_time()
         found = mogplex.searched(items, query)
-        best = min(best, time.perf_counter() - began)
+        took_s.append(time.process_time() - began)
         assert query != "needle" or found[0].cells == ("the needle",)
-    assert best < 0.05
+    assert sorted(took_s)[1] < 0.05  # two of four: the machine may be busy
 
 
 def test_a_search_finds_letters_in_order_and_the_closest_first() -> None:
@@ -5363,12 +5362,22 @@ def test_a_search_finds_letters_in_order_and_the_closest_first() -> None:
 def test_the_details_of_a_megabyte_are_wrapped_once() -> None:
     event = {**EVENTS[0], "message": "a line of text, and more of it; " * 32768}
     state = played(mogplex.Resize(120, 40), *BUSY, arrived(event), *keys("tab", "enter"))
-    assert state.drawer and len(state.drawer.lines) > 10000
-    began = time.perf_counter()
-    for _ in range(10):
-        state = later(state, 1, mogplex.Tick(), *keys("down"))
-        mogplex.view(state, 120, 40)
-    assert (time.perf_counter() - began) / 10 < 0.05
+    assert state.drawer and len(state.drawer.lines) > 1000
+    assert "/export writes all events" in drawn(then(state, *keys("end")))
+    moved = later(state, 1, mogplex.Tick(), *keys("down"))
+    assert moved.drawer and moved.drawer.lines is state.drawer.lines
+
+
+@pytest.mark.parametrize("text", ["a line of text, and more of it; ", "日本語 é ", "a\nb\n"])
+def test_the_details_of_a_megabyte_take_50_ms_at_most(text: str) -> None:
+    event = {**EVENTS[0], "message": text * ((1 << 20) // len(text))}
+    state = played(mogplex.Resize(120, 40), *BUSY, arrived(event), *keys("tab"))
+    took_s = []
+    for _ in range(3):
+        began = time.process_time()
+        mogplex.view(then(state, *keys("enter")), 120, 40)
+        took_s.append(time.process_time() - began)
+    assert min(took_s) < 0.05
 
 
 # -- Exports
