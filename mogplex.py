@@ -63,7 +63,7 @@ from typing import (
     Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
-__version__ = "1.0.0"
+__version__ = "1.1.0"
 __all__ = [
     "Client", "Credential", "Exit", "ForbiddenError", "InvalidResponseError", "MogplexError",
     "Progress", "RateLimitedError", "SSEDecoder", "ServerSentEvent", "TailTimeout",
@@ -10941,9 +10941,12 @@ def slip_of(word: str, known: Sequence[str]) -> str:
     Stricter than a suggestion has to be: this refuses, and what it lets pass the service checks.
     """
     import difflib
+    if word in known:
+        return ""
+    lowered = word.lower()
     for other in known:
-        likeness = difflib.SequenceMatcher(None, word, other).ratio()
-        if word != other and (likeness >= 0.8 or other.startswith(word)):
+        likeness = difflib.SequenceMatcher(None, lowered, other).ratio()
+        if likeness >= 0.8 or other.startswith(lowered):
             return other
     return ""
 
@@ -10986,7 +10989,7 @@ def command_parser(name: str) -> CommandParser:
 def read_option(name: str, option: Option, text: str) -> Any:
     """The value of an option of the command ``name``; UsageError for a slip or for nonsense."""
     meant = slip_of(text, option.known)
-    if meant and text not in option.known:
+    if meant:
         raise UsageError(
             f"{name}: unknown {option.flag} '{text}', did you mean '{meant}'?", hint=see_help(name))
     return option.read(text)

@@ -6792,6 +6792,7 @@ def test_a_value_that_is_known_is_passed_on_without_a_word(cli: Callable[..., Re
 @pytest.mark.parametrize("word, meant", [
     ("codx", "codex"), ("coedx", "codex"), ("claude", "claude-code"), ("claude_code", "claude-code"),
     ("newer-agent", ""), ("codex-2000", ""), ("c", "codex"), ("codex", ""),
+    ("CODEX", "codex"), ("Claude-Code", "claude-code"), ("claude-code", ""),
 ])
 def test_a_slip_is_told_from_a_newer_word(word: str, meant: str) -> None:
     assert mogplex.slip_of(word, list(mogplex.HARNESSES)) == meant
