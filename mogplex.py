@@ -4494,16 +4494,19 @@ def unmodified(code: int, modifiers: int) -> str:
         char = chr(ord(char) - 64)
     elif not char.isprintable() and char not in "\t\r\x08\x1b\x7f":
         return ""  # such as the functional keys of the kitty protocol
-    return "\x1b" + char if alt else char
+    if alt:
+        return "\x1b" + char
+    return char
 
 
 def modified_key(sequence: str) -> str:
     """``unmodified`` of a sequence ``ESC[code;modifiersu`` or ``ESC[27;modifiers;code~``."""
     numbers = [int(number) for number in re.findall("[0-9]+", sequence)]
     if sequence.endswith("~"):
-        return unmodified(numbers[2], numbers[1])
-    modifiers = numbers[1] if len(numbers) > 1 else 1
-    return unmodified(numbers[0], modifiers)
+        return unmodified(code=numbers[2], modifiers=numbers[1])
+    if len(numbers) == 1:
+        return unmodified(code=numbers[0], modifiers=1)
+    return unmodified(code=numbers[0], modifiers=numbers[1])
 
 
 def mouse_messages(report: str) -> List[Message]:
@@ -4524,22 +4527,30 @@ def key_messages(sequence: str, resolve: Callable[[str], str]) -> List[Message]:
     name = SENT_KEYS.get(sequence, "")
     if not name and len(sequence) == 1:
         name = "^" + chr(ord(sequence) + 64).lower()
-    name = name or resolve(sequence)
-    return [Key(name)] if name else []
+    if not name:
+        name = resolve(sequence)
+    if not name:
+        return []
+    return [Key(name)]
 
 
 def next_part(sent: str, at: int, final: bool) -> Optional[Tuple[str, str]]:
     """(kind, text) of what stands at ``at``; None where its end has not come."""
     match = _SENT.match(sent, at)
+    if not match and not final:
+        return None
     if not match:
-        return ("escape", "\x1b") if final else None
+        return "escape", "\x1b"
     kind = str(match.lastgroup)
+    part = match.group()
     if kind == "paste":
         end = sent.find(PASTE_END, at)  # a pattern that finds it is a hundred times slower
-        return (kind, sent[at:end + len(PASTE_END)]) if end >= 0 else None
-    if kind == "alt" and match.group() not in SENT_KEYS:
+        if end < 0:
+            return None
+        part = sent[at:end + len(PASTE_END)]
+    if kind == "alt" and part not in SENT_KEYS:
         return "escape", "\x1b"  # and the letter by itself comes next
-    return kind, match.group()
+    return kind, part
 
 
 def part_messages(kind: str, part: str, resolve: Callable[[str], str]) -> List[Message]:
@@ -4636,7 +4647,9 @@ def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str
         if cell.style != worn:
             output += styles[cell.style]
             worn = cell.style
-        column = cell.column + len(cell.text) if cell.text.isascii() else -1
+        column = -1
+        if cell.text.isascii():
+            column = cell.column + len(cell.text)
         if column == end and cell.style in ("", "dim") and cell.text.endswith(" "):
             output += cell.text.rstrip(" ") + "\x1b[K"  # shorter than the blanks
         else:
@@ -4655,8 +4668,8 @@ def cursor_place(rows: Sequence[Row]) -> Optional[Tuple[int, int]]:
 def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -> str:
     """The characters that turn the screen ``old`` into ``new``; "" when nothing changed."""
     output = ""
-    for y, row in enumerate(new):
-        before = old[y] if y < len(old) else ()
+    nothing: Sequence[Row] = [()] * (len(new) - len(old))
+    for y, (before, row) in enumerate(zip([*old, *nothing], new)):
         if row != before:
             output += repaint_row(y, before, row, styles)
     cursor_before = cursor_place(old)
@@ -4676,10 +4689,12 @@ def to_ascii(text: str) -> str:
     """Each glyph as its fallback, anything else as question marks of the same width."""
     if text.isascii():
         return text
-    signs = []
+    output = ""
     for sign in clusters(text.translate(GLYPHS)):
-        signs.append(sign if sign.isascii() else "?" * width_of(sign))
-    return "".join(signs)
+        if not sign.isascii():
+            sign = "?" * width_of(sign)
+        output += sign
+    return output
 
 
 def sgr_styles(colours: int) -> Dict[str, str]:
@@ -4696,13 +4711,23 @@ def sgr_styles(colours: int) -> Dict[str, str]:
     return styles
 
 
+def is_ascii_locale(environ: Mapping[str, str]) -> bool:
+    """Whether the terminal is set up for another encoding than UTF-8."""
+    for name in ("LC_ALL", "LC_CTYPE", "LANG"):
+        locale = environ.get(name)
+        if locale:
+            return "utf" not in locale.lower()
+    return False
+
+
 class Canvas:
     """The frame that is on the screen, and how the next one is written over it."""
 
     def __init__(self, environ: Mapping[str, str], colours: int) -> None:
-        locale = environ.get("LC_ALL") or environ.get("LC_CTYPE") or environ.get("LANG") or "UTF-8"
-        self.ascii = "utf" not in locale.lower()
-        self.styles = sgr_styles(0 if environ.get("NO_COLOR") else colours)
+        if environ.get("NO_COLOR"):
+            colours = 0
+        self.styles = sgr_styles(colours)
+        self.ascii = is_ascii_locale(environ)
         self.rows: Sequence[Row] = ()  # none: what is on the screen is not known
 
     def frame(self, rows: Sequence[Row], clear: str) -> str:
@@ -4814,7 +4839,7 @@ class Signals:
             os.write(self.wake_out, b"\0")
 
     def stop_job(self) -> None:
-        """Stop all processes of this job, as the shell expects of Ctrl+Z, until ``fg`` or ``bg``."""
+        """Stop the whole job, as the shell expects of Ctrl+Z, until ``fg`` or ``bg``."""
         handler = signal.signal(signal.SIGTSTP, signal.SIG_DFL)
         os.kill(0, signal.SIGTSTP)
         signal.signal(signal.SIGTSTP, handler)
@@ -5025,7 +5050,7 @@ class Screen:
         self.write(MOUSE[on])
 
     def write(self, text: str) -> None:
-        """Sequences of this program's own. A stuck terminal is waited for until a signal ends it."""
+        """Sequences of this program's own. A stuck terminal is waited for, until a signal."""
         if self.active:
             self.tty.write(text, self.signals.is_ending)
 
