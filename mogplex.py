@@ -8862,6 +8862,13 @@ class DemoRequest(NamedTuple):
     key: str  # idempotency key
 
 
+def demo_time(moment: float) -> str:
+    """Seconds since the epoch as the service writes most times: no zeros end the fraction."""
+    second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
+    fraction = f".{microseconds:06d}".rstrip(".0")
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f"{fraction}+00:00"
+
+
 class DemoRoute(NamedTuple):
     """Who answers a method and a path of the API, and which scope a token must have for it."""
 
@@ -8905,13 +8912,6 @@ def demo_data(data: Json, status: int = 200) -> DemoAnswer:
 def demo_id(name: str) -> str:
     """A UUID, the same for the same ``name`` every time."""
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
-
-
-def demo_time(moment: float) -> str:
-    """Seconds since the epoch as the service writes most times: no zeros end the fraction."""
-    second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
-    fraction = f".{microseconds:06d}".rstrip(".0")
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f"{fraction}+00:00"
 
 
 def demo_ending(prompt: str) -> str:
