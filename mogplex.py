@@ -3678,7 +3678,7 @@ class Tail:
         opened_at = clock()
         ask_at = self._ask_at(opened_at)
         while self.story.verdict is None:
-            piece = exchange.piece(idle_s=max(0.0, ask_at - clock()))
+            piece = exchange.piece(max(0.0, ask_at - clock()))
             if piece is None:
                 return
             if not piece:

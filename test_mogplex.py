@@ -2988,6 +2988,9 @@ def test_a_longer_wait_is_said_though_the_outage_is_known() -> None:
     said = [link.failed(error(429, asked_s=asked_s), 0.0, 0.0).message
             for asked_s in (None, 10.0, 5.0, 10.0, 60.0)]
     assert [bool(message) for message in said] == [True, True, False, False, True]
+    link.good(0.0)
+    said = [link.failed(error(429, asked_s=asked_s), 0.0, 0.0).message for asked_s in (5.0, 30.0)]
+    assert all(said)
 
 
 def test_the_300_s_count_no_time_that_the_service_asked_for() -> None:
@@ -3245,6 +3248,17 @@ def test_every_event_once_and_the_true_verdict(
         told, verdict = followed(items)
     assert told == messages and clock.notes == [] and at == times
     assert verdict.status in ("success", "failed")
+
+
+def test_a_slow_answer_costs_no_further_interval() -> None:
+    """The second terminal answer is read an interval after the first was heard, and confirms it."""
+    def slow(connection: socket.socket) -> None:
+        clock.now += 1.0
+        connection.sendall(poll("success", 1))
+
+    with tailing(slow, poll("success", 1)) as (items, clock, times, _):
+        followed(items)
+    assert times == [0, 2.5]
 
 
 def test_a_full_list_is_said_once_and_the_tail_ends_with_the_run() -> None:
