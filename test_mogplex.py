@@ -6979,6 +6979,21 @@ def test_a_start_that_may_have_reached_the_service_gives_its_key(
     assert len(keys) == 1 and (not told or keys.pop() in result.err)
 
 
+@pytest.mark.parametrize("repos", [
+    ok({"repos": []}), ok({"repos": None}), refusal(500, "INTERNAL_ERROR", "Oops")])
+def test_a_start_whose_answer_was_lost_gives_its_key_whatever_follows(
+    cli: Callable[..., Result], repos: bytes,
+) -> None:
+    def serve(count: int, request: str, connection: socket.socket) -> bytes:
+        if request.startswith("GET"):
+            return repos
+        return b"" if count == 1 else refusal(503, "SERVICE_UNAVAILABLE", "Limit")
+
+    with RawServer(serve) as server:
+        result = cli("run", "--repo", mogplex.DEMO_WEB, "x", env=service(server.url))
+    assert (result.code, result.out) == (69, "") and "add --idempotency-key" in result.err
+
+
 def test_run_and_follow_end_with_the_run_s_verdict(run_demo: Callable[..., Result]) -> None:
     good = run_demo("run", "--repo", "acme/web", "--follow", "Refactor auth")
     run_id = good.out.split()[2]
