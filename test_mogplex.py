@@ -7762,6 +7762,13 @@ def test_a_browser_gets_neither_the_token_nor_our_streams(
 
 
 @pytest.mark.posix
+def test_a_host_without_a_browser_says_so(tmp_path: Any) -> None:
+    environ = {"HOME": str(tmp_path), "PATH": str(tmp_path)}
+    context = mogplex.Context(environ, sys.stdin, sys.stdout, sys.stderr)
+    assert context.browse("https://a.example/") is False
+
+
+@pytest.mark.posix
 def test_a_module_in_the_way_does_not_open_the_browser(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
