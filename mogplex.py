@@ -59,7 +59,7 @@ import time
 import urllib.parse
 import uuid
 from typing import (
-    Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
+    TYPE_CHECKING, Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
     Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
 )
 
@@ -5156,6 +5156,11 @@ class NewRun(NamedTuple):
     run_id: str = ""        # once the service has said it
 
 
+if TYPE_CHECKING:
+    from typing_extensions import Concatenate, ParamSpec
+    Given = ParamSpec("Given")
+
+
 class Ask(NamedTuple):
     """A job for a Desk, or a call of a Shell: the method and its arguments."""
 
@@ -5447,14 +5452,19 @@ class Desk:
         self.client().repos(limit=1)
         return SignedIn("Signed in.")
 
-    def sign_in(self) -> SignedIn:
+    def sign_in(self) -> Optional[SignedIn]:
         """Sign in through a browser."""
         self.stopped = False
         base_url = self.facts.base_url
         with self.facts.connect(Credential.anonymous()) as client:
-            entry = sign_in(
-                base_url, client.post_form, announce=self.tell_url,
-                open_browser=self.facts.run_browser, stopped=self.is_stopped)
+            try:
+                entry = sign_in(
+                    base_url, client.post_form, announce=self.tell_url,
+                    open_browser=self.facts.run_browser, stopped=self.is_stopped)
+            except MogplexError:
+                if self.stopped:
+                    return None  # somebody gave up the wait, and knows it
+                raise
         self.facts.home.store_sign_in(entry)  # first: its refresh token works only once
         self.check(Credential(text_of(entry, "access_token")))
         return SignedIn(f"Signed in. {self.facts.overruled}")
@@ -5742,7 +5752,11 @@ class State(NamedTuple):
     mouse: bool = True
     asks: Tuple[Ask, ...] = ()       # what the last message asks for
 
-    def ask(self, job: Callable[..., object], *arguments: Any) -> State:
+    def ask(
+        self, job: Callable[Concatenate[Any, Given], object],
+        *arguments: Given.args, **named: Given.kwargs,
+    ) -> State:
+        """With a job of a Desk, or a call of the Shell, asked for; mypy checks its arguments."""
         return self._replace(asks=(*self.asks, Ask(job, arguments)))
 
     def say(self, text: str, style: str = "", for_s: float = 8.0) -> State:
@@ -5993,6 +6007,8 @@ def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None)
 
 def watch_known(state: State, run_id: str) -> State:
     """Watch a run of the rail: what is known of it is shown at once."""
+    if run_id == state.shown.run_id and not state.shown.lost:
+        return state._replace(drawer=None, focus="timeline").scroll(follow=True)
     known = run_named(state, run_id)
     run = {"runId": run_id, "status": known.status, "error": known.error}
     return watch(state, run_id, run)
@@ -7541,8 +7557,9 @@ def send_token(state: State, token: str) -> State:
     state = state.write("")
     if not token:
         return state.ask(Desk.sign_in)
-    sign_in_state = state.sign_in._replace(checking=True)
-    return state._replace(sign_in=sign_in_state).ask(Desk.try_token, token)
+    sign_in_state = state.sign_in._replace(checking=True, url="")
+    state = state._replace(sign_in=sign_in_state).ask(Shell.stop_sign_in)
+    return state.ask(Desk.try_token, token)
 
 
 def send(state: State) -> State:
@@ -8232,7 +8249,9 @@ def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> S
         return state._replace(starts=tuple(others))  # only the history failed
     if error.delivered:
         others.append(new._replace(under_way=False))
-        text = f"No answer to the start, the run may have started: {text}; Enter asks for the same run"
+        text = f"The run may have started: {text}; Enter asks for the same run"
+    elif error.retry_after_s:
+        text = f"Not started: {text}; retry in {format_duration(error.retry_after_s)}"
     state = state._replace(starts=tuple(others))
     if not state.composer.text:
         state = state.write(new.task)
@@ -8255,11 +8274,11 @@ def on_failed(state: State, message: Failed) -> State:
     state = answered_poll(state, job)
     if job in (Desk.try_token, Desk.try_stored, Desk.sign_in):
         return sign_in_failed(state, text)
+    if job is Desk.start:  # whose 429 is a budget of its own, and holds nothing else
+        return start_failed(state, message.ask.arguments[0], error, text)
     state = felt(state, error, text)
     if job is Desk.watch:
         return watch_failed(state, error, text)
-    if job is Desk.start:
-        return start_failed(state, message.ask.arguments[0], error, text)
     if is_for_drawer(state, message.ask):
         return state.shift(error=text)
     if job is Desk.run:
