@@ -9400,7 +9400,7 @@ def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
             data = self.rfile.read(length)
             headers = {name.lower(): value for name, value in self.headers.items()}
             answer = DemoAnswer(421, "This demo service answers to its own address alone.")
-            if headers.get("host") in hosts:
+            if headers.get("host", "").lower() in hosts:
                 answer = service.answer(self.command, self.path, headers, data)
             self.wfile.write(demo_wire(answer))
 
