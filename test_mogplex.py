@@ -7841,6 +7841,16 @@ def test_the_id_of_a_run_is_not_lost_with_stdout() -> None:
     assert (process.returncode, told) == (1, STILL_RUNNING.format("run-uuid") + failure)
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
+def test_a_run_that_has_ended_is_not_said_to_be_running_when_stdout_is_full() -> None:
+    ended_run = ok({"run": {"status": "success"}, "events": []})
+    with one_answer(ended_run) as server, open("/dev/full", "wb") as full:
+        process = run_file("runs", "events", "R", "--follow", url=server.url, stdout=full)
+        told = process.communicate(timeout=60)[1].decode()
+    failure = "error: cannot write to stdout: No space left on device\n"
+    assert (process.returncode, told) == (1, failure)
+
+
 @pytest.mark.parametrize("flags, told", [
     ([], STILL_RUNNING.format("run-uuid")),
     (["--follow"], STILL_RUNNING.format("run-uuid")),
