@@ -26,6 +26,7 @@ import pyte
 import random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import ssl
@@ -2558,6 +2559,337 @@ def test_a_body_that_cannot_be_sent_is_a_usage_error(body: Dict[str, Any], words
         with pytest.raises(mogplex.UsageError, match=words):
             one.request("POST", "/x", body=body)
     assert server.requests == []
+
+
+needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs /dev/fd and fork")
+
+
+def workers() -> List[threading.Thread]:
+    """The threads of exchanges that are alive."""
+    return [thread for thread in threading.enumerate() if isinstance(thread, mogplex.Worker)]
+
+
+def descriptors() -> int:
+    """How many file descriptors this process has open."""
+    return len(os.listdir("/dev/fd"))
+
+
+def comes_true(condition: Callable[[], bool], within_s: float = 2.0) -> bool:
+    """Whether ``condition`` becomes true within that time."""
+    until = time.monotonic() + within_s
+    while not condition():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+ENDLESS: Dict[str, Step] = {
+    "silence": silent,
+    "the status line": dribble(b"", b"H"),
+    "headers": dribble(b"HTTP/1.1 200 OK\r\n", b"X: y\r\n"),
+    "one header": dribble(b"HTTP/1.1 200 OK\r\nX: ", b"y"),
+    "a body": dribble(CUT + b"Content-Length: 99999\r\n\r\n", b" "),
+    "chunks": dribble(CHUNKED, b"1\r\n \r\n"),
+    "a chunk's size": dribble(CHUNKED, b"0"),
+    "trailers": dribble(CHUNKED + b"2\r\n{}\r\n0\r\n", b"X: y\r\n"),
+    "interim answers": dribble(b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+}
+
+
+@needs_posix
+@pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize("is_tls", [False, True])
+def test_after_a_time_out_neither_thread_nor_descriptor_lives_on(
+    name: str, is_tls: bool, tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with contextlib.ExitStack() as stack:
+        if is_tls:
+            tunnel = stack.enter_context(Tunnel(tmp_path, steps(ENDLESS[name]), "mogplex.com"))
+            one = proxied(
+                monkeypatch, tunnel.proxy.url, BARE, verify=tunnel.ca, timeout_s=0.5, tries=1)
+        else:
+            server = stack.enter_context(RawServer(steps(ENDLESS[name])))
+            one = client(server.url, timeout_s=0.3, tries=1)
+        threads = len(workers())
+        opened = descriptors()
+        with pytest.raises(mogplex.UnavailableError):
+            one.repos()
+        assert comes_true(lambda: len(workers()) <= threads and descriptors() <= opened)
+
+
+def dribble_a_handshake(connection: socket.socket) -> None:
+    """Open a tunnel, then begin the longest TLS record there is, byte by byte."""
+    dribble(b"HTTP/1.1 200 Connected\r\n\r\n\x16\x03\x03\x3f\xff\x02\x00\x3f\xf0", b"x")(connection)
+
+
+@needs_posix
+@pytest.mark.parametrize("step", [
+    dribble(b"HTTP/1.1 200 Connected\r\n", b"X: y\r\n"), dribble_a_handshake,
+])
+def test_neither_does_a_tunnel_s_or_a_tls_handshake(
+    step: Step, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with RawServer(steps(step)) as server:
+        threads = len(workers())
+        opened = descriptors()
+        with pytest.raises(mogplex.UnavailableError):
+            proxied(monkeypatch, server.url, BARE, timeout_s=0.3, tries=1).repos()
+        assert comes_true(lambda: len(workers()) <= threads and descriptors() <= opened)
+
+
+@needs_posix
+@pytest.mark.parametrize("name", ["a body", "chunks", "trailers"])
+def test_a_given_session_s_connection_is_closed_from_outside_too(name: str) -> None:
+    import requests
+    with RawServer(steps(ENDLESS[name])) as server, requests.Session() as session:
+        threads = len(workers())
+        opened = descriptors()
+        with pytest.raises(mogplex.UnavailableError):
+            client(server.url, timeout_s=0.3, tries=1, session=session).repos()
+        assert comes_true(lambda: len(workers()) <= threads and descriptors() <= opened)
+
+
+@needs_posix
+def test_whoever_leaves_a_stream_takes_its_thread_and_connection_along() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    with RawServer(steps(dribble(head, b": x\n\n"))) as server, client(server.url) as one:
+        opened = descriptors()
+        with one.open_events("r", lambda: None, True, 9, "", 9.0) as exchange:
+            assert exchange.streams and exchange.piece(10.0)
+        assert comes_true(lambda: not workers() and descriptors() <= opened)
+
+
+@needs_posix
+def test_many_requests_leave_no_descriptor_behind() -> None:
+    """Each holds a duplicate of its socket while it lasts."""
+    with Kept(lambda *_: kept(envelope(REPOS))) as server, client(server.url) as one:
+        one.repos()
+        opened = descriptors()
+        for _ in range(20):
+            one.repos()
+        assert comes_true(lambda: descriptors() <= opened)
+    assert set(server.used) == {1}
+
+
+def test_a_thread_that_cannot_be_started_is_one_clear_line() -> None:
+    size = threading.stack_size(1 << 46)  # more than there is room for
+    try:
+        with pytest.raises(mogplex.MogplexError, match="cannot start a thread: ") as error:
+            client("http://127.0.0.1:1", tries=1).repos()
+    finally:
+        threading.stack_size(size)
+    assert type(error.value) is mogplex.MogplexError and not error.value.delivered
+
+
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+def forked(child: Callable[[], object]) -> int:
+    """Run ``child`` in a fork, which ends within 20 s; its process id."""
+    process = os.fork()
+    if process:
+        return process
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(20)
+    code = 1
+    try:
+        child()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def echo_run(number: int, request: str, connection: socket.socket) -> bytes:
+    """The answer about the run that was asked for."""
+    run_id = request.split(" ")[1].rpartition("/")[2]
+    return kept(envelope({"run": {"runId": run_id}}))
+
+
+@needs_posix
+@forks
+@pytest.mark.parametrize("is_given", [False, True])
+def test_both_sides_of_a_fork_have_connections_of_their_own(is_given: bool) -> None:
+    """On one connection each would get the other's answers."""
+    import requests
+    session = requests.Session() if is_given else None
+    with Kept(echo_run) as server, client(server.url, session=session) as one:
+        def ask(side: str) -> None:
+            for number in range(20):
+                assert one.run(f"{side}{number}")["runId"] == f"{side}{number}"
+        ask("before")
+        child = forked(lambda: ask("child"))
+        ask("parent")
+        assert os.waitpid(child, 0)[1] == 0
+        asked = [request.split(" ")[1].rpartition("/")[2] for request in server.requests]
+        used = dict(zip(asked, server.used))
+        assert used["before0"] == used["parent19"] and used["child0"] != used["before0"]
+    if session:
+        session.close()
+
+
+@needs_posix
+@forks
+def test_a_fork_while_a_thread_holds_the_client_s_lock_holds_up_nobody() -> None:
+    children: List[int] = []
+    with Kept(lambda *_: kept(envelope(REPOS))) as server, client(server.url) as one:
+        one.repos()
+
+        def clock() -> float:  # read under the lock
+            if not children:
+                children.append(-1)
+                children[0] = forked(one.repos)
+            return time.monotonic()
+        one.transport.clock = clock
+        assert one.repos() == REPOS["repos"]
+        assert os.waitpid(children[0], 0)[1] == 0
+
+
+@needs_posix
+@forks
+def test_a_fork_s_child_that_ends_does_not_end_its_parent_s_stream() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+    with RawServer(steps(dribble(head, b": x\n\n"))) as server, client(server.url) as one:
+        with one.open_events("r", lambda: None, True, 9, "", 9.0) as exchange:
+            assert exchange.piece(10.0)
+            child = forked(exchange.__exit__)
+            assert os.waitpid(child, 0)[1] == 0
+            for _ in range(20):
+                assert exchange.piece(10.0)
+
+
+@pytest.mark.parametrize("url", [
+    "http://10.0.0.1", "http://mogplex.com", "http://127.0.0.1.evil.example", "https://[::1",
+    "mogplex.com", "//mogplex.com", "", "ftp://mogplex.com", "https://me:pw@mogplex.com",
+    "https://h?q", "https://h:99999", "https://h/a b",
+])
+def test_a_base_url_that_would_send_the_token_in_clear_or_nowhere_is_refused(url: str) -> None:
+    with pytest.raises(mogplex.UsageError, match="base_url") as error:
+        mogplex.Client(TOKEN, base_url=url)
+    assert TOKEN not in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_an_embedder_may_use_http_to_this_machine(host: str) -> None:
+    assert mogplex.Client(TOKEN, f"http://{host}:1/api/").base_url == f"http://{host}:1/api"
+
+
+def test_a_sign_in_is_not_renewed_in_clear() -> None:
+    with RawServer(steps(GOOD)) as server, client(server.url) as one:
+        with pytest.raises(mogplex.UsageError, match="http://10.0.0.1"):
+            one.post_form("http://10.0.0.1/api/auth/mcp/token", {"refresh_token": "r"})
+    assert server.requests == []
+
+
+@pytest.mark.parametrize("token", [None, ""])
+def test_no_token_is_an_unauthorized_error(token: Any) -> None:
+    with pytest.raises(mogplex.UnauthorizedError):
+        mogplex.Client(token)
+
+
+REFRESH_TOKEN = "refresh-" + "R3fresh" * 4
+ECHOES: Dict[str, Callable[[str], Step]] = {
+    "message": lambda text: refusal(400, "BAD", f"not {text}"),
+    "cut message": lambda text: refusal(400, "BAD", "y" * 985 + text),
+    "code": lambda text: refusal(400, f"BAD_{text}", "no"),
+    "bare error": lambda text: answer(504, {"error": f"no {text}"}),
+    "type": lambda text: answer(200, "<html>", Content_Type=f"text/{text}"),
+    "redirect": lambda text: answer(302, Location=f"https://x.invalid/{text}"),
+    "cut redirect": lambda text: answer(302, Location="https://x.invalid/" + "y" * 470 + text),
+    "encoding": lambda text: answer(200, b"", Content_Encoding=text),
+    "status line": lambda text: f"HTTP/1.1 {text}\r\n\r\n".encode(),
+    "another run": lambda text: ok({"run": {"runId": text}}),
+    "data": lambda text: ok({"run": {"runId": "r", "error": f"it said {text}"}}),
+    "a key": lambda text: ok({"run": {"runId": "r", text: 1}}),
+}
+SPELLINGS: Dict[str, Callable[[str], str]] = {
+    "plain": str,
+    "in base64": lambda secret: base64.b64encode(f"x:{secret}".encode()).decode(),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+@pytest.mark.parametrize("secret", [TOKEN, REFRESH_TOKEN])
+def test_no_answer_and_no_error_holds_a_token(echo: str, spelling: str, secret: str) -> None:
+    told = SPELLINGS[spelling](secret)
+    credential = mogplex.Credential(TOKEN, refresh_token=REFRESH_TOKEN)
+    lines: List[str] = []
+    shown = ""
+    with RawServer(steps(ECHOES[echo](told))) as server:
+        with mogplex.Client(credential, server.url, tries=1, log=lines.append) as one:
+            try:
+                shown = repr(one.run("r"))
+            except mogplex.MogplexError as error:
+                shown = f"{error!r} {error} {error.hint} {error.code}"
+    for text in (shown, *lines):
+        assert told[8:16] not in text and secret not in text
+
+
+def test_a_token_in_a_request_is_not_in_its_log_or_error() -> None:
+    """``mogplex runs get $MOGPLEX_API_KEY`` is a slip of the hand."""
+    lines: List[str] = []
+    with RawServer(steps(answer(500))) as server:
+        with client(server.url, tries=1, log=lines.append) as one:
+            with pytest.raises(mogplex.MogplexError) as error:
+                one.run(TOKEN)
+    assert TOKEN not in f"{error.value!r} {error.value.hint} {lines}" and len(lines) == 1
+
+
+def test_a_given_session_keeps_its_certificates_proxies_and_adapters(tmp_path: Any) -> None:
+    import requests
+    import requests.adapters
+    seen: List[Tuple[Any, Any, Any]] = []
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def send(self, request: Any, *args: Any, **settings: Any) -> Any:
+            seen.append((settings["verify"], settings["cert"], dict(settings["proxies"])))
+            return super().send(request, *args, **settings)
+    certificate = str(tmp_path / "client.pem")
+    (tmp_path / "client.pem").write_text("")
+    with RawServer(steps(GOOD)) as server, requests.Session() as session:
+        session.trust_env = False
+        session.verify = False
+        session.cert = certificate
+        session.proxies = {"http": server.url}
+        session.mount("http://", Adapter())
+        assert client("http://localhost:1", session=session).repos() == REPOS["repos"]
+        assert server.requests[0].startswith("GET http://localhost:1/api/v1/mogplex/repos ")
+    assert seen == [(False, certificate, {"http": server.url})]
+
+
+def test_what_a_client_with_a_session_is_asked_for_counts() -> None:
+    import requests
+    import requests.adapters
+    seen: List[Any] = []
+
+    class Adapter(requests.adapters.HTTPAdapter):
+        def send(self, request: Any, *args: Any, **settings: Any) -> Any:
+            seen.append(settings["verify"])
+            return super().send(request, *args, **settings)
+    with RawServer(steps(GOOD)) as server, requests.Session() as session:
+        session.mount("http://", Adapter())
+        client(server.url, session=session, verify="/ca.pem").repos()
+    assert seen == ["/ca.pem"]
+
+
+def test_a_directory_of_certificates_is_trusted(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SSL_CERT_DIR names such a one; OpenSSL finds a CA in it by the hash of its name."""
+    if not shutil.which("openssl"):
+        pytest.skip("needs openssl")
+    with Tunnel(tmp_path, steps(GOOD), "mogplex.com") as tunnel:
+        command = ["openssl", "x509", "-noout", "-subject_hash", "-in", tunnel.ca]
+        name = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.decode().strip()
+        trusted = tmp_path / "certificates"
+        trusted.mkdir()
+        with proxied(monkeypatch, tunnel.proxy.url, BARE, verify=str(trusted)) as one:
+            with pytest.raises(mogplex.MogplexError, match="TLS"):
+                one.repos()
+        shutil.copy(tunnel.ca, str(trusted / f"{name}.0"))
+        with proxied(monkeypatch, tunnel.proxy.url, BARE, verify=str(trusted)) as one:
+            assert one.repos() == REPOS["repos"]
 
 
 def test_what_is_sent() -> None:
