@@ -1742,20 +1742,27 @@ def sign_in(
 
 # ---------------------------------------------------------------- 4. Client
 
+Headers = Mapping[str, Union[str, bytes]]
+Params = Mapping[str, object]
+Tick = Callable[[], None]  # called at least every quarter of a second; may raise to end a wait
+
 MAX_BODY = 32 << 20      # bytes, after decompression
 READ_SIZE = 1 << 18      # bytes read at once, at most
 INFLATED_SIZE = 1 << 20  # bytes decompressed at once, at most: half a MiB can hold half a GiB
+MAX_EVENT_ID = 4096      # bytes; a longer one is not sent back
 LONGEST_WAIT_S = 0.25    # in one go: on Windows Ctrl+C does not wake a waiting lock
 LONGEST_ASKED_S = 5.0    # the longest Retry-After that a one-shot command waits for
-# The service closes an idle connection after 5 to 6 s, and a reused one then fails on its first byte.
+# The service closes an idle connection after 5 to 6 s; a reused one then fails on its first byte.
 KEEP_ALIVE_S = 4.5
 JSON_TYPE = "application/json"
 STREAM_TYPE = "text/event-stream"
+FORM_TYPE = "application/x-www-form-urlencoded"
+REPEATABLE_METHODS = ("GET", "PUT", "DELETE")
 SERVICE_HOSTS = {"www.mogplex.com", "mogplex.com"}  # which may redirect to each other
 
 
 class Shape(NamedTuple):
-    """What the ``data`` of a good answer must hold. Anything else may be missing, or of an odd type."""
+    """What the ``data`` of a good answer must hold; all else may be missing, or of an odd type."""
 
     lists: Tuple[str, ...] = ()
     objects: Tuple[str, ...] = ()
@@ -1775,13 +1782,17 @@ class Request(NamedTuple):
 
     method: str
     url: str  # with its query
-    headers: Mapping[str, Union[str, bytes]]
+    headers: Headers
     limits: Limits
     body: Optional[bytes] = None
     authorized: bool = True    # our token is sent with it
     renews: bool = True        # when the token is refused, it is renewed and the request sent again
     repeatable: bool = False   # sending it twice does no more than sending it once
     expects: Shape = Shape()
+
+    def expecting(self, **shape: Any) -> Request:
+        """The same, for an answer of this Shape."""
+        return self._replace(expects=Shape(**shape))
 
     @property
     def keyed(self) -> bool:
@@ -1803,6 +1814,19 @@ def misfit(data: Json, shape: Shape) -> str:
     return ""
 
 
+def request_headers(**more: Union[str, bytes]) -> Dict[str, Union[str, bytes]]:
+    """Those of every request, and ``more``, named with ``_`` for ``-``, but for empty ones."""
+    headers: Dict[str, Union[str, bytes]] = {
+        "Accept": JSON_TYPE,
+        "Accept-Encoding": "identity",
+        "User-Agent": f"mogplex/{__version__}",
+    }
+    for name, value in more.items():
+        if value:
+            headers[name.replace("_", "-")] = value
+    return headers
+
+
 def path_segment(identifier: str) -> str:
     """An id as one segment of a URL's path; UsageError for one that would name another path."""
     identifier = identifier.strip()
@@ -1811,14 +1835,18 @@ def path_segment(identifier: str) -> str:
     return urllib.parse.quote(identifier, safe="", errors="replace")
 
 
-def query_string(params: Mapping[str, object]) -> str:
-    """``?`` and those of ``params`` that are neither None nor empty; "" when there are none.
+def with_query(url: str, params: Params) -> str:
+    """``url`` and those of ``params`` that are neither None nor empty.
 
     What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
     """
-    given = {name: str(value) for name, value in params.items() if value not in ("", None)}
-    query = urllib.parse.urlencode(given, errors="replace")
-    return query and "?" + query
+    given = {}
+    for name, value in params.items():
+        if value not in ("", None):
+            given[name] = str(value)
+    if not given:
+        return url
+    return f"{url}?{urllib.parse.urlencode(given, errors='replace')}"
 
 
 def json_body(body: object) -> bytes:
@@ -1840,36 +1868,47 @@ def split_url(url: str, location: str = "") -> urllib.parse.SplitResult:
 
 
 def redirect_target(url: str, status: int, location: str) -> str:
-    """Where the token may follow a redirect: 307 or 308, between the service's two hosts; else ""."""
+    """Where the token may follow: a 307 or 308 between the service's two hosts; else ""."""
     if status not in (307, 308):
         return ""
     here = split_url(url)
     there = split_url(url, location)
     if not here.scheme == there.scheme == "https":
         return ""
-    if {here.netloc.lower(), there.netloc.lower()} != SERVICE_HOSTS:
+    hosts = {here.netloc.lower(), there.netloc.lower()}
+    if hosts != SERVICE_HOSTS:
         return ""
     return there.geturl()
 
 
 def redirect_error(url: str, status: int, location: str) -> MogplexError:
     """The error for a redirect that is not followed."""
+    here = split_url(url)
     there = split_url(url, location)
-    if there.path.endswith("/login") and there.netloc == split_url(url).netloc:
-        hint = "the token was not understood, or MOGPLEX_URL is not the service's base URL"
+    if there.netloc == here.netloc and there.path.endswith("/login"):
         return UnauthorizedError(
-            "the service asks for a sign-in", code="UNAUTHORIZED", status=status, hint=hint)
-    target = sanitize(there.geturl() or location)
+            "the service asks for a sign-in",
+            code="UNAUTHORIZED",
+            status=status,
+            hint="the token was not understood, or MOGPLEX_URL is not the service's base URL",
+        )
+    target = sanitize(there.geturl() or location)[:500]
     return InvalidResponseError(
-        f"refused to follow a redirect to {target[:500]}", code="REDIRECT", status=status,
-        hint="check MOGPLEX_URL: the token is sent to no other address")
+        f"refused to follow a redirect to {target}",
+        code="REDIRECT",
+        status=status,
+        hint="check MOGPLEX_URL: the token is sent to no other address",
+    )
 
 
 def unexpected_response(headers: Mapping[str, str], size: int) -> str:
     """What to say of an answer of so many characters that is not the service's."""
-    content_type = sanitize(headers.get("Content-Type")).split(";")[0].strip()
-    message = f"unexpected response ({content_type or 'no content type'}, {size} characters)"
-    if "html" in content_type.lower():
+    content_type = sanitize(headers.get("Content-Type"))
+    media_type = content_type.partition(";")[0].strip()
+    if not media_type:
+        media_type = "no content type"
+    message = f"unexpected response ({media_type}, {size} characters)"
+    if "html" in media_type.lower():
         message += ": is a proxy or login page in between?"
     return message
 
@@ -1887,7 +1926,11 @@ def malformed_id_hint(url: str) -> str:
 
 
 def answer_error(
-    url: str, status: int, headers: Mapping[str, str], answer: object, size: int,
+    url: str,
+    status: int,
+    headers: Mapping[str, str],
+    answer: object,
+    size: int,
 ) -> MogplexError:
     """The MogplexError for an answer that is no success in the service's envelope.
 
@@ -1896,11 +1939,11 @@ def answer_error(
     kind: Type[MogplexError] = InvalidResponseError
     if status >= 300:
         kind = error_class(status)
-    code = sanitize(text_of(answer, "error", "code"))
-    message = sanitize(text_of(answer, "error", "message") or text_of(answer, "error"))
-    if not message and not code:
-        message = unexpected_response(headers, size)
-    error = kind(message[:1000] or "no message", code=code[:100], status=status)
+    code = text_of(answer, "error", "code")
+    message = text_of(answer, "error", "message") or text_of(answer, "error")
+    if not message:
+        message = "no message" if code else unexpected_response(headers, size)
+    error = kind(sanitize(message)[:1000], code=sanitize(code)[:100], status=status)
     if status == 500:  # what a malformed id is answered
         error.hint = malformed_id_hint(url)
     error.retry_after_s = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
@@ -1917,12 +1960,14 @@ def should_retry(error: MogplexError, attempt: int, tries: int, keyed: bool) -> 
         return False  # the caller is told how long to wait, and decides
     if isinstance(error, InvalidResponseError) and not keyed:
         return False  # it would come garbled again; with a key, the answer to a start is worth it
-    return (error.retry_after_s or 0.0) <= LONGEST_ASKED_S
+    asked_s = error.retry_after_s or 0.0
+    return asked_s <= LONGEST_ASKED_S
 
 
 def retry_delay_s(error: MogplexError, attempt: int, random: float) -> float:
     """How long to wait before that."""
-    return max(error.retry_after_s or 0.0, backoff_s(attempt, random))
+    asked_s = error.retry_after_s or 0.0
+    return max(asked_s, backoff_s(attempt, random))
 
 
 def tries_after(error: MogplexError, attempt: int, tries: int, keyed: bool) -> int:
@@ -1964,7 +2009,9 @@ class Cause:
             cause = cause.__context__
         self.root: Any = chain[-1]
         self.text = " ".join(map(str, chain))
-        self.kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
+        self.kinds: Set[str] = set()
+        for one in chain:
+            self.kinds.update(kind.__name__ for kind in type(one).__mro__)
 
     def lost(self, limit_s: float) -> Tuple[str, bool]:
         """How the connection was lost, and whether the request may have arrived before that."""
@@ -1999,8 +2046,12 @@ def proxy_error(cause: Cause, limit_s: float, proxy: str) -> Optional[MogplexErr
             words = refused.group(1)
             delivered = False
         return UnavailableError(
-            f"no connection through the proxy {proxy}: {words}", code="PROXY",
-            delivered=delivered, transient=True, hint="check HTTPS_PROXY and NO_PROXY")
+            f"no connection through the proxy {proxy}: {words}",
+            code="PROXY",
+            delivered=delivered,
+            transient=True,
+            hint="check HTTPS_PROXY and NO_PROXY",
+        )
     if cause.kinds & (BAD_URL_ERRORS | {"ValueError"}):
         hint = "check HTTPS_PROXY; a SOCKS proxy needs PySocks"
         return UsageError(f"the proxy {proxy} cannot be used", hint=hint)
@@ -2052,11 +2103,11 @@ class Answer:
         self.status: int = response.status_code
         self.headers: Any = response.headers  # names in any case
         self._raw = response.raw
-        # http.client's answer, under urllib3's; what an adapter of the embedder's gives may have none.
+        # http.client's answer, under urllib3's; that of an embedder's adapter may have none.
         self._source = getattr(response.raw, "_fp", response.raw)
 
     def pass_over_interim(self) -> None:
-        """Read on to the final answer; http.client itself passes over nothing but "100 Continue"."""
+        """Read on to the final answer; http.client itself passes over "100 Continue" alone."""
         while 100 <= self.status < 200 and self.status != 101:
             self._source.headers = None  # makes begin() read one more
             self._source.begin()
@@ -2074,13 +2125,12 @@ class Answer:
 
     def pieces(self) -> Iterator[bytes]:
         """The body, decompressed, as it arrives. We ask for no compression; a proxy may add it."""
-        encoding = self.headers.get("Content-Encoding", "").strip().lower()
-        if encoding in ("", "identity"):
+        encoding = self.headers.get("Content-Encoding", "").strip()
+        if encoding.lower() in ("", "identity"):
             return self._raw_pieces()
-        if encoding == "gzip":
+        if encoding.lower() == "gzip":
             return inflate(self._raw_pieces())
-        raise InvalidResponseError(
-            f"unknown encoding of the response: {sanitize(encoding)[:100]}", delivered=True)
+        raise InvalidResponseError(f"unknown encoding of the response: {encoding}", delivered=True)
 
     def _raw_pieces(self) -> Iterator[bytes]:
         """The body as it arrives; ConnectionResetError when it is cut short.
@@ -2101,22 +2151,22 @@ class Answer:
 
     def _length(self) -> Any:
         """The bytes of the body as announced, infinity when they are not."""
+        encoding = self.headers.get("Transfer-Encoding", "")
         length = self.headers.get("Content-Length", "")
-        chunked = "chunked" in self.headers.get("Transfer-Encoding", "").lower()
-        if chunked or not re.match("[0-9]{1,18}\\Z", length):
+        if "chunked" in encoding.lower() or not re.match("[0-9]{1,18}\\Z", length):
             return float("inf")
         return int(length)
 
     def keep(self) -> None:
         """Give back the connection of an answer that was read to its end, for the next request."""
-        if getattr(self._source, "will_close", True) or not hasattr(self._raw, "release_conn"):
+        if getattr(self._source, "will_close", True):  # or it is none of http.client's
             self.close()
-            return
-        self._source.close()  # tells http.client that this answer is over
-        self._raw.release_conn()
+        else:
+            self._source.close()  # tells http.client that this answer is over
+            self._raw.release_conn()
 
     def close(self) -> None:
-        """Close the connection, unless it was given back: nobody knows where a next answer begins."""
+        """Close a connection not given back: nobody knows where on it a next answer begins."""
         self._raw.close()
 
 
@@ -2174,7 +2224,9 @@ class Worker(threading.Thread):
     """
 
     def __init__(
-        self, send: Callable[[], Answer], explain: Callable[[Exception], Exception],
+        self,
+        send: Callable[[], Answer],
+        explain: Callable[[Exception], Exception],
     ) -> None:
         super().__init__(daemon=True)
         self.handle = SocketHandle()
@@ -2242,6 +2294,11 @@ def do_nothing() -> None:
     """The tick of an exchange that nobody watches."""
 
 
+def as_it_is(error: MogplexError) -> MogplexError:
+    """What is known of most errors beyond themselves: nothing."""
+    return error
+
+
 class Exchange:
     """One request and its answer, on a thread of its own; used in a ``with`` statement.
 
@@ -2251,8 +2308,12 @@ class Exchange:
     """
 
     def __init__(
-        self, request: Request, worker: Worker, tick: Callable[[], None],
-        clean: Callable[[str], str], report: Callable[[str], None],
+        self,
+        request: Request,
+        worker: Worker,
+        tick: Tick,
+        clean: Callable[[str], str],
+        report: Callable[[str, int, float, int], None],
     ) -> None:
         self.url = request.url
         self.status = 0
@@ -2280,16 +2341,16 @@ class Exchange:
 
     def __exit__(self, *_: object) -> None:
         self._worker.leave()
-        took_ms = (time.monotonic() - self._started) * 1000
-        outcome = self.status or "no answer"
-        self._report(f"{self.url} {outcome} {took_ms:.0f} ms {self._worker.size} bytes")
+        took_s = time.monotonic() - self._started
+        self._report(self.url, self.status, took_s, self._worker.size)
 
     @property
     def streams(self) -> bool:
         """Whether the answer is a stream of server-sent events."""
-        content_type = self.headers.get("Content-Type") or ""
-        media_type = content_type.split(";")[0].strip().lower()
-        return self.status == 200 and media_type == STREAM_TYPE
+        if self.status != 200:
+            return False
+        media_type: str = self.headers.get("Content-Type", "").partition(";")[0]
+        return media_type.strip().lower() == STREAM_TYPE
 
     def text(self) -> str:
         """The whole body, invalid UTF-8 replaced, redacted; within the limits of time and size."""
@@ -2300,9 +2361,8 @@ class Exchange:
                 return self.clean(body.decode("utf-8-sig", "replace"))
             body += piece
             if len(body) > MAX_BODY:
-                raise InvalidResponseError(
-                    f"refused a response of over {MAX_BODY >> 20} MiB", code="TOO_LARGE",
-                    delivered=True)
+                message = f"refused a response of over {MAX_BODY >> 20} MiB"
+                raise InvalidResponseError(message, code="TOO_LARGE", delivered=True)
 
     def data(self) -> Json:
         """The ``data`` of a good answer; the MogplexError that any other one means."""
@@ -2321,9 +2381,9 @@ class Exchange:
             raise answer_error(url, self.status, self.headers, answer, len(text))
         problem = misfit(data, self._request.expects)
         if problem:
+            message = f"unexpected response: {problem}"
             raise InvalidResponseError(
-                f"unexpected response: {problem}", status=self.status,
-                delivered=True, transient=True)
+                message, status=self.status, delivered=True, transient=True)
         return data
 
     def piece(self, idle_s: float) -> Optional[bytes]:
@@ -2338,9 +2398,8 @@ class Exchange:
         limit_s = self._request.limits.total_s
         item = self._next(self._started + limit_s)
         if item == b"":
-            raise UnavailableError(
-                f"no complete answer within {limit_s:g} s", code="UNAVAILABLE",
-                delivered=True, transient=True)
+            message = f"no complete answer within {limit_s:g} s"
+            raise UnavailableError(message, code="UNAVAILABLE", delivered=True, transient=True)
         return item
 
     def _next(self, until: float) -> Any:
@@ -2392,8 +2451,10 @@ def held_pool(kind: Any) -> Any:
 
 def hold_connections(manager: Any) -> Any:
     """Make one of urllib3's pool managers use held pools."""
-    kinds = manager.pool_classes_by_scheme
-    manager.pool_classes_by_scheme = {scheme: held_pool(kinds[scheme]) for scheme in kinds}
+    kinds = {}
+    for scheme, kind in manager.pool_classes_by_scheme.items():
+        kinds[scheme] = held_pool(kind)
+    manager.pool_classes_by_scheme = kinds
     return manager
 
 
@@ -2444,7 +2505,7 @@ class Stamp:
     its whole body into memory, though redirects are not followed.
     """
 
-    def __init__(self, headers: Mapping[str, Union[str, bytes]]) -> None:
+    def __init__(self, headers: Headers) -> None:
         self.answer: Optional[Answer] = None
         self._headers = headers
 
@@ -2480,7 +2541,7 @@ class Transport:
         self._pid = os.getpid()
 
     def send(self, request: Request, token: str) -> Answer:
-        """The answer to ``request``, with ``token`` unless that is ""; any exception of requests."""
+        """The answer to ``request``, sent with ``token`` if any; any exception of requests."""
         headers = dict(request.headers)
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -2488,9 +2549,15 @@ class Transport:
         limits = request.limits
         read_s = max(limits.total_s, limits.idle_s + LONGEST_WAIT_S)
         response = self._take_session().request(
-            request.method, request.url, data=request.body, auth=stamp,
-            timeout=(limits.connect_s, read_s), allow_redirects=False, stream=True,
-            **self._settings(request.url))
+            request.method,
+            request.url,
+            data=request.body,
+            auth=stamp,
+            timeout=(limits.connect_s, read_s),
+            allow_redirects=False,
+            stream=True,
+            **self._settings(request.url),
+        )
         answer = stamp.answer or Answer(response)
         try:
             answer.pass_over_interim()
@@ -2503,7 +2570,8 @@ class Transport:
         """The MogplexError that an exception of ``send``, or of reading the body, means."""
         if isinstance(error, MogplexError):
             return error
-        return transport_error(error, request.limits.total_s, self._proxy(request.url))
+        limit_s = request.limits.total_s
+        return transport_error(error, limit_s, self._proxy(request.url))
 
     def rest(self) -> None:
         """Note that an exchange is over: its connection is idle from now on."""
@@ -2520,9 +2588,10 @@ class Transport:
     def _take_session(self) -> Any:
         self._notice_fork()
         with self._lock:
+            idle_s = self.clock() - self._used_at
             if self._session is None:
                 self._session = new_session()
-            elif self._given is None and self.clock() - self._used_at > KEEP_ALIVE_S:
+            elif self._given is None and idle_s > KEEP_ALIVE_S:
                 self._session.close()  # its idle connections; the session goes on working
             self._used_at = self.clock()
             return self._session
@@ -2538,7 +2607,7 @@ class Transport:
             self._given.close()  # the child's copies of its idle connections
 
     def _settings(self, url: str) -> Json:
-        """Proxies and certificates for requests; a given session has its own, except what is asked for."""
+        """Proxies and certificates for requests; a given session has its own, unless asked."""
         settings: Json = {}
         if self._given is None or self._verify is not True:
             settings["verify"] = self._verify
@@ -2586,14 +2655,25 @@ class Client:
     """
 
     def __init__(
-        self, token: Union[str, Credential], base_url: str = DEFAULT_URL, *, session: Any = None,
-        timeout_s: float = 30.0, connect_timeout_s: float = 10.0, tries: int = 3,
-        trust_env: bool = False, verify: Union[bool, str] = True,
+        self,
+        token: Union[str, Credential],
+        base_url: str = DEFAULT_URL,
+        *,
+        session: Any = None,
+        timeout_s: float = 30.0,
+        connect_timeout_s: float = 10.0,
+        tries: int = 3,
+        trust_env: bool = False,
+        verify: Union[bool, str] = True,
         log: Optional[Callable[[str], None]] = None,
-        sleep: Callable[[float], None] = time.sleep, random: Callable[[], float] = random_unit,
+        sleep: Callable[[float], None] = time.sleep,
+        random: Callable[[], float] = random_unit,
     ) -> None:
         self.base_url = parse_base_url(base_url, allow_http=True, source="base_url")
-        self.credential = token if isinstance(token, Credential) else Credential(token)
+        if isinstance(token, Credential):
+            self.credential = token
+        else:
+            self.credential = Credential(token)
         self.transport = Transport(session, verify, trust_env)
         self._limits = Limits(timeout_s, connect_timeout_s)
         self._tries = tries
@@ -2616,30 +2696,46 @@ class Client:
         self.transport.close()
 
     def request(
-        self, method: str, path: str, *, params: Optional[Mapping[str, object]] = None,
-        body: Optional[Json] = None, idempotency_key: str = "",
+        self,
+        method: str,
+        path: str,
+        *,
+        params: Optional[Params] = None,
+        body: Optional[Json] = None,
+        idempotency_key: str = "",
     ) -> Json:
         """Any route, ``path`` being what follows ``/api/v1/mogplex``: the ``data`` of its answer.
 
         Sent again after a fault where that does no harm: a GET, PUT or DELETE, or one with a key.
         """
-        return self._answered(self._api_request(method, path, params, body, idempotency_key))
+        request = self._api_request(method, path, params, body, idempotency_key)
+        return self._answered(request)
 
-    def repos(self, query: str = "", repo_id: str = "", limit: Optional[int] = None) -> List[Json]:
+    def repos(
+        self,
+        query: str = "",
+        repo_id: str = "",
+        limit: Optional[int] = None,
+    ) -> List[Json]:
         """GET /repos, by name; ``query`` is part of one, in which ``_`` and ``%`` are wildcards."""
-        return self._listed("repos", "/repos", q=query, id=repo_id, limit=limit)
+        params = {"q": query, "id": repo_id, "limit": limit}
+        return self._listed("repos", "/repos", params)
 
     def sandboxes(
-        self, repo_id: str = "", status: str = "", limit: Optional[int] = None,
+        self,
+        repo_id: str = "",
+        status: str = "",
+        limit: Optional[int] = None,
     ) -> List[Json]:
         """GET /sandboxes, newest activity first."""
-        return self._listed("sandboxes", "/sandboxes", repo_id=repo_id, status=status, limit=limit)
+        params = {"repo_id": repo_id, "status": status, "limit": limit}
+        return self._listed("sandboxes", "/sandboxes", params)
 
     def sandbox_logs(self, sandbox_id: str) -> Json:
-        """GET /sandboxes/{id}/logs: ``{sandbox: {..., install_log, dev_log}, lifecycle_events}``."""
+        """GET /sandboxes/{id}/logs: ``{sandbox: {install_log, dev_log, ...}, lifecycle_events}``."""
         request = self._api_request("GET", f"/sandboxes/{path_segment(sandbox_id)}/logs")
-        expected = Shape(objects=("sandbox",), lists=("lifecycle_events",))
-        return self._answered(request._replace(expects=expected))
+        expected = request.expecting(objects=("sandbox",), lists=("lifecycle_events",))
+        return self._answered(expected)
 
     def create_sandbox(self, body: Json) -> Json:
         """POST /sandboxes: the sandbox.
@@ -2648,11 +2744,11 @@ class Client:
         sent twice: the service takes no idempotency key for it.
         """
         request = self._api_request("POST", "/sandboxes", body=body)
-        data = self._answered(request._replace(expects=Shape(objects=("sandbox",))))
+        data = self._answered(request.expecting(objects=("sandbox",)))
         return dict_of(data, "sandbox")
 
     def stop_sandbox(self, sandbox_id: str) -> Json:
-        """POST /sandboxes/{id}/stop, which does not exist yet: InvalidResponse or 404 until then."""
+        """POST /sandboxes/{id}/stop, a route yet to come: InvalidResponse or 404 until then."""
         request = self._api_request("POST", f"/sandboxes/{path_segment(sandbox_id)}/stop")
         return self._answered(request._replace(repeatable=True))
 
@@ -2684,8 +2780,8 @@ class Client:
     def cancel(self, run_id: str) -> Json:
         """POST /runs/{id}/cancel, safe to repeat: ``{run, status, alreadyTerminal}``."""
         request = self._api_request("POST", f"/runs/{path_segment(run_id)}/cancel")
-        expected = Shape(run_id=run_id.strip())
-        return self._answered(request._replace(repeatable=True, expects=expected))
+        repeatable = request._replace(repeatable=True)
+        return self._answered(repeatable.expecting(run_id=run_id.strip()))
 
     def agents(self) -> List[Json]:
         """GET /agents."""
@@ -2710,11 +2806,15 @@ class Client:
         ]
 
     def post_form(self, url: str, form: Dict[str, str]) -> Tuple[int, Json]:
-        """POST a form without our token: (HTTP status, JSON object or {}); errors as of a request."""
+        """POST a form without our token: (HTTP status, JSON object or {}); errors as elsewhere."""
         request = Request(
-            "POST", parse_base_url(url, allow_http=True, source="URL"),
-            self._headers({"Content-Type": "application/x-www-form-urlencoded"}), self._limits,
-            body=urllib.parse.urlencode(form).encode(), authorized=False)
+            "POST",
+            parse_base_url(url, allow_http=True, source="URL"),
+            request_headers(Content_Type=FORM_TYPE),
+            self._limits,
+            body=urllib.parse.urlencode(form).encode(),
+            authorized=False,
+        )
         try:
             with self._open(request) as exchange:
                 text = exchange.text()
@@ -2732,72 +2832,84 @@ class Client:
                 return exchange.status, answer
         return exchange.status, {}
 
-    def open_run(self, run_id: str, tick: Callable[[], None], renew: bool = True) -> Exchange:
+    def open_run(self, run_id: str, tick: Tick, renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not sent again, for a tail; ``tick`` is called while it takes.
 
         A refused token is renewed where ``renew`` says so.
         """
-        return self._open(self._run_request(run_id)._replace(renews=renew), tick)
+        request = self._run_request(run_id)
+        return self._open(request._replace(renews=renew), tick)
 
     def open_events(
-        self, run_id: str, tick: Callable[[], None], renew: bool, limit: int, last_event_id: str,
+        self,
+        run_id: str,
+        tick: Tick,
+        renew: bool,
+        limit: int,
+        last_event_id: str,
         idle_s: float,
     ) -> Exchange:
         """The same for a run's events, as a stream if the service offers one.
 
         That resumes after ``last_event_id``, and may be silent for ``idle_s``.
         """
-        request = self._events_request(run_id, limit)
-        headers = {**request.headers, "Accept": f"{STREAM_TYPE}, {JSON_TYPE}"}
         resume_at = last_event_id.encode("utf-8", "replace")  # a str would be sent as Latin-1
-        if 0 < len(resume_at) <= 4096:
-            headers["Last-Event-ID"] = resume_at
-        limits = request.limits._replace(idle_s=idle_s)
-        return self._open(request._replace(headers=headers, limits=limits, renews=renew), tick)
+        if len(resume_at) > MAX_EVENT_ID:
+            resume_at = b""
+        request = self._events_request(run_id, limit)
+        request = request._replace(
+            headers=request_headers(Accept=f"{STREAM_TYPE}, {JSON_TYPE}", Last_Event_ID=resume_at),
+            limits=request.limits._replace(idle_s=idle_s),
+            renews=renew,
+        )
+        return self._open(request, tick)
 
-    def _headers(self, more: Mapping[str, Union[str, bytes]]) -> Mapping[str, Union[str, bytes]]:
-        agent = f"mogplex/{__version__}"
-        return {"Accept": JSON_TYPE, "Accept-Encoding": "identity", "User-Agent": agent, **more}
 
     def _api_request(
-        self, method: str, path: str, params: Optional[Mapping[str, object]] = None,
-        body: Optional[Json] = None, key: str = "",
+        self,
+        method: str,
+        path: str,
+        params: Optional[Params] = None,
+        body: Optional[Json] = None,
+        key: str = "",
     ) -> Request:
         """A request to the API, and whether it is repeatable by its method or its key."""
         if not path.startswith("/") or re.search(r"[\s?#\\]", path):
             raise UsageError(f"invalid path '{sanitize(path)}'")
-        headers = {}
         content = None
+        content_type = ""
         if body is not None:
             content = json_body(body)
-            headers["Content-Type"] = JSON_TYPE
-        if key:
-            headers["Idempotency-Key"] = key
-        url = self.base_url + API_PATH + path + query_string(params or {})
-        repeatable = method in ("GET", "PUT", "DELETE") or bool(key)
+            content_type = JSON_TYPE
         return Request(
-            method, url, self._headers(headers), self._limits, body=content, repeatable=repeatable)
+            method,
+            with_query(self.base_url + API_PATH + path, params or {}),
+            request_headers(Content_Type=content_type, Idempotency_Key=key),
+            self._limits,
+            body=content,
+            repeatable=bool(key) or method in REPEATABLE_METHODS,
+        )
 
     def _run_request(self, run_id: str) -> Request:
         request = self._api_request("GET", f"/runs/{path_segment(run_id)}")
-        return request._replace(expects=Shape(objects=("run",), run_id=run_id.strip()))
+        return request.expecting(objects=("run",), run_id=run_id.strip())
 
     def _events_request(self, run_id: str, limit: Optional[int]) -> Request:
         path = f"/runs/{path_segment(run_id)}/events"
         request = self._api_request("GET", path, params={"limit": limit})
-        return request._replace(expects=Shape(lists=("events",), run_id=run_id.strip()))
+        return request.expecting(lists=("events",), run_id=run_id.strip())
 
-    def _listed(self, key: str, path: str, **params: object) -> List[Json]:
+    def _listed(self, key: str, path: str, params: Params = {}) -> List[Json]:
         """The objects of the list that a route answers under ``key``."""
         request = self._api_request("GET", path, params)
-        return dicts_of(self._answered(request._replace(expects=Shape(lists=(key,)))), key)
+        data = self._answered(request.expecting(lists=(key,)))
+        return dicts_of(data, key)
 
-    def _open(
-        self, request: Request, tick: Callable[[], None] = do_nothing, attempt: int = 1,
-    ) -> Exchange:
+    def _open(self, request: Request, tick: Tick = do_nothing, attempt: int = 1) -> Exchange:
         """An exchange, not begun yet. For what its credential has to ask it waits too."""
         send = functools.partial(self._send_renewing, request)
-        worker = Worker(send, functools.partial(self._explain, request))
+        explain = functools.partial(self._explain, request)
+        worker = Worker(send, explain)
         report = functools.partial(self._report, request.method, attempt)
         clean: Callable[[str], str] = self._clean
         if not request.authorized:
@@ -2839,8 +2951,9 @@ class Client:
         return self._send_redirected(request, self.credential.token)
 
     def _answered(
-        self, request: Request,
-        refusal: Optional[Callable[[MogplexError], MogplexError]] = None,
+        self,
+        request: Request,
+        refusal: Callable[[MogplexError], MogplexError] = as_it_is,
     ) -> Json:
         """Rule 4, retries: the data of the first good answer; what is not repeatable is sent once.
 
@@ -2856,7 +2969,7 @@ class Client:
                     return exchange.data()
             except MogplexError as error:
                 failure = error
-            if refusal and not arrived:
+            if not arrived:
                 failure = refusal(failure)
             arrived = arrived or failure.delivered
             failure.delivered = arrived
@@ -2875,16 +2988,19 @@ class Client:
         if error.status != 503:
             return error
         request = self._api_request("GET", "/repos", params={"id": repo_id})
-        once = request._replace(repeatable=False, expects=Shape(lists=("repos",)))
+        once = request._replace(repeatable=False)
         try:
-            known = self._answered(once)["repos"]
+            known = self._answered(once.expecting(lists=("repos",)))["repos"]
         except MogplexError:
             return error
         if known:
             return error
         return MogplexError(
-            f"the service lists no repo '{sanitize(repo_id)}'", code="NOT_FOUND", status=503,
-            hint="find IDs via `mogplex repos list`")
+            f"the service lists no repo '{sanitize(repo_id)}'",
+            code="NOT_FOUND",
+            status=503,
+            hint="find IDs via `mogplex repos list`",
+        )
 
     def _clean(self, text: str) -> str:
         """``text`` without our tokens: whatever comes from outside passes here before it is cut."""
@@ -2899,11 +3015,22 @@ class Client:
             explained.args = (explained.message,)
         return explained
 
-    def _report(self, method: str, attempt: int, outcome: str) -> None:
+    def _report(
+        self,
+        method: str,
+        attempt: int,
+        url: str,
+        status: int,
+        took_s: float,
+        size: int,
+    ) -> None:
         """An exchange is over."""
         self.transport.rest()
-        if self._log:
-            self._log(self._clean(f"{method} {outcome} try {attempt}"))
+        if self._log is None:
+            return
+        outcome = status or "no answer"
+        line = f"{method} {url} {outcome} {took_s * 1000:.0f} ms {size} bytes try {attempt}"
+        self._log(self._clean(line))
 
 
 def start_recorded(

@@ -2294,6 +2294,14 @@ def test_a_refused_token_is_renewed_once_and_the_request_repeated() -> None:
             mogplex.Client(mogplex.Credential("never"), server.url).repos()
 
 
+def test_a_refused_token_is_not_renewed_where_that_is_not_wanted() -> None:
+    with RawServer(steps(refusal(401, "UNAUTHORIZED", "Unauthorized"))) as server:
+        with mogplex.Client(renewable(server.url), server.url) as one:
+            with one.open_run("r", lambda: None, renew=False) as exchange:
+                assert exchange.status == 401
+    assert len(server.requests) == 1
+
+
 def test_a_refresh_that_fails_delivers_no_request() -> None:
     with RawServer(steps(answer(500))) as server:
         with pytest.raises(mogplex.UnavailableError, match="sign-in service") as error:
@@ -2648,6 +2656,22 @@ def test_a_given_session_s_connection_is_closed_from_outside_too(name: str) -> N
         with pytest.raises(mogplex.UnavailableError):
             client(server.url, timeout_s=0.3, tries=1, session=session).repos()
         assert comes_true(lambda: len(workers()) <= threads and descriptors() <= opened)
+
+
+@needs_posix
+@pytest.mark.parametrize("name", ["silence", "headers", "trailers"])
+def test_neither_does_it_on_a_kept_connection(name: str) -> None:
+    endless = ENDLESS[name]
+
+    def reply(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        return kept(envelope(REPOS)) if number == 1 else steps(endless)(number, request, connection)
+    with Kept(reply) as server, client(server.url, timeout_s=0.3, tries=1) as one:
+        threads = len(workers())
+        one.repos()
+        with pytest.raises(mogplex.UnavailableError):
+            one.repos()
+        assert server.used == [1, 1]
+        assert comes_true(lambda: len(workers()) <= threads)
 
 
 @needs_posix
