@@ -1744,7 +1744,7 @@ def sign_in(
 
 Headers = Mapping[str, Union[str, bytes]]
 Params = Mapping[str, object]
-Tick = Callable[[], None]  # called at least every quarter of a second; may raise to end a wait
+OnWait = Callable[[], None]  # called at least every quarter of a second; may raise to end a wait
 
 MAX_BODY = 32 << 20      # bytes, after decompression
 READ_SIZE = 1 << 18      # bytes read at once, at most
@@ -2311,7 +2311,7 @@ class Exchange:
         self,
         request: Request,
         worker: Worker,
-        tick: Tick,
+        tick: OnWait,
         clean: Callable[[str], str],
         report: Callable[[str, int, float, int], None],
     ) -> None:
@@ -2832,7 +2832,7 @@ class Client:
                 return exchange.status, answer
         return exchange.status, {}
 
-    def open_run(self, run_id: str, tick: Tick, renew: bool = True) -> Exchange:
+    def open_run(self, run_id: str, tick: OnWait, renew: bool = True) -> Exchange:
         """One GET /runs/{id}, not sent again, for a tail; ``tick`` is called while it takes.
 
         A refused token is renewed where ``renew`` says so.
@@ -2843,7 +2843,7 @@ class Client:
     def open_events(
         self,
         run_id: str,
-        tick: Tick,
+        tick: OnWait,
         renew: bool,
         limit: int,
         last_event_id: str,
@@ -2863,7 +2863,6 @@ class Client:
             renews=renew,
         )
         return self._open(request, tick)
-
 
     def _api_request(
         self,
@@ -2905,7 +2904,7 @@ class Client:
         data = self._answered(request.expecting(lists=(key,)))
         return dicts_of(data, key)
 
-    def _open(self, request: Request, tick: Tick = do_nothing, attempt: int = 1) -> Exchange:
+    def _open(self, request: Request, tick: OnWait = do_nothing, attempt: int = 1) -> Exchange:
         """An exchange, not begun yet. For what its credential has to ask it waits too."""
         send = functools.partial(self._send_renewing, request)
         explain = functools.partial(self._explain, request)
