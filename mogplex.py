@@ -10723,8 +10723,8 @@ def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
 
 def is_in_ci(environ: Mapping[str, str]) -> bool:
     """Whether this is a CI job, by the variable that GitHub, GitLab and nearly all others set."""
-    value = environ.get("CI", "")
-    return value.lower() not in ("", "0", "false")
+    value = environ.get("CI", "").lower()
+    return value not in ("", "0", "false")
 
 
 def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
@@ -11182,21 +11182,22 @@ def read_options(name: str, given: Mapping[str, Any]) -> Json:
 def check_needs(name: str, values: Mapping[str, Any]) -> None:
     """Refuse an option that has no effect without another which was not given."""
     for option in options_of(name):
-        is_given = option.keyword in values
-        if is_given and option.needs and keyword_of(option.needs) not in values:
+        if option.keyword not in values or not option.needs:
+            continue
+        if keyword_of(option.needs) not in values:
             message = f"{name}: {option.flag} needs {option.needs}"
             raise UsageError(message, hint=see_help(name))
 
 
-def split_at_dashes(argv: Sequence[str]) -> Tuple[List[str], List[str]]:
+def split_at_dashes(argv: List[str]) -> Tuple[List[str], List[str]]:
     """``argv`` before the first ``--``, where options count, and from there on."""
-    for index, word in enumerate(argv):
-        if word == "--":
-            return list(argv[:index]), list(argv[index:])
-    return list(argv), []
+    if "--" not in argv:
+        return argv, []
+    index = argv.index("--")
+    return argv[:index], argv[index:]
 
 
-def parse_command(name: str, argv: Sequence[str]) -> Tuple[List[str], Json]:
+def parse_command(name: str, argv: List[str]) -> Tuple[List[str], Json]:
     """A command's arguments, and its options as keywords; ``--`` begins what is all task."""
     before, after = split_at_dashes(argv)
     verbatim = after[1:]
@@ -11243,12 +11244,14 @@ def usage_line(name: str) -> str:
     return " ".join(words)
 
 
-def examples_of(name: str) -> Sequence[str]:
+def examples_of(name: str) -> List[str]:
     """Two command lines: of a command, or the first of a group's."""
     if name in SUBCOMMANDS:
-        return SUBCOMMANDS[name].examples
-    lines = [line for row in below(name).values() for line in row.examples]
-    return lines[:2]
+        return list(SUBCOMMANDS[name].examples)
+    examples: List[str] = []
+    for command in below(name).values():
+        examples.extend(command.examples)
+    return examples[:2]
 
 
 def help_row(what: str, meaning: str) -> str:
@@ -11306,10 +11309,10 @@ def help_text(name: str) -> str:
 
 def offer_known_values(parser: argparse.ArgumentParser, name: str) -> None:
     """Let completions offer the values that an option of the command ``name`` is known to take."""
-    known = {option.flag: option.known for option in options_of(name) if option.known}
+    known = {option.flag: option.known for option in options_of(name)}
     for action in parser._actions:
         for flag in action.option_strings:
-            if flag in known:
+            if known.get(flag):
                 action.choices = known[flag]
 
 
@@ -11330,7 +11333,7 @@ def make_parser() -> argparse.ArgumentParser:
     return root
 
 
-def demo_port(argv: Sequence[str]) -> int:
+def demo_port(argv: List[str]) -> int:
     """The port that follows --demo-server; 0, for any free one, where none does; UsageError."""
     if not argv:
         return 0
@@ -11339,7 +11342,7 @@ def demo_port(argv: Sequence[str]) -> int:
     return int(argv[0])
 
 
-def serve_demo(ctx: Context, argv: Sequence[str]) -> int:
+def serve_demo(ctx: Context, argv: List[str]) -> int:
     """``mogplex --demo-server [PORT]``: keep a demo service running until a signal ends it."""
     with demo_environment(demo_port(argv)) as demo:
         for name, value in demo.variables.items():
@@ -11366,17 +11369,17 @@ def stray_option(flag: str) -> UsageError:
     return unknown("unknown option", flag, flags_of(""))
 
 
-def take_attach(argv: Sequence[str]) -> Tuple[str, List[str]]:
+def take_attach(argv: List[str]) -> Tuple[str, List[str]]:
     """The run that --attach names, "" without it, and what follows."""
     if argv[:1] != ["--attach"]:
-        return "", list(argv)
+        return "", argv
     run_id = "".join(argv[1:2]).strip()
     if not run_id:
         raise UsageError("--attach needs a run ID or @last")
-    return run_id, list(argv[2:])
+    return run_id, argv[2:]
 
 
-def open_cockpit(ctx: Context, argv: Sequence[str]) -> int:
+def open_cockpit(ctx: Context, argv: List[str]) -> int:
     """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
     attach, words = take_attach(argv)
     first = "".join(words[:1])
@@ -11398,13 +11401,13 @@ def open_cockpit(ctx: Context, argv: Sequence[str]) -> int:
     )
 
 
-def asks_for_help(argv: Sequence[str]) -> bool:
+def asks_for_help(argv: List[str]) -> bool:
     """Whether -h or --help stands among the options."""
     before, _ = split_at_dashes(argv)
     return "-h" in before or "--help" in before
 
 
-def command_named(argv: Sequence[str]) -> str:
+def command_named(argv: List[str]) -> str:
     """The command, or else the group of commands, that ``argv`` begins with."""
     name = " ".join(argv[:2])
     if name in SUBCOMMANDS:
@@ -11412,7 +11415,7 @@ def command_named(argv: Sequence[str]) -> str:
     return argv[0]
 
 
-def check_verb(name: str, rest: Sequence[str]) -> None:
+def check_verb(name: str, rest: List[str]) -> None:
     """Refuse a group without one of its verbs, and a word after ``name`` that is none of them."""
     verbs = [other.split()[1] for other in below(name)]
     has_word = bool(rest) and not rest[0].startswith("-")
@@ -11441,7 +11444,7 @@ def take_format(options: Json) -> str:
     return "table"
 
 
-def run_command(ctx: Context, argv: Sequence[str]) -> int:
+def run_command(ctx: Context, argv: List[str]) -> int:
     """The command that ``argv`` begins with, or its help."""
     name = command_named(argv)
     if asks_for_help(argv):
@@ -11492,7 +11495,7 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
                          "use `mogplex --demo-server` to keep one running")
 
 
-def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:
+def take_flags(ctx: Context, argv: List[str]) -> Tuple[List[str], bool]:
     """``argv`` without the global options, which take effect here; and whether --demo was one."""
     before, after = split_at_dashes(argv)
     flags = [option.flag for option in GLOBAL_OPTIONS]
@@ -11505,7 +11508,7 @@ def take_flags(ctx: Context, argv: Sequence[str]) -> Tuple[List[str], bool]:
     return left + after, "--demo" in found
 
 
-def dispatch(ctx: Context, argv: Sequence[str]) -> int:
+def dispatch(ctx: Context, argv: List[str]) -> int:
     """Answer the options that stand alone, or run the rest."""
     words, in_demo = take_flags(ctx, argv)
     first = words[0] if words else ""
@@ -11559,7 +11562,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv = sys.argv[1:]
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
     with ctx.interrupts.handled():  # around the rescue, which a second signal must not end
-        return rescue(ctx, functools.partial(dispatch, ctx, argv))
+        return rescue(ctx, functools.partial(dispatch, ctx, list(argv)))
 
 
 if __name__ == "__main__":
