@@ -46,7 +46,9 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import (
+    Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Set, Tuple, Union,
+)
 
 import pytest
 import trustme
@@ -4933,7 +4935,9 @@ def test_a_text_that_a_terminal_draws_wider_than_we_think_hides_nothing() -> Non
 
 
 def test_an_ascii_screen_is_as_wide_as_the_other() -> None:
-    for text in ("\U0001f469\u200d\U0001f467", "\u65e5\u672c", "e\u0301\u2026", "\U0001f1e9\U0001f1ea", "\u25b8 ok"):
+    family = "\U0001f469\u200d\U0001f467"
+    flag = "\U0001f1e9\U0001f1ea"
+    for text in (family, flag, "\u65e5\u672c", "e\u0301\u2026", "\u25b8 ok"):
         assert mogplex.to_ascii(text).isascii()
         assert len(mogplex.to_ascii(text)) == mogplex.text_width(text)
 
@@ -5845,7 +5849,8 @@ SENT: List[Tuple[str, List[Any]]] = [
     ("\x01\x05\x0b\x15", [Key("home"), Key("end"), Key("^k"), Key("^u")]),
     ("\x1b[A\x1bOB", [Key("up"), Key("down")]),
     ("\x1bOP\x1b[4~\x1b[[A", [Key("f1"), Key("end"), Key("f1")]),
-    ("\x1b[1;5D\x1b[1;5C\x1bb\x1bf", [Key(name) for name in ("ctrl+left", "ctrl+right", "alt+b", "alt+f")]),
+    ("\x1b[1;5D\x1b[1;5C", [Key("ctrl+left"), Key("ctrl+right")]),
+    ("\x1bb\x1bf", [Key("alt+b"), Key("alt+f")]),
     ("\x1b\r\x1b[13;2u\x1b[13;3u\x1b[27;2;13~", [Key("newline")] * 4),
     # Bytes that come together mean what they mean apart.
     ("\x1b/kill\r", [Key("esc"), Text("/kill"), Key("enter")]),
@@ -5859,7 +5864,8 @@ SENT: List[Tuple[str, List[Any]]] = [
     ("\x1b[99;5u\x1b[27;5;99~\x1b[67;6u", [Key("^c")] * 3),
     ("\x1b[112;5u\x1b[27;5;122~", [Key("^p"), Key("^z")]),
     ("\x1b[91;5u\x1b[27u", [Key("esc")] * 2),
-    ("\x1b[9;2u\x1b[Z\x1b[127;2u\x1b[98;3u", [Key("btab"), Key("btab"), Key("backspace"), Key("alt+b")]),
+    ("\x1b[9;2u\x1b[Z", [Key("btab")] * 2),
+    ("\x1b[127;2u\x1b[98;3u", [Key("backspace"), Key("alt+b")]),
     ("\x1b[97;2u\x1b[32;2u\x1b[233u", [Text("A "), Text("\u00e9")]),
     ("\x1b[99;9u\x1b[57358u\x1b[9999999u\x1b[55296u", []),
     # Pastes, bracketed or not.
@@ -5897,8 +5903,9 @@ def test_a_sequence_whose_end_does_not_come_is_esc_and_letters() -> None:
 
 
 @pytest.mark.parametrize("unit", [
-    "\x1b", "\x1b[", "\x1b[200~", "\x1b[<0;1", "\x1b]", "\x1bO", "\x1b[1;", "\x1b[27;5;9", "ab\r\n", "\x1bP;", "0;", " ",
-    "\x1b[M", "\x1b[99;5u", "\x1b[200~x\x1b[201", "\x80", "\x1bb", "\x1b[<0;1;1M", "\x1b[ ",
+    "\x1b", "\x1b[", "\x1b[200~", "\x1b[<0;1", "\x1b]", "\x1bO", "\x1b[1;", "\x1b[27;5;9",
+    "ab\r\n", "\x1bP;", "0;", " ", "\x1b[M", "\x1b[99;5u",
+    "\x1b[200~x\x1b[201", "\x80", "\x1bb", "\x1b[<0;1;1M", "\x1b[ ",
 ], ids=ascii)
 def test_slicing_is_linear(unit: str) -> None:
     for sent in (unit * 20_000, "\x1b[" + unit * 20_000, "\x1b]" + unit * 20_000):
@@ -5931,7 +5938,8 @@ crashes = {"job": crash, "torn": lambda *_: threading.Thread(target=torn).start(
 given = token if "SIGNED_OUT" not in os.environ else ""
 home = mogplex.home_from(os.environ)
 def connect(credential=None):
-    return mogplex.Client(credential or given or mogplex.resolve_credential(os.environ, url, home), url)
+    stored = credential or given or mogplex.resolve_credential(os.environ, url, home)
+    return mogplex.Client(stored, url)
 def missing(*_):
     raise FileNotFoundError(2, "no such program")
 crashes["missing"] = missing
@@ -5953,19 +5961,26 @@ def adopt(ignored: Sequence[int] = ()) -> None:
 
 
 class Terminal:
-    """The real cockpit on a pseudo-terminal, read by pyte. It waits for what is on the screen, with a deadline."""
+    """The real cockpit on a pseudo-terminal, read by pyte.
+
+    It waits for what is on the screen, with a deadline.
+    """
 
     def __init__(
         self, argv: Sequence[str], width: int = 100, height: int = 24, ignored: Sequence[int] = (),
         **environ: str,
     ) -> None:
-        self.screen, self.output, self.lock = Emulator(width, height), b"", threading.Lock()
+        self.screen = Emulator(width, height)
         self.stream = pyte.ByteStream(self.screen)
+        self.output = b""
+        self.lock = threading.Lock()
         self.fd, child = pty.openpty()
-        self.child = child  # kept open: reading goes on, and the modes can be asked, after the program's end
+        self.child = child  # kept open, to be read and asked for its modes after the end
         self.resize(width, height)
         self.modes = termios.tcgetattr(child)
-        variables = {**os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8", "PYTHONPATH": os.path.dirname(MODULE), **environ}
+        variables = {
+            **os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8",
+            "PYTHONPATH": os.path.dirname(MODULE), **environ}
         self.process = subprocess.Popen(
             argv, stdin=child, stdout=child, stderr=child, env=variables,
             preexec_fn=functools.partial(adopt, ignored))
@@ -6006,9 +6021,15 @@ class Terminal:
 
     def until(self, condition: Union[str, Callable[[], object]], seconds: float = 15.0) -> Terminal:
         """Wait for a text on the screen, or for anything else to be true."""
+        def is_met() -> object:
+            if isinstance(condition, str):
+                return condition in self.text()
+            return condition()
+
         deadline = time.monotonic() + seconds
-        while not (condition in self.text() if isinstance(condition, str) else condition()):
-            assert time.monotonic() < deadline, f"not within {seconds} s: {condition}\n{self.text()}"
+        while not is_met():
+            late = f"not within {seconds} s: {condition}\n{self.text()}"
+            assert time.monotonic() < deadline, late
             time.sleep(0.01)
         return self
 
@@ -6022,18 +6043,24 @@ class Terminal:
         assert self.on() == set()
         return self.text()
 
-    def on(self) -> Any:
+    def on(self) -> Set[str]:
         """The private modes that are set now, and "hidden" for a cursor that is not shown."""
-        state: Dict[str, bool] = {}
+        modes = set()
         for mode, letter in re.findall(rb"\x1b\[\?(\d+)([hl])", self.output):
-            state[mode.decode()] = letter == b"h"
-        shown = state.pop("25", True)
-        return {mode for mode, value in state.items() if value and mode not in ("1", "12")} | (set() if shown else {"hidden"})
+            name = mode.decode()
+            is_set = letter == b"h"
+            if name == "25":
+                name = "hidden"
+                is_set = not is_set
+            modes.discard(name)
+            if is_set and name not in ("1", "12"):
+                modes.add(name)
+        return modes
 
 
 @pytest.fixture
 def cockpit(demo: mogplex.DemoServer, tmp_path: Any) -> Iterator[Callable[..., Terminal]]:
-    """cockpit(words..., attach="", width=, height=, VARIABLE="..."): a running cockpit, signed in to the demo."""
+    """cockpit(words..., attach="", width=, height=, VARIABLE="..."): one that runs, signed in."""
     with contextlib.ExitStack() as stack:
         def start(*words: str, attach: str = "", url: str = demo.url, **how: Any) -> Terminal:
             how.setdefault("MOGPLEX_REPO", "acme/web")
@@ -6046,51 +6073,74 @@ def cockpit(demo: mogplex.DemoServer, tmp_path: Any) -> Iterator[Callable[..., T
 def seeded(demo: mogplex.DemoServer, status: str) -> str:
     """The id of a run of the demo service that stands so."""
     with mogplex.Client(demo.token, demo.url) as client:
-        return next(run["id"] for run in demo.seeded_runs if client.run(run["id"])["status"] == status)
+        for run in demo.seeded_runs:
+            if client.run(run["id"])["status"] == status:
+                return str(run["id"])
+    raise AssertionError(f"no run of the demo is {status}")
 
 
-def test_a_run_is_started_followed_exported_and_left(cockpit: Callable[..., Terminal], tmp_path: Any) -> None:
+def test_a_run_is_started_followed_exported_and_left(
+    cockpit: Callable[..., Terminal], tmp_path: Any,
+) -> None:
     terminal = cockpit().until("acme/web ⎇ main").send("fix the flaky test\r").until("Run started.")
-    terminal.until("SUCCESS").until("Pull request ready").until("FOLLOW").until("success · o opens https://github.com")
+    terminal.until("SUCCESS").until("Pull request ready").until("FOLLOW")
+    terminal.until("success · o opens https://github.com")
     path = tmp_path / "run.jsonl"
-    terminal.send(f"/export jsonl {path}\r").until("Exported to ").send(f"/export jsonl {path}\r").until("Cannot write")
+    terminal.send(f"/export jsonl {path}\r").until("Exported to ").send(f"/export jsonl {path}\r")
+    terminal.until("Cannot write")
     assert [json.loads(line)["type"] for line in path.read_text().splitlines()][-1] == "finished"
     terminal.send("/open\r").until("Opened https://github.com")
     terminal.send("\x03").until("again within 1.5 s").send("\x03")
     assert "mogplex runs events" in terminal.ended(0) and "--follow" in terminal.text()
 
 
-def test_panes_filter_palette_and_drawers(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
-    terminal = cockpit(attach=seeded(demo, "success"), width=120, height=30).until("SUCCESS").until("Harness run finished")
-    terminal.send("\t").until("j k move").send("kk").until("PAUSED").send("\r").until("EVENT").until('"payload"')
-    terminal.send("\x1b").until("PAUSED").send("f").until("FOLLOW").send("/").until("type to filter").send("synchron")
+def test_panes_filter_palette_and_drawers(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
+) -> None:
+    terminal = cockpit(attach=seeded(demo, "success"), width=120, height=30).until("SUCCESS")
+    terminal.until("Harness run finished")
+    terminal.send("\t").until("j k move").send("kk").until("PAUSED").send("\r").until("EVENT")
+    terminal.until('"payload"')
+    terminal.send("\x1b").until("PAUSED").send("f").until("FOLLOW").send("/")
+    terminal.until("type to filter").send("synchron")
     terminal.until("filter: synchron · 1 event").send("\x1b").until("all types")
-    terminal.send("\x10").until("PALETTE").send("models").until("1/1").send("\r").until("MODELS").until("openai")
-    terminal.send("\x03").until("TIMELINE").send("/sandboxes\r").until("PREVIEW").send("\r").until("install_log")
-    terminal.send("\x1b").until("TIMELINE").send("\x1b[<65;60;10M\x1b[<64;60;10M").until("PAUSED").send("/exit\r")
+    terminal.send("\x10").until("PALETTE").send("models").until("1/1").send("\r").until("MODELS")
+    terminal.until("openai")
+    terminal.send("\x03").until("TIMELINE").send("/sandboxes\r").until("PREVIEW").send("\r")
+    terminal.until("install_log")
+    terminal.send("\x1b").until("TIMELINE").send("\x1b[<65;60;10M\x1b[<64;60;10M").until("PAUSED")
+    terminal.send("/exit\r")
     assert "--follow" in terminal.ended(0)
 
 
 def test_kill_asks_first(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
-    terminal = cockpit(attach=seeded(demo, "streaming")).until("STREAMING").send("/kill\r").until("y yes").send("n").until("Not cancelled")
-    terminal.send("\t").until("j k move").send("x").until("y yes").send("y").until("CANCELLED").until("Mogplex run cancelled")
+    terminal = cockpit(attach=seeded(demo, "streaming")).until("STREAMING").send("/kill\r")
+    terminal.until("y yes").send("n").until("Not cancelled")
+    terminal.send("\t").until("j k move").send("x").until("y yes").send("y").until("CANCELLED")
+    terminal.until("Mogplex run cancelled")
     terminal.send("q")
     terminal.ended(0)
 
 
 def test_a_large_paste_is_one_text_and_runs_nothing(cockpit: Callable[..., Terminal]) -> None:
     terminal = cockpit().until("acme/web ⎇ main")
-    terminal.send("\x1b[200~x" + "/quit\r\n" * 30000 + "the end\x1b[201~").until("the end").send("\r").until("at most 100,000")
+    terminal.send("\x1b[200~x" + "/quit\r\n" * 30000 + "the end\x1b[201~").until("the end")
+    terminal.send("\r").until("at most 100,000")
     terminal.send("\x03").until("again").send("\x03")
     assert "--follow" not in terminal.ended(0)
 
 
 def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
-    terminal = cockpit("bump", "the", "deps", width=120, height=40).until("Nothing was sent").until("› bump the deps")
-    for width, height, sight in ((80, 24, "RUNS 0"), (59, 20, "› bump"), (29, 8, "enlarge the window"),
-                                 (30, 8, "› bump"), (130, 45, "SANDBOXES")):
+    terminal = cockpit("bump", "the", "deps", width=120, height=40).until("Nothing was sent")
+    terminal.until("› bump the deps")
+    sizes = (
+        (80, 24, "RUNS 0"), (59, 20, "› bump"), (29, 8, "enlarge the window"), (30, 8, "› bump"),
+        (130, 45, "SANDBOXES"),
+    )
+    for width, height, sight in sizes:
         terminal.resize(width, height)
-        terminal.until(sight).until(lambda: "mogplex" in terminal.text().split("\n")[0] or width < 40)
+        terminal.until(sight)
+        terminal.until(lambda: "mogplex" in terminal.text().split("\n")[0] or width < 40)
     terminal.send("\x03\x03")
     terminal.ended(0)
 
@@ -6098,19 +6148,27 @@ def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
 @pytest.mark.posix
 @pytest.mark.parametrize("how, code", [
     *ENDED_BY_SIGNAL, ("job", 1), ("torn", 1), ("thread", 1), ("hook", 1)], ids=str)
-def test_however_it_ends_the_terminal_is_as_before(cockpit: Callable[..., Terminal], how: Any, code: int) -> None:
+def test_however_it_ends_the_terminal_is_as_before(
+    cockpit: Callable[..., Terminal], how: Any, code: int,
+) -> None:
     terminal = cockpit(attach="nope", CRASH=str(how)).until("TIMELINE")
-    assert {"1049", "2004", "1000"} < terminal.on() and termios.tcgetattr(terminal.child) != terminal.modes
+    assert {"1049", "2004", "1000"} < terminal.on()
+    assert termios.tcgetattr(terminal.child) != terminal.modes
     if code == 1:
         terminal.send("/open\r")
     else:
         terminal.process.send_signal(how)
-    assert ("ZeroDivisionError" if code == 1 else "runs events nope --follow") in terminal.ended(code)
+    last = terminal.ended(code)
+    if code == 1:
+        assert "ZeroDivisionError" in last
+    assert "runs events nope --follow" in last
 
 
 @pytest.mark.posix
 @pytest.mark.parametrize("how, code", ENDED_BY_SIGNAL, ids=str)
-def test_a_terminal_that_takes_nothing_holds_nobody(cockpit: Callable[..., Terminal], how: int, code: int) -> None:
+def test_a_terminal_that_takes_nothing_holds_nobody(
+    cockpit: Callable[..., Terminal], how: int, code: int,
+) -> None:
     terminal = cockpit(attach="nope").until("TIMELINE")
     termios.tcflow(terminal.child, termios.TCOOFF)
     terminal.send("never seen")
@@ -6151,10 +6209,13 @@ def test_closing_the_terminal_ends_it_quietly(
     numbers = [getattr(signal, name) for name in ignored]
     master, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    environ = {**os.environ, "TERM": "xterm-256color", "PYTHONPATH": os.path.dirname(MODULE), "MOGPLEX_HOME": str(tmp_path)}
+    environ = {
+        **os.environ, "TERM": "xterm-256color", "PYTHONPATH": os.path.dirname(MODULE),
+        "MOGPLEX_HOME": str(tmp_path)}
     with open(tmp_path / "stderr", "w+") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-c", COCKPIT, demo.url, demo.token, "nope"], stdin=child, stdout=child, stderr=stderr,
+            [sys.executable, "-c", COCKPIT, demo.url, demo.token, "nope"],
+            stdin=child, stdout=child, stderr=stderr,
             env=environ, preexec_fn=functools.partial(adopt, numbers))
         os.close(child)
         shown = b""
@@ -6175,15 +6236,21 @@ def test_the_demo_s_browser_opens_the_demo_alone(demo: mogplex.DemoServer) -> No
     assert context.browse("https://github.com/acme/web/pull/1") is False
 
 
-def test_suspended_the_shell_is_sane_and_fg_repaints(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
-    with Terminal(["bash", "--norc", "--noprofile", "-i"], PS1="ready> ", MOGPLEX_REPO="acme/web") as terminal:
+def test_suspended_the_shell_is_sane_and_fg_repaints(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
+) -> None:
+    argv = ["bash", "--norc", "--noprofile", "-i"]
+    with Terminal(argv, PS1="ready> ", MOGPLEX_REPO="acme/web") as terminal:
         terminal.until("ready>").send("stty -a | md5sum\r").until("  -\nready>")
         before = re.findall("[0-9a-f]{32}", terminal.text())
         command = f"{sys.executable} -c \"$COCKPIT\" {demo.url} {demo.token} ''"
         terminal.send("COCKPIT='" + COCKPIT.replace("\n", "\r") + "'\r").until("ready>")
-        terminal.send(f"clear; {command}\r").until("acme/web ⎇ main").send("half a task").until("› half a task")
-        terminal.send("\x1a").until("Stopped").until("ready>").send("stty -a | md5sum\r").until("  -\nready>")
-        assert re.findall("[0-9a-f]{32}", terminal.text())[-1:] == before[-1:] and terminal.on() <= {"2004"}
+        terminal.send(f"clear; {command}\r").until("acme/web ⎇ main").send("half a task")
+        terminal.until("› half a task")
+        terminal.send("\x1a").until("Stopped").until("ready>").send("stty -a | md5sum\r")
+        terminal.until("  -\nready>")
+        assert re.findall("[0-9a-f]{32}", terminal.text())[-1:] == before[-1:]
+        assert terminal.on() <= {"2004"}
         terminal.send("fg\r").until("› half a task").send("\x03\x03").until("ready>")
 
 
@@ -6208,7 +6275,9 @@ def test_in_the_background_it_waits_for_fg(demo: mogplex.DemoServer, tmp_path: A
         assert "Traceback" not in terminal.text() and b"Traceback" not in terminal.output
 
 
-def test_a_paste_whose_end_is_lost_eats_neither_esc_nor_ctrl_c(cockpit: Callable[..., Terminal]) -> None:
+def test_a_paste_whose_end_is_lost_eats_neither_esc_nor_ctrl_c(
+    cockpit: Callable[..., Terminal],
+) -> None:
     terminal = cockpit().until("acme/web ⎇ main").send("\x1b[200~half a paste")
 
     def pressing(key: str, condition: Callable[[], bool]) -> bool:
@@ -6227,27 +6296,36 @@ def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Term
     def reply(number: int, request: str, connection: socket.socket) -> bytes:
         run = {**SHOWN, "status": "streaming", "harness": "\x1b[5mx", "error": "\x9b31m"}
         records = [{"id": "r\x1b1", "full_name": "acme/\x1b[2Jweb"}]
-        return ok({"run": run, "events": [{**HOSTILE_EVENT, "id": "1"}], "repos": records, "sandboxes": [
-            {"id": "s", "status": "\x1b]0;x\x07", "working_branch": "\x1bc\x9b2J"}]})
+        sandbox = {"id": "s", "status": "\x1b]0;x\x07", "working_branch": "\x1bc\x9b2J"}
+        events = [{**HOSTILE_EVENT, "id": "1"}]
+        return ok({"run": run, "events": events, "repos": records, "sandboxes": [sandbox]})
     with RawServer(reply) as server:
-        terminal = cockpit(attach="x", url=server.url, width=120).until("first").until("日本語").until("acme/web")
+        terminal = cockpit(attach="x", url=server.url, width=120).until("first").until("日本語")
+        terminal.until("acme/web")
         terminal.send("\t\r").until("EVENT").send("\x1b").until("TIMELINE").send("q")
         terminal.ended(0)
-    ours = rb"\x1b\[[0-9;]*[Hm]|\x1b\[[JK]|\x1b\[2J|\x1b\[\?(?:25|12|1|1049|1000|1006|2004|2026|9999)[hl]|\x1b[=>]|\x1b\(B|\x1b\[2[23];0;0t"
-    assert b"\x1b" not in re.sub(ours, b"", terminal.output)
+    ours = re.compile(
+        rb"\x1b\[[0-9;]*[Hm]|\x1b\[[JK]|\x1b\[2J|\x1b[=>]|\x1b\(B|\x1b\[2[23];0;0t"
+        rb"|\x1b\[\?(?:25|12|1|1049|1000|1006|2004|2026|9999)[hl]")
+    assert b"\x1b" not in ours.sub(b"", terminal.output)
     assert not re.search("[\x80-\x9f]", terminal.output.decode())
 
 
 def test_a_request_that_hangs_delays_no_key(cockpit: Callable[..., Terminal]) -> None:
-    with RawServer(lambda *_: time.sleep(60)) as server:  # type: ignore[arg-type,return-value]
-        terminal = cockpit(attach="x", url=server.url).until("waiting for the first event").send("hello").until("› hello")
+    with RawServer(lambda *_: time.sleep(60)) as server:
+        terminal = cockpit(attach="x", url=server.url).until("waiting for the first event")
+        terminal.send("hello").until("› hello")
         terminal.send("\x03\x03")
         assert "runs events x --follow" in terminal.ended(0)
 
 
-def test_a_token_is_pasted_on_the_first_screen(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
-    terminal = cockpit(SIGNED_OUT="1").until("Sign in to Mogplex").send(f"\x1b[200~{demo.token}\n\x1b[201~").until("•••••")
-    terminal.send("\r").until("acme/web ⎇ main").until("Signed in.").send("/logout\r").until("Sign in to Mogplex")
+def test_a_token_is_pasted_on_the_first_screen(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
+) -> None:
+    terminal = cockpit(SIGNED_OUT="1").until("Sign in to Mogplex")
+    terminal.send(f"\x1b[200~{demo.token}\n\x1b[201~").until("•••••")
+    terminal.send("\r").until("acme/web ⎇ main").until("Signed in.").send("/logout\r")
+    terminal.until("Sign in to Mogplex")
     assert demo.token not in terminal.text()
     terminal.send("\x03\x03")
     terminal.ended(0)
@@ -6257,21 +6335,29 @@ def test_words_that_wait_are_no_token_and_outlive_the_sign_in(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
 ) -> None:
     terminal = cockpit("fix", "it", SIGNED_OUT="1").until("Sign in to Mogplex").until(" ›\n")
-    terminal.send(demo.token).until("••••").send("\r").until("acme/web ⎇ main").until("› fix it").send("\x03\x03\x03")
+    terminal.send(demo.token).until("••••").send("\r").until("acme/web ⎇ main").until("› fix it")
+    terminal.send("\x03\x03\x03")
     terminal.ended(0)
 
 
-def test_a_sign_in_says_when_the_environment_goes_before_it(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
-    terminal = cockpit(SIGNED_OUT="1", MOGPLEX_API_KEY=demo.token).until("acme/web ⎇ main").send("/login\r")
-    terminal.until("Sign in to Mogplex").send(f"{demo.token}\r").until("MOGPLEX_API_KEY is set and takes precedence")
+def test_a_sign_in_says_when_the_environment_goes_before_it(
+    cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
+) -> None:
+    terminal = cockpit(SIGNED_OUT="1", MOGPLEX_API_KEY=demo.token).until("acme/web ⎇ main")
+    terminal.send("/login\r")
+    terminal.until("Sign in to Mogplex").send(f"{demo.token}\r")
+    terminal.until("MOGPLEX_API_KEY is set and takes precedence")
     terminal.until("acme/web ⎇ main").send("\x03\x03")
     terminal.ended(0)
 
 
 def test_without_a_terminal_it_does_not_start() -> None:
-    for environ in ({"TERM": "xterm"}, {"TERM": "dumb"}, {}):
+    kinds: Sequence[Dict[str, str]] = ({"TERM": "xterm"}, {"TERM": "dumb"}, {})
+    for environ in kinds:
         with pytest.raises(mogplex.UsageError):
-            mogplex.run_cockpit(lambda: mogplex.Client(TOKEN), base_url="", home="", environ=environ)
+            mogplex.run_cockpit(
+                lambda: mogplex.Client(TOKEN), base_url="", home=mogplex.home_from({}),
+                environ=environ)
 
 
 # -- The cockpit on a pseudo-terminal
@@ -6346,7 +6432,8 @@ def test_a_wrong_token_is_not_stored_and_the_next_one_is_hidden_too(
 
 
 def test_a_browser_that_is_missing_ends_nothing(cockpit: Callable[..., Terminal]) -> None:
-    terminal = cockpit(CRASH="missing").until("next: acme/web").send("\t").until("j k move").send("o")
+    terminal = cockpit(CRASH="missing").until("next: acme/web").send("\t").until("j k move")
+    terminal.send("o")
     terminal.until("Open this in a browser: http://127.0.0.1").send("q")
     terminal.ended(0)
 
