@@ -9262,7 +9262,7 @@ class DemoService:
             match = re.match(pattern + r"\Z", path)
             if match and route.method == method:
                 self.sign_in.admit(request.token, route.scope)
-                record_id = urllib.parse.unquote("".join(match.groups())).lower()
+                record_id = "".join(match.groups()).lower()
                 return route.handler(self, request._replace(id=record_id))
             if match:
                 answer = DemoAnswer(405)

@@ -6904,6 +6904,10 @@ def test_demo_lists_the_first_events_only(still: Still) -> None:
     assert times == sorted(times) and times[0] > 0
 
 
+def test_demo_finds_an_id_in_capitals(still: Still) -> None:
+    assert still.run(RUNNING.upper())["runId"] == RUNNING
+
+
 def test_demo_seeds(still: Still) -> None:
     seeds = still.server.seeded_runs
     runs = [still.run(seed["id"]) for seed in seeds]
@@ -7036,8 +7040,8 @@ def test_demo_keeps_connections_and_sends_chunks(still: Still) -> None:
     headers = still.ask("GET", f"/runs/{LONG}/events?limit=200")[2]
     assert headers["Transfer-Encoding"] == "chunked" and headers["Content-Length"] is None
     kept = still.connection.sock
-    for path in ("/repos", "/nothing", "/runs"):
-        still.ask("GET", path)
+    for path, status in (("/repos", 200), ("/nothing", 404), ("/runs", 405), ("/repos", 200)):
+        assert still.ask("GET", path)[0] == status
     assert kept is not None and still.connection.sock is kept
 
 
