@@ -8737,7 +8737,7 @@ def test_nothing_names_what_is_defined_below_it() -> None:
 
 HEAVY = {
     "asyncio", "blessed", "curses", "dataclasses", "datetime", "difflib", "email", "getpass", "http",
-    "inspect", "requests", "secrets", "ssl", "subprocess", "tabulate", "tempfile", "webbrowser",
+    "inspect", "requests", "secrets", "ssl", "tabulate", "tempfile", "webbrowser",
 }
 
 
