@@ -260,7 +260,9 @@ def demo() -> Iterator[mogplex.DemoServer]:
 
 
 @pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
+def cli(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Result]:
     """``cli("runs", "list", env={...}, stdin="...")``: main() here, and all that it left behind."""
     def run(*argv: str, env: Optional[Dict[str, str]] = None, stdin: str = "") -> Result:
         with monkeypatch.context() as patch:
@@ -281,11 +283,11 @@ def service(url: str, token: str = TOKEN) -> Dict[str, str]:
 
 WITHOUT_POSIX = """
 import os, signal, sys, time
-import http.client, mogplex, pyte, pytest, ssl, subprocess, trustme  # these ask at import where they are
+import http.client, mogplex, pyte, pytest, ssl, subprocess, trustme  # which ask where they are
 for module in "fcntl", "pty", "resource", "termios":
     sys.modules[module] = None
-for name in "SIGALRM", "SIGCONT", "SIGHUP", "SIGKILL", "SIGQUIT", "SIGTSTP", "SIGWINCH", "setitimer":
-    delattr(signal, name)
+for name in "ALRM", "CONT", "HUP", "KILL", "QUIT", "TSTP", "WINCH":
+    delattr(signal, f"SIG{name}")
 del os.fork, os.mkfifo, time.tzset
 os.name = "nt"
 import test_mogplex
@@ -6488,7 +6490,7 @@ class Still:
         self, method: str, path: str, body: Any = None, token: str = mogplex.DEMO_TOKEN,
         **headers: str,
     ) -> Tuple[int, Any, http.client.HTTPMessage]:
-        """(status, JSON or text, headers) of an API path, or of any path that starts with ``..``."""
+        """(status, JSON or text, headers) of a path of the API, or of any path after ``..``."""
         if path.startswith(".."):
             path = path[2:]
         else:
@@ -6524,12 +6526,14 @@ class Still:
     def watch(self, run_id: str) -> Tuple[str, List[Tuple[str, str]]]:
         """Status of a run, and (type, message) of its events."""
         data = self.data("GET", f"/runs/{run_id}/events")
-        return data["run"]["status"], [(event["type"], event["message"]) for event in data["events"]]
+        events = [(event["type"], event["message"]) for event in data["events"]]
+        return data["run"]["status"], events
 
     def form(self, **fields: str) -> Tuple[int, Any]:
         """A POST to the token endpoint."""
         fields.setdefault("client_id", "mogplex-cli")
-        return self.ask("POST", "../api/auth/mcp/token", urllib.parse.urlencode(fields), token="")[:2]
+        form = urllib.parse.urlencode(fields)
+        return self.ask("POST", "../api/auth/mcp/token", form, token="")[:2]
 
 
 @pytest.fixture
