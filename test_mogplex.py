@@ -2573,9 +2573,6 @@ def test_a_body_that_cannot_be_sent_is_a_usage_error(body: Dict[str, Any], words
     assert server.requests == []
 
 
-needs_posix = pytest.mark.skipif(os.name == "nt", reason="needs /dev/fd and fork")
-
-
 def workers() -> List[threading.Thread]:
     """The threads of exchanges that are alive."""
     return [thread for thread in threading.enumerate() if isinstance(thread, mogplex.Worker)]
@@ -2609,7 +2606,7 @@ ENDLESS: Dict[str, Step] = {
 }
 
 
-@needs_posix
+@pytest.mark.posix
 @pytest.mark.parametrize("name", ENDLESS)
 @pytest.mark.parametrize("is_tls", [False, True])
 def test_after_a_time_out_neither_thread_nor_descriptor_lives_on(
@@ -2635,7 +2632,7 @@ def dribble_a_handshake(connection: socket.socket) -> None:
     dribble(b"HTTP/1.1 200 Connected\r\n\r\n\x16\x03\x03\x3f\xff\x02\x00\x3f\xf0", b"x")(connection)
 
 
-@needs_posix
+@pytest.mark.posix
 @pytest.mark.parametrize("step", [
     dribble(b"HTTP/1.1 200 Connected\r\n", b"X: y\r\n"), dribble_a_handshake,
 ])
@@ -2650,7 +2647,7 @@ def test_neither_does_a_tunnel_s_or_a_tls_handshake(
         assert comes_true(lambda: len(workers()) <= threads and descriptors() <= opened)
 
 
-@needs_posix
+@pytest.mark.posix
 @pytest.mark.parametrize("name", ["a body", "chunks", "trailers"])
 def test_a_given_session_s_connection_is_closed_from_outside_too(name: str) -> None:
     import requests
@@ -2662,7 +2659,7 @@ def test_a_given_session_s_connection_is_closed_from_outside_too(name: str) -> N
         assert comes_true(lambda: len(workers()) <= threads and descriptors() <= opened)
 
 
-@needs_posix
+@pytest.mark.posix
 @pytest.mark.parametrize("name", ["silence", "headers", "trailers"])
 def test_neither_does_it_on_a_kept_connection(name: str) -> None:
     endless = ENDLESS[name]
@@ -2678,7 +2675,7 @@ def test_neither_does_it_on_a_kept_connection(name: str) -> None:
         assert comes_true(lambda: len(workers()) <= threads)
 
 
-@needs_posix
+@pytest.mark.posix
 def test_whoever_leaves_a_stream_takes_its_thread_and_connection_along() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
     with RawServer(steps(dribble(head, b": x\n\n"))) as server, client(server.url) as one:
@@ -2688,7 +2685,7 @@ def test_whoever_leaves_a_stream_takes_its_thread_and_connection_along() -> None
         assert comes_true(lambda: not workers() and descriptors() <= opened)
 
 
-@needs_posix
+@pytest.mark.posix
 def test_many_requests_leave_no_descriptor_behind() -> None:
     """Each holds a duplicate of its socket while it lasts."""
     with Kept(lambda *_: kept(envelope(REPOS))) as server, client(server.url) as one:
@@ -2734,7 +2731,7 @@ def echo_run(number: int, request: str, connection: socket.socket) -> bytes:
     return kept(envelope({"run": {"runId": run_id}}))
 
 
-@needs_posix
+@pytest.mark.posix
 @forks
 @pytest.mark.parametrize("is_given", [False, True])
 def test_both_sides_of_a_fork_have_connections_of_their_own(is_given: bool) -> None:
@@ -2756,7 +2753,7 @@ def test_both_sides_of_a_fork_have_connections_of_their_own(is_given: bool) -> N
         session.close()
 
 
-@needs_posix
+@pytest.mark.posix
 @forks
 def test_a_fork_while_a_thread_holds_the_client_s_lock_holds_up_nobody() -> None:
     children: List[int] = []
@@ -2773,7 +2770,7 @@ def test_a_fork_while_a_thread_holds_the_client_s_lock_holds_up_nobody() -> None
         assert os.waitpid(children[0], 0)[1] == 0
 
 
-@needs_posix
+@pytest.mark.posix
 @forks
 def test_a_fork_s_child_that_ends_does_not_end_its_parent_s_stream() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
