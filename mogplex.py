@@ -5926,6 +5926,20 @@ class State(NamedTuple):
     def feel(self, **changes: Any) -> State:
         return self._replace(health=self.health._replace(**changes))
 
+    def with_rail(self, **changes: Any) -> State:
+        return self._replace(rail=self.rail._replace(**changes))
+
+    def admit(self, **changes: Any) -> State:
+        return self._replace(sign_in=self.sign_in._replace(**changes))
+
+    def close(self) -> State:
+        """Without a drawer."""
+        return self._replace(drawer=None)
+
+    def go(self, pane: str) -> State:
+        """With the focus there, and no drawer."""
+        return self._replace(focus=pane, drawer=None)
+
 
 class Sign(NamedTuple):
     """How a status is shown: never by colour alone."""
@@ -5960,6 +5974,31 @@ def is_bad_end(status: str) -> bool:
 def is_active(run: KnownRun) -> bool:
     """Whether its status may change: one that is not known may."""
     return run.status not in TERMINAL_STATUSES and run.status != "unknown"
+
+
+def change_runs(state: State, ids: Sequence[str], **changes: Any) -> State:
+    """With this changed in the runs of the rail that have these ids."""
+    runs = []
+    for run in state.rail.runs:
+        if run.id in ids:
+            run = run._replace(**changes)
+        runs.append(run)
+    return state.with_rail(runs=tuple(runs))
+
+
+def change_start(state: State, key: str, **changes: Any) -> State:
+    """With this changed in the start that has this key."""
+    starts = []
+    for new in state.starts:
+        if new.key == key:
+            new = new._replace(**changes)
+        starts.append(new)
+    return state._replace(starts=tuple(starts))
+
+
+def drop_start(state: State, key: str) -> State:
+    """Without the start that has this key: its fate is known."""
+    return state._replace(starts=tuple(new for new in state.starts if new.key != key))
 
 
 def run_named(state: State, run_id: str) -> KnownRun:
@@ -6134,7 +6173,7 @@ def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None)
 def watch_known(state: State, run_id: str) -> State:
     """Watch a run of the rail: what is known of it is shown at once."""
     if run_id == state.shown.run_id and not state.shown.lost:
-        return state._replace(drawer=None, focus="timeline").scroll(follow=True)
+        return state.go("timeline").scroll(follow=True)
     known = run_named(state, run_id)
     run = {"runId": run_id, "status": known.status, "error": known.error}
     return watch(state, run_id, run)
@@ -6172,20 +6211,20 @@ def take_repo(state: State, repo_id: str) -> State:
     """The next task runs in this repository, on its default branch."""
     for repo in state.repos.all:
         if text_of(repo, "id") == repo_id:
-            state = state.choose(repo=repo, branch="", base="")._replace(drawer=None)
+            state = state.choose(repo=repo, branch="", base="").close()
             return state.say(f"Next: {target_text(state.target)}")
     return state
 
 
 def take_branch(state: State, branch: str) -> State:
     """The next task starts from this branch."""
-    state = state.choose(branch="", base=branch)._replace(drawer=None)
+    state = state.choose(branch="", base=branch).close()
     return state.say(f"Next: {target_text(state.target)}")
 
 
 def take_harness(state: State, harness: str) -> State:
     """The next task uses this agent program."""
-    state = state.choose(harness=harness)._replace(drawer=None)
+    state = state.choose(harness=harness).close()
     return state.say(f"Next: {target_text(state.target)}")
 
 
@@ -6211,7 +6250,7 @@ def export_as(state: State, form: str, path: str = "") -> State:
     if not path:
         name = re.sub("[^0-9A-Za-z-]", "", state.shown.run_id)[:8]
         path = f"mogplex-{name}.{EXPORTS[form]}"
-    return state._replace(drawer=None).ask(Desk.export, path, export_text(state, form))
+    return state.close().ask(Desk.export, path, export_text(state, form))
 
 
 def export_chosen(state: State, form: str) -> State:
@@ -6404,13 +6443,23 @@ EVENT = Listing("event", (), event_items, copies=True)
 HELP = Listing("help", ACTION_COLUMNS, action_list)
 RUNS = Listing(
     "runs",
-    (Heading("RUN", 8), Heading("STATUS", 11), Heading("REPO", 16), Heading("STARTED", 12),
-     Heading("TASK", 90)),
+    (
+        Heading("RUN", 8),
+        Heading("STATUS", 11),
+        Heading("REPO", 16),
+        Heading("STARTED", 12),
+        Heading("TASK", 90),
+    ),
     run_items, enter=watch_known, kill=ask_to_kill, open=open_for_run, copies=True)
 SANDBOXES = Listing(
     "sandboxes",
-    (Heading("SANDBOX", 8), Heading("STATUS", 12), Heading("REPO", 14), Heading("BRANCH", 18),
-     Heading("PREVIEW OR ERROR", 90)),
+    (
+        Heading("SANDBOX", 8),
+        Heading("STATUS", 12),
+        Heading("REPO", 14),
+        Heading("BRANCH", 18),
+        Heading("PREVIEW OR ERROR", 90),
+    ),
     sandbox_items, enter=show_logs, reads=Desk.sandboxes, open=open_preview, copies=True)
 REPOS = Listing(
     "repos", (Heading("REPO", 40), Heading("DEFAULT BRANCH", 30)), repo_items,
@@ -6422,12 +6471,22 @@ HARNESS_PICKER = Listing(
 EXPORT_PICKER = Listing("export", (Heading("FORMAT", 80),), export_items, enter=export_chosen)
 AGENTS = Listing(
     "agents",
-    (Heading("AGENT", 22), Heading("MODEL", 22), Heading("CATEGORY", 12), Heading("DOES", 90)),
+    (
+        Heading("AGENT", 22),
+        Heading("MODEL", 22),
+        Heading("CATEGORY", 12),
+        Heading("DOES", 90),
+    ),
     agent_items, reads=Desk.agents)
 MODELS = Listing(
     "models",
-    (Heading("MODEL", 30), Heading("PROVIDER", 12), Heading("CONTEXT", 9), Heading("IN $/M", 9),
-     Heading("OUT $/M", 9)),
+    (
+        Heading("MODEL", 30),
+        Heading("PROVIDER", 12),
+        Heading("CONTEXT", 9),
+        Heading("IN $/M", 9),
+        Heading("OUT $/M", 9),
+    ),
     model_items, reads=Desk.models)
 SERVERS = Listing(
     "mcp servers", (Heading("SERVER", 30), Heading("STATUS", 12), Heading("KIND", 20)),
@@ -6683,25 +6742,19 @@ def poll(state: State, most: int) -> State:
     room = min(most, POLLS_A_MINUTE - len(sent)) - len(asks)
     ids = due_runs(state)[:max(0, room)]
     asks += [Ask(Desk.run, (run_id,)) for run_id in ids]
-    runs = []
-    for run in state.rail.runs:
-        if run.id in ids:
-            run = run._replace(asked_at=state.now)
-        runs.append(run)
     sent += (state.now,) * len(asks)
     polls = polls._replace(sent=sent, unanswered=polls.unanswered + len(asks))
-    return state._replace(
-        polls=polls, rail=state.rail._replace(runs=tuple(runs)), asks=(*state.asks, *asks))
+    state = change_runs(state, ids, asked_at=state.now)
+    return state._replace(polls=polls, asks=(*state.asks, *asks))
 
 
 def refresh(state: State, _: str = "") -> State:
     """``/refresh`` and r: ask everything now that may have changed."""
     if state.health.held_until > state.now:
         return state.say("Rate limited: nothing is asked until the wait is over.", "warn")
-    runs = tuple(run._replace(asked_at=0.0) for run in state.rail.runs)
+    state = change_runs(state, [run.id for run in state.rail.runs], asked_at=0.0)
     polls = state.polls._replace(repos_at=0.0, sandboxes_at=0.0)
-    state = state._replace(rail=state.rail._replace(runs=runs), polls=polls)
-    state = state._replace(repos=state.repos._replace(heard=False))
+    state = state._replace(polls=polls, repos=state.repos._replace(heard=False))
     if state.shown.again_at:
         state = state.show(again_at=state.now)
     if state.drawer and state.drawer.listing.reads:
@@ -6808,7 +6861,7 @@ def perform(state: State, line: str) -> State:
     argument = argument.strip()
     word = COMMANDS.get(name.lower())
     if word and (word.follows or not argument):
-        return word.act(state._replace(drawer=None), argument)
+        return word.act(state.close(), argument)
     if word:
         problem = "takes no argument."
     elif name.lower() in NOT_OFFERED:
@@ -6824,7 +6877,7 @@ def perform(state: State, line: str) -> State:
 def perform_item(state: State, command: str) -> State:
     """Enter in the palette: ``/run`` takes what was typed as its task."""
     text = state.composer.text
-    state = state._replace(drawer=None)
+    state = state.close()
     if command != "/run":
         return perform(state, command)
     if text.startswith("/"):
@@ -7121,26 +7174,39 @@ def chosen(placed: PaneLine, at: int, width: int) -> PaneLine:
     return PaneLine(fill(placed.line, width, "select"), at)
 
 
+def title_style(focused: bool) -> str:
+    if focused:
+        return "key"
+    return "bold"
+
+
+def counted(title: str, count: int, some: int, word: str, style: str) -> Line:
+    """`` RUNS 4 · 2 active``."""
+    line = [(f" {title} {count}", style)]
+    if some:
+        line.append((f" · {some} {word}", "dim"))
+    return line
+
+
 def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     """Runs and sandboxes, each with at least a third of the rail, and the selected row in full."""
     runs = state.rail.runs
     sandboxes = state.rail.sandboxes
     at = selected_row(state)
     focused = focus_of(state) == "rail" and not state.drawer
-    title = "key" if focused else "bold"
+    title = title_style(focused)
     detail = [f" {piece}" for piece in folded(row_detail(state), width - 2)][:3]
     if rows < 12:
         detail = detail[:1]
     room = max(2, rows - len(detail) - 2)
     for_sandboxes = min(len(sandboxes), max(room // 3, room - len(runs)))
     active = sum(bool(run.status) and is_active(run) for run in runs)
-    counts = f" · {active} active" if active else ""
-    lines = [PaneLine([(f" RUNS {len(runs)}", title), (counts, "dim")])]
+    lines = [PaneLine(counted("RUNS", len(runs), active, "active", title))]
     for position in around(at, len(runs), room - for_sandboxes):
         lines.append(PaneLine(run_line(state, runs[position], width), position))
     running = sum(sandbox.get("status") == "running" for sandbox in sandboxes)
-    counts = f" · {running} running" if running else ""
-    lines.append(PaneLine([(f" SANDBOXES {len(sandboxes)}", title), (counts, "dim")]))
+    line = counted("SANDBOXES", len(sandboxes), running, "running", title)
+    lines.append(PaneLine(line))
     for position in around(max(0, at - len(runs)), len(sandboxes), for_sandboxes):
         row = sandbox_line(state, sandboxes[position], width)
         lines.append(PaneLine(row, len(runs) + position))
@@ -7228,20 +7294,36 @@ def scrolled(
     return max(0, lowest, min(top, at))
 
 
+def timeline_title(state: State, count: int, focused: bool) -> Line:
+    """The shown run, whether its newest events are followed, and how many pass the filter."""
+    timeline = state.timeline
+    mode = ("PAUSED", "warn")
+    if timeline.follow:
+        mode = ("FOLLOW", "ok")
+    kinds = "all types"
+    if timeline.filter:
+        kinds = f"filter: {timeline.filter}"
+    events = f"{count} events"
+    if count == 1:
+        events = "1 event"
+    return [
+        (" TIMELINE ", title_style(focused)),
+        (harmless(state.shown.run_id, 8) + "  ", ""),
+        mode,
+        (f" · {kinds} · {events}", "dim"),
+    ]
+
+
 def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     """Title, entries, and a last line: of what goes on, or of how many are newer."""
     entries = passing(state)
     at = selected_entry(state)
     timeline = state.timeline
     focused = focus_of(state) == "timeline"
-    kinds = f"filter: {timeline.filter}" if timeline.filter else "all types"
-    plural = "" if len(entries) == 1 else "s"
-    mode = ("FOLLOW", "ok") if timeline.follow else ("PAUSED", "warn")
-    lines = [PaneLine([
-        (" TIMELINE ", "key" if focused else "bold"),
-        (harmless(state.shown.run_id, 8) + "  ", ""), mode,
-        (f" · {kinds} · {len(entries)} event{plural}", "dim")])]
-    top = 0 if timeline.follow else timeline.top
+    lines = [PaneLine(timeline_title(state, len(entries), focused))]
+    top = timeline.top
+    if timeline.follow:
+        top = 0
     top = scrolled(state, entries, at, top, width, rows - 2)
     end = top
     while end < len(entries):
@@ -7529,8 +7611,10 @@ def word_start(text: str, cursor: int) -> int:
 
 def word_end(text: str, cursor: int) -> int:
     """Where the word after the cursor ends."""
-    match = re.compile(r"\s*\S*").match(text, cursor)
-    return match.end() if match else cursor
+    rest = text[cursor:]
+    word = rest.lstrip()
+    blanks = len(rest) - len(word)
+    return cursor + blanks + len((word.split(None, 1) or [""])[0])
 
 
 def line_start(composer: Composer) -> int:
@@ -7538,8 +7622,7 @@ def line_start(composer: Composer) -> int:
 
 
 def line_end(composer: Composer) -> int:
-    end = composer.text.find("\n", composer.cursor)
-    return end if end >= 0 else len(composer.text)
+    return (composer.text + "\n").index("\n", composer.cursor)
 
 
 def put_cursor(state: State, cursor: int) -> State:
@@ -7622,7 +7705,7 @@ def move(state: State, step: int) -> State:
         last = len(state.drawer.found) - 1
         return state.shift(at=max(0, min(state.drawer.at + step, last)))
     if focus_of(state) == "rail":
-        return state._replace(rail=state.rail._replace(at=max(0, selected_row(state) + step)))
+        return state.with_rail(at=max(0, selected_row(state) + step))
     return select_entry(state, selected_entry(state) + step, step > 0)
 
 
@@ -7683,8 +7766,7 @@ def send_token(state: State, token: str) -> State:
     state = state.write("")
     if not token:
         return state.ask(Desk.sign_in)
-    sign_in_state = state.sign_in._replace(checking=True, url="")
-    state = state._replace(sign_in=sign_in_state).ask(Shell.stop_sign_in)
+    state = state.admit(checking=True, url="").ask(Shell.stop_sign_in)
     return state.ask(Desk.try_token, token)
 
 
@@ -7706,8 +7788,7 @@ def send(state: State) -> State:
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
     if state.sign_in.url:
-        state = state._replace(sign_in=state.sign_in._replace(url=""))
-        return state.ask(Shell.stop_sign_in)
+        return state.admit(url="").ask(Shell.stop_sign_in)
     if state.sign_in.needed:
         return state.write("").ask(Desk.try_stored)
     if state.alerts:
@@ -7809,11 +7890,11 @@ def quit_pane(state: State) -> State:
 
 
 def focus_composer(state: State) -> State:
-    return state._replace(focus="composer", drawer=None)
+    return state.go("composer")
 
 
 def focus_filter(state: State) -> State:
-    return state._replace(focus="filter", drawer=None)
+    return state.go("filter")
 
 
 def keep_filter(state: State) -> State:
@@ -7838,8 +7919,10 @@ def panes(state: State) -> List[str]:
 def step_pane(state: State, step: int) -> State:
     order = panes(state)
     focus = focus_of(state)
-    at = order.index(focus) if focus in order else 0
-    return state._replace(focus=order[(at + step) % len(order)], drawer=None)
+    at = 0
+    if focus in order:
+        at = order.index(focus)
+    return state.go(order[(at + step) % len(order)])
 
 
 def next_pane(state: State) -> State:
@@ -7851,7 +7934,7 @@ def previous_pane(state: State) -> State:
 
 
 def close_drawer(state: State) -> State:
-    return state._replace(drawer=None)
+    return state.close()
 
 
 def choose_item(state: State) -> State:
@@ -7895,12 +7978,11 @@ def interrupt(state: State) -> State:
     if state.armed_until > state.now:
         return leave(state)
     if state.drawer or state.focus == "filter":
-        state = state._replace(focus="composer", drawer=None)
+        state = state.go("composer")
     else:
         state = state.write("")
-    sign_in_state = state.sign_in._replace(url="")
-    state = state._replace(sign_in=sign_in_state, armed_until=state.now + 1.5)
-    state = state.ask(Shell.stop_sign_in)
+    state = state._replace(armed_until=state.now + 1.5)
+    state = state.admit(url="").ask(Shell.stop_sign_in)
     return state.say("Press Ctrl+C again within 1.5 s to leave; runs go on.", "warn", 1.5)
 
 
@@ -8091,7 +8173,9 @@ def on_text(state: State, message: Text) -> State:
         acted = act_on_item(state, text)
     if acted is None:
         acted = insert(state, text)
-    return touched(acted) if acted.notice is state.notice else acted
+    if acted.notice is not state.notice:
+        return acted  # with what the action says
+    return touched(acted)
 
 
 def on_resize(state: State, message: Resize) -> State:
@@ -8114,8 +8198,7 @@ def click_rail(state: State, at: int) -> State:
         return state
     if focus_of(state) == "rail" and selected_row(state) == at and not state.drawer:
         return open_row(state)
-    rail = state.rail._replace(at=at)
-    return state._replace(focus="rail", rail=rail, drawer=None)
+    return state.go("rail").with_rail(at=at)
 
 
 def click_drawer(state: State, at: int) -> State:
@@ -8156,9 +8239,10 @@ def on_click(state: State, message: Click) -> State:
 
 def put_first(state: State, known: KnownRun) -> State:
     """With a run at the head of the rail; what was selected there stays so."""
-    rail = state.rail
-    at = rail.at + 1 if state.focus == "rail" else 0
-    return state._replace(rail=rail._replace(runs=(known, *rail.runs), at=at))
+    at = 0
+    if state.focus == "rail":
+        at = state.rail.at + 1
+    return state.with_rail(runs=(known, *state.rail.runs), at=at)
 
 
 def added(state: State, known: KnownRun, run: Json) -> State:
@@ -8186,13 +8270,9 @@ def heard(state: State, run_id: str, run: Json) -> State:
         alert = Alert(f"run {harmless(run_id, 8)} {status}{reason}", run_id)
         others = [one for one in state.alerts if one.run_id != run_id]
         state = state._replace(alerts=(*others, alert))
-    after = before._replace(status=status, error=error, heard_at=state.now)
-    if before in state.rail.runs:
-        runs = tuple(after if one is before else one for one in state.rail.runs)
-        return state._replace(rail=state.rail._replace(runs=runs))
-    if shown:
-        return added(state, after, run)
-    return state
+    if shown and before not in state.rail.runs:
+        state = added(state, before, run)
+    return change_runs(state, [run_id], status=status, error=error, heard_at=state.now)
 
 
 def delivered(state: State, delivery: Delivery) -> State:
@@ -8278,7 +8358,7 @@ def take_found(state: State, message: Fetched) -> State:
 
 
 def take_sandboxes(state: State, message: Fetched) -> State:
-    return state._replace(rail=state.rail._replace(sandboxes=tuple(message.data)))
+    return state.with_rail(sandboxes=tuple(message.data))
 
 
 def take_repos(state: State, message: Fetched) -> State:
@@ -8363,22 +8443,21 @@ def run_refused(state: State, run_id: str, error: MogplexError) -> State:
     known = run_named(state, run_id)
     if error.status != 404 or known.status or known not in state.rail.runs:
         return state
-    runs = tuple(
-        one._replace(status="unknown") if one is known else one for one in state.rail.runs)
-    return state._replace(rail=state.rail._replace(runs=runs))
+    return change_runs(state, [run_id], status="unknown")
 
 
 def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> State:
     """A start that failed: the task comes back, with its key where the run may have started."""
-    others = [one for one in state.starts if one.key != new.key]
     if any(one.key == new.key and one.run_id for one in state.starts):
-        return state._replace(starts=tuple(others))  # only the history failed
+        return drop_start(state, new.key)  # only the history failed
     if error.delivered:
-        others.append(new._replace(under_way=False))
+        state = change_start(state, new.key, under_way=False)
         text = f"The run may have started: {text}; Enter asks for the same run"
-    elif error.retry_after_s:
-        text = f"Not started: {text}; retry in {format_duration(error.retry_after_s)}"
-    state = state._replace(starts=tuple(others))
+    else:
+        state = drop_start(state, new.key)
+        text = f"Not started: {text}"
+    if error.retry_after_s:
+        text = f"{text}; retry in {format_duration(error.retry_after_s)}"
     if not state.composer.text:
         state = state.write(new.task)
     return state.say(text, "bad")
@@ -8386,8 +8465,7 @@ def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> S
 
 def sign_in_failed(state: State, text: str) -> State:
     """The field stays one for a token until the service has accepted one."""
-    sign_in_state = state.sign_in._replace(checking=False, url="")
-    return state._replace(sign_in=sign_in_state).say(f"Not signed in: {text}", "bad")
+    return state.admit(checking=False, url="").say(f"Not signed in: {text}", "bad")
 
 
 def on_failed(state: State, message: Failed) -> State:
@@ -8419,9 +8497,7 @@ def on_started(state: State, message: Started) -> State:
     run = message.run
     new = message.new
     run_id = text_of(run, "runId")
-    starts = tuple(
-        one._replace(run_id=run_id) if one.key == new.key else one for one in state.starts)
-    state = watch(state._replace(starts=starts), run_id, run, new.target)
+    state = watch(change_start(state, new.key, run_id=run_id), run_id, run, new.target)
     if run_named(state, run_id) not in state.rail.runs:
         began = parse_time(run.get("createdAt")) or state.now
         repo = harmless(new.target.repo.get("full_name"))
@@ -8437,8 +8513,7 @@ def on_started(state: State, message: Started) -> State:
 
 
 def on_settled(state: State, message: Settled) -> State:
-    starts = tuple(one for one in state.starts if one.key != message.new.key)
-    return state._replace(starts=starts)
+    return drop_start(state, message.new.key)
 
 
 def on_said(state: State, message: Said) -> State:
@@ -8448,7 +8523,7 @@ def on_said(state: State, message: Said) -> State:
 def on_announced(state: State, message: Announced) -> State:
     if not state.sign_in.needed:
         return state
-    return state._replace(sign_in=state.sign_in._replace(url=harmless(message.url, 4000)))
+    return state.admit(url=harmless(message.url, 4000))
 
 
 def on_lapses(state: State, message: Lapses) -> State:
@@ -8633,7 +8708,7 @@ def attach_first(state: State, wanted: str) -> State:
 
 def unsent(text: str) -> str:
     """What is said of the words of a command line that may have been meant for a command."""
-    near = nearest(text.split()[0], GROUPS) if text.split() else ""
+    near = nearest(text.partition(" ")[0], GROUPS)
     words = "Nothing was sent: press Enter to start a run with this task."
     if near:
         return f"Did you mean `mogplex {near}`? {words}"
