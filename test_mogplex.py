@@ -6275,6 +6275,40 @@ def test_in_the_background_it_waits_for_fg(demo: mogplex.DemoServer, tmp_path: A
         assert "Traceback" not in terminal.text() and b"Traceback" not in terminal.output
 
 
+def test_after_a_stop_that_nobody_announced_all_is_drawn_anew(
+    cockpit: Callable[..., Terminal],
+) -> None:
+    terminal = cockpit().until("acme/web ⎇ main").send("\x14").until("Mouse off")
+    terminal.process.send_signal(signal.SIGSTOP)
+    os.waitpid(terminal.process.pid, os.WUNTRACED)
+    taken = terminal.output.count(b"\x1b[?1049h")
+    termios.tcsetattr(terminal.child, termios.TCSANOW, terminal.modes)  # as a shell does
+    terminal.process.send_signal(signal.SIGCONT)
+    terminal.until(lambda: terminal.output.count(b"\x1b[?1049h") > taken)
+    terminal.send("half a task").until("› half a task")
+    assert "1000" not in terminal.on()
+    terminal.send("\x03\x03")
+    terminal.ended(0)
+
+
+def test_without_colour_and_in_an_ascii_locale(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit(NO_COLOR="1", LC_ALL="C", attach="nope").until("mogplex |").until("TIMELINE")
+    terminal.send("\x03\x03")
+    terminal.ended(0)
+    parameters = b";".join(re.findall(rb"\x1b\[([0-9;]*)m", terminal.output)).split(b";")
+    assert set(parameters) <= {b"", b"0", b"1", b"2", b"7"}
+    assert terminal.output.isascii()
+
+
+def test_a_shell_s_terminal_is_not_left_in_another_mode(cockpit: Callable[..., Terminal]) -> None:
+    """Writing without waiting is this program's own business: others share what is open."""
+    terminal = cockpit().until("acme/web ⎇ main")
+    assert os.get_blocking(terminal.child)
+    terminal.send("\x03\x03")
+    terminal.ended(0)
+    assert os.get_blocking(terminal.child)
+
+
 def test_a_paste_whose_end_is_lost_eats_neither_esc_nor_ctrl_c(
     cockpit: Callable[..., Terminal],
 ) -> None:
