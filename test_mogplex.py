@@ -3750,18 +3750,18 @@ def test_refusals_that_are_final_end_it_at_once(status: int) -> None:
     assert len(times) == 2 and clock.notes == []
 
 
-REFUSED = refusal(401, "UNAUTHORIZED", "Unauthorized")
+REFUSED_TOKEN = refusal(401, "UNAUTHORIZED", "Unauthorized")
 
 
 def test_a_401_is_final_before_the_first_good_answer() -> None:
-    with tailing(REFUSED) as (items, _, times, _2):
+    with tailing(REFUSED_TOKEN) as (items, _, times, _2):
         with pytest.raises(mogplex.UnauthorizedError):
             list(items)
     assert len(times) == 1
 
 
 def test_a_401_after_a_good_answer_is_an_outage() -> None:
-    with tailing(poll("streaming", 1), *[REFUSED] * 20, *END) as (items, clock, times, _):
+    with tailing(poll("streaming", 1), *[REFUSED_TOKEN] * 20, *END) as (items, clock, times, _):
         assert followed(items)[1].status == "success"
     assert times[-1] > 200
     assert clock.notes == [
@@ -3770,7 +3770,7 @@ def test_a_401_after_a_good_answer_is_an_outage() -> None:
         "connected again"]
 
 
-@pytest.mark.parametrize("refused", [REFUSED, answer(307, Location="/login")])
+@pytest.mark.parametrize("refused", [REFUSED_TOKEN, answer(307, Location="/login")])
 def test_a_401_that_stays_ends_in_64_after_300_s(refused: bytes) -> None:
     with tailing(poll("streaming", 1), refused) as (items, clock, times, _):
         with pytest.raises(mogplex.UnauthorizedError, match="gave up after 3.. s"):
@@ -3804,7 +3804,7 @@ def test_a_sign_in_is_refreshed_once_between_good_answers(
 
     def reply(number: int, request: str, connection: socket.socket) -> bytes:
         seen.append("refresh" if "/token" in request else (re.findall("Bearer (.*)\r", request))[0])
-        return token if "/token" in request else poll("streaming", 1) if len(seen) < 3 else REFUSED
+        return token if "/token" in request else poll("streaming", 1) if len(seen) < 3 else REFUSED_TOKEN
     clock = VirtualClock()
     with RawServer(reply) as server, mogplex.Client(renewable(server.url), server.url) as one:
         with pytest.raises(mogplex.MogplexError) as error:
@@ -3821,14 +3821,14 @@ def test_a_refreshed_sign_in_goes_on_quietly() -> None:
             return answer(200, {"access_token": "new", "expires_in": 3600})
         if "Bearer new" in request:
             return poll("success", 1)
-        return poll("streaming", 1) if number < 2 else REFUSED
+        return poll("streaming", 1) if number < 2 else REFUSED_TOKEN
     clock = VirtualClock()
     with RawServer(reply) as server, mogplex.Client(renewable(server.url), server.url) as one:
         assert followed(clock.tail(one))[1].status == "success" and clock.notes == []
 
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\n\r\n"
-CHUNKED = STREAM[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED_STREAM = STREAM[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
 
 
 def then_silent(data: bytes) -> Speak:
@@ -3991,7 +3991,7 @@ def test_a_broken_stream_is_resumed_and_its_half_event_dropped(cut: str) -> None
     first: Step = {
         "reset": reset_after(whole + b"id: 9\ndata: {"),
         "half an event": whole + b'id: 9\ndata: {"id": "9"}\n',
-        "chunk": CHUNKED + b"%x\r\n%b\r\n5\r\nid:" % (len(body), body),
+        "chunk": CHUNKED_STREAM + b"%x\r\n%b\r\n5\r\nid:" % (len(body), body),
     }[cut]
     order = first, streamed(1, 2), streamed()
     with streaming(["streaming", "success"], *order) as (items, clock, _, asked):
@@ -4001,7 +4001,7 @@ def test_a_broken_stream_is_resumed_and_its_half_event_dropped(cut: str) -> None
 
 @pytest.mark.parametrize("head, frame", [
     (STREAM, b"%b"),
-    (CHUNKED, b"c0ffe0"),
+    (CHUNKED_STREAM, b"c0ffe0"),
     (STREAM[:-2] + b"Content-Length: 999999\r\n\r\n", b"%b"),
     (STREAM[:-2] + b"Content-Encoding: gzip\r\n\r\n", b"gzip"),
 ])
@@ -4042,6 +4042,7 @@ def test_the_time_to_reconnect_is_the_server_s_within_bounds(retry: str, wait_s:
     assert at[1] - at[0] == wait_s
 
 
+IN_REAL_TIME: Dict[str, Any] = {"clock": time.monotonic, "sleep": time.sleep, "interval_s": 0.1}
 DONE = {"id": "9", "message": "done"}
 
 
@@ -4054,11 +4055,25 @@ def test_a_stream_that_brings_no_more_events_is_left_and_the_run_is_asked(
     speak = {"silence": then_silent(sent),
              "comments": dribble(sent, b": x\n\n", 0.01),
              "empty events": dribble(sent, b"data: {}\n\n", 0.01)}[after]
-    in_real_time: Dict[str, Any] = {"clock": time.monotonic, "sleep": time.sleep}
-    with streaming(["streaming", "success"], speak, idle_s=0.1, interval_s=0.1, **in_real_time) as (
+    with streaming(["streaming", "success"], speak, idle_s=0.1, **IN_REAL_TIME) as (
             items, clock, _, _2):
         told, verdict = followed(items)
     assert (told, verdict.status, clock.notes) == (["done"], "success", [])
+
+
+def test_a_last_event_that_is_repeated_delays_nothing() -> None:
+    again = streamed({**DONE, "type": "finished"})[len(STREAM):]
+    speak = dribble(STREAM + again, again, 0.01)
+    with streaming(["success"], speak, idle_s=30.0, **IN_REAL_TIME) as (items, *_):
+        assert followed(items)[0] == ["done"]
+
+
+def test_what_a_stream_once_said_of_the_run_is_asked_again_when_it_is_silent() -> None:
+    said = then_silent(streamed({"run": {"status": "streaming"}}))
+    order = said, then_silent(STREAM)
+    with streaming(["success"], *order, idle_s=0.1, **IN_REAL_TIME) as (items, _, server, _2):
+        assert followed(items)[1].status == "success"
+    assert "/events?" not in server.requests[1]
 
 
 def test_a_stream_is_left_after_30_s_without_an_event() -> None:
@@ -4081,9 +4096,8 @@ def test_comments_show_in_time_that_the_service_is_back(monkeypatch: pytest.Monk
             requests_at[progress.message.split(":")[0]] = len(server.requests)
 
     order = poll("streaming", 1), reset_after(b""), dribble(STREAM, b": x\n\n", 0.01)
-    options: Dict[str, Any] = {"idle_s": 0.5, "interval_s": 0.01, "on_progress": note}
-    with streaming(["success"], *order, clock=time.monotonic, sleep=time.sleep, **options) as (
-            items, _, server, asked):
+    options = {**IN_REAL_TIME, "idle_s": 0.5, "on_progress": note}
+    with streaming(["success"], *order, **options) as (items, _, server, asked):
         followed(items)
     # The third request's stream said so, and not the answer of the run that was asked in the end.
     assert requests_at == {"request failed": 2, "connected again": 3}
@@ -8388,7 +8402,7 @@ def test_a_real_bug_keeps_its_traceback(
         cli("runs", "list")
 
 
-def silent(now: float, message: str = "") -> mogplex.Progress:
+def silent_progress(now: float, message: str = "") -> mogplex.Progress:
     """A run that has shown its last event at 1000."""
     return mogplex.Progress("connected", "streaming", 990.0, 1000.0, None, 0, message, 1.0, {})
 
@@ -8409,7 +8423,7 @@ def test_a_log_gets_a_sign_of_life_every_minute(quiet: bool, told: str) -> None:
     stderr, now = io.StringIO(), [1000.0]
     life = life_signs(stderr, {}, now, quiet)
     for now[0] in (1000.0, 1030.0, 1060.0, 1061.0, 1119.0, 1120.0, 1121.0):
-        life.show(silent(now[0]))
+        life.show(silent_progress(now[0]))
     assert stderr.getvalue() == told
 
 
@@ -8424,7 +8438,7 @@ def test_the_status_line_of_a_terminal_is_redrawn_at_most_once_a_second() -> Non
     screen, now = TerminalText(), [1000.0]
     life = life_signs(screen, {"TERM": "xterm"}, now)
     for now[0] in (1000.0, 1000.25, 1000.5, 1001.0, 1001.25):
-        life.show(silent(now[0]))
+        life.show(silent_progress(now[0]))
     life.erase()
     lines = [
         "streaming 10s | last event 0s ago | connected",
@@ -8436,8 +8450,8 @@ def test_the_status_line_of_a_terminal_is_redrawn_at_most_once_a_second() -> Non
 @pytest.mark.parametrize("environ", [{}, {"TERM": "dumb"}])
 def test_a_terminal_that_cannot_go_back_gets_no_status_line(environ: Dict[str, str]) -> None:
     screen, now = TerminalText(), [1000.0]
-    life_signs(screen, environ, now).show(silent(1000.0, "connection is back"))
-    assert screen.getvalue() == "connection is back\n"
+    life_signs(screen, environ, now).show(silent_progress(1000.0, "connected again"))
+    assert screen.getvalue() == "connected again\n"
 
 
 @pytest.mark.posix
@@ -8694,7 +8708,7 @@ def test_logout_alone_and_before_a_command(
 HERE = os.path.dirname(MODULE)
 with open(MODULE, encoding="utf-8") as _module:
     SOURCE = _module.read()
-CUT = re.compile(r"""(?mx)
+EMBED_BANNER = re.compile(r"""(?mx)
     ^\#[ ]=+[ ]Everything[ ]above[ ]this[ ]line[ ]can[ ]be[ ]copied[ ]out[ ]and[ ]used[ ]as[ ]a[ ]library\.[ ]=+$
 """)
 BANNER = r"(?m)^# -{50,} (?:(\d)\. )?(.+)$"
@@ -8752,6 +8766,17 @@ def names_used(code: types.CodeType) -> Iterator[str]:
     for inner in code.co_consts:
         if isinstance(inner, types.CodeType):
             yield from names_used(inner)
+
+
+def test_no_name_of_the_tests_is_defined_twice() -> None:
+    """The second would stand in for the first, in tests far above it."""
+    with open(__file__, encoding="utf-8") as file:
+        nodes = ast.parse(file.read()).body
+    assigned = [node.targets[0] for node in nodes if isinstance(node, ast.Assign)]
+    assigned += [node.target for node in nodes if isinstance(node, ast.AnnAssign)]
+    names = [node.id for node in assigned if isinstance(node, ast.Name)]
+    names += [node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []
 
 
 def test_nothing_names_what_is_defined_below_it() -> None:
@@ -8996,7 +9021,7 @@ def test_the_types_of_what_embedders_use_are_true_and_whole() -> None:
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with the module cut at its banner, in which only requests can be imported besides."""
     directory = tmp_path_factory.mktemp("library")
-    upper, lower = CUT.split(SOURCE)
+    upper, lower = EMBED_BANNER.split(SOURCE)
     assert "class Client" in upper and "def main" in lower
     (directory / "mogplex.py").write_text(upper, encoding="utf-8")
     for name in ("tabulate", "blessed"):
@@ -9065,7 +9090,7 @@ def test_a_client_with_a_session_of_the_embedder_s_on_two_threads(demo: mogplex.
 
 
 def test_the_library_never_reads_the_environment_prints_or_exits() -> None:
-    upper = ast.parse(CUT.split(SOURCE)[0])
+    upper = ast.parse(EMBED_BANNER.split(SOURCE)[0])
     named = {ast.dump(node.value) + node.attr for node in ast.walk(upper) if isinstance(node, ast.Attribute)}
     called = {node.func.id for node in ast.walk(upper) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not any("'os'" in name and name.endswith(("environ", "getenv")) for name in named)
