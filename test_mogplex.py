@@ -7534,6 +7534,8 @@ def test_more_events_than_the_service_lists(run_demo: Callable[..., Result]) -> 
     assert len(listed.out.splitlines()) == 200 and "only the first 200 events" in listed.err
     followed = run_demo("runs", "events", LONG, "--follow", "--json")
     assert json.loads(followed.out.splitlines()[-1])["truncated"] is True and followed.err.count("first 200 events") == 1
+    followed = run_demo("runs", "events", LONG, "--follow", "--limit", "3")
+    assert len(followed.out.splitlines()) == 3 + 1
     few = run_demo("runs", "events", LONG, "--limit", "3")
     assert len(few.out.splitlines()) == 3 and "only the first 3 events" in few.err
 
@@ -7620,6 +7622,12 @@ def test_a_failed_run_that_a_given_key_finds_is_an_existing_one(cli: Callable[..
     assert result.out.startswith("matched existing run R-1 (failed)\n")
 
 
+def unread(pipe: int) -> int:
+    """How many bytes in a pipe nobody has read yet."""
+    (size,) = struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, b"1234"))
+    return int(size)
+
+
 def test_a_task_comes_whole_from_a_stdin_that_does_not_block() -> None:
     """As a pipe that is shared with Node."""
     ours, theirs = os.pipe()
@@ -7628,8 +7636,8 @@ def test_a_task_comes_whole_from_a_stdin_that_does_not_block() -> None:
         process = run_file("run", "--repo", "r", "-", url=server.url, stdin=ours)
         for part in (b"first ", b"second ", b"third"):
             os.write(theirs, part)
-            while struct.unpack("i", fcntl.ioctl(ours, termios.FIONREAD, b"1234"))[0]:
-                time.sleep(0.01)  # until it was read
+            while process.poll() is None and unread(ours):
+                time.sleep(0.01)
         os.close(theirs)
         _, err = process.communicate(timeout=60)
         os.close(ours)
@@ -8353,15 +8361,23 @@ def test_a_run_that_has_ended_is_not_said_to_be_running_when_stdout_is_full() ->
     (["--follow"], STILL_RUNNING.format("run-uuid")),
     (["--follow", "--cancel-on-interrupt"], "cancellation requested for run run-uuid\n"),
 ])
-def test_the_id_of_a_run_is_not_lost_with_the_reader_of_stdout(flags: List[str], told: str) -> None:
-    """As in ``mogplex run ... | true``."""
+def test_the_id_of_a_run_is_not_lost_with_the_reader_of_stdout(
+    cli: Callable[..., Result], tmp_path: Any, flags: List[str], told: str,
+) -> None:
+    """As in ``mogplex run ... | true``. The history and CI have it too."""
     ours, theirs = os.pipe()
     os.close(ours)
+    output = tmp_path / "output"
+    output.touch()
+    env = {"GITHUB_ACTIONS": "true", "GITHUB_OUTPUT": str(output)}
     with one_answer(ok({"run": RUN, **RUN})) as server:
-        process = run_file("run", "--repo", "r", "x", *flags, url=server.url, stdout=theirs)
+        process = run_file("run", "--repo", "r", "x", *flags, url=server.url, stdout=theirs, env=env)
         os.close(theirs)
         err = process.communicate(timeout=60)[1].decode()
-    assert (process.returncode, err) == (141, told)
+        listed = cli("runs", "list", "--json", env=service(server.url))
+    assert process.returncode == 141 and err.startswith(told + "::error ")
+    assert json.loads(listed.out)["id"] == "run-uuid"
+    assert output.read_text().startswith("run_id=run-uuid\n")
 
 
 def test_an_encoding_that_lacks_a_character_gets_a_replacement(demo: mogplex.DemoServer) -> None:
