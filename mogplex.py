@@ -2331,9 +2331,7 @@ class Exchange:
             answer = self._in_time()
             self.url = answer.url
             self.status = answer.status
-            self.headers = answer.headers.copy()
-            for name, value in answer.headers.items():
-                self.headers[name] = self.clean(value)
+            self.headers = self._clean_headers(answer.headers)
         except BaseException:
             self.__exit__()
             raise
@@ -2343,6 +2341,15 @@ class Exchange:
         self._worker.leave()
         took_s = time.monotonic() - self._started
         self._report(self.url, self.status, took_s, self._worker.size)
+
+    def _clean_headers(self, headers: Any) -> Any:
+        together = "\n".join(headers.values())
+        if self.clean(together) == together:  # as good as always, and sooner known
+            return headers
+        cleaned = headers.copy()
+        for name, value in headers.items():
+            cleaned[name] = self.clean(value)
+        return cleaned
 
     @property
     def streams(self) -> bool:
@@ -2518,8 +2525,9 @@ class Stamp:
     def take(self, response: Any, **_: Any) -> Any:
         """Called with the answer as it arrives."""
         self.answer = Answer(response)
-        response.headers = response.headers.copy()
-        response.headers.pop("Location", None)
+        if "Location" in response.headers:
+            response.headers = response.headers.copy()
+            del response.headers["Location"]
         return response
 
 
