@@ -3453,8 +3453,15 @@ class Story:
         if started is not None and ended is not None:
             duration_s = ended - started
         return Verdict(
-            self.run_id, self.status, text_of(self.run, "error"), self.delivery.branch,
-            self.delivery.pull_request_url, self.truncated, duration_s, self.run)
+            run_id=self.run_id,
+            status=self.status,
+            error=text_of(self.run, "error"),
+            working_branch=self.delivery.branch,
+            pull_request_url=self.delivery.pull_request_url,
+            truncated=self.truncated,
+            duration_s=duration_s,
+            run=self.run,
+        )
 
 
 # -- How well the service answers
@@ -3712,8 +3719,13 @@ class Tail:
     """One tail: a loop that reads, hands on, waits, and tells how it stands."""
 
     def __init__(
-        self, client: Client, run_id: str, timing: Timing, limit: int,
-        on_progress: OnProgress, just_started: bool = False,
+        self,
+        client: Client,
+        run_id: str,
+        timing: Timing,
+        limit: int,
+        on_progress: OnProgress,
+        just_started: bool = False,
     ) -> None:
         self.client = client
         self.limit = min(limit, MAX_LIMIT)
@@ -3763,8 +3775,13 @@ class Tail:
         """The events, in whichever form the service gives them; a 204 says that no more come."""
         sent_at = self.timing.clock()
         exchange = self.client.open_events(
-            self.story.run_id, tick=self._tick, renew=self.link.renews, limit=self.limit,
-            last_event_id=self._resumption.last_event_id, idle_s=self.timing.idle_s)
+            self.run_id,
+            tick=self._tick,
+            renew=self.link.renews,
+            limit=self.limit,
+            last_event_id=self._resumption.last_event_id,
+            idle_s=self.timing.idle_s,
+        )
         with exchange:
             self.link.latency_ms = (self.timing.clock() - sent_at) * 1000
             if exchange.streams:
@@ -3782,8 +3799,8 @@ class Tail:
 
     def _read_run(self, look: Look) -> None:
         """Ask the run itself."""
-        with self.client.open_run(
-                self.story.run_id, tick=self._tick, renew=self.link.renews) as exchange:
+        exchange = self.client.open_run(self.run_id, tick=self._tick, renew=self.link.renews)
+        with exchange:
             run = dict_of(exchange.data(), "run")
         self._good()
         look.requests += 1
@@ -3918,9 +3935,18 @@ class Tail:
         story = self.story
         link = self.link
         progress = Progress(
-            link.connection, story.status, self.started_at, story.last_event_at, link.retry_at,
-            link.failures, message, link.latency_ms, story.run, story.delivery.branch,
-            story.delivery.pull_request_url)
+            connection=link.connection,
+            status=story.status,
+            started_at=self.started_at,
+            last_event_at=story.last_event_at,
+            retry_at=link.retry_at,
+            failures=link.failures,
+            message=message,
+            latency_ms=link.latency_ms,
+            run=story.run,
+            branch=story.delivery.branch,
+            pull_request_url=story.delivery.pull_request_url,
+        )
         try:
             self.on_progress(progress)
         except MogplexError as error:
@@ -3933,10 +3959,18 @@ def tell_nobody(progress: Progress) -> None:
 
 
 def tail(
-    client: Client, run_id: str, *, timeout_s: Optional[float] = None, limit: int = MAX_LIMIT,
-    on_progress: OnProgress = tell_nobody, interval_s: float = POLL_S, idle_s: float = IDLE_S,
-    just_started: bool = False, clock: Clock = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep, random: Callable[[], float] = random_unit,
+    client: Client,
+    run_id: str,
+    *,
+    timeout_s: Optional[float] = None,
+    limit: int = MAX_LIMIT,
+    on_progress: OnProgress = tell_nobody,
+    interval_s: float = POLL_S,
+    idle_s: float = IDLE_S,
+    just_started: bool = False,
+    clock: Clock = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    random: Callable[[], float] = random_unit,
 ) -> Iterator[Union[Json, Verdict]]:
     """Each event of a run once, as it comes, and last of all the Verdict.
 
@@ -4313,8 +4347,10 @@ def logs_text(logs: Json) -> str:
             lines += re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))
     for event in dicts_of(logs, "lifecycle_events"):
         facts = (
-            format_time(event.get("created_at")), text_of(event, "event_type"),
-            text_of(event, "decision_code"))
+            format_time(event.get("created_at")),
+            text_of(event, "event_type"),
+            text_of(event, "decision_code"),
+        )
         lines.append("  ".join(facts).rstrip())
     return "\n".join(map(sanitize, lines))
 
