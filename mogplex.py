@@ -9142,6 +9142,11 @@ class DemoRoute(NamedTuple):
     scope: str = ""  # "": any token will do
 
 
+def demo_id(name: str) -> str:
+    """A UUID, the same for the same ``name`` every time."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
+
+
 class DemoRun(NamedTuple):
     """A run that has begun."""
 
@@ -9171,11 +9176,6 @@ class DemoRun(NamedTuple):
 def demo_data(data: Json, status: int = 200) -> DemoAnswer:
     """A success in the envelope."""
     return DemoAnswer(status, {"ok": True, "data": data})
-
-
-def demo_id(name: str) -> str:
-    """A UUID, the same for the same ``name`` every time."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
 def demo_ending(prompt: str) -> str:
