@@ -4680,7 +4680,7 @@ def modified_key(sequence: str) -> str:
 
 
 def mouse_messages(report: str) -> List[Message]:
-    """The wheel's turn or the left button's press that an SGR mouse report tells, if either."""
+    """What an SGR mouse report means: a turn of the wheel, a left click, or nothing."""
     button, column, row = [int(number) for number in re.findall("[0-9]+", report)]
     button &= ~0b11100  # Shift, Alt and Ctrl
     if button == 64:
@@ -4705,7 +4705,7 @@ def key_messages(sequence: str, resolve: Callable[[str], str]) -> List[Message]:
 
 
 def next_part(sent: str, at: int, final: bool) -> Optional[Tuple[str, str]]:
-    """(kind, text) of what stands at ``at``; None where its end has not come."""
+    """(kind, text) of what begins at ``at``; None if its end has not arrived."""
     match = _SENT.match(sent, at)
     if not match and not final:
         return None
@@ -4921,10 +4921,10 @@ class TerminalGone(Exception):
 
 
 def on_terminal(call: Callable[..., Any], *arguments: Any) -> Any:
-    """``call(*arguments)``; TerminalGone where the terminal is.
+    """``call(*arguments)``; raises TerminalGone if the terminal was closed.
 
-    Any other error is one of this program, and stays as it is. EINTR, when ``fg`` continues a
-    job that was stopped in the middle of it, is tried again: ``termios`` does not do so itself.
+    Any other error is a bug in this program and is raised as it is. EINTR, from a stop and ``fg``
+    in the middle of the call, is tried again: Python does that itself, but not in ``termios``.
     """
     import termios
     while True:
@@ -4981,7 +4981,7 @@ class Signals:
         self.heard.append(number)
 
     def end(self, number: int, _: object) -> None:
-        """Handler of the signals that end the program: a second one also where the loop hangs."""
+        """Handler of the signals that end the program; the second one works in a hung loop too."""
         if not self.ending:
             self.ending = number
             self.ending_since = time.monotonic()
@@ -5027,9 +5027,10 @@ class Tty:
 
     @staticmethod
     def open_output() -> int:
-        """A descriptor to write to that never blocks, where it can be had; else standard output.
+        """A descriptor for writing that does not block; standard output if there can be none.
 
-        Opened anew, because O_NONBLOCK holds for all who share what is open, the shell included.
+        The terminal is opened again, because O_NONBLOCK on standard output would hold for the
+        shell as well.
         """
         try:
             return os.open(os.ttyname(1), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
@@ -5042,7 +5043,7 @@ class Tty:
         on_terminal(tty.setraw, 0, termios.TCSANOW)
 
     def set_saved(self) -> None:
-        """The modes that there were; also from the background, where SIGTTOU would stop the job."""
+        """Restore the modes, in the background too, where SIGTTOU would stop the job."""
         import termios
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         try:
@@ -5063,7 +5064,7 @@ class Tty:
             return True
 
     def write(self, text: str, give_up: Callable[[], bool]) -> None:
-        """All of ``text``; while the terminal takes nothing, as long as ``give_up`` says no."""
+        """Write all of ``text``; while the terminal takes nothing, ``give_up`` is asked."""
         data = text.encode("utf-8", "replace")
         while data:
             try:
@@ -5088,10 +5089,10 @@ class Tty:
 
 
 def blessed_terminal(kind: str) -> Any:
-    """A Terminal of blessed that asks the terminal nothing and reads nothing from it.
+    """A Terminal of blessed that sends the terminal no query and reads nothing from it.
 
-    Given a stream that is not sys.__stdout__ it does neither; for NO_COLOR it would drop every
-    capability, so the variable is hidden from it.
+    It does neither if its stream is not sys.__stdout__. NO_COLOR is hidden from it, because it
+    would drop every capability, cursor moves too.
     """
     names = [name for name in ("NO_COLOR", "FORCE_COLOR") if name in os.environ]
     hidden = {name: os.environ.pop(name) for name in names}
@@ -5114,7 +5115,7 @@ class Keyboard:
         self.pending = ""         # the start of a sequence or a paste whose end has not come
 
     def resolve(self, sequence: str) -> str:
-        """The name of the key that sends it; "" for none, as for a late answer to a query."""
+        """The name of the key that sends it; "" if none does, as for a late answer to a query."""
         self.terminal.ungetch(sequence)
         key = self.terminal.inkey(timeout=0, esc_delay=0)
         while self.terminal.inkey(timeout=0, esc_delay=0):
@@ -5124,7 +5125,7 @@ class Keyboard:
         return str(key.name or "").replace("KEY_", "").lower()
 
     def read(self) -> List[Message]:
-        """The messages that are complete; Esc is a key of its own when nothing follows it."""
+        """The messages that are complete. Esc is a key of its own if nothing follows it."""
         sent = self.tty.read()
         if self.in_paste() and _INTERRUPTING.match(sent) and self.is_all():
             sent = PASTE_END + sent  # its end was lost, and it must not eat Esc or Ctrl+C
@@ -5168,7 +5169,7 @@ def passed(moment: float) -> bool:
 
 
 class Screen:
-    """The terminal as the cockpit has it. For one thread alone, but for wake()."""
+    """The terminal while the cockpit uses it. For one thread alone, except wake()."""
 
     def __init__(self, environ: Mapping[str, str], signals: Signals) -> None:
         terminal = blessed_terminal(environ["TERM"])
@@ -5179,7 +5180,7 @@ class Screen:
         self.canvas = Canvas(environ, terminal.number_of_colors)
         self.size = self.tty.size()  # columns, rows
         self.size_told = (0, 0)      # as the last Resize said
-        self.mouse = True            # whether it is reported here, or selects in the terminal
+        self.mouse = True            # it is reported to this program; else the terminal selects
         self.active = False          # between enter() and restore()
 
     def enter(self) -> None:
@@ -5220,14 +5221,17 @@ class Screen:
         self.write(MOUSE[on])
 
     def write(self, text: str) -> None:
-        """Sequences of this program's own. A stuck terminal is waited for, until a signal."""
+        """Write sequences of this program's own; waits for a stuck terminal until a signal."""
         if self.active:
             self.tty.write(text, self.signals.is_ending)
 
     def write_last(self, text: str) -> None:
-        """For the end, which nothing may hold up: a terminal that is stuck or gone misses it."""
+        """Write at the end: a terminal that is stuck or gone must not hold it up."""
+        patience_s = 2.0  # a slow connection that misses it would keep the mouse's mode
+        if self.signals.ending:
+            patience_s = 0.1
         with contextlib.suppress(TerminalGone):
-            self.tty.write(text, functools.partial(passed, time.monotonic() + 0.1))
+            self.tty.write(text, functools.partial(passed, time.monotonic() + patience_s))
 
     def draw(self, rows: Sequence[Row]) -> None:
         """One frame, in one write: what differs from the last."""
@@ -5238,12 +5242,13 @@ class Screen:
         self.signals.wake()
 
     def wait(self, seconds: float) -> List[Message]:
-        """What was typed and what signals ask for, at most so many seconds from now.
+        """What was typed and what signals ask for; waits for it at most so many seconds.
 
-        SystemExit, with the code, at a signal that ends the program; TerminalGone.
+        Raises SystemExit with the exit code after a signal that ends the program, and
+        TerminalGone.
         """
         if self.size != self.size_told:
-            seconds = 0.0
+            seconds = 0.0  # the Resize is due
         ready = select.select([0, self.signals.wake_in], [], [], seconds)[0]
         if self.signals.wake_in in ready:
             os.read(self.signals.wake_in, 1 << 16)
@@ -5255,7 +5260,7 @@ class Screen:
         return messages
 
     def see_to_signals(self) -> List[Message]:
-        """Do what the signals ask for that do not end the program; what it means for the state."""
+        """Act on the signals that do not end the program; the messages that follow from them."""
         heard = self.signals.take()
         if signal.SIGCONT in heard:  # after a stop that nobody announced
             self.enter()
@@ -5271,9 +5276,9 @@ class Screen:
 
 
 class CrashGuard:
-    """While the ``with`` statement lasts, an uncaught exception is told after the screen is left.
+    """Inside the ``with`` statement, an uncaught exception leaves the screen before it is printed.
 
-    One of another thread is handed to ``on_crash``: the screen is for one thread alone.
+    One from another thread goes to ``on_crash``, because the screen is for one thread alone.
     """
 
     def __init__(self, screen: Screen, on_crash: Callable[[BaseException], None]) -> None:

@@ -6439,6 +6439,22 @@ def test_in_the_background_it_waits_for_fg(demo: mogplex.DemoServer, tmp_path: A
         assert "Traceback" not in terminal.text() and b"Traceback" not in terminal.output
 
 
+def test_ended_in_the_background_it_gives_the_terminal_back(
+    demo: mogplex.DemoServer, tmp_path: Any,
+) -> None:
+    argv = ["bash", "--norc", "--noprofile", "-i"]
+    program = tmp_path / "cockpit.py"
+    program.write_text("import os\nprint('pid', os.getpid(), flush=True)\n" + COCKPIT)
+    with Terminal(argv, PS1="ready> ", MOGPLEX_HOME=str(tmp_path)) as terminal:
+        terminal.until("ready>")
+        terminal.send(f"set -b; clear; {sys.executable} {program} {demo.url} {demo.token} 'x'\r")
+        terminal.until("TIMELINE")
+        pid = int(re.findall(rb"pid (\d+)", terminal.output)[-1])
+        os.kill(pid, signal.SIGSTOP)
+        terminal.until(lambda: b"Stopped" in terminal.output)
+        terminal.send("kill -TERM %1\r").until(lambda: b"Exit 143" in terminal.output)
+
+
 def test_after_a_stop_that_nobody_announced_all_is_drawn_anew(
     cockpit: Callable[..., Terminal],
 ) -> None:
