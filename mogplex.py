@@ -5311,10 +5311,29 @@ class CrashGuard:
 # -- What the workers are asked, and what they say
 
 
+class Repo(NamedTuple):
+    """A repository as the service lists it, made harmless; its ``id`` is as it came."""
+
+    id: str = ""
+    name: str = ""  # owner/name
+    default_branch: str = "main"
+
+
+class Sandbox(NamedTuple):
+    """A sandbox in the same way."""
+
+    id: str = ""
+    repo_id: str = ""
+    branch: str = ""
+    status: str = ""
+    preview_url: str = ""  # https, or ""
+    error: str = ""
+
+
 class Target(NamedTuple):
     """Where and with what the next task runs. Nothing but a choice or a delivery moves it."""
 
-    repo: Json = {}
+    repo: Repo = Repo()
     branch: str = ""   # to continue on, which a run has delivered; "" lets the service make one
     base: str = ""     # to start from; "" is the repository's default
     harness: str = next(iter(HARNESSES))
@@ -5453,12 +5472,9 @@ TAIL_INTERVAL_S = 2.5  # 24 requests a minute of the 60 that a token has
 
 def body_for(target: Target, task: str) -> Json:
     """The body of POST /runs."""
-    body: Json = {
-        "repoId": text_of(target.repo, "id"), "prompt": task, "harness": target.harness,
-    }
+    body: Json = {"repoId": target.repo.id, "prompt": task, "harness": target.harness}
     if target.base or target.branch:
-        default = text_of(target.repo, "default_branch") or "main"
-        body["baseBranch"] = target.base or default
+        body["baseBranch"] = target.base or target.repo.default_branch
     if target.branch:
         body["workingBranch"] = target.branch
         body["createBranch"] = False
@@ -5577,7 +5593,7 @@ class Desk:
         """Started is posted as soon as the run exists, before its id is written down."""
         start_recorded(
             self.client(), self.facts.home, body_for(new.target, new.task), new.key,
-            text_of(new.target.repo, "full_name"), functools.partial(self.tell_started, new))
+            new.target.repo.name, functools.partial(self.tell_started, new))
         return Settled(new)
 
     def tell_started(self, new: NewRun, run: Json) -> None:
@@ -5790,14 +5806,14 @@ class Rail(NamedTuple):
     """The runs that are known, newest first, and the sandboxes after them."""
 
     runs: Tuple[KnownRun, ...] = ()
-    sandboxes: Tuple[Json, ...] = ()
+    sandboxes: Tuple[Sandbox, ...] = ()
     at: int = 0          # the selected row, counted over both
 
 
 class Repos(NamedTuple):
     """The repositories, once they are known, and which of them to begin with."""
 
-    all: Tuple[Json, ...] = ()
+    all: Tuple[Repo, ...] = ()
     heard: bool = False
     wanted: str = ""     # an id or a name
 
@@ -6065,25 +6081,22 @@ def task_of(run: KnownRun) -> str:
 def repo_named(state: State, repo_id: str) -> str:
     """The full name of a repository; "" for one that is not listed."""
     for repo in state.repos.all:
-        if text_of(repo, "id") == repo_id:
-            return harmless(repo.get("full_name"))
+        if repo.id == repo_id:
+            return repo.name
     return ""
 
 
-def branch_of(sandbox: Json) -> str:
-    return harmless(sandbox.get("working_branch")) or harmless(sandbox.get("base_branch"))
-
-
-def default_branch(target: Target) -> str:
-    return harmless(target.repo.get("default_branch")) or "main"
+def branch_text_of(target: Target) -> str:
+    """The branch that the next task continues on, or starts from."""
+    return target.branch or target.base or target.repo.default_branch
 
 
 def target_text(target: Target) -> str:
     """``acme/api ⎇ main · codex``."""
-    if not target.repo:
+    if not target.repo.id:
         return f"no repository, choose one with /repo · {target.harness}"
-    branch = target.branch or target.base or default_branch(target)
-    return f"{harmless(target.repo.get('full_name'))} ⎇ {harmless(branch, 200)} · {target.harness}"
+    branch = harmless(branch_text_of(target), 200)
+    return f"{target.repo.name} ⎇ {branch} · {target.harness}"
 
 
 def passing(state: State) -> Sequence[Entry]:
@@ -6120,10 +6133,11 @@ def selected_run(state: State) -> str:
     return ""
 
 
-def selected_sandbox(state: State) -> Json:
+def selected_sandbox(state: State) -> Sandbox:
+    """The same of the sandboxes; one without an id when none is."""
     at = selected_row(state) - len(state.rail.runs)
     if at < 0:
-        return {}
+        return Sandbox()
     return state.rail.sandboxes[at]
 
 
@@ -6141,8 +6155,8 @@ def web_url(state: State) -> str:
     ids = {text_of(run, "sandboxRecordId"), text_of(run, "sandboxId")} - {"", "pending"}
     urls = [state.shown.pull_request_url]
     for sandbox in state.rail.sandboxes:
-        if text_of(sandbox, "id") in ids:
-            urls.append(text_of(sandbox, "preview_url"))
+        if sandbox.id in ids:
+            urls.append(sandbox.preview_url)
     for url in urls:
         if url.startswith("https://"):
             return url
@@ -6250,16 +6264,15 @@ def open_for_run(state: State, run_id: str) -> State:
 def open_preview(state: State, sandbox_id: str) -> State:
     """Open the preview of a sandbox."""
     for sandbox in state.rail.sandboxes:
-        url = text_of(sandbox, "preview_url")
-        if text_of(sandbox, "id") == sandbox_id and url.startswith("https://"):
-            return state.ask(Desk.open, url)
+        if sandbox.id == sandbox_id and sandbox.preview_url:
+            return state.ask(Desk.open, sandbox.preview_url)
     return state.say("This sandbox has no preview.", "warn")
 
 
 def take_repo(state: State, repo_id: str) -> State:
     """The next task runs in this repository, on its default branch."""
     for repo in state.repos.all:
-        if text_of(repo, "id") == repo_id:
+        if repo.id == repo_id:
             state = state.choose(repo=repo, branch="", base="").close()
             return state.say(f"Next: {target_text(state.target)}")
     return state
@@ -6331,33 +6344,37 @@ def run_items(state: State, drawer: Drawer) -> List[Item]:
 def sandbox_items(state: State, drawer: Drawer) -> List[Item]:
     items = []
     for sandbox in state.rail.sandboxes:
-        sign = sign_of(sandbox.get("status"))
-        detail = harmless(sandbox.get("error")) or harmless(sandbox.get("preview_url"))
+        sign = sign_of(sandbox.status)
         cells = (
-            harmless(sandbox.get("id"), 8), f"{sign.glyph} {sign.word}",
-            repo_named(state, text_of(sandbox, "repo_id")), branch_of(sandbox), detail)
-        items.append(Item(cells, text_of(sandbox, "id"), sign.style))
+            harmless(sandbox.id, 8),
+            f"{sign.glyph} {sign.word}",
+            repo_named(state, sandbox.repo_id),
+            sandbox.branch,
+            sandbox.error or sandbox.preview_url,
+        )
+        items.append(Item(cells, sandbox.id, sign.style))
     return items
 
 
 def repo_items(state: State, drawer: Drawer) -> List[Item]:
     items = []
     for repo in state.repos.all:
-        cells = (harmless(repo.get("full_name")), harmless(repo.get("default_branch")))
-        repo_id = text_of(repo, "id")
-        items.append(Item(cells, repo_id, present=repo_id == text_of(state.target.repo, "id")))
+        present = repo.id == state.target.repo.id
+        items.append(Item((repo.name, repo.default_branch), repo.id, present=present))
     return items
 
 
 def branch_items(state: State, drawer: Drawer) -> List[Item]:
     """The branches that are known: the service lists none."""
     target = state.target
-    names = [target.branch, target.base, default_branch(target)]
+    names = [target.branch, target.base, target.repo.default_branch]
     for sandbox in state.rail.sandboxes:
-        if sandbox.get("repo_id") == target.repo.get("id"):
-            names.append(branch_of(sandbox))
-    present = target.branch or target.base or default_branch(target)
-    return [Item((name,), name, present=name == present) for name in dict.fromkeys(names) if name]
+        if sandbox.repo_id == target.repo.id:
+            names.append(sandbox.branch)
+    items = []
+    for name in dict.fromkeys(filter(None, names)):
+        items.append(Item((name,), name, present=name == branch_text_of(target)))
+    return items
 
 
 def harness_items(state: State, drawer: Drawer) -> List[Item]:
@@ -6608,7 +6625,7 @@ def begin(state: State, task: str) -> State:
     if utf16_units(task) > MAX_PROMPT_UNITS:
         limit = f"{MAX_PROMPT_UNITS:,}"
         return state.write(task).say(f"A task has at most {limit} characters.", "bad")
-    if not state.target.repo:
+    if not state.target.repo.id:
         state = state.write(task).open(REPOS)
         return state.say("Choose the repository first; the task is kept.", "warn")
     number = state.started + 1
@@ -6632,17 +6649,17 @@ def choose_repo(state: State, name: str) -> State:
     short = []
     partial = []
     for repo in state.repos.all:
-        full_name = text_of(repo, "full_name").lower()
-        if wanted in (full_name, text_of(repo, "id").lower()):
-            exact.append(repo)
+        full_name = repo.name.lower()
+        if wanted in (full_name, repo.id.lower()):
+            exact.append(repo.id)
         if wanted == full_name.rpartition("/")[2]:
-            short.append(repo)
+            short.append(repo.id)
         if wanted in full_name:
-            partial.append(repo)
+            partial.append(repo.id)
     found = exact or short or partial
     if not name or len(found) != 1:
         return state.open(REPOS, query=name)
-    return take_repo(state, text_of(found[0], "id"))
+    return take_repo(state, found[0])
 
 
 def choose_branch(state: State, name: str) -> State:
@@ -6697,7 +6714,7 @@ def list_sandboxes(state: State, _: str) -> State:
 
 def choose_logs(state: State, name: str) -> State:
     """``/logs [SANDBOX]``: the only known one whose id begins so; else a picker."""
-    ids = [text_of(sandbox, "id") for sandbox in state.rail.sandboxes]
+    ids = [sandbox.id for sandbox in state.rail.sandboxes]
     found = [one for one in ids if one.startswith(name)]
     if not name or len(found) > 1:
         return state.open(SANDBOXES, query=name)
@@ -6966,7 +6983,7 @@ def completions(state: State) -> List[str]:
         return [command_text(word) for word in COMMANDS.values() if word.name.startswith(name)]
     choices: List[str] = []
     if name == "repo":
-        choices = [harmless(repo.get("full_name")) for repo in state.repos.all]
+        choices = [repo.name for repo in state.repos.all]
     elif name == "attach":
         choices = [harmless(run.id) for run in state.rail.runs]
     elif name == "harness":
@@ -7115,7 +7132,8 @@ def header(state: State, width: int) -> Row:
         repo = repo_named(state, text_of(run, "repoId")) or known.repo
         branch = state.shown.branch or harmless(text_of(run, "branch", "working"), 200)
         branch = branch or harmless(text_of(run, "branch", "base"), 200)
-        row += [bar, (fit(repo, 28), "bold")]
+        if repo or branch:
+            row += [bar, (fit(repo, 28), "bold")]
         if branch:
             row.append((fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent"))
     harness = harmless(run.get("harness"), 16)
@@ -7182,15 +7200,19 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
     return ends(left, right, width)
 
 
-def sandbox_line(state: State, sandbox: Json, width: int) -> Row:
+def sandbox_line(state: State, sandbox: Sandbox, width: int) -> Row:
     """A sandbox in the rail."""
-    sign = sign_of(sandbox.get("status"))
-    repo = repo_named(state, text_of(sandbox, "repo_id")).rpartition("/")[2]
+    sign = sign_of(sandbox.status)
+    repo = repo_named(state, sandbox.repo_id).rpartition("/")[2]
     if repo:
         repo = fit(repo, 14) + " "
-    branch = branch_of(sandbox)
-    left = [(f"  {sign.glyph} ", sign.style), (repo, "dim"), (branch, "")]
+    left = [(f"  {sign.glyph} ", sign.style), (repo, "dim"), (sandbox.branch, "")]
     return ends(left, [(f" {sign.word} ", sign.style)], width)
+
+
+def dotted(parts: Iterable[str]) -> str:
+    """The parts that say something, with a dot between."""
+    return " · ".join(filter(None, parts))
 
 
 def row_detail(state: State) -> str:
@@ -7198,16 +7220,16 @@ def row_detail(state: State) -> str:
     run_id = selected_run(state)
     if run_id:
         run = run_named(state, run_id)
-        status = f"{sign_of(run.status).word or '…'} {run_age(state, run)}".strip()
-        parts = [f"{harmless(run.id, 8)} {run.repo}".strip(), status, run.error, task_of(run)]
-        return " · ".join(filter(None, parts))
+        status = sign_of(run.status).word or "…"
+        place = f"{harmless(run.id, 8)} {run.repo}".strip()
+        age = run_age(state, run)
+        return dotted([place, f"{status} {age}".strip(), run.error, task_of(run)])
     sandbox = selected_sandbox(state)
-    if not sandbox:
+    if not sandbox.id:
         return ""
-    repo = repo_named(state, text_of(sandbox, "repo_id"))
-    place = " ".join(filter(None, (harmless(sandbox.get("id"), 8), repo, branch_of(sandbox))))
-    return " · ".join(filter(None, (
-        place, sign_of(sandbox.get("status")).word, harmless(sandbox.get("error")))))
+    repo = repo_named(state, sandbox.repo_id)
+    place = " ".join(f"{harmless(sandbox.id, 8)} {repo} {sandbox.branch}".split())
+    return dotted([place, sign_of(sandbox.status).word, sandbox.error])
 
 
 def around(at: int, count: int, rows: int) -> range:
@@ -7253,7 +7275,7 @@ def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     lines = [PaneLine(counted("RUNS", len(runs), active, "active", title))]
     for position in around(at, len(runs), room - for_sandboxes):
         lines.append(PaneLine(run_line(state, runs[position], width), position))
-    running = sum(sandbox.get("status") == "running" for sandbox in sandboxes)
+    running = sum(sandbox.status == "running" for sandbox in sandboxes)
     line = counted("SANDBOXES", len(sandboxes), running, "running", title)
     lines.append(PaneLine(line))
     for position in around(max(0, at - len(runs)), len(sandboxes), for_sandboxes):
@@ -7275,7 +7297,7 @@ def strip(state: State, width: int) -> Row:
         mark = "▸" if run in shown else " "
         words = " ".join(filter(None, (sign.glyph, harmless(run.id, 4), sign.word)))
         row += [(mark, "accent"), (f"{words} ", sign.style), (fit(task_of(run), 16) + " ", "")]
-    running = sum(sandbox.get("status") == "running" for sandbox in state.rail.sandboxes)
+    running = sum(sandbox.status == "running" for sandbox in state.rail.sandboxes)
     right: List[Segment] = []
     if width >= 60:
         right.append((f" SANDBOXES {len(state.rail.sandboxes)} ", "bold"))
@@ -7886,8 +7908,8 @@ def open_row(state: State) -> State:
     sandbox = selected_sandbox(state)
     if selected_run(state):
         return watch_known(state, selected_run(state))
-    if sandbox:
-        return show_logs(state, text_of(sandbox, "id"))
+    if sandbox.id:
+        return show_logs(state, sandbox.id)
     return state
 
 
@@ -7909,7 +7931,7 @@ def copy_event(state: State) -> State:
 
 def copy_row(state: State) -> State:
     """The id of the selected row of the rail."""
-    return copied(state, selected_run(state) or text_of(selected_sandbox(state), "id"))
+    return copied(state, selected_run(state) or selected_sandbox(state).id)
 
 
 def kill_shown(state: State) -> State:
@@ -7928,7 +7950,7 @@ def open_row_web(state: State) -> State:
     """o in the rail: the run's pull request, or the sandbox's preview."""
     if selected_run(state):
         return open_for_run(state, selected_run(state))
-    return open_preview(state, text_of(selected_sandbox(state), "id"))
+    return open_preview(state, selected_sandbox(state).id)
 
 
 def quit_pane(state: State) -> State:
@@ -8406,23 +8428,41 @@ def take_found(state: State, message: Fetched) -> State:
     return heard(state, run_id, message.data)
 
 
+def read_sandbox(record: Json) -> Sandbox:
+    """A sandbox of the service."""
+    branch = harmless(record.get("working_branch")) or harmless(record.get("base_branch"))
+    url = harmless(record.get("preview_url"))
+    if not url.startswith("https://"):
+        url = ""
+    return Sandbox(
+        text_of(record, "id"),
+        text_of(record, "repo_id"),
+        branch,
+        harmless(record.get("status"), 20),
+        url,
+        harmless(record.get("error")),
+    )
+
+
 def take_sandboxes(state: State, message: Fetched) -> State:
-    return state.with_rail(sandboxes=tuple(message.data))
+    return state.with_rail(sandboxes=tuple(map(read_sandbox, message.data)))
+
+
+def read_repo(record: Json) -> Repo:
+    """A repository of the service."""
+    branch = harmless(record.get("default_branch")) or "main"
+    return Repo(text_of(record, "id"), harmless(record.get("full_name")), branch)
 
 
 def take_repos(state: State, message: Fetched) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
-    repos = tuple(message.data)
+    repos = tuple(map(read_repo, message.data))
     wanted = state.repos.wanted.lower()
     state = state._replace(repos=state.repos._replace(all=repos, heard=True))
-    found = []
-    for repo in repos:
-        names = (text_of(repo, "id").lower(), text_of(repo, "full_name").lower())
-        if wanted and wanted in names:
-            found.append(repo)
-    if not found and len(repos) == 1:
-        found = [repos[0]]
-    if found and not state.target.repo:
+    found = [repo for repo in repos if wanted in (repo.id.lower(), repo.name.lower())]
+    if len(repos) == 1:
+        found = [*found, repos[0]]
+    if found and not state.target.repo.id:
         return state._replace(target=state.target._replace(repo=found[0]))
     return state
 
@@ -8549,7 +8589,7 @@ def on_started(state: State, message: Started) -> State:
     state = watch(change_start(state, new.key, run_id=run_id), run_id, run, new.target)
     if run_named(state, run_id) not in state.rail.runs:
         began = parse_time(run.get("createdAt")) or state.now
-        repo = harmless(new.target.repo.get("full_name"))
+        repo = new.target.repo.name
         task = harmless(new.task.replace("\n", " "), 200)
         state = put_first(state, KnownRun(run_id, repo, task, began))
     state = heard(state, run_id, run)

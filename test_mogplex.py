@@ -5532,8 +5532,8 @@ def test_names_are_known_in_any_case_and_in_part() -> None:
              {"id": "2", "full_name": "a/webhooks"}]
     known = fetched(Desk.repos, repos)
     for name in ("web", "WEB", "A/Web"):
-        assert played(known, *typed(f"/repo {name}")).target.repo == repos[0]
-    assert played(known, *typed("/repo hook")).target.repo == repos[1]
+        assert played(known, *typed(f"/repo {name}")).target.repo.id == "1"
+    assert played(known, *typed("/repo hook")).target.repo.id == "2"
     picker = played(known, *typed("/repo we")).drawer
     assert picker and picker.listing is mogplex.REPOS and len(picker.found) == 2
 
@@ -5784,9 +5784,9 @@ def test_times_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("height", [16, 24, 40])
 def test_runs_and_sandboxes_each_keep_a_third_of_the_rail(height: int) -> None:
     runs = tuple(remembered(number, "task", "success") for number in range(500))
-    sandboxes = tuple({"id": f"{number}", "status": "running", "base_branch": f"b{number}"}
+    sandboxes = tuple(mogplex.Sandbox(f"{number}", "r1", f"b{number}", "running")
                       for number in range(500))
-    for rail in (mogplex.Rail(runs, tuple(SANDBOXES)), mogplex.Rail(runs, sandboxes)):
+    for rail in (mogplex.Rail(runs, sandboxes[:2]), mogplex.Rail(runs, sandboxes)):
         lines = mogplex.rail_lines(played(rail=rail), 39, height - 5)
         for first, last in ((0, 500), (500, 1000)):
             shown = [line for line in lines if first <= line.at < last]
@@ -6508,7 +6508,7 @@ def test_a_paste_whose_end_is_lost_eats_neither_esc_nor_ctrl_c(
 
 def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Terminal]) -> None:
     def reply(number: int, request: str, connection: socket.socket) -> bytes:
-        run = {**SHOWN, "status": "streaming", "harness": "\x1b[5mx", "error": "\x9b31m"}
+        run = {**SHOWN, "runId": "x", "harness": "\x1b[5mx", "error": "\x9b31m"}
         records = [{"id": "r\x1b1", "full_name": "acme/\x1b[2Jweb"}]
         sandbox = {"id": "s", "status": "\x1b]0;x\x07", "working_branch": "\x1bc\x9b2J"}
         events = [{**HOSTILE_EVENT, "id": "1"}]
