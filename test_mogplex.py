@@ -861,6 +861,7 @@ def test_an_unreadable_file_is_an_error_that_names_it(tmp_path: Any) -> None:
         resolve(tmp_path)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("mode, warned", [
     (0o600, 0), (0o400, 0), (0o640, 1), (0o604, 1), (0o644, 1),
 ])
@@ -873,6 +874,7 @@ def test_a_file_open_to_others_gives_one_warning(tmp_path: Any, mode: int, warne
     assert warnings == [expected] * warned
 
 
+@pytest.mark.posix
 def test_storing_keeps_what_others_keep_and_forgetting_takes_only_ours(tmp_path: Any) -> None:
     providers: Dict[str, Any] = {"x": {"token": "y"}}
     others: Dict[str, Any] = {"openai": {"key": "\xe9"}, "providers": providers, "note": 1}
@@ -1007,6 +1009,7 @@ def test_a_refresh_token_is_spent_only_where_its_successor_can_be_stored(
     assert (home / "auth.json.tmp").is_dir() or not (home / "auth.json.tmp").exists()
 
 
+@pytest.mark.posix
 def test_a_refresh_token_is_not_spent_where_its_successor_may_find_no_room(tmp_path: Any) -> None:
     over = signed_in(tmp_path, "https://a.example")
     with full_disk(tmp_path, most=(tmp_path / "auth.json").stat().st_size + 10):
@@ -1016,6 +1019,7 @@ def test_a_refresh_token_is_not_spent_where_its_successor_may_find_no_room(tmp_p
     assert sorted(os.listdir(tmp_path)) == ["auth.json", "auth.json.lock"]
 
 
+@pytest.mark.posix
 def test_a_link_is_followed_and_stays(tmp_path: Any) -> None:
     issuer, home = Issuer(), tmp_path / "home"
     with RawServer(issuer) as server:
@@ -1076,6 +1080,7 @@ def test_a_file_mounted_by_itself_is_written_in_place_or_not_renewed(
     assert json.loads((tmp_path / "source").read_text())["mogplex"]["access_token"] == access
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.EOPNOTSUPP])
 def test_a_home_without_locks_is_used_with_one_warning(
     tmp_path: Any, monkeypatch: pytest.MonkeyPatch, code: int,
@@ -1229,6 +1234,7 @@ def giant_at(path: Any) -> None:
         stream.truncate(1 << 40)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("make, reason", [
     (fifo_at, "Not a regular file"), (device_at, "Not a regular file"),
     (giant_at, "Larger than 8 MiB"), (lambda path: path.mkdir(), "Is a directory"),
@@ -1253,6 +1259,7 @@ def test_only_regular_files_of_a_sensible_size_are_read(
         f"this run is not recorded in the history: cannot write {history}: {reason}"]
 
 
+@pytest.mark.posix
 def test_every_new_directory_is_private_whatever_the_umask_is(tmp_path: Any) -> None:
     for mask in 0, 0o777:
         home = tmp_path / f"{mask:o}" / "b" / "c"
@@ -1515,6 +1522,7 @@ def test_the_wait_ends_by_itself(options: Dict[str, Any], message: str) -> None:
             "https://a.example", no_post, announce=print, open_browser=None, ports=(0,), **options)
 
 
+@pytest.mark.posix
 def test_runs_are_remembered(tmp_path: Any) -> None:
     home, path = str(tmp_path / "h"), tmp_path / "h" / "runs.jsonl"
     warnings: List[str] = []
@@ -1648,6 +1656,7 @@ def test_500_runs_are_kept_and_none_is_lost_between_processes(tmp_path: Any) -> 
     assert sorted(ids[:15]) == [letter + str(n) for letter in "xyz" for n in range(5)]
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("obstacle", [
     full_disk,
     lambda home: directory_at(home, "runs.jsonl"),
@@ -4018,6 +4027,7 @@ def test_the_deadline_holds_while_a_refresh_hangs(step: Step) -> None:
         assert "/token" in server.requests[0]
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(os.name == "nt", reason="holds a lock as POSIX does")
 def test_the_deadline_holds_while_the_lock_of_a_refresh_is_held(tmp_path: Any) -> None:
     home = mogplex.Home(str(tmp_path))
@@ -5961,6 +5971,7 @@ def test_an_unknown_form_keeps_the_name_of_the_file() -> None:
     assert asked(state)[0][:2] == (Desk.export, "my report.md")
 
 
+@pytest.mark.posix
 def test_a_file_that_cannot_be_written_leaves_nothing_and_none_is_replaced(tmp_path: Any) -> None:
     path = str(tmp_path / "run.md")
     mogplex.write_new_file(path, "lone \ud800")
@@ -6182,7 +6193,7 @@ class Terminal:
             data = data[os.write(self.fd, data):]
         return self
 
-    def until(self, condition: Union[str, Callable[[], object]], seconds: float = 15.0) -> Terminal:
+    def until(self, condition: Union[str, Callable[[], object]], seconds: float = 60.0) -> Terminal:
         """Wait for a text on the screen, or for anything else to be true."""
         def is_met() -> object:
             if isinstance(condition, str):
@@ -6242,6 +6253,7 @@ def seeded(demo: mogplex.DemoServer, status: str) -> str:
     raise AssertionError(f"no run of the demo is {status}")
 
 
+@pytest.mark.posix
 def test_a_run_is_started_followed_exported_and_left(
     cockpit: Callable[..., Terminal], tmp_path: Any,
 ) -> None:
@@ -6257,6 +6269,7 @@ def test_a_run_is_started_followed_exported_and_left(
     assert "mogplex runs events" in terminal.ended(0) and "--follow" in terminal.text()
 
 
+@pytest.mark.posix
 def test_panes_filter_palette_and_drawers(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
 ) -> None:
@@ -6276,6 +6289,7 @@ def test_panes_filter_palette_and_drawers(
     assert "--follow" in terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_kill_asks_first(cockpit: Callable[..., Terminal], demo: mogplex.DemoServer) -> None:
     terminal = cockpit(attach=seeded(demo, "streaming")).until("STREAMING").send("/kill\r")
     terminal.until("y yes").send("n").until("Not cancelled")
@@ -6285,6 +6299,7 @@ def test_kill_asks_first(cockpit: Callable[..., Terminal], demo: mogplex.DemoSer
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_a_large_paste_is_one_text_and_runs_nothing(cockpit: Callable[..., Terminal]) -> None:
     terminal = cockpit().until("acme/web ⎇ main")
     terminal.send("\x1b[200~x" + "/quit\r\n" * 30000 + "the end\x1b[201~").until("the end")
@@ -6293,6 +6308,7 @@ def test_a_large_paste_is_one_text_and_runs_nothing(cockpit: Callable[..., Termi
     assert "--follow" not in terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
     terminal = cockpit("bump", "the", "deps", width=120, height=40).until("Nothing was sent")
     terminal.until("› bump the deps")
@@ -6343,6 +6359,7 @@ def test_a_terminal_that_takes_nothing_holds_nobody(
     termios.tcflow(terminal.child, termios.TCOON)
 
 
+@pytest.mark.posix
 def test_a_loop_that_hangs_is_left_at_the_second_signal(cockpit: Callable[..., Terminal]) -> None:
     terminal = cockpit(attach="nope", CRASH="spin").until("TIMELINE").send("a")
 
@@ -6357,6 +6374,7 @@ def test_a_loop_that_hangs_is_left_at_the_second_signal(cockpit: Callable[..., T
     terminal.ended(terminal.process.returncode)
 
 
+@pytest.mark.posix
 def test_a_signal_that_was_ignored_at_the_start_stays_so(cockpit: Callable[..., Terminal]) -> None:
     terminal = cockpit(ignored=(signal.SIGINT, signal.SIGHUP)).until("acme/web")
     terminal.process.send_signal(signal.SIGINT)
@@ -6400,6 +6418,7 @@ def test_the_demo_s_browser_opens_the_demo_alone(demo: mogplex.DemoServer) -> No
     assert context.browse("https://github.com/acme/web/pull/1") is False
 
 
+@pytest.mark.posix
 def test_suspended_the_shell_is_sane_and_fg_repaints(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
 ) -> None:
@@ -6418,6 +6437,7 @@ def test_suspended_the_shell_is_sane_and_fg_repaints(
         terminal.send("fg\r").until("› half a task").send("\x03\x03").until("ready>")
 
 
+@pytest.mark.posix
 def test_in_the_background_it_waits_for_fg(demo: mogplex.DemoServer, tmp_path: Any) -> None:
     with Terminal(["bash", "--norc", "--noprofile", "-i"], PS1="ready> ", MOGPLEX_REPO="acme/web",
                   MOGPLEX_HOME=str(tmp_path)) as terminal:
@@ -6439,6 +6459,7 @@ def test_in_the_background_it_waits_for_fg(demo: mogplex.DemoServer, tmp_path: A
         assert "Traceback" not in terminal.text() and b"Traceback" not in terminal.output
 
 
+@pytest.mark.posix
 def test_ended_in_the_background_it_gives_the_terminal_back(
     demo: mogplex.DemoServer, tmp_path: Any,
 ) -> None:
@@ -6455,6 +6476,7 @@ def test_ended_in_the_background_it_gives_the_terminal_back(
         terminal.send("kill -TERM %1\r").until(lambda: b"Exit 143" in terminal.output)
 
 
+@pytest.mark.posix
 def test_after_a_stop_that_nobody_announced_all_is_drawn_anew(
     cockpit: Callable[..., Terminal],
 ) -> None:
@@ -6471,6 +6493,7 @@ def test_after_a_stop_that_nobody_announced_all_is_drawn_anew(
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_without_colour_and_in_an_ascii_locale(cockpit: Callable[..., Terminal]) -> None:
     terminal = cockpit(NO_COLOR="1", LC_ALL="C", attach="nope").until("mogplex |").until("TIMELINE")
     terminal.send("\x03\x03")
@@ -6480,6 +6503,7 @@ def test_without_colour_and_in_an_ascii_locale(cockpit: Callable[..., Terminal])
     assert terminal.output.isascii()
 
 
+@pytest.mark.posix
 def test_a_shell_s_terminal_is_not_left_in_another_mode(cockpit: Callable[..., Terminal]) -> None:
     """Writing without waiting is this program's own business: others share what is open."""
     terminal = cockpit().until("acme/web ⎇ main")
@@ -6489,6 +6513,7 @@ def test_a_shell_s_terminal_is_not_left_in_another_mode(cockpit: Callable[..., T
     assert os.get_blocking(terminal.child)
 
 
+@pytest.mark.posix
 def test_a_paste_whose_end_is_lost_eats_neither_esc_nor_ctrl_c(
     cockpit: Callable[..., Terminal],
 ) -> None:
@@ -6506,6 +6531,7 @@ def test_a_paste_whose_end_is_lost_eats_neither_esc_nor_ctrl_c(
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Terminal]) -> None:
     def reply(number: int, request: str, connection: socket.socket) -> bytes:
         run = {**SHOWN, "runId": "x", "harness": "\x1b[5mx", "error": "\x9b31m"}
@@ -6525,6 +6551,7 @@ def test_what_a_hostile_service_says_is_never_obeyed(cockpit: Callable[..., Term
     assert not re.search("[\x80-\x9f]", terminal.output.decode())
 
 
+@pytest.mark.posix
 def test_a_request_that_hangs_delays_no_key(cockpit: Callable[..., Terminal]) -> None:
     with RawServer(lambda *_: time.sleep(60)) as server:
         terminal = cockpit(attach="x", url=server.url).until("waiting for the first event")
@@ -6533,6 +6560,7 @@ def test_a_request_that_hangs_delays_no_key(cockpit: Callable[..., Terminal]) ->
         assert "runs events x --follow" in terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_a_token_is_pasted_on_the_first_screen(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
 ) -> None:
@@ -6545,6 +6573,7 @@ def test_a_token_is_pasted_on_the_first_screen(
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_words_that_wait_are_no_token_and_outlive_the_sign_in(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
 ) -> None:
@@ -6554,6 +6583,7 @@ def test_words_that_wait_are_no_token_and_outlive_the_sign_in(
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_a_sign_in_says_when_the_environment_goes_before_it(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
 ) -> None:
@@ -6587,6 +6617,7 @@ def slow_start(answer_it: threading.Event) -> Callable[[int, str, socket.socket]
     return reply
 
 
+@pytest.mark.posix
 def test_leaving_in_the_middle_of_a_start_waits_for_its_id(
     cockpit: Callable[..., Terminal], tmp_path: Any,
 ) -> None:
@@ -6603,6 +6634,7 @@ def test_leaving_in_the_middle_of_a_start_waits_for_its_id(
         assert "late-run" in file.read()
 
 
+@pytest.mark.posix
 def test_leaving_in_the_middle_of_a_start_tells_its_key(cockpit: Callable[..., Terminal]) -> None:
     never = threading.Event()
     with RawServer(slow_start(never)) as server:
@@ -6616,6 +6648,7 @@ def test_leaving_in_the_middle_of_a_start_tells_its_key(cockpit: Callable[..., T
         never.set()
 
 
+@pytest.mark.posix
 def test_a_history_that_is_locked_delays_no_kill(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer, tmp_path: Any,
 ) -> None:
@@ -6631,6 +6664,7 @@ def test_a_history_that_is_locked_delays_no_kill(
         terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_a_wrong_token_is_not_stored_and_the_next_one_is_hidden_too(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer, tmp_path: Any,
 ) -> None:
@@ -6645,6 +6679,7 @@ def test_a_wrong_token_is_not_stored_and_the_next_one_is_hidden_too(
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_a_browser_that_is_missing_ends_nothing(cockpit: Callable[..., Terminal]) -> None:
     terminal = cockpit(CRASH="missing").until("next: acme/web").send("\t").until("j k move")
     terminal.send("o")
@@ -6652,6 +6687,7 @@ def test_a_browser_that_is_missing_ends_nothing(cockpit: Callable[..., Terminal]
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_esc_and_a_command_in_one_read_start_nothing(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer,
 ) -> None:
@@ -6664,6 +6700,7 @@ def test_esc_and_a_command_in_one_read_start_nothing(
     assert len(demo.service.runs) == runs
 
 
+@pytest.mark.posix
 def test_an_export_goes_to_the_home_directory(
     cockpit: Callable[..., Terminal], demo: mogplex.DemoServer, tmp_path: Any,
 ) -> None:
@@ -7608,6 +7645,7 @@ def test_where_a_task_comes_from(
     assert posted(server)[0]["prompt"] == prompt
 
 
+@pytest.mark.posix
 def test_stdin_that_never_ends_is_too_long(tmp_path: Any) -> None:
     with open("/dev/zero", "rb") as endless, one_answer(ok(RUN)) as server:
         done = subprocess.run([sys.executable, MODULE, "run", "--repo", "r", "-"], stdin=endless, capture_output=True,
@@ -7794,6 +7832,7 @@ def unread(pipe: int) -> int:
     return int(size)
 
 
+@pytest.mark.posix
 def test_a_task_comes_whole_from_a_stdin_that_does_not_block() -> None:
     """As a pipe that is shared with Node."""
     ours, theirs = os.pipe()
@@ -7819,6 +7858,7 @@ def test_an_empty_variable_is_no_run(cli: Callable[..., Result]) -> None:
             assert result == Result(2, "", "error: MOGPLEX_RUN_ID is empty\n")
 
 
+@pytest.mark.posix
 def test_remembered_runs(run_demo: Callable[..., Result], tmp_path: Any, demo: mogplex.DemoServer) -> None:
     assert run_demo("runs", "list") == Result(0, "", "no runs started from here yet\n")
     ids = [json.loads(run_demo("run", "--repo", repo, "--json", f"task {repo}\n" + "y" * 100).out)["runId"]
@@ -7998,6 +8038,7 @@ def test_a_refused_token_says_what_to_check(run_demo: Callable[..., Result]) -> 
         "the token was refused: check MOGPLEX_API_KEY, or sign in with `mogplex login`\n"))
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("location, code", [
     (None, 0),
     ("/api/v1/mogplex/repos?again", 1),
@@ -8129,6 +8170,7 @@ class Watched:
         self.err = err.decode()
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("number, code", ENDED_BY_SIGNAL)
 @pytest.mark.parametrize("flags, cancelled", [([], False), (["--cancel-on-interrupt"], True)])
 def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled: bool) -> None:
@@ -8143,6 +8185,7 @@ def test_interrupting_a_tail(number: int, code: int, flags: List[str], cancelled
     assert err.decode() == told
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("number, code", ENDED_BY_SIGNAL)
 @pytest.mark.parametrize("flags, cancelled", [
     (["--follow"], False), (["--follow", "--cancel-on-interrupt"], True), ([], False)])
@@ -8163,6 +8206,7 @@ def test_a_signal_during_the_start_waits_for_the_id(
     assert done.err == told
 
 
+@pytest.mark.posix
 def test_a_start_that_is_not_answered_does_not_hold_a_signal_for_ever() -> None:
     waiting = threading.Event()
     interrupts = mogplex.Interrupts()
@@ -8172,6 +8216,7 @@ def test_a_start_that_is_not_answered_does_not_hold_a_signal_for_ever() -> None:
     waiting.set()
 
 
+@pytest.mark.posix
 def test_an_interrupted_start_without_an_answer_tells_its_key() -> None:
     left = threading.Event()
 
@@ -8185,6 +8230,7 @@ def test_an_interrupted_start_without_an_answer_tells_its_key() -> None:
     assert (done.code, done.out) == (130, "") and "add --idempotency-key K-1\n" in done.err
 
 
+@pytest.mark.posix
 def test_further_signals_do_not_end_the_cancellation() -> None:
     """GNU timeout sends two, CI runners an interrupt and then SIGTERM."""
     def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
@@ -8198,6 +8244,7 @@ def test_further_signals_do_not_end_the_cancellation() -> None:
     assert done.err == "cancellation requested for run run-uuid\n"
 
 
+@pytest.mark.posix
 def test_a_signal_does_not_end_the_cancellation_after_the_reader_of_stdout_has_gone() -> None:
     """Ctrl+C in ``mogplex ... | tee log`` is for both of them, and ``tee`` may go first."""
     ours, theirs = os.pipe()
@@ -8214,6 +8261,7 @@ def test_a_signal_does_not_end_the_cancellation_after_the_reader_of_stdout_has_g
     assert (done.code, done.err) == (141, "cancellation requested for run run-uuid\n")
 
 
+@pytest.mark.posix
 def test_a_cancellation_is_tried_again_while_the_sandbox_is_not_ready() -> None:
     refused = [
         refusal(409, "CONFLICT", "Sandbox not ready"),
@@ -8231,6 +8279,7 @@ def test_a_cancellation_is_tried_again_while_the_sandbox_is_not_ready() -> None:
     assert done.err == "cancellation requested for run R\n"
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("error, told", [
     (refusal(403, "FORBIDDEN", "Scope"), "FORBIDDEN: Scope (HTTP 403)"),
     (refusal(409, "CONFLICT", "Not ready"), "CONFLICT: Not ready (HTTP 409)"),  # for 5 s
@@ -8249,6 +8298,7 @@ def test_a_cancellation_that_fails_says_that_the_run_is_still_running(
     assert (done.code, done.err) == (143, told)
 
 
+@pytest.mark.posix
 def test_a_signal_that_is_ignored_at_the_start_stays_ignored() -> None:
     """As nohup and ``&`` in a script ask for."""
     def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
@@ -8261,6 +8311,7 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored() -> None:
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
+@pytest.mark.posix
 def test_a_killed_start_is_remembered_as_one_in_doubt(cli: Callable[..., Result]) -> None:
     def kill(path: str, process: "subprocess.Popen[bytes]") -> bytes:
         process.kill()
@@ -8327,6 +8378,7 @@ def test_a_replay_is_remembered_once(cli: Callable[..., Result]) -> None:
         assert len(cli("runs", "list", "--json", env=service(server.url)).out.splitlines()) == 1
 
 
+@pytest.mark.posix
 def test_the_id_is_out_before_the_history_is_written(tmp_path: Any) -> None:
     (tmp_path / "home").mkdir()
     lock = open(tmp_path / "home" / "runs.jsonl.lock", "w", encoding="ascii")
@@ -8344,6 +8396,7 @@ def test_the_id_is_out_before_the_history_is_written(tmp_path: Any) -> None:
     assert process.returncode == 0
 
 
+@pytest.mark.posix
 def test_a_run_whose_stdout_is_gone_in_the_middle_is_cancelled_where_that_was_asked_for() -> None:
     """Ctrl+C in ``mogplex ... | tee log`` is for both of them."""
     polled = threading.Event()
@@ -8365,6 +8418,7 @@ def test_a_run_whose_stdout_is_gone_in_the_middle_is_cancelled_where_that_was_as
     assert paths(server)[-1] == "cancel"
 
 
+@pytest.mark.posix
 def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
     served = threading.Event()
 
@@ -8503,6 +8557,7 @@ def test_the_token_is_on_no_stream(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "***\n"
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
 def test_the_id_of_a_run_is_not_lost_with_stdout() -> None:
     with one_answer(ok(RUN)) as server, open("/dev/full", "wb") as full:
@@ -8512,6 +8567,7 @@ def test_the_id_of_a_run_is_not_lost_with_stdout() -> None:
     assert (process.returncode, told) == (1, STILL_RUNNING.format("run-uuid") + failure)
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no such device")
 def test_a_run_that_has_ended_is_not_said_to_be_running_when_stdout_is_full() -> None:
     ended_run = ok({"run": {"status": "success"}, "events": []})
@@ -8522,6 +8578,7 @@ def test_a_run_that_has_ended_is_not_said_to_be_running_when_stdout_is_full() ->
     assert (process.returncode, told) == (1, failure)
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("flags, told", [
     ([], STILL_RUNNING.format("run-uuid")),
     (["--follow"], STILL_RUNNING.format("run-uuid")),
@@ -8783,6 +8840,7 @@ def test_login_in_ci_does_not_wait_for_a_browser(
         "set MOGPLEX_API_KEY, or pipe a token to `mogplex login --with-token`")
 
 
+@pytest.mark.posix
 @pytest.mark.usefixtures("login_ports")
 @pytest.mark.parametrize("flags, in_ci", [(["--no-browser"], "true"), ([], "false"), ([], "0")])
 def test_login_waits_for_a_browser_elsewhere(
@@ -9332,6 +9390,7 @@ def shell(script: str, tools: str, home: str, demo: mogplex.DemoServer, **env: s
                                            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}", **env})
 
 
+@pytest.mark.posix
 def test_every_command_that_the_readme_shows_prints_what_it_says(shell_tools: str, tmp_path_factory: Any) -> None:
     """Each console block is one session with a demo service of its own; its token takes the place of ``mog_...``."""
     with contextlib.ExitStack() as stack:
@@ -9465,6 +9524,7 @@ class CiJob:
         return printed
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("kind", ["github", "gitlab"])
 @pytest.mark.parametrize("task, status, words", [
     ("Fix the flaky cookie test", "success", ["started", "matched"]),
@@ -9488,6 +9548,7 @@ def test_the_readme_s_ci_examples(
                 assert f"MOGPLEX_STATUS={status}\n" in (tmp_path / "agent.env").read_text()
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("kind, number", [("github", signal.SIGINT), ("gitlab", signal.SIGTERM)])
 def test_the_readme_s_ci_examples_cancel_the_run(
     shell_tools: str, tmp_path: Any, kind: str, number: int,
@@ -9654,6 +9715,7 @@ AGENT_TEXT = ("\n::error::a\r::set-output name=b::c\r\n \t::stop-commands::d\u20
               "section_start:1:i\r\x1b[0Kj\nsection_end:1:i\r\x1b[0K %0A::warning::k | <img src=l> `m` [n](https://o) \x9b2J\x00")
 
 
+@pytest.mark.posix
 def test_an_agent_s_text_is_never_a_command_to_a_ci(tmp_path: Any) -> None:
     event = {"id": "e", "type": AGENT_TEXT, "toolName": AGENT_TEXT, "message": AGENT_TEXT, "createdAt": AGENT_TEXT, "payload": {
         "working_branch": AGENT_TEXT, "pull_request_url": AGENT_TEXT, "error": AGENT_TEXT}}
@@ -9755,6 +9817,7 @@ def test_ci_is_told_when_only_the_following_ends(
     assert f"MOGPLEX_STATUS={status}\n" in job.dotenv.read_text()
 
 
+@pytest.mark.posix
 def test_ci_is_told_of_a_signal(job: Job) -> None:
     def answer(path: str, process: "subprocess.Popen[bytes]") -> bytes:
         if path == "events":
