@@ -3592,15 +3592,21 @@ class Patience:
         return kind(message, code="GAVE_UP", retry_after_s=error.retry_after_s)
 
 
+def trouble_of(error: MogplexError) -> str:
+    """What kind of trouble ``error`` is, of those that a tail rides out."""
+    if isinstance(error, RateLimitedError):
+        return "rate limited"
+    if isinstance(error, UnauthorizedError):
+        return "token refused, though it worked before"
+    return "request failed"
+
+
 def setback_text(error: MogplexError, wait_s: float) -> str:
     """The line to say about ``error`` when the next try is in ``wait_s``."""
-    what = "request failed"
-    if isinstance(error, RateLimitedError):
-        what = "rate limited"
-    elif isinstance(error, UnauthorizedError):
-        what = "token refused, though it worked before"
-    asked = ", as the service asks" if error.retry_after_s else ""
-    return f"{what}: {error}; retrying in {format_duration(max(1.0, wait_s))}{asked}"
+    wait = format_duration(max(1.0, wait_s))
+    if error.retry_after_s:
+        wait += ", as the service asks"
+    return f"{trouble_of(error)}: {error}; retrying in {wait}"
 
 
 class Setback(NamedTuple):
@@ -3626,7 +3632,7 @@ class Link:
         self.renews = True              # a 401 is answered with a renewal of the token
         self.pace = Pace(interval_s, now)
         self._patience = Patience(now, just_started)
-        self._told_s = 0.0              # the longest wait that was said
+        self._told: Dict[str, float] = {}  # the trouble that was said, and the wait asked for
         self._alive_at = now
 
     def tick(self, now: float) -> None:
@@ -3643,7 +3649,7 @@ class Link:
         self.failures = 0
         self.retry_at = None
         self.renews = True
-        self._told_s = 0.0
+        self._told.clear()
         self._patience.good(now)
         return "connected again" if was_away else ""
 
@@ -3663,11 +3669,18 @@ class Link:
             self.pace.refused()
             wait_s += self.pace.interval_s(random) * random  # not all tails at once when it is over
         self._patience.excuse(asked_s)
-        said = connection == self.connection and asked_s <= self._told_s
-        self._told_s = max(self._told_s, asked_s)
         self.connection = connection
         self.retry_at = now + wait_s
-        return Setback(wait_s, "" if said else setback_text(error, wait_s))
+        return Setback(wait_s, self._news_of(error, asked_s, wait_s))
+
+    def _news_of(self, error: MogplexError, asked_s: float, wait_s: float) -> str:
+        """The line to say; "" when this trouble, and as long a wait, was said before."""
+        trouble = trouble_of(error)
+        told_s = self._told.get(trouble, -1.0)
+        if asked_s <= told_s:
+            return ""
+        self._told[trouble] = asked_s
+        return setback_text(error, wait_s)
 
 
 # -- The loop

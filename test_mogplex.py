@@ -3509,6 +3509,15 @@ def test_a_longer_wait_is_said_though_the_outage_is_known() -> None:
     assert all(said)
 
 
+def test_each_kind_of_trouble_in_an_outage_is_said_once() -> None:
+    link = mogplex.Link(0.0)
+    link.good(0.0)
+    failures = (error(503), error(401), error(503), error(429), error(401), lost())
+    said = [link.failed(failure, 0.0, 0.0).message.split(":")[0] for failure in failures]
+    assert said == [
+        "request failed", "token refused, though it worked before", "", "rate limited", "", ""]
+
+
 def test_the_300_s_count_no_time_that_the_service_asked_for() -> None:
     link = mogplex.Link(0.0)
     link.good(0.0)
