@@ -1066,18 +1066,21 @@ def test_a_file_mounted_by_itself_is_written_in_place_or_not_renewed(
 ) -> None:
     home = tmp_path / "home"
     signed_in(home, "https://a.example")
-    (home / "auth.json").rename(tmp_path / "source")
+    source = tmp_path / "source"
+    source.write_text((home / "auth.json").read_text() + " " * 5000)  # longer than what follows it
+    source.chmod(0o600)
     (home / "auth.json").write_text("")
     process = subprocess.run(
         ["unshare", "--mount", "--map-root-user", sys.executable, "-c", MOUNTED,
-         str(home), str(tmp_path / "source"), mode],
+         str(home), str(source), mode],
         cwd=os.path.dirname(MODULE), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         universal_newlines=True, timeout=60)
     if "cannot mount" in process.stderr or "unshare" in process.stderr:
         pytest.skip("no mounts here")
     lines = [told.replace("{path}", f"{home}/auth.json"), f"{spent}auth.json auth.json.lock"]
     assert (process.stdout.splitlines(), process.stderr) == (lines, "")
-    assert json.loads((tmp_path / "source").read_text())["mogplex"]["access_token"] == access
+    assert json.loads(source.read_text())["mogplex"]["access_token"] == access
+    assert source.read_text().endswith("}\n") == (mode == "rw")
 
 
 @pytest.mark.posix
@@ -1300,6 +1303,7 @@ def test_the_token_is_refreshed_a_minute_early(
         assert entry["access_token"] == credential.token and entry["base_url"] == server.url
         assert credential.renew("access-0", post_form) and credential.token == "access-1"
         assert credential.expires_at and 3500 < credential.expires_at - time.time() <= 3600
+    assert (tmp_path / "auth.json").read_text().endswith("}\n")
     assert issuer.forms == [
         {"client_id": "mogplex-cli", "grant_type": "refresh_token", "refresh_token": "refresh-0"}]
 
