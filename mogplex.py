@@ -279,23 +279,24 @@ def sanitize(text: object, newline: str = " \u23ce ") -> str:
 
 SHORTEST_SECRET = 8    # shorter ones would blot out plain words
 SHORTEST_ENCODED = 16  # from here on no other text looks like a secret that is encoded or split
+# No white space and no backslash, which could not be told from a gap in no more than linear time.
+SPELLABLE = re.compile(r"[!-\[\]-~]+\Z")
 # What a secret can be broken with: white space, as JSON escapes it too, and our sign for a newline.
 SECRET_GAP = r"(?:[\s\u23ce]|\\[nrt])*"
 
 
 class SecretForm(NamedTuple):
-    """One spelling of a secret, and what a text must have to hold it: cheaper to look for."""
+    """One spelling of a secret: the whole, and two parts of it that are cheaper to look for."""
 
-    pattern: Pattern[str]
-    rarest: str              # of its characters
-    needs: Tuple[str, ...]   # the others, the rarest first
+    rarest: str            # of its characters
+    middle: Pattern[str]   # the four that begin with that one
+    whole: Pattern[str]
 
     def hidden_in(self, text: str) -> str:
         """``text`` without it."""
-        for char in self.needs:
-            if char not in text:
-                return text
-        return self.pattern.sub("***", text)
+        if not self.middle.search(text):
+            return text
+        return self.whole.sub("***", text)
 
 
 RARE_CHARACTERS = "QXJKVYWUHGqzBFNM"  # in what the service says, the rarest first
@@ -308,17 +309,22 @@ def _commonness(char: str) -> int:
     return place
 
 
-def _secret_form(spelling: str) -> SecretForm:
-    """A spelling whose odd characters may be percent-encoded, and which may be split over lines."""
+def _spelled(text: str) -> Pattern[str]:
+    """``text``, split or not, with any of its odd characters percent-encoded."""
     parts = []
-    for char in spelling:
+    for char in text:
         part = re.escape(char)
         if not char.isalnum() and char not in "-._~":
             part = f"(?:{part}|%(?i:{ord(char):02x}))"
         parts.append(part)
-    letters = sorted(filter(str.isalnum, set(spelling)))
-    rarest, *others = sorted(letters, key=_commonness)
-    return SecretForm(re.compile(SECRET_GAP.join(parts)), rarest, tuple(others))
+    return re.compile(SECRET_GAP.join(parts))
+
+
+def _secret_form(spelling: str) -> SecretForm:
+    letters = filter(str.isalnum, spelling[:-3])
+    rarest = min(letters, key=_commonness, default=spelling[0])
+    start = spelling.index(rarest)
+    return SecretForm(rarest, _spelled(spelling[start:start + 4]), _spelled(spelling))
 
 
 BASE64_ALIGNMENTS = {0: 0, 1: 2, 2: 3}  # bytes before it: characters that depend on those
@@ -341,10 +347,8 @@ def _base64_cores(secret: str) -> Set[str]:
 @functools.lru_cache(maxsize=8)
 def _secret_forms(secret: str) -> List[SecretForm]:
     """What is hidden beside the plain secret: percent-encoded, base64, and any of these split."""
-    if len(secret) < SHORTEST_ENCODED:
+    if len(secret) < SHORTEST_ENCODED or not SPELLABLE.match(secret):
         return []
-    if "\\" in secret or not any(map(str.isalnum, secret)):
-        return []  # a backslash cannot be told from an escaped gap
     spellings = [secret, *sorted(_base64_cores(secret))]
     return [_secret_form(spelling) for spelling in spellings]
 
