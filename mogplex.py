@@ -59,8 +59,9 @@ import time
 import urllib.parse
 import uuid
 from typing import (
-    TYPE_CHECKING, Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator, List, Mapping,
-    Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type, Union,
+    TYPE_CHECKING, Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator,
+    List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
+    Union,
 )
 
 __version__ = "1.1.0"
