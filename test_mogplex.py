@@ -303,6 +303,27 @@ def test_the_tests_import_where_there_is_no_posix() -> None:
     assert (done.returncode, done.stderr.decode()) == (0, "")
 
 
+NEEDS_POSIX = set((
+    "Terminal adopt chmod cockpit fcntl fork full_disk mkfifo on_a_terminal pty run_file send_signal "
+    "shell shell_tools st_mode symlink_to termios umask").split())
+
+
+def test_a_test_that_needs_posix_has_the_marker() -> None:
+    with open(__file__, encoding="utf-8") as file:
+        module = ast.parse(file.read())
+    unmarked = []
+    for test in module.body:
+        if not isinstance(test, ast.FunctionDef) or not test.name.startswith("test_"):
+            continue
+        parts = list(ast.walk(test))
+        names = {part.id for part in parts if isinstance(part, ast.Name)}
+        names |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
+        names |= {part.arg for part in parts if isinstance(part, ast.arg)}
+        if names & NEEDS_POSIX and "posix" not in names:
+            unmarked.append((test.name, names & NEEDS_POSIX))
+    assert unmarked == []
+
+
 @pytest.mark.posix
 def test_a_test_that_hangs_fails() -> None:
     with pytest.raises(pytest.fail.Exception, match="not over after 0.1 s"):
