@@ -5572,7 +5572,8 @@ class Desk:
         if progress != self.told:
             self.told = progress
             retry_at = progress.retry_at or 0.0
-            self.post(Progressed(run_id, progress, max(0.0, retry_at - time.monotonic())))
+            wait_s = max(0.0, retry_at - time.monotonic())
+            self.post(Progressed(run_id, progress, wait_s))
         if not self.asks.empty():
             raise Left
 
@@ -5610,8 +5611,13 @@ class Desk:
     def start(self, new: NewRun) -> Settled:
         """Started is posted as soon as the run exists, before its id is written down."""
         start_recorded(
-            self.client(), self.facts.home, body_for(new.target, new.task), new.key,
-            new.target.repo.name, functools.partial(self.tell_started, new))
+            self.client(),
+            self.facts.home,
+            body_for(new.target, new.task),
+            new.key,
+            new.target.repo.name,
+            functools.partial(self.tell_started, new),
+        )
         return Settled(new)
 
     def tell_started(self, new: NewRun, run: Json) -> None:
@@ -6140,7 +6146,9 @@ def selected_entry(state: State) -> int:
 
 def selected_row(state: State) -> int:
     """The position of the selected row of the rail; -1 when there is none."""
-    return min(state.rail.at, len(state.rail.runs) + len(state.rail.sandboxes) - 1)
+    rail = state.rail
+    count = len(rail.runs) + len(rail.sandboxes)
+    return min(rail.at, count - 1)
 
 
 def selected_run(state: State) -> str:
@@ -6246,8 +6254,11 @@ def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None)
     """With this run shown, from its first event on."""
     alerts = tuple(alert for alert in state.alerts if alert.run_id != run_id)
     state = state._replace(
-        shown=Shown(run_id, run, origin), timeline=Timeline(wrap=state.timeline.wrap),
-        alerts=alerts, drawer=None)
+        shown=Shown(run_id, run, origin),
+        timeline=Timeline(wrap=state.timeline.wrap),
+        alerts=alerts,
+        drawer=None,
+    )
     return state.ask(Desk.watch, run_id)
 
 
@@ -6354,8 +6365,14 @@ def run_items(state: State, drawer: Drawer) -> List[Item]:
         if 0 < run.started_at < 4e9:
             began = time.strftime("%b %d %H:%M", time.localtime(run.started_at))
         cells = (
-            harmless(run.id, 8), f"{sign.glyph} {sign.word}", run.repo, began, task_of(run))
-        items.append(Item(cells, run.id, sign.style, run.id == state.shown.run_id))
+            harmless(run.id, 8),
+            f"{sign.glyph} {sign.word}",
+            run.repo,
+            began,
+            task_of(run),
+        )
+        present = run.id == state.shown.run_id
+        items.append(Item(cells, run.id, sign.style, present))
     return items
 
 
@@ -6405,11 +6422,14 @@ def export_items(state: State, drawer: Drawer) -> List[Item]:
     return [Item((form,), form) for form in EXPORTS]
 
 
+AGENT_CELLS = ("name", "model", "category", "description")
+
+
 def agent_items(state: State, drawer: Drawer) -> List[Item]:
     items = []
     for agent in drawer.data or ():
-        items.append(Item(tuple(
-            harmless(agent.get(key)) for key in ("name", "model", "category", "description"))))
+        cells = [harmless(agent.get(key)) for key in AGENT_CELLS]
+        items.append(Item(tuple(cells)))
     return items
 
 
@@ -6427,8 +6447,12 @@ def model_items(state: State, drawer: Drawer) -> List[Item]:
         if context.isdigit():
             context = f"{int(context[:15]):,}"
         cells = (
-            harmless(model.get("id")), harmless(model.get("provider")), harmless(context, 20),
-            per_million(model, "input"), per_million(model, "output"))
+            harmless(model.get("id")),
+            harmless(model.get("provider")),
+            harmless(context, 20),
+            per_million(model, "input"),
+            per_million(model, "output"),
+        )
         items.append(Item(cells))
     return items
 
@@ -6437,8 +6461,12 @@ def server_items(state: State, drawer: Drawer) -> List[Item]:
     """MCP servers; never a config, which holds live secrets."""
     items = []
     for server in drawer.data or ():
-        enabled = "● enabled" if server.get("enabled") is True else "○ disabled"
-        items.append(Item((harmless(server.get("name")), enabled, harmless(server.get("kind"), 20))))
+        enabled = "○ disabled"
+        if server.get("enabled") is True:
+            enabled = "● enabled"
+        name = harmless(server.get("name"))
+        kind = harmless(server.get("kind"), 20)
+        items.append(Item((name, enabled, kind)))
     return items
 
 
@@ -6486,8 +6514,9 @@ def page_items(state: State, text: str, most: int) -> List[Item]:
     if len(text) > most or len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], "… cut here: /export writes all events to a file"]
         text = "\n".join(lines)
-    width = state.width - rail_width(state.width) - 3
-    return [Item((line,), line) for line in wrapped(sanitize(text, "\n"), max(10, width))]
+    width = max(10, state.width - rail_width(state.width) - 3)
+    pieces = wrapped(sanitize(text, "\n"), width)
+    return [Item((piece,), piece) for piece in pieces]
 
 
 def log_items(state: State, drawer: Drawer) -> List[Item]:
@@ -6507,7 +6536,8 @@ def event_items(state: State, drawer: Drawer) -> List[Item]:
     event = drawer.data
     clock = local_time(event.get("createdAt"), "%b %d %H:%M:%S")
     tool = harmless(event.get("toolName"))
-    title = "  ".join(filter(None, (clock, harmless(event.get("type"), 40), tool)))
+    kind = harmless(event.get("type"), 40)
+    title = "  ".join(filter(None, (clock, kind, tool)))
     rest = {key: value for key, value in event.items() if key != "message"}
     text = to_json(rest, indent=2, ensure_ascii=False)
     return page_items(
@@ -6534,7 +6564,12 @@ RUNS = Listing(
         Heading("STARTED", 12),
         Heading("TASK", 90),
     ),
-    run_items, enter=watch_known, kill=ask_to_kill, open=open_for_run, copies=True)
+    run_items,
+    enter=watch_known,
+    kill=ask_to_kill,
+    open=open_for_run,
+    copies=True,
+)
 SANDBOXES = Listing(
     "sandboxes",
     (
@@ -6544,14 +6579,26 @@ SANDBOXES = Listing(
         Heading("BRANCH", 18),
         Heading("PREVIEW OR ERROR", 90),
     ),
-    sandbox_items, enter=show_logs, reads=Desk.sandboxes, open=open_preview, copies=True)
+    sandbox_items,
+    enter=show_logs,
+    reads=Desk.sandboxes,
+    open=open_preview,
+    copies=True,
+)
 REPOS = Listing(
-    "repos", (Heading("REPO", 40), Heading("DEFAULT BRANCH", 30)), repo_items,
-    enter=take_repo, reads=Desk.repos)
+    "repos",
+    (Heading("REPO", 40), Heading("DEFAULT BRANCH", 30)),
+    repo_items,
+    enter=take_repo,
+    reads=Desk.repos,
+)
 BRANCHES = Listing("branches", (Heading("BRANCH", 80),), branch_items, enter=take_branch)
 HARNESS_PICKER = Listing(
-    "harnesses", (Heading("NAME", 16), Heading("AGENT PROGRAM", 60)), harness_items,
-    enter=take_harness)
+    "harnesses",
+    (Heading("NAME", 16), Heading("AGENT PROGRAM", 60)),
+    harness_items,
+    enter=take_harness,
+)
 EXPORT_PICKER = Listing("export", (Heading("FORMAT", 80),), export_items, enter=export_chosen)
 AGENTS = Listing(
     "agents",
@@ -6561,7 +6608,9 @@ AGENTS = Listing(
         Heading("CATEGORY", 12),
         Heading("DOES", 90),
     ),
-    agent_items, reads=Desk.agents)
+    agent_items,
+    reads=Desk.agents,
+)
 MODELS = Listing(
     "models",
     (
@@ -6571,10 +6620,15 @@ MODELS = Listing(
         Heading("IN $/M", 9),
         Heading("OUT $/M", 9),
     ),
-    model_items, reads=Desk.models)
+    model_items,
+    reads=Desk.models,
+)
 SERVERS = Listing(
-    "mcp servers", (Heading("SERVER", 30), Heading("STATUS", 12), Heading("KIND", 20)),
-    server_items, reads=Desk.mcp_servers)
+    "mcp servers",
+    (Heading("SERVER", 30), Heading("STATUS", 12), Heading("KIND", 20)),
+    server_items,
+    reads=Desk.mcp_servers,
+)
 
 
 def closeness(text: str, letters: str) -> int:
@@ -6650,7 +6704,8 @@ def begin(state: State, task: str) -> State:
     new = NewRun(task, state.target, f"{state.session}-{number}")
     others = []
     for known in state.starts:
-        if body_for(known.target, known.task) != body_for(new.target, task) or known.run_id:
+        same = body_for(known.target, known.task) == body_for(new.target, task)
+        if known.run_id or not same:
             others.append(known)
         elif known.under_way:
             return state.write(task).say("This start is still under way.", "warn")
@@ -6704,7 +6759,8 @@ def choose_anew(state: State, _: str) -> State:
 
 def attach(state: State, wanted: str) -> State:
     """``/attach RUN``: watch a known run, or one that the service finds; else a picker."""
-    found = [run.id for run in state.rail.runs if run.id.lower().startswith(wanted.lower())]
+    start = wanted.lower()
+    found = [run.id for run in state.rail.runs if run.id.lower().startswith(start)]
     if wanted in found:
         found = [wanted]
     if not wanted or len(found) > 1:
@@ -6774,7 +6830,8 @@ def show_sign_in(state: State, _: str = "") -> State:
     waiting = state.sign_in.waiting
     if not state.sign_in.needed:
         waiting = state.composer.text
-    return state._replace(drawer=None, sign_in=SigningIn(needed=True, waiting=waiting)).write("")
+    state = state._replace(sign_in=SigningIn(needed=True, waiting=waiting))
+    return state.close().write("")
 
 
 def sign_out(state: State, _: str) -> State:
@@ -7212,9 +7269,18 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
     if age:
         right.append((f" {age}", "dim"))
     right.append((" ", ""))
-    mark = "▸" if shown else " "
-    left = [(f" {mark}", "accent"), (lead, sign.style), (name, "dim"), (repo, "dim"),
-            (task, "bold" if shown else "")]
+    mark = " "
+    task_style = ""
+    if shown:
+        mark = "▸"
+        task_style = "bold"
+    left = [
+        (f" {mark}", "accent"),
+        (lead, sign.style),
+        (name, "dim"),
+        (repo, "dim"),
+        (task, task_style),
+    ]
     return ends(left, right, width)
 
 
@@ -7313,8 +7379,11 @@ def strip(state: State, width: int) -> Row:
     for run in (shown + others)[:6]:
         sign = sign_of(run.status)
         mark = "▸" if run in shown else " "
-        words = " ".join(filter(None, (sign.glyph, harmless(run.id, 4), sign.word)))
-        row += [(mark, "accent"), (f"{words} ", sign.style), (fit(task_of(run), 16) + " ", "")]
+        name = harmless(run.id, 4)
+        words = f"{sign.glyph} {name} {sign.word}".strip()
+        row.append((mark, "accent"))
+        row.append((f"{words} ", sign.style))
+        row.append((fit(task_of(run), 16) + " ", ""))
     running = sum(sandbox.status == "running" for sandbox in state.rail.sandboxes)
     right: List[Segment] = []
     if width >= 60:
@@ -7497,7 +7566,8 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Pa
         sought = (f"/{drawer.query}", "accent")
     count = f"{min(at + 1, len(found))}/{len(found)} · Esc closes "
     name = " ".join(filter(None, (listing.title.upper(), about)))
-    lines = [PaneLine(ends([(f" {name}  ", "key"), sought], [(count, "dim")], width))]
+    title = ends([(f" {name}  ", "key"), sought], [(count, "dim")], width)
+    lines = [PaneLine(title)]
     titles = [column.title for column in listing.columns]
     if any(titles):
         lines.append(PaneLine([("   " + cells_text(titles, listing.columns), "dim")]))
@@ -7545,7 +7615,8 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     start = max(0, cursor - room * most)
     # Each line has a place for the cursor behind its end.
     before = wrapped(text[start:cursor].replace("\n", " \n") + " ", room)
-    lines = wrapped(text[start:cursor + room * most].replace("\n", " \n") + " ", room)
+    end = cursor + room * most
+    lines = wrapped(text[start:end].replace("\n", " \n") + " ", room)
     at = len(before) - 1
     column = len(before[-1]) - 1
     active = not state.drawer and focus in ("composer", "filter")
@@ -7553,7 +7624,11 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     for row in around(at, len(lines), most):
         line: List[Segment] = [(lines[row], "")]
         if active and row == at:
-            line = [(lines[row][:column], ""), ("", "cursor"), (lines[row][column:], "")]
+            line = [
+                (lines[row][:column], ""),
+                ("", "cursor"),
+                (lines[row][column:], ""),
+            ]
         lead = mark if row == 0 else "  "
         output.append([(f" {lead}", "key" if active else "dim"), *line])
     return output
@@ -7583,7 +7658,8 @@ def hint_line(state: State, width: int) -> Line:
     if found and word:
         return [(f" /{word.name} {word.follows}  ", "key"), (word.does, "dim")]
     if found:
-        return [(" Tab", "dim"), (joined((one.strip() for one in found), width - 5), "key")]
+        names = [one.strip() for one in found]
+        return [(" Tab", "dim"), (joined(names, width - 5), "key")]
     return [(joined(hints_of(state), width), "dim")]
 
 
@@ -7658,7 +7734,8 @@ def view(state: State, width: int, height: int) -> List[Row]:
     if side:
         rail = [placed.line for placed in rail_lines(state, side - 1, layout.rows)]
         left = padded(rail, side - 1, layout.rows)
-        main = [(*one, ("│", "line"), *other) for one, other in zip(left, main)]
+        edge = ("│", "line")
+        main = [(*one, edge, *other) for one, other in zip(left, main)]
     rows += main
     rows.append(rule_row(state, side, width, not layout.has_next))
     if layout.has_next:
@@ -7677,7 +7754,10 @@ def insert(state: State, text: str) -> State:
         return state.shift(query=query, searching=True, at=0)
     if focus_of(state) == "filter":
         return state.scroll(filter=(state.timeline.filter + sanitize(text, " "))[:200])
-    lines = ["\t".join(map(sanitize, line.split("\t"))) for line in text.split("\n")]
+    lines = []
+    for line in text.split("\n"):
+        cells = map(sanitize, line.split("\t"))
+        lines.append("\t".join(cells))
     text = "\n".join(lines)
     composer = state.composer
     before = composer.text[:composer.cursor]
@@ -7768,7 +7848,8 @@ def to_line_start(state: State) -> State:
 
 def follow(state: State) -> State:
     """Follow the newest event, or stay at the selected one."""
-    return state.scroll(follow=not state.timeline.follow, at=max(0, selected_entry(state)))
+    at = max(0, selected_entry(state))
+    return state.scroll(follow=not state.timeline.follow, at=at)
 
 
 def select_entry(state: State, at: int, may_follow: bool) -> State:
@@ -8275,11 +8356,11 @@ def on_resize(state: State, message: Resize) -> State:
 
 def on_wheel(state: State, message: Wheel) -> State:
     """The wheel scrolls what is under it, wherever the focus is."""
-    under = "timeline"
     if message.column < rail_width(state.width):
-        under = "rail"
-    focus = state.focus
-    return move(state._replace(focus=under), message.step)._replace(focus=focus)
+        moved = move(state.go("rail"), message.step)
+        return state.with_rail(at=moved.rail.at)
+    moved = move(state._replace(focus="timeline"), message.step)
+    return moved._replace(focus=state.focus)
 
 
 def click_rail(state: State, at: int) -> State:
@@ -8650,7 +8731,8 @@ def on_signed_in(state: State, message: SignedIn) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.sign_in.needed:
         state = state.write(state.sign_in.waiting)
-    state = state._replace(sign_in=SigningIn()).feel(failures=0, trouble="", refused="")
+    state = state._replace(sign_in=SigningIn())
+    state = state.feel(failures=0, trouble="", refused="")
     state = state.ask(Shell.reconnect)
     if state.shown.run_id:
         state = state.show(stale=True, lost="", again_at=0.0)
@@ -8799,9 +8881,13 @@ def known_runs(home: Home, base_url: str) -> List[KnownRun]:
     runs: Dict[str, KnownRun] = {}
     for record in home.runs(base_url):
         run_id = text_of(record, "id")
-        runs.setdefault(run_id, KnownRun(
-            run_id, harmless(record.get("repo")), harmless(record.get("task"), 200),
-            parse_time(record.get("time")) or 0.0))
+        known = KnownRun(
+            run_id,
+            harmless(record.get("repo")),
+            harmless(record.get("task"), 200),
+            parse_time(record.get("time")) or 0.0,
+        )
+        runs.setdefault(run_id, known)
     return list(runs.values())
 
 
@@ -8810,7 +8896,8 @@ def attach_first(state: State, wanted: str) -> State:
     state = attach(state, wanted)
     if state.shown.run_id or state.drawer:
         return state
-    return watch(state._replace(asks=(), notice=Notice()), wanted, {"runId": wanted})
+    state = state._replace(asks=(), notice=Notice())
+    return watch(state, wanted, {"runId": wanted})
 
 
 def unsent(text: str) -> str:
@@ -8833,8 +8920,14 @@ def first_state(
         wanted = runs[0].repo
     tasks = dict.fromkeys(run.task for run in reversed(runs) if run.task)
     state = State(
-        base_url=base_url, now=time.time(), session=str(uuid.uuid4()), rail=Rail(tuple(runs)),
-        composer=Composer(history=tuple(tasks)), repos=Repos(wanted=wanted)).write(text)
+        base_url=base_url,
+        now=time.time(),
+        session=str(uuid.uuid4()),
+        rail=Rail(tuple(runs)),
+        composer=Composer(history=tuple(tasks)),
+        repos=Repos(wanted=wanted),
+    )
+    state = state.write(text)
     if run_id == "@last" and runs:
         run_id = runs[0].id
     if run_id:

@@ -5562,6 +5562,14 @@ def test_a_click_selects_and_a_second_one_opens() -> None:
     assert then(state, *keys("tab"), mogplex.Click(60, 38)).focus == "composer"
 
 
+def test_the_wheel_scrolls_what_is_under_it() -> None:
+    state = played(mogplex.Resize(120, 40), *BUSY, *typed("/runs"), rail=RAIL)
+    over_rail = then(state, mogplex.Wheel(3, 5, 10))
+    assert over_rail.rail.at == 3 and over_rail.drawer == state.drawer
+    over_drawer = then(state, mogplex.Wheel(3, 60, 10))
+    assert over_drawer.drawer and over_drawer.drawer.at == 3 and over_drawer.rail == state.rail
+
+
 def test_hints_are_whole_words_and_the_panes_have_their_own() -> None:
     for width in range(30, 130):
         line = drawn(played(*PANE), width, 24).split("\n")[-1]
