@@ -10895,7 +10895,7 @@ def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
 
 
 def told_run_text(answer: Json, colour: bool) -> str:
-    """A run, and what its events tell besides: the branch pushed, the pull request, why it failed."""
+    """A run, and what its events tell: the branch pushed, the pull request, why it failed."""
     delivery = Delivery()
     failure = ""
     for event in dicts_of(answer, "events"):
