@@ -1815,7 +1815,7 @@ def misfit(data: Json, shape: Shape) -> str:
             return f"no object '{key}'"
     run_id = text_of(data, "run", "runId")
     if run_id and shape.run_id and run_id.lower() != shape.run_id.lower():
-        return f"run '{sanitize(run_id)[:100]}' instead of '{sanitize(shape.run_id)[:100]}'"
+        return f"it is about another run, '{sanitize(run_id)[:100]}'"
     return ""
 
 
@@ -1912,7 +1912,7 @@ def unexpected_response(headers: Mapping[str, str], size: int) -> str:
     media_type = content_type.partition(";")[0].strip()
     if not media_type:
         media_type = "no content type"
-    message = f"unexpected response ({media_type}, {size} characters)"
+    message = f"unexpected response ({media_type[:100]}, {size} characters)"
     if "html" in media_type.lower():
         message += ": is a proxy or login page in between?"
     return message
@@ -2135,7 +2135,8 @@ class Answer:
             return self._raw_pieces()
         if encoding.lower() == "gzip":
             return inflate(self._raw_pieces())
-        raise InvalidResponseError(f"unknown encoding of the response: {encoding}", delivered=True)
+        message = f"unknown encoding of the response: {sanitize(encoding)}"
+        raise InvalidResponseError(message, delivered=True)
 
     def _raw_pieces(self) -> Iterator[bytes]:
         """The body as it arrives; ConnectionResetError when it is cut short.
@@ -2211,13 +2212,14 @@ class SocketHandle:
 
     def cut(self) -> None:
         """End all waiting on it, now and later."""
+        if self._pid != os.getpid():
+            return  # in a fork's child: it is the parent that waits
         with self._lock:
             self.is_cut = True
             if self._socket is None:
                 return
-            if self._pid == os.getpid():  # in a fork's child, it is the parent that waits
-                with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
             self._socket.close()
             self._socket = None
 
@@ -3022,7 +3024,7 @@ class Client:
         """The MogplexError for an exception of the worker, without our tokens."""
         explained = self.transport.explain(request, error)
         if isinstance(explained, MogplexError):
-            explained.message = self._clean(explained.message)
+            explained.message = self._clean(explained.message)[:1000]
             explained.hint = self._clean(explained.hint)
             explained.args = (explained.message,)
         return explained

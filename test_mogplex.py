@@ -2317,13 +2317,27 @@ def test_a_start_that_may_have_got_through_is_never_one_without_a_repo(
     assert int(error.exit) == 69 and error.delivered
 
 
-def test_a_start_that_never_arrived_before_its_503_is_looked_into() -> None:
-    """A refused connection is no earlier try."""
-    refused = mogplex.UnavailableError("x", transient=True)
-    with RawServer(steps(LIMITER_DOWN, NO_REPO)) as server, client(server.url) as one:
-        with pytest.raises(mogplex.MogplexError, match="lists no repo"):
-            one.start_run({"repoId": "r"}, "k")
-    assert mogplex.should_retry(refused, 1, 3, True) and not refused.delivered
+class Late(RawServer):
+    """A server that refuses connections until ``begin`` is called."""
+
+    def __init__(self, answer: Reply) -> None:
+        self.answer = answer
+        self.requests: List[str] = []
+        self.listener = socket.socket()
+        self.listener.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+
+    def begin(self, _: float) -> None:
+        self.listener.listen()
+        threading.Thread(target=self._serve, daemon=True).start()
+
+
+def test_a_start_whose_connection_was_refused_is_no_earlier_try() -> None:
+    with Late(steps(LIMITER_DOWN, NO_REPO)) as server:
+        with client(server.url, sleep=server.begin) as one:
+            with pytest.raises(mogplex.MogplexError, match="lists no repo 'r'") as error:
+                one.start_run({"repoId": "r"}, "k")
+    assert not error.value.delivered and len(server.requests) == 2
 
 
 @pytest.mark.parametrize("tries", [1, 3])
@@ -2611,7 +2625,7 @@ ELSEWHERE = {"run": {"runId": "other", "status": "success"}, "events": []}
 ])
 def test_another_run_s_answer_is_an_invalid_response(call: Callable[[mogplex.Client], Any]) -> None:
     with RawServer(steps(ok(ELSEWHERE))) as server, client(server.url) as one:
-        with pytest.raises(mogplex.InvalidResponseError, match="run 'other' instead of 'mine'"):
+        with pytest.raises(mogplex.InvalidResponseError, match="another run, 'other'"):
             call(one)
 
 
