@@ -1078,6 +1078,7 @@ print(*spent, *sorted(os.listdir(home)))
 """
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="bind mounts are Linux's")
 @pytest.mark.parametrize("mode, told, spent, access", [
     ("rw", "access-1", "refresh-0 ", "access-1"),
