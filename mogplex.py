@@ -179,7 +179,8 @@ class TailTimeout(MogplexError):
 # The service says 502 to 504, and 501 for what it lacks; the CDN before it adds the others.
 UNAVAILABLE_STATUSES = frozenset(
     [408, 425, 501, 502, 503, 504, 520, 521, 522, 523, 524, 527, 529, 530])
-TRANSIENT_STATUSES = (UNAVAILABLE_STATUSES - {501}) | {429, 500}  # the same request may succeed later
+# The same request may succeed later.
+TRANSIENT_STATUSES = (UNAVAILABLE_STATUSES - {501}) | {429, 500}
 
 
 def error_class(status: int) -> Type[MogplexError]:
@@ -2747,7 +2748,7 @@ class Client:
         return self._listed("sandboxes", "/sandboxes", params)
 
     def sandbox_logs(self, sandbox_id: str) -> Json:
-        """GET /sandboxes/{id}/logs: ``{sandbox: {install_log, dev_log, ...}, lifecycle_events}``."""
+        """GET /sandboxes/{id}/logs: ``{sandbox: {install_log, dev_log}, lifecycle_events}``."""
         request = self._api_request("GET", f"/sandboxes/{path_segment(sandbox_id)}/logs")
         expected = request.expecting(objects=("sandbox",), lists=("lifecycle_events",))
         return self._answered(expected)
@@ -3061,7 +3062,8 @@ def start_recorded(
     try:
         run = client.start_run(body, key)
         if not text_of(run, "runId"):
-            raise InvalidResponseError("the response to the start contains no run ID", delivered=True)
+            message = "the response to the start contains no run ID"
+            raise InvalidResponseError(message, delivered=True)
     except MogplexError as error:
         if not error.delivered:
             home.forget_start(start)
@@ -5502,7 +5504,7 @@ def body_for(target: Target, task: str) -> Json:
 
 
 def write_new_file(path: str, text: str) -> None:
-    """Write a file that does not exist yet; a failure leaves nothing behind. OSError, ValueError."""
+    """Write a file that does not exist yet; a failure leaves none behind. OSError, ValueError."""
     data = text.encode("utf-8", "replace")
     with open(path, "xb") as stream:
         try:
@@ -7440,7 +7442,7 @@ def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
 def scrolled(
     state: State, entries: Sequence[Entry], at: int, top: int, width: int, rows: int,
 ) -> int:
-    """The first entry to show, so that entry ``at`` is on the screen; moved no further than needed."""
+    """The first entry to show, so that entry ``at`` is on the screen; moved as little as needed."""
     lowest = at
     height = 0
     for position in range(at, -1, -1):
@@ -8125,7 +8127,7 @@ def shorten_query(state: State) -> State:
 
 
 def act_on_item(state: State, letter: str) -> Optional[State]:
-    """x, o or y on the selected row of a drawer, / to search for them; None where it is a letter."""
+    """x, o or y on the selected row of a drawer, / to search them; None where it is a letter."""
     drawer = state.drawer
     item = selected_item(state)
     if drawer is None or drawer.searching:
@@ -11213,7 +11215,8 @@ FOLLOW_OPTIONS = (
            needs="--follow"),
 )
 DOTENV_OPTION = Option(
-    "--dotenv", "FILE", "write the run's ID, status, branch and pull request to FILE, for GitLab CI")
+    "--dotenv", "FILE",
+    "write the run's ID, status, branch and pull request to FILE, for GitLab CI")
 GLOBAL_OPTIONS = (  # before a command or after it
     Option("--demo", "", "use a built-in demo service: no account, no network"),
     Option("--debug", "", "print a line per request on stderr"),
@@ -11625,7 +11628,8 @@ def serve_demo(ctx: Context, argv: List[str]) -> int:
         for name, value in demo.variables.items():
             ctx.emit(f"export {name}={value}")
         ctx.emit("unset NODE_ENV")
-        ctx.note("demo service running; paste the lines above into another shell; press Ctrl+C to stop")
+        paste = "paste the lines above into another shell"
+        ctx.note(f"demo service running; {paste}; press Ctrl+C to stop")
         while True:
             time.sleep(3600)
 
