@@ -4027,7 +4027,7 @@ def paint(status: str, colour: bool) -> str:
 
 
 def newline_mark(encoding: Optional[str]) -> str:
-    """What stands for a newline inside a line; most encodings but Unicode's have no sign for it."""
+    """What stands for a newline inside a line; only the encodings of Unicode have a sign for it."""
     if (encoding or "").lower().startswith("utf"):
         return " \u23ce "
     return " | "
@@ -4103,15 +4103,17 @@ def when(key: str) -> Cell:
     return cell
 
 
+def repo_at(key: str) -> Cell:
+    """The cell with the name of the repo whose id is at ``key``; what is there if it has none."""
+    def cell(record: Json, setting: Setting) -> str:
+        repo = text_of(record, key)
+        return sanitize(setting.repo_names.get(repo, repo))
+    return cell
+
+
 def status_cell(record: Json, setting: Setting) -> str:
     """The record's status."""
     return paint(shown(record, "status"), setting.colour)
-
-
-def repo_cell(record: Json, setting: Setting) -> str:
-    """The name of the record's repo; its id where the name is not known."""
-    repo_id = text_of(record, "repo_id")
-    return sanitize(setting.repo_names.get(repo_id, repo_id))
 
 
 def branch_cell(sandbox: Json, setting: Setting) -> str:
@@ -4122,12 +4124,6 @@ def branch_cell(sandbox: Json, setting: Setting) -> str:
 def started_cell(record: Json, setting: Setting) -> str:
     """The id of a remembered run; for a start whose answer never came, the key that finds out."""
     return shown(record, "id") or f"in doubt: key {shown(record, 'key')}"
-
-
-def task_repo_cell(record: Json, setting: Setting) -> str:
-    """The repo of a remembered run: its name where it is known."""
-    repo = text_of(record, "repo")
-    return sanitize(setting.repo_names.get(repo, repo))
 
 
 Columns = Sequence[Column]
@@ -4141,7 +4137,7 @@ REPO_COLUMNS = (
 )
 SANDBOX_COLUMNS = (
     Column("ID", plain("id")),
-    Column("REPO", repo_cell, shrinks=True),
+    Column("REPO", repo_at("repo_id"), shrinks=True),
     Column("BRANCH", branch_cell, shrinks=True),
     Column("STATUS", status_cell),
     Column("PREVIEW", plain("preview_url"), shrinks=True),
@@ -4150,7 +4146,7 @@ SANDBOX_COLUMNS = (
 )
 HISTORY_COLUMNS = (
     Column("ID", started_cell),
-    Column("REPO", task_repo_cell, shrinks=True),
+    Column("REPO", repo_at("repo"), shrinks=True),
     Column("BRANCH", plain("branch"), shrinks=True),
     Column("STARTED", when("time")),
     Column("TASK", plain("task"), shrinks=True),
