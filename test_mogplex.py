@@ -3598,6 +3598,7 @@ def test_what_is_said_of_an_outage(failure: mogplex.MogplexError, message: str) 
     assert link.failed(failure, 0.0, 0.0).message == message
     assert link.failed(failure, 1.0, 0.0).message == ""  # once
     assert (link.good(2.0), link.good(3.0)) == ("connected again", "")
+    assert (link.connection, link.failures, link.retry_at) == ("connected", 0, None)
     assert link.failed(failure, 4.0, 0.0).message == message
 
 
