@@ -1033,6 +1033,20 @@ def test_a_refresh_token_is_spent_only_where_its_successor_can_be_stored(
 
 
 @pytest.mark.posix
+def test_a_home_that_cannot_be_written_gives_what_another_process_stored_there(
+    tmp_path: Any,
+) -> None:
+    over = signed_in(tmp_path, "https://a.example")
+    home_of(tmp_path).store_sign_in({"token": "their-token"})
+    with directory_at(tmp_path, "auth.json.lock"):
+        assert over.current(no_post) == "their-token"
+
+
+def test_a_sign_in_in_a_traceback_shows_no_token() -> None:
+    assert "s3cret" not in repr(mogplex.SignIn("s3cret", "s3cret", 1.0))
+
+
+@pytest.mark.posix
 def test_a_refresh_token_is_not_spent_where_its_successor_may_find_no_room(tmp_path: Any) -> None:
     over = signed_in(tmp_path, "https://a.example")
     with full_disk(tmp_path, most=(tmp_path / "auth.json").stat().st_size + 10):
@@ -1590,6 +1604,16 @@ def test_a_start_is_in_the_history_before_and_after_its_answer(tmp_path: Any) ->
     home.record_run(one, run)
     home.record_run(start("k-2"), run)
     assert [run["id"] for run in home.history("https://a.example")] == ["R"]
+
+
+def test_one_key_at_two_services_is_two_starts(tmp_path: Any) -> None:
+    home = home_of(tmp_path)
+    there = mogplex.start_record("https://b.example", ASKED, "k-1", "acme/web")
+    home.record_start(there)
+    home.record_run(start("k-1"), {"runId": "R"})
+    home.record_run(mogplex.start_record("https://c.example", ASKED, "k-2", ""), {"runId": "R"})
+    assert home.history("https://b.example") == [there]
+    assert [run["id"] for run in home.runs("https://a.example")] == ["R"]
 
 
 def test_a_start_refused_for_good_takes_only_its_own_record_away(tmp_path: Any) -> None:
