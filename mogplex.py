@@ -6220,7 +6220,7 @@ def alerts_of(state: State) -> List[Alert]:
         return alerts
     if wait_s > 0:
         wait = format_duration(wait_s)
-        alerts.append(Alert(f"Rate limited: nothing is asked for {wait}; runs go on in the cloud"))
+        alerts.append(Alert(f"Rate limited: no requests for {wait}; runs continue in the cloud"))
     elif health_sign(state).word == "offline":
         alerts.append(Alert(f"The service does not answer, retrying: {health.trouble}"))
     if health.refused:
@@ -6892,7 +6892,7 @@ def poll(state: State, most: int) -> State:
 def refresh(state: State, _: str = "") -> State:
     """``/refresh`` and r: ask everything now that may have changed."""
     if state.health.held_until > state.now:
-        return state.say("Rate limited: nothing is asked until the wait is over.", "warn")
+        return state.say("Rate limited: no requests until the wait is over.", "warn")
     state = change_runs(state, [run.id for run in state.rail.runs], asked_at=0.0)
     polls = state.polls._replace(repos_at=0.0, sandboxes_at=0.0)
     state = state._replace(polls=polls, repos=state.repos._replace(heard=False))
@@ -6910,7 +6910,7 @@ def clear(state: State, _: str) -> State:
 
 
 def leave(state: State, _: str = "") -> State:
-    """Leave; runs go on in the cloud."""
+    """Leave; runs continue in the cloud."""
     return state.ask(Shell.leave)
 
 
@@ -6945,7 +6945,7 @@ WORDS = (
     Word("logout", "", "delete the stored sign-in", sign_out),
     Word("refresh", "", "ask the service now", refresh),
     Word("clear", "", "clear the filter and the alerts", clear),
-    Word("quit", "", "leave; runs go on in the cloud", leave),
+    Word("quit", "", "leave; runs continue in the cloud", leave),
     Word("exit", "", "the same as /quit", leave),
 )
 NOT_OFFERED = (
@@ -6982,7 +6982,7 @@ GENERAL_KEYS = (
     Item(("^T", "mouse on or off; when off, the terminal selects text")),
     Item(("^L ^Z", "repaint; suspend, fg comes back")),
     Item(("Esc", "close, clear, dismiss")),
-    Item(("^C ^C", "leave, from anywhere; runs go on in the cloud")),
+    Item(("^C ^C", "leave, from anywhere; runs continue in the cloud")),
 )
 
 
@@ -7394,7 +7394,7 @@ def strip(state: State, width: int) -> Row:
 
 
 def outcome(state: State) -> List[Segment]:
-    """The line after the newest entry: what goes on, or how the run ended and why."""
+    """The line after the newest entry: that the run is at work, or how it ended and why."""
     shown = state.shown
     status = text_of(shown.run, "status")
     if shown.lost and not shown.again_at:
@@ -7473,7 +7473,7 @@ def timeline_title(state: State, count: int, focused: bool) -> Line:
 
 
 def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
-    """Title, entries, and a last line: of what goes on, or of how many are newer."""
+    """Title, entries, and a last line: the state of the run, or how many are newer."""
     entries = passing(state)
     at = selected_entry(state)
     timeline = state.timeline
@@ -8153,7 +8153,7 @@ def interrupt(state: State) -> State:
         state = state.write("")
     state = state._replace(armed_until=state.now + 1.5)
     state = state.admit(url="").ask(Shell.stop_sign_in)
-    return state.say("Press Ctrl+C again within 1.5 s to leave; runs go on.", "warn", 1.5)
+    return state.say("Press Ctrl+C again within 1.5 s to leave; runs continue.", "warn", 1.5)
 
 
 def repaint_all(state: State) -> State:
@@ -8640,7 +8640,7 @@ def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> S
         return drop_start(state, new.key)  # only the history failed
     if error.delivered:
         state = change_start(state, new.key, under_way=False)
-        text = f"The run may have started: {text}; Enter asks for the same run"
+        text = f"The run may have started: {text}; press Enter to send the same request again"
     else:
         state = drop_start(state, new.key)
         text = f"Not started: {text}"
