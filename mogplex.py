@@ -9252,6 +9252,18 @@ DEMO_PACKAGES = {"codex": "openai/codex", "claude-code": "anthropic-ai/claude-co
 # The service: what it answers to a request, without a socket.
 
 
+def demo_id(name: str) -> str:
+    """A UUID, the same for the same ``name`` every time."""
+    return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
+
+
+def demo_time(moment: float) -> str:
+    """Seconds since the epoch as the service writes most times: no zeros end the fraction."""
+    second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
+    fraction = f".{microseconds:06d}".rstrip(".0")
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f"{fraction}+00:00"
+
+
 class DemoAnswer(NamedTuple):
     """One HTTP answer; an object is sent as JSON, text as HTML."""
 
@@ -9282,13 +9294,6 @@ class DemoRequest(NamedTuple):
     key: str  # idempotency key
 
 
-def demo_time(moment: float) -> str:
-    """Seconds since the epoch as the service writes most times: no zeros end the fraction."""
-    second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
-    fraction = f".{microseconds:06d}".rstrip(".0")
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f"{fraction}+00:00"
-
-
 class DemoRoute(NamedTuple):
     """Who answers a method and a path of the API, and which scope a token must have for it."""
 
@@ -9296,11 +9301,6 @@ class DemoRoute(NamedTuple):
     path: str  # below API_PATH
     handler: Callable[[DemoService, DemoRequest], DemoAnswer]
     scope: str = ""  # "": any token will do
-
-
-def demo_id(name: str) -> str:
-    """A UUID, the same for the same ``name`` every time."""
-    return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
 class DemoRun(NamedTuple):
@@ -9573,7 +9573,8 @@ class DemoService:
             box for box in self.sandboxes.values()
             if repo_id in ("", box["repo_id"]) and status in ("", box["status"])
         ]
-        newest = sorted(found, key=operator.itemgetter("last_active_at"), reverse=True)
+        by_time = operator.itemgetter("last_active_at")  # of one zone: text sorts as time does
+        newest = sorted(found, key=by_time, reverse=True)
         return demo_data({"sandboxes": demo_first(newest, request)})
 
     def create_sandbox(self, request: DemoRequest) -> DemoAnswer:
