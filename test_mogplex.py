@@ -8172,6 +8172,26 @@ def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
 
 
 @pytest.mark.posix
+@pytest.mark.parametrize("argv, env, sight", [
+    (["bump", "the", "deps"], {}, "bump the deps"),
+    (["--", "runs", "list"], {}, "runs list"),
+    (["--logout", "bump", "it"], {}, "bump it"),
+    (["--attach", FINISHED], {}, "SUCCESS"),
+    (["--attach", FINISHED, "more"], {"MOGPLEX_ATTACH_RUN_ID": "nope"}, "SUCCESS"),
+    ([], {"MOGPLEX_ATTACH_RUN_ID": FINISHED}, "SUCCESS"),
+])
+def test_what_the_cockpit_opens_on(
+    demo: mogplex.DemoServer, argv: List[str], env: Dict[str, str], sight: str,
+) -> None:
+    """Words that are no command wait in the composer; the run is the option's, or the variable's."""
+    environ = {**service(demo.url, demo.token), **env}
+    with Terminal([sys.executable, MODULE, *argv], **environ) as terminal:
+        terminal.until(sight).send("\x03\x03")
+        terminal.until(lambda: terminal.process.poll() is not None)
+    assert demo.service.runs.keys() <= {seed.id for seed in mogplex.DEMO_RUNS}
+
+
+@pytest.mark.posix
 def test_a_table_on_a_terminal_has_ages_and_colours_and_keeps_its_ids(
     demo: mogplex.DemoServer,
 ) -> None:
