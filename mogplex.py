@@ -5625,7 +5625,7 @@ class Desk:
 
     def cancel(self, run_id: str) -> Said:
         answer = self.client().cancel(run_id)
-        if answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal":
+        if already_ended(answer):
             return Said(f"Run {sanitize(run_id)[:8]} had already ended.", "warn")
         return Said(f"Cancellation of run {sanitize(run_id)[:8]} requested.", "warn")
 

@@ -4534,6 +4534,8 @@ EVENT_LINES = [
      "log             Ready https://g/1"),
     ({"type": "log", "payload": {"pull_request_url": "https://g/1"}},
      "log             https://g/1"),
+    ({"type": "log", "message": "at https://g/1", "payload": {"pull_request_url": "https://g/1"}},
+     "log             at https://g/1"),
     ({"type": "log", "message": "No code changes", "payload": {"pull_request_url": None}},
      "log             No code changes"),
     # Why it failed.
