@@ -11187,7 +11187,8 @@ class Subcommand(NamedTuple):
 
 def read_limit(text: str) -> int:
     """The value of --limit."""
-    if not re.match(r"[0-9]{1,9}\Z", text) or not 1 <= int(text) <= MAX_LIMIT:
+    is_number = re.match(r"[0-9]{1,9}\Z", text)
+    if not is_number or not 1 <= int(text) <= MAX_LIMIT:
         raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
     return int(text)
 
@@ -11370,7 +11371,8 @@ def below(name: str) -> Dict[str, Subcommand]:
 
 def see_help(name: str) -> str:
     """The hint at the help of a command, a group, or the program ("")."""
-    return f"see: {' '.join(['mogplex', *name.split(), '--help'])}"
+    words = ["mogplex", *name.split(), "--help"]
+    return "see: " + " ".join(words)
 
 
 def unknown(what: str, word: str, known: Iterable[str], name: str = "") -> UsageError:
@@ -11437,8 +11439,8 @@ def read_option(name: str, option: Option, text: str) -> Any:
     """The value of an option of the command ``name``; UsageError for a slip or for nonsense."""
     meant = slip_of(text, option.known)
     if meant:
-        raise UsageError(
-            f"{name}: unknown {option.flag} '{text}', did you mean '{meant}'?", hint=see_help(name))
+        message = f"{name}: unknown {option.flag} '{text}', did you mean '{meant}'?"
+        raise UsageError(message, hint=see_help(name))
     return option.read(text)
 
 
