@@ -6841,32 +6841,43 @@ def sign_out(state: State, _: str) -> State:
 POLLS_A_MINUTE = 30  # with the tail's 24, six are left of a token's 60 for what somebody asks for
 
 
-def run_interval_s(active: int) -> float:
-    """How often each of so many active runs is asked: within the budget, and at most 30 s apart."""
-    return max(10.0, 2.2 * active)
+def poll_order(run: KnownRun) -> Tuple[bool, float]:
+    """What is known to be active comes first, and then what was asked longest ago."""
+    return not run.status, run.asked_at
 
 
-def asked_before(run: KnownRun) -> float:
-    return run.asked_at
+def run_interval_s(state: State, run: KnownRun, active: int) -> float:
+    """How often a run is asked, of so many active ones; 0 for never.
+
+    Up to 13 active runs are asked at most 30 s apart.
+    """
+    is_shown = run.id == state.shown.run_id
+    if is_shown and not state.shown.over:
+        return 0.0  # its tail says it
+    if run.status and is_active(run):
+        return max(20.0, 2.2 * active)
+    if not run.status:
+        return 30.0
+    if is_shown and run.status == "cancelled":
+        return 30.0  # it can come back
+    return 0.0
 
 
-def due_runs(state: State) -> List[str]:
-    """The ids of the runs whose status is to be asked now, the longest unasked first."""
-    active = [run for run in state.rail.runs[:50] if is_active(run)]
-    interval_s = run_interval_s(len(active))
+def count_active(runs: Iterable[KnownRun]) -> int:
+    """How many runs are known to be active."""
+    return sum(bool(run.status) and is_active(run) for run in runs)
+
+
+def due_runs(state: State) -> List[KnownRun]:
+    """The runs whose status is to be asked now."""
+    runs = state.rail.runs[:50]
+    active = count_active(runs)
     due = []
-    for run in state.rail.runs[:50]:
-        is_shown = run.id == state.shown.run_id
-        waits_s = interval_s
-        if is_shown and not state.shown.over:
-            continue  # its tail says it
-        if not is_active(run):
-            waits_s = 30.0
-            if not is_shown or run.status != "cancelled":
-                continue  # a cancelled run can come back: the shown one is watched for that
-        if state.now - run.asked_at >= waits_s:
+    for run in runs:
+        interval_s = run_interval_s(state, run, active)
+        if interval_s and state.now - run.asked_at >= interval_s:
             due.append(run)
-    return [run.id for run in sorted(due, key=asked_before)]
+    return sorted(due, key=poll_order)
 
 
 def poll(state: State, most: int) -> State:
@@ -6880,9 +6891,15 @@ def poll(state: State, most: int) -> State:
         asks.append(Ask(Desk.sandboxes))
         polls = polls._replace(sandboxes_at=state.now)
     sent = tuple(at for at in polls.sent if state.now - at < 60)
-    room = min(most, POLLS_A_MINUTE - len(sent)) - len(asks)
-    ids = due_runs(state)[:max(0, room)]
-    asks += [Ask(Desk.run, (run_id,)) for run_id in ids]
+    for_unknown = max(18, 3 * count_active(state.rail.runs) + 6)  # the rest is for known ones
+    ids = []
+    for run in due_runs(state):
+        limit = POLLS_A_MINUTE
+        if not run.status:
+            limit = min(limit, for_unknown)
+        if len(asks) < most and len(sent) + len(asks) < limit:
+            asks.append(Ask(Desk.run, (run.id,)))
+            ids.append(run.id)
     sent += (state.now,) * len(asks)
     polls = polls._replace(sent=sent, unanswered=polls.unanswered + len(asks))
     state = change_runs(state, ids, asked_at=state.now)
@@ -7355,7 +7372,7 @@ def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
         detail = detail[:1]
     room = max(2, rows - len(detail) - 2)
     for_sandboxes = min(len(sandboxes), max(room // 3, room - len(runs)))
-    active = sum(bool(run.status) and is_active(run) for run in runs)
+    active = count_active(runs)
     lines = [PaneLine(counted("RUNS", len(runs), active, "active", title))]
     for position in around(at, len(runs), room - for_sandboxes):
         lines.append(PaneLine(run_line(state, runs[position], width), position))

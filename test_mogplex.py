@@ -5782,6 +5782,22 @@ def test_active_runs_are_asked_at_least_every_30_s_within_the_budget(count: int)
     assert (Desk.run, RUN_ID) not in [tuple(ask) for _, *ask in seen]  # which its tail says
 
 
+def test_runs_that_nobody_knows_delay_none_that_is_known_to_be_active() -> None:
+    active = remembered(99, "work", "streaming")
+    unknown = tuple(remembered(number, "old") for number in range(45))
+    state = played(*FIRST_LISTS, rail=mogplex.Rail((*unknown, active)))
+
+    def refused(ask: mogplex.Ask) -> Any:
+        if ask.arguments == (active.id,):
+            return good(ask)
+        return mogplex.Failed(ask, mogplex.ForbiddenError("no", status=403))
+
+    seen = ticked(state, 120, refused)
+    moments = [second for second, *ask in seen if ask == [Desk.run, active.id]]
+    gaps = [after - before for before, after in zip([0, *moments], moments)]
+    assert moments and max(gaps) <= 30
+
+
 def test_the_tail_takes_24_requests_a_minute() -> None:
     assert 60 / mogplex.TAIL_INTERVAL_S <= 24
 
