@@ -8191,9 +8191,9 @@ def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
 
 @pytest.mark.posix
 @pytest.mark.parametrize("argv, env, sight", [
-    (["bump", "the", "deps"], {}, "bump the deps"),
-    (["--", "runs", "list"], {}, "runs list"),
-    (["--logout", "bump", "it"], {}, "bump it"),
+    (["bump", "the", "deps"], {}, "\u203a bump the deps"),
+    (["--", "runs", "list"], {}, "\u203a runs list"),
+    (["--logout", "bump", "it"], {}, "\u203a bump it"),
     (["--attach", FINISHED], {}, "SUCCESS"),
     (["--attach", FINISHED, "more"], {"MOGPLEX_ATTACH_RUN_ID": "nope"}, "SUCCESS"),
     ([], {"MOGPLEX_ATTACH_RUN_ID": FINISHED}, "SUCCESS"),
