@@ -2425,6 +2425,13 @@ def test_a_500_without_a_malformed_id_has_no_hint(call: Callable[[mogplex.Client
     assert error.value.hint == ""
 
 
+def test_another_fault_than_a_500_does_not_blame_the_id() -> None:
+    with RawServer(steps(answer(502))) as server, client(server.url, tries=1) as one:
+        with pytest.raises(mogplex.UnavailableError) as error:
+            one.run("nope")
+    assert error.value.hint == ""
+
+
 def test_too_many_sign_ins_say_how_long_to_wait() -> None:
     """The token endpoint's 429 is plain text, and names its wait in a header of its own."""
     with RawServer(steps(answer(429, "slow down", X_Retry_After="17"))) as server:
@@ -3132,6 +3139,34 @@ def test_what_is_sent() -> None:
         f"Authorization: Bearer {TOKEN}", f"User-Agent: mogplex/{mogplex.__version__}",
         "Accept: application/json", "Accept-Encoding: identity",
     } <= set(lines)
+
+
+@pytest.mark.parametrize("length, is_sent", [(4096, True), (4097, False)])
+def test_an_event_id_too_long_for_a_header_is_not_sent_back(length: int, is_sent: bool) -> None:
+    with RawServer(steps(GOOD)) as server, client(server.url) as one:
+        with one.open_events("r", lambda: None, True, 9, "x" * length, 9.0):
+            pass
+    assert ("Last-Event-ID" in server.requests[0]) is is_sent
+
+
+def test_proxies_of_the_environment_count_only_where_they_are_trusted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with RawServer(steps(answer(403))) as server:
+        monkeypatch.setenv("HTTPS_PROXY", server.url)
+        with pytest.raises(mogplex.UnavailableError, match="host name was not found"):
+            client("https://mogplex.invalid", tries=1).repos()
+    assert server.requests == []
+
+
+@pytest.mark.posix
+def test_a_closed_client_keeps_no_connection_and_can_be_used_again() -> None:
+    with Kept(lambda *_: kept(envelope(REPOS))) as server, client(server.url) as one:
+        opened = descriptors()
+        one.repos()
+        one.close()
+        assert comes_true(lambda: descriptors() <= opened)
+        assert one.repos() == REPOS["repos"] and server.used == [1, 2]
 
 
 def test_a_cookie_never_comes_back() -> None:
