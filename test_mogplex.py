@@ -76,6 +76,9 @@ def ended_at_last(process: "subprocess.Popen[Any]") -> Iterator[None]:
         try:
             yield
         finally:
+            process.terminate()  # it may have files to remove
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
             process.kill()
 
 
