@@ -8227,6 +8227,12 @@ def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
     return shown.decode().replace("\r\n", "\n")
 
 
+def test_a_command_goes_through_the_proxy_of_the_environment(cli: Callable[..., Result]) -> None:
+    environ = {**service("https://nowhere.invalid"), "HTTPS_PROXY": "http://127.0.0.1:9"}
+    result = cli("repos", "list", env=environ)
+    assert result.code == 69 and "proxy" in result.err.lower()
+
+
 @pytest.mark.posix
 @pytest.mark.parametrize("argv, env, sight", [
     (["bump", "the", "deps"], {}, "\u203a bump the deps"),
