@@ -6620,6 +6620,14 @@ def test_ended_in_the_background_it_gives_the_terminal_back(
 
 
 @pytest.mark.posix
+def test_a_rail_that_comes_with_a_resize_can_be_reached(cockpit: Callable[..., Terminal]) -> None:
+    terminal = cockpit(width=59, height=20).until("next: acme/web")
+    terminal.resize(120, 40)
+    terminal.until("SANDBOXES").send("\x1b[Z").until("Enter logs")
+    terminal.send("\x03\x03")
+    terminal.ended(0)
+
+
 def test_after_a_stop_that_nobody_announced_all_is_drawn_anew(
     cockpit: Callable[..., Terminal],
 ) -> None:
