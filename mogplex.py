@@ -5524,7 +5524,7 @@ class Desk:
         self.asks: Any = queue.SimpleQueue()
         self.connection: Optional[Client] = None
         self.told: Optional[Progress] = None  # the last of a tail
-        self.stopped = False                  # the wait for a browser was given up
+        self.stopped = False  # the wait for a browser was given up
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
@@ -5658,7 +5658,8 @@ class Desk:
     def try_token(self, token: str) -> SignedIn:
         """Store a pasted token once the service has accepted it."""
         self.check(Credential(check_token(token, "the token")))
-        self.facts.home.store_sign_in({"token": token, "base_url": self.facts.base_url})
+        entry = {"token": token, "base_url": self.facts.base_url}
+        self.facts.home.store_sign_in(entry)
         return SignedIn(f"Signed in. {self.facts.overruled}")
 
     def try_stored(self) -> SignedIn:
@@ -5674,8 +5675,12 @@ class Desk:
         with self.facts.connect(Credential.anonymous()) as client:
             try:
                 entry = sign_in(
-                    base_url, client.post_form, announce=self.tell_url,
-                    open_browser=self.facts.run_browser, stopped=self.is_stopped)
+                    base_url,
+                    client.post_form,
+                    announce=self.tell_url,
+                    open_browser=self.facts.run_browser,
+                    stopped=self.is_stopped,
+                )
             except MogplexError:
                 if self.stopped:
                     return None  # somebody gave up the wait, and knows it
@@ -5968,8 +5973,10 @@ class State(NamedTuple):
     asks: Tuple[Ask, ...] = ()       # what the last message asks for
 
     def ask(
-        self, job: Callable[Concatenate[Any, Given], object],
-        *arguments: Given.args, **named: Given.kwargs,
+        self,
+        job: Callable[Concatenate[Any, Given], object],
+        *arguments: Given.args,
+        **named: Given.kwargs,
     ) -> State:
         """With a job of a Desk, or a call of the Shell, asked for; mypy checks its arguments."""
         return self._replace(asks=(*self.asks, Ask(job, arguments)))
@@ -5978,14 +5985,15 @@ class State(NamedTuple):
         """With a line at the bottom for a while, until the next key; an error stays."""
         if style == "bad":
             for_s = 9e9
-        return self._replace(notice=Notice(harmless(text), style, self.now + for_s))
+        notice = Notice(harmless(text), style, self.now + for_s)
+        return self._replace(notice=notice)
 
     def write(self, text: str, cursor: int = -1) -> State:
         """With ``text`` in the composer, the cursor at its end if nothing else is said."""
         if cursor < 0:
             cursor = len(text)
-        return self._replace(
-            composer=self.composer._replace(text=text, cursor=cursor), focus="composer")
+        composer = self.composer._replace(text=text, cursor=cursor)
+        return self._replace(composer=composer, focus="composer")
 
     def open(self, listing: Listing, *subject: str, data: Any = None, query: str = "") -> State:
         """With a drawer open, and what it shows asked for."""
@@ -5999,7 +6007,8 @@ class State(NamedTuple):
     def choose(self, **changes: Any) -> State:
         """With another target, which no run moves that was started before."""
         choices = self.target.choices + 1
-        return self._replace(target=self.target._replace(choices=choices, **changes))
+        target = self.target._replace(choices=choices, **changes)
+        return self._replace(target=target)
 
     def show(self, **changes: Any) -> State:
         return self._replace(shown=self.shown._replace(**changes))
@@ -6087,7 +6096,8 @@ def change_start(state: State, key: str, **changes: Any) -> State:
 
 def drop_start(state: State, key: str) -> State:
     """Without the start that has this key: its fate is known."""
-    return state._replace(starts=tuple(new for new in state.starts if new.key != key))
+    starts = [new for new in state.starts if new.key != key]
+    return state._replace(starts=tuple(starts))
 
 
 def run_named(state: State, run_id: str) -> KnownRun:
@@ -6172,7 +6182,8 @@ def selected_item(state: State) -> Optional[Item]:
     drawer = state.drawer
     if drawer is None or not drawer.found:
         return None
-    return drawer.found[min(drawer.at, len(drawer.found) - 1)]
+    last = len(drawer.found) - 1
+    return drawer.found[min(drawer.at, last)]
 
 
 def web_url(state: State) -> str:
@@ -6252,11 +6263,11 @@ def focus_of(state: State) -> str:
 
 def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None) -> State:
     """With this run shown, from its first event on."""
-    alerts = tuple(alert for alert in state.alerts if alert.run_id != run_id)
+    alerts = [alert for alert in state.alerts if alert.run_id != run_id]
     state = state._replace(
         shown=Shown(run_id, run, origin),
         timeline=Timeline(wrap=state.timeline.wrap),
-        alerts=alerts,
+        alerts=tuple(alerts),
         drawer=None,
     )
     return state.ask(Desk.watch, run_id)
@@ -6326,7 +6337,8 @@ def export_text(state: State, form: str) -> str:
     """The shown run and its events; JSON in ASCII, so that it holds no raw control character."""
     events = [entry.event for entry in state.shown.entries]
     if form == "json":
-        return to_json({"run": state.shown.run, "events": events}, indent=2) + "\n"
+        document = {"run": state.shown.run, "events": events}
+        return to_json(document, indent=2) + "\n"
     if form == "jsonl":
         return "".join(to_json(event) + "\n" for event in events)
     word = sign_of(state.shown.run.get("status")).word
@@ -6341,7 +6353,8 @@ def export_as(state: State, form: str, path: str = "") -> State:
     if not path:
         name = re.sub("[^0-9A-Za-z-]", "", state.shown.run_id)[:8]
         path = f"mogplex-{name}.{EXPORTS[form]}"
-    return state.close().ask(Desk.export, path, export_text(state, form))
+    text = export_text(state, form)
+    return state.close().ask(Desk.export, path, text)
 
 
 def export_chosen(state: State, form: str) -> State:
@@ -6395,7 +6408,8 @@ def repo_items(state: State, drawer: Drawer) -> List[Item]:
     items = []
     for repo in state.repos.all:
         present = repo.id == state.target.repo.id
-        items.append(Item((repo.name, repo.default_branch), repo.id, present=present))
+        cells = (repo.name, repo.default_branch)
+        items.append(Item(cells, repo.id, present=present))
     return items
 
 
@@ -6408,14 +6422,14 @@ def branch_items(state: State, drawer: Drawer) -> List[Item]:
             names.append(sandbox.branch)
     items = []
     for name in dict.fromkeys(filter(None, names)):
-        items.append(Item((name,), name, present=name == branch_text_of(target)))
+        present = name == branch_text_of(target)
+        items.append(Item((name,), name, present=present))
     return items
 
 
 def harness_items(state: State, drawer: Drawer) -> List[Item]:
     present = state.target.harness
-    return [Item((name, title), name, present=name == present)
-            for name, title in HARNESSES.items()]
+    return [Item((name, title), name, present=name == present) for name, title in HARNESSES.items()]
 
 
 def export_items(state: State, drawer: Drawer) -> List[Item]:
@@ -6540,8 +6554,7 @@ def event_items(state: State, drawer: Drawer) -> List[Item]:
     title = "  ".join(filter(None, (clock, kind, tool)))
     rest = {key: value for key, value in event.items() if key != "message"}
     text = to_json(rest, indent=2, ensure_ascii=False)
-    return page_items(
-        state, f"{title}\n{text_of(event, 'message')}\n\n{text}", LONGEST_EVENT)
+    return page_items(state, f"{title}\n{text_of(event, 'message')}\n\n{text}", LONGEST_EVENT)
 
 
 LOGS = Listing("logs", (), log_items, reads=Desk.logs, copies=True)
@@ -6663,8 +6676,13 @@ def searched(lines: Sequence[Item], query: str) -> Tuple[Item, ...]:
 
 def source_of(state: State) -> Tuple[object, ...]:
     """What the tables of the drawers are made from, besides what was read for them."""
-    return (state.rail.runs, state.rail.sandboxes, state.repos.all, state.target,
-            state.shown.run_id)
+    return (
+        state.rail.runs,
+        state.rail.sandboxes,
+        state.repos.all,
+        state.target,
+        state.shown.run_id,
+    )
 
 
 def refreshed(before: State, state: State) -> State:
@@ -6674,14 +6692,17 @@ def refreshed(before: State, state: State) -> State:
     if drawer is None:
         return state
     same = old is not None and drawer.listing is old.listing and drawer.data is old.data
-    if not same or state.width != before.width or (
-            drawer.listing.columns and source_of(state) != source_of(before)):
-        drawer = drawer._replace(lines=tuple(drawer.listing.rows(state, drawer)))
+    moved = bool(drawer.listing.columns) and source_of(state) != source_of(before)
+    if moved or not same or state.width != before.width:
+        lines = drawer.listing.rows(state, drawer)
+        drawer = drawer._replace(lines=tuple(lines))
     elif old is not None and drawer.query == old.query:
-        return state._replace(drawer=drawer._replace(lines=old.lines, found=old.found))
+        drawer = drawer._replace(lines=old.lines, found=old.found)
+        return state._replace(drawer=drawer)
     found = searched(drawer.lines, drawer.query)
     at = max(0, min(drawer.at, len(found) - 1))
-    return state._replace(drawer=drawer._replace(found=found, at=at))
+    drawer = drawer._replace(found=found, at=at)
+    return state._replace(drawer=drawer)
 
 
 # -- Words: what a line of the composer does
@@ -6910,9 +6931,11 @@ def refresh(state: State, _: str = "") -> State:
     """``/refresh`` and r: ask everything now that may have changed."""
     if state.health.held_until > state.now:
         return state.say("Rate limited: no requests until the wait is over.", "warn")
-    state = change_runs(state, [run.id for run in state.rail.runs], asked_at=0.0)
+    ids = [run.id for run in state.rail.runs]
+    state = change_runs(state, ids, asked_at=0.0)
     polls = state.polls._replace(repos_at=0.0, sandboxes_at=0.0)
-    state = state._replace(polls=polls, repos=state.repos._replace(heard=False))
+    repos = state.repos._replace(heard=False)
+    state = state._replace(polls=polls, repos=repos)
     if state.shown.again_at:
         state = state.show(again_at=state.now)
     if state.drawer and state.drawer.listing.reads:
@@ -6972,8 +6995,9 @@ COMMANDS = {word.name: word for word in WORDS}
 
 def word_items(words: Iterable[Word]) -> List[Item]:
     """Commands as rows: Enter on one performs it."""
-    return [Item((f"/{word.name} {word.follows}".strip(), word.does), f"/{word.name}")
-            for word in words]
+    return [
+        Item((f"/{word.name} {word.follows}".strip(), word.does), f"/{word.name}") for word in words
+    ]
 
 
 class Binding(NamedTuple):
@@ -7111,11 +7135,20 @@ EVENT_TYPES = {  # style, and the tag for a narrow window
     "finished": ("ok", "done"),
     "failed": ("bad", "fail"),
 }
-COMPOSER_HINTS = (
-    "Enter send", "Tab pane", "^P palette", "^F filter", "F1 help", "^C ^C quit")
+COMPOSER_HINTS = ("Enter send", "Tab pane", "^P palette", "^F filter", "F1 help", "^C ^C quit")
 TIMELINE_HINTS = (
-    "j k move", "Enter details", "o open", "x kill", "f follow", "/ filter", "? keys", "q quit",
-    "w wrap", "y copy", "r refresh")
+    "j k move",
+    "Enter details",
+    "o open",
+    "x kill",
+    "f follow",
+    "/ filter",
+    "? keys",
+    "q quit",
+    "w wrap",
+    "y copy",
+    "r refresh",
+)
 RUN_HINTS = ("j k move", "Enter show", "x kill", "o open", "? keys", "Tab composer", "y copy")
 SANDBOX_HINTS = ("j k move", "Enter logs", "o open preview", "? keys", "Tab composer", "y copy")
 FILTER_HINTS = ("type to filter", "Enter keep", "Esc clear")
@@ -7198,7 +7231,8 @@ def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Ro
 def run_clock(state: State) -> str:
     """How long the shown run has taken: `` 12:41``."""
     run = state.shown.run
-    since = parse_time(run.get("createdAt")) or run_named(state, state.shown.run_id).started_at
+    known = run_named(state, state.shown.run_id)
+    since = parse_time(run.get("createdAt")) or known.started_at
     until: Optional[float] = state.now
     if run.get("status") in TERMINAL_STATUSES:
         until = parse_time(run.get("updatedAt"))
@@ -7227,7 +7261,8 @@ def header(state: State, width: int) -> Row:
         if repo or branch:
             row += [bar, (fit(repo, 28), "bold")]
         if branch:
-            row.append((fit(f" ⎇ {branch}", max(12, width // 3 - 14)), "accent"))
+            room = max(12, width // 3 - 14)
+            row.append((fit(f" ⎇ {branch}", room), "accent"))
     harness = harmless(run.get("harness"), 16)
     if width >= 80 and harness:
         row += [bar, (harness, "")]
@@ -7249,7 +7284,8 @@ def alert_row(alerts: Sequence[Alert], width: int) -> Row:
     keys = " "
     if alerts[0].run_id and width >= 60:
         keys = " [Enter] open  [Esc] dismiss "
-    return ends([(f" !! {alerts[0].text}{more}", "")], [(keys, "alert")], width, "alert")
+    text = f" !! {alerts[0].text}{more}"
+    return ends([(text, "")], [(keys, "alert")], width, "alert")
 
 
 def run_age(state: State, run: KnownRun) -> str:
@@ -7367,19 +7403,24 @@ def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     at = selected_row(state)
     focused = focus_of(state) == "rail" and not state.drawer
     title = title_style(focused)
-    detail = [f" {piece}" for piece in folded(row_detail(state), width - 2)][:3]
+    pieces = folded(row_detail(state), width - 2)[:3]
+    detail = [f" {piece}" for piece in pieces]
     if rows < 12:
         detail = detail[:1]
     room = max(2, rows - len(detail) - 2)
-    for_sandboxes = min(len(sandboxes), max(room // 3, room - len(runs)))
+    for_sandboxes = max(room // 3, room - len(runs))
+    for_sandboxes = min(len(sandboxes), for_sandboxes)
     active = count_active(runs)
-    lines = [PaneLine(counted("RUNS", len(runs), active, "active", title))]
+    line = counted("RUNS", len(runs), active, "active", title)
+    lines = [PaneLine(line)]
     for position in around(at, len(runs), room - for_sandboxes):
-        lines.append(PaneLine(run_line(state, runs[position], width), position))
+        row = run_line(state, runs[position], width)
+        lines.append(PaneLine(row, position))
     running = sum(sandbox.status == "running" for sandbox in sandboxes)
     line = counted("SANDBOXES", len(sandboxes), running, "running", title)
     lines.append(PaneLine(line))
-    for position in around(max(0, at - len(runs)), len(sandboxes), for_sandboxes):
+    at_sandbox = max(0, at - len(runs))
+    for position in around(at_sandbox, len(sandboxes), for_sandboxes):
         row = sandbox_line(state, sandboxes[position], width)
         lines.append(PaneLine(row, len(runs) + position))
     if focused:
@@ -7453,7 +7494,12 @@ def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
 
 
 def scrolled(
-    state: State, entries: Sequence[Entry], at: int, top: int, width: int, rows: int,
+    state: State,
+    entries: Sequence[Entry],
+    at: int,
+    top: int,
+    width: int,
+    rows: int,
 ) -> int:
     """The first entry to show, so that entry ``at`` is on the screen; moved as little as needed."""
     lowest = at
@@ -7512,11 +7558,13 @@ def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
         lines = [chosen(placed, at, width) for placed in lines]
     if timeline.follow:
         indent = 11 if width >= 60 else 1
-        return lines + [PaneLine([(" " * indent, ""), *outcome(state)])]
+        line = [(" " * indent, ""), *outcome(state)]
+        return lines + [PaneLine(line)]
     newer = "▼ End follows "
     if end < len(entries):
         newer = f"▼ {len(entries) - end} newer (End) "
-    return lines + [PaneLine(ends([], [(newer, "warn")], width))]
+    row = ends([], [(newer, "warn")], width)
+    return lines + [PaneLine(row)]
 
 
 def welcome(state: State, width: int) -> List[Segment]:
@@ -7526,8 +7574,11 @@ def welcome(state: State, width: int) -> List[Segment]:
         pieces = wrapped(state.sign_in.url, width - 6)
         return [
             ("Waiting for the browser. If none opened, open this address yourself:", "bold"),
-            blank, *((piece, "accent") for piece in pieces), blank,
-            ("Esc gives up the wait.", "dim")]
+            blank,
+            *((piece, "accent") for piece in pieces),
+            blank,
+            ("Esc gives up the wait.", "dim"),
+        ]
     if state.sign_in.needed:
         return [
             ("Sign in to Mogplex", "bold"),
@@ -7537,13 +7588,15 @@ def welcome(state: State, width: int) -> List[Segment]:
             ("paste a token    then Enter; create tokens at", ""),
             (f"                 {state.base_url}/settings/api-keys", "accent"),
             blank,
-            ("Esc tries the stored sign-in again.", "dim")]
+            ("Esc tries the stored sign-in again.", "dim"),
+        ]
     return [
         ("Type a task and press Enter to start a run.", "bold"),
         blank,
         ("/repo     choose the repository", ""),
         ("/attach   watch a run started elsewhere", ""),
-        ("/help     every key and command", "")]
+        ("/help     every key and command", ""),
+    ]
 
 
 def welcome_lines(state: State, width: int, rows: int) -> List[PaneLine]:
@@ -7587,7 +7640,8 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Pa
     lines = [PaneLine(title)]
     titles = [column.title for column in listing.columns]
     if any(titles):
-        lines.append(PaneLine([("   " + cells_text(titles, listing.columns), "dim")]))
+        text = "   " + cells_text(titles, listing.columns)
+        lines.append(PaneLine([(text, "dim")]))
     if drawer.error:
         lines.append(PaneLine([(f"   {drawer.error} · retrying", "bad")]))
     elif not found:
@@ -7597,7 +7651,8 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Pa
         mark = " ▸ " if item.present else "   "
         if not listing.columns:
             mark = " "
-        line = [(mark, "accent"), (cells_text(item.cells, listing.columns), item.style)]
+        text = cells_text(item.cells, listing.columns)
+        line = [(mark, "accent"), (text, item.style)]
         lines.append(chosen(PaneLine(line, position), at, width))
     return lines
 
@@ -7671,7 +7726,8 @@ def hint_line(state: State, width: int) -> Line:
     found = completions(state)
     word = COMMANDS.get(state.composer.text[1:])
     if word is None and len(found) == 1:
-        word = COMMANDS.get(found[0][1:].partition(" ")[0])
+        name, _, _ = found[0][1:].partition(" ")
+        word = COMMANDS.get(name)
     if found and word:
         return [(f" /{word.name} {word.follows}  ", "key"), (word.does, "dim")]
     if found:
@@ -7682,7 +7738,8 @@ def hint_line(state: State, width: int) -> Line:
 
 def foot_lines(state: State, width: int, height: int) -> List[Line]:
     """The composer, and a question or the hints below it."""
-    lines = composer_lines(state, width, max(1, min(height // 4, 8)))
+    most = max(1, min(height // 4, 8))
+    lines = composer_lines(state, width, most)
     if state.killing:
         return lines + question_lines(state, width)
     return lines + [hint_line(state, width)]
@@ -7767,10 +7824,11 @@ def view(state: State, width: int, height: int) -> List[Row]:
 def insert(state: State, text: str) -> State:
     """With ``text`` typed into whatever takes words now."""
     if state.drawer:
-        query = (state.drawer.query + sanitize(text, " "))[:200]
-        return state.shift(query=query, searching=True, at=0)
+        query = state.drawer.query + sanitize(text, " ")
+        return state.shift(query=query[:200], searching=True, at=0)
     if focus_of(state) == "filter":
-        return state.scroll(filter=(state.timeline.filter + sanitize(text, " "))[:200])
+        words = state.timeline.filter + sanitize(text, " ")
+        return state.scroll(filter=words[:200])
     lines = []
     for line in text.split("\n"):
         cells = map(sanitize, line.split("\t"))
@@ -7890,7 +7948,8 @@ def move(state: State, step: int) -> State:
     """By so many lines in the drawer, else in the rail where that has the focus, else in time."""
     if state.drawer:
         last = len(state.drawer.found) - 1
-        return state.shift(at=max(0, min(state.drawer.at + step, last)))
+        at = min(state.drawer.at + step, last)
+        return state.shift(at=max(0, at))
     if focus_of(state) == "rail":
         return state.with_rail(at=max(0, selected_row(state) + step))
     return select_entry(state, selected_entry(state) + step, step > 0)
@@ -8034,6 +8093,7 @@ def copied(state: State, text: str) -> State:
     if not text:
         return state
     import base64
+
     code = base64.b64encode(text.encode("utf-8", "replace")).decode()
     return state.ask(Shell.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
 
@@ -8329,7 +8389,8 @@ def on_key(state: State, message: Key) -> State:
         return answered(state, name)
     bindings = bindings_of(state)
     if name == "?" and not takes_words(state):
-        return state.open(HELP, data=tuple(binding_items((*bindings, *ANYWHERE))))
+        items = binding_items((*bindings, *ANYWHERE))
+        return state.open(HELP, data=tuple(items))
     act = bound(ANYWHERE, name) or bound(bindings, name)
     if act:
         return act(state)
@@ -8412,7 +8473,8 @@ def on_click(state: State, message: Click) -> State:
     if row < 0:
         return state
     if message.column < layout.side:
-        return click_rail(state, rail_lines(state, layout.side - 1, layout.rows)[row].at)
+        lines = rail_lines(state, layout.side - 1, layout.rows)
+        return click_rail(state, lines[row].at)
     lines = body_lines(state, state.width - layout.side, layout.rows)
     if row >= len(lines) or lines[row].at < 0:
         return state
@@ -8484,9 +8546,11 @@ def on_event(state: State, message: Arrived) -> State:
     """An event of the shown run; a delivery may move the target."""
     event = message.event
     tool = harmless(event.get("toolName"), 100)
-    text = "  ".join(filter(None, (tool, event_text(event)[:2000])))
+    message_text = event_text(event)[:2000]
+    text = "  ".join(filter(None, (tool, message_text)))
     clock = local_time(event.get("createdAt"), "%H:%M:%S")
-    entry = Entry(clock, harmless(event.get("type"), 40) or "event", text, event)
+    kind = harmless(event.get("type"), 40) or "event"
+    entry = Entry(clock, kind, text, event)
     entries = state.shown.entries
     if state.shown.stale:
         entries = ()
@@ -8567,19 +8631,22 @@ def take_sandboxes(state: State, message: Fetched) -> State:
 def read_repo(record: Json) -> Repo:
     """A repository of the service."""
     branch = harmless(record.get("default_branch")) or "main"
-    return Repo(text_of(record, "id"), harmless(record.get("full_name")), branch)
+    name = harmless(record.get("full_name"))
+    return Repo(text_of(record, "id"), name, branch)
 
 
 def take_repos(state: State, message: Fetched) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
     repos = tuple(map(read_repo, message.data))
     wanted = state.repos.wanted.lower()
-    state = state._replace(repos=state.repos._replace(all=repos, heard=True))
+    known = state.repos._replace(all=repos, heard=True)
+    state = state._replace(repos=known)
     found = [repo for repo in repos if wanted in (repo.id.lower(), repo.name.lower())]
     if len(repos) == 1:
         found = [*found, repos[0]]
     if found and not state.target.repo.id:
-        return state._replace(target=state.target._replace(repo=found[0]))
+        target = state.target._replace(repo=found[0])
+        return state._replace(target=target)
     return state
 
 
@@ -8596,7 +8663,8 @@ def answered_poll(state: State, job: Callable[..., object]) -> State:
     if job not in POLLED:
         return state
     left = max(0, state.polls.unanswered - 1)
-    return state._replace(polls=state.polls._replace(unanswered=left))
+    polls = state.polls._replace(unanswered=left)
+    return state._replace(polls=polls)
 
 
 def is_for_drawer(state: State, ask: Ask) -> bool:
@@ -8633,8 +8701,7 @@ def felt(state: State, error: MogplexError, text: str) -> State:
 def watch_failed(state: State, error: MogplexError, text: str) -> State:
     """A tail that an outage ended is begun again by itself; 401 and 403 can be one."""
     again_at = 0.0
-    passing_errors = (
-        UnavailableError, RateLimitedError, UnauthorizedError, ForbiddenError)
+    passing_errors = (UnavailableError, RateLimitedError, UnauthorizedError, ForbiddenError)
     if error.transient or isinstance(error, passing_errors):
         again_at = state.now + 10
     state = state.show(lost=text, again_at=again_at)
@@ -8702,7 +8769,8 @@ def on_started(state: State, message: Started) -> State:
     run = message.run
     new = message.new
     run_id = text_of(run, "runId")
-    state = watch(change_start(state, new.key, run_id=run_id), run_id, run, new.target)
+    state = change_start(state, new.key, run_id=run_id)
+    state = watch(state, run_id, run, new.target)
     if run_named(state, run_id) not in state.rail.runs:
         began = parse_time(run.get("createdAt")) or state.now
         repo = new.target.repo.name
@@ -8888,8 +8956,10 @@ class Cockpit:
         for new in self.state.starts:
             if not new.run_id:
                 task = fit(harmless(new.task.replace("\n", " ")), 60)
-                yield (f"no answer to the start of '{task}'; it may have started: "
-                       f"run it again with --idempotency-key {new.key}\n")
+                yield (
+                    f"no answer to the start of '{task}'; it may have started: "
+                    f"run it again with --idempotency-key {new.key}\n"
+                )
         self.await_starts(is_settled, until)
 
 
@@ -8927,10 +8997,15 @@ def unsent(text: str) -> str:
 
 
 def first_state(
-    home: Home, environ: Mapping[str, str], base_url: str, text: str, run_id: str,
+    home: Home,
+    environ: Mapping[str, str],
+    base_url: str,
+    text: str,
+    run_id: str,
 ) -> State:
     """What is known before the first answer: the history, and the words of the command line."""
     import uuid
+
     runs = known_runs(home, base_url)
     wanted = environ.get("MOGPLEX_REPO", "")
     if not wanted and runs:
@@ -8970,8 +9045,14 @@ def stay(screen: Screen, cockpit: Cockpit) -> int:
 
 
 def run_cockpit(
-    connect: Callable[..., Client], *, base_url: str, home: Home, environ: Mapping[str, str],
-    text: str = "", attach: str = "", run_browser: Optional[Callable[[str], object]] = None,
+    connect: Callable[..., Client],
+    *,
+    base_url: str,
+    home: Home,
+    environ: Mapping[str, str],
+    text: str = "",
+    attach: str = "",
+    run_browser: Optional[Callable[[str], object]] = None,
 ) -> int:
     """The cockpit, until it is left; the exit code. UsageError where there is no terminal for it.
 
