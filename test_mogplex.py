@@ -5661,7 +5661,8 @@ def test_hints_are_whole_words_and_the_panes_have_their_own() -> None:
 def test_the_palette_s_run_keeps_a_half_typed_task() -> None:
     palette = [mogplex.Key("^p"), mogplex.Text("run task"), mogplex.Key("enter")]
     for text in ("fix it", "/run fix it"):
-        assert played(mogplex.Text(text), *palette).composer.text == "/run fix it"
+        state = played(mogplex.Text(text), *palette)
+        assert state.composer.text == "/run fix it" and state.drawer is None
 
 
 def test_names_are_known_in_any_case_and_in_part() -> None:
@@ -5834,6 +5835,15 @@ def test_runs_that_nobody_knows_delay_none_that_is_known_to_be_active() -> None:
     moments = [second for second, *ask in seen if ask == [Desk.run, active.id]]
     gaps = [after - before for before, after in zip([0, *moments], moments)]
     assert moments and max(gaps) <= 30
+
+
+@pytest.mark.parametrize("status, again", [("cancelled", True), ("success", False)])
+def test_a_cancelled_run_that_comes_back_is_followed_again(status: str, again: bool) -> None:
+    state = played(*BUSY, run_over({**SHOWN, "status": status}))
+    seen = [ask for _, *ask in ticked(state, 31, good)]
+    assert ([Desk.run, RUN_ID] in seen) == again
+    state = then(state, fetched(Desk.run, SHOWN, RUN_ID))
+    assert asked(state) == [(Desk.watch, RUN_ID)] and not state.shown.over
 
 
 def test_the_tail_takes_24_requests_a_minute() -> None:
@@ -6060,6 +6070,8 @@ def test_a_search_over_10_000_lines_takes_50_ms_at_most(line: str) -> None:
 
 def test_a_search_finds_letters_in_order_and_the_closest_first() -> None:
     lines = [mogplex.Item((text,)) for text in ("s a n d b o x", "/sandboxes", "/sbx", "box s")]
+    assert mogplex.searched([mogplex.Item(("s_b_x",)), mogplex.Item(("sand sbx",))], "sbx")[0].cells == (
+        "sand sbx",)  # the letters begin where they lie closest, not where the first one is
     found = mogplex.searched(lines, "s bx")
     assert [item.cells[0] for item in found] == ["/sbx", "/sandboxes", "s a n d b o x"]
 
