@@ -6258,6 +6258,7 @@ def hooked(*_):
 def torn(*_):  # as a disk does it
     raise OSError(5, "ZeroDivisionError it is not")
 def spin(*_):
+    os.write(1, b"spinning")
     while True:
         pass
 if os.environ.get("CRASH") == "spin":
@@ -6516,7 +6517,8 @@ def test_a_terminal_that_takes_nothing_holds_nobody(
 
 @pytest.mark.posix
 def test_a_loop_that_hangs_is_left_at_the_second_signal(cockpit: Callable[..., Terminal]) -> None:
-    terminal = cockpit(attach="nope", CRASH="spin").until("TIMELINE").send("a")
+    terminal = cockpit(attach="nope", CRASH="spin").until("TIMELINE")
+    terminal.send("a").until(lambda: b"spinning" in terminal.output)
 
     def ends_at_a_signal() -> bool:
         terminal.process.send_signal(signal.SIGTERM)
