@@ -6485,7 +6485,7 @@ def server_items(state: State, drawer: Drawer) -> List[Item]:
 
 
 LONGEST_LOG = 1 << 20    # characters that a drawer shows
-LONGEST_EVENT = 1 << 18  # it is wrapped while somebody waits for it
+LONGEST_EVENT = 1 << 17  # it is wrapped while somebody waits for it
 MOST_LINES = 20000
 LONGEST_MEASURED = 10000
 
