@@ -6643,6 +6643,7 @@ def test_a_rail_that_comes_with_a_resize_can_be_reached(cockpit: Callable[..., T
     terminal.ended(0)
 
 
+@pytest.mark.posix
 def test_after_a_stop_that_nobody_announced_all_is_drawn_anew(
     cockpit: Callable[..., Terminal],
 ) -> None:
