@@ -8532,12 +8532,14 @@ def delivered(state: State, delivery: Delivery) -> State:
     """
     shown = state.shown
     branch = harmless(delivery.branch, 200) or shown.branch
-    url = delivery.pull_request_url or shown.pull_request_url
+    url = harmless(delivery.pull_request_url, 2000) or shown.pull_request_url
     state = state.show(branch=branch, pull_request_url=url)
     if not delivery.changed or not branch or shown.origin is None:
         return state
     if shown.origin != state.target:
         return state
+    if any(new.target == state.target and not new.run_id for new in state.starts):
+        return state  # sent again, that task has to ask for the same run
     target = state.target._replace(branch=branch)
     return state._replace(target=target).show(origin=target)
 

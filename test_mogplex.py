@@ -4763,6 +4763,11 @@ EVENTS: List[Dict[str, Any]] = [
     {"type": "tool_started", "toolName": "apply_patch", "message": "src/session.ts",
      "createdAt": "2026-11-25T11:58:00+00:00"},
 ]
+HOSTILE_DELIVERY = {
+    "type": "log", "payload": {
+        "stage": "git_delivery", "changed": True, "working_branch": "a\x1b[2Jb",
+        "pull_request_url": "https://x.example/\x1b[2J\x9b31m\u202e"},
+}
 HOSTILE_EVENT = {
     "type": "\x1b]0;owned\x07log", "createdAt": ["never"],
     "payload": {"stage": "git_sync", "working_branch": {}},
@@ -4867,7 +4872,8 @@ NASTY = [
     fetched(Desk.sandboxes, [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}]),
     fetched(Desk.find_run, {"status": "\x1b[2Jodd"}, "nope\x1b"),
     *(arrived(event, "nope\x1b") for event in (
-        HOSTILE_EVENT, {}, {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]})),
+        HOSTILE_EVENT, {}, {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]},
+        HOSTILE_DELIVERY)),
     progressed(run={"status": "\x1b[2Jodd", "createdAt": 7, "branch": "x"}, failures=3,
                message="no\x1b answer", run_id="nope\x1b")]
 RUNS = (
@@ -4880,6 +4886,8 @@ STATES = {
     "busy": played(*BUSY, rail=RAIL),
     "failed": played(*ENDED_BADLY, rail=RAIL),
     "hostile": played(*NASTY),
+    "hostile end": played(*NASTY, mogplex.Ended("nope\x1b", mogplex.Verdict(
+        "nope\x1b", "failed", "", "", "", False, 1.0, {"status": "failed", "error": "\x1b[2J"}))),
     "signed out": played(mogplex.SignedOut("not signed in"), mogplex.Text("mog_secret")),
     "waiting": played(
         mogplex.SignedOut(""), mogplex.Announced("https://www.mogplex.com/api/auth?" + "x" * 300)),
@@ -5380,6 +5388,18 @@ def test_a_start_whose_answer_was_lost_keeps_its_key() -> None:
     assert state.composer.text == "fix it" and "may have started" in drawn(state)
     state = then(state, *keys("enter"))
     assert asked(state) == [(Desk.start, first)] and len(state.starts) == 1
+
+
+def test_a_delivery_in_the_meantime_does_not_move_a_start_whose_answer_was_lost() -> None:
+    first = played(*AIMED, *typed("one"))
+    state = then(first, mogplex.Started(first.starts[0], SHOWN))
+    state = then(state, mogplex.Settled(first.starts[0]), *typed("two"))
+    (ask,) = state.asks
+    lost = mogplex.UnavailableError("the connection was lost", delivered=True)
+    state = then(state, arrived(DELIVERY), failed(lost, Desk.start, *ask.arguments))
+    assert "next: acme/web ⎇ main" in drawn(state)
+    (again,) = then(state, arrived(DELIVERY), *keys("enter")).asks
+    assert again == ask
 
 
 def test_a_start_that_was_refused_gives_the_task_back_and_forgets_its_key() -> None:
