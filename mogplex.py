@@ -203,7 +203,7 @@ class Status(NamedTuple):
     """How the status of a run or a sandbox is shown, and what it means."""
 
     glyph: str
-    style: str              # ok, bad, warn, run or dim; each face has its own colours for them
+    style: str              # ok, bad, warn, run or dim: lists and the cockpit colour them
     terminal: bool = False  # of a run: it ends the run
 
 
@@ -280,8 +280,8 @@ def sanitize(text: object, newline: str = " \u23ce ") -> str:
 
 
 SHORTEST_SECRET = 8    # shorter ones would blot out plain words
-SHORTEST_ENCODED = 16  # from here on no other text looks like a secret that is encoded or split
-# No white space and no backslash, which could not be told from a gap in no more than linear time.
+SHORTEST_ENCODED = 16  # encoded or split, a shorter one could be any other text
+# No white space and no backslash: a secret with one could not be told from its gaps in linear time.
 SPELLABLE = re.compile(r"[!-\[\]-~]+\Z")
 # What a secret can be broken with: white space, as JSON escapes it too, and our sign for a newline.
 SECRET_GAP = r"(?:[\s\u23ce]|\\[nrt])*"
@@ -780,7 +780,7 @@ PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
 
 
 def unheard(line: str) -> None:
-    """The Warn of those who do not want to know."""
+    """A Warn that drops the line."""
 
 
 # -- Files: read with bounds, swapped in whole, locked for a bounded time
@@ -847,9 +847,9 @@ def _open_private(path: str, flags: int) -> int:
 class Replacement:
     """The next content of a file, swapped in whole: a kill leaves the old content or the new.
 
-    A link is followed. For use under the file's lock, so that the temporary name can be fixed:
-    what a killed process left there, tokens in it, is taken away by the next one. ``room``
-    bytes are taken on the disk at once: whatever can fail fails before the content is known.
+    A link is followed. For use under the file's lock, so that the temporary file can have a fixed
+    name: what a killed process left there, tokens in it, is deleted by the next one. ``room``
+    bytes are reserved on the disk at once, so that a full disk fails before the content is known.
     """
 
     def __init__(self, path: str, room: int = 0) -> None:
@@ -1364,7 +1364,7 @@ def _ask_for_token(post: PostForm, base_url: str, **form: str) -> Json:
 
 
 def _not_stored(entry: Json) -> None:
-    """What a credential without a home does with a new sign-in."""
+    """The Store of a credential without a home: it keeps nothing."""
 
 
 class Credential:
@@ -1391,7 +1391,7 @@ class Credential:
         self._base_url = base_url
         self._home = home
         self._renewing = threading.Lock()
-        self._seen = {token}  # a file that cannot be written keeps its first, which is no news
+        self._seen = {token}  # a file that cannot be written holds an old one, which is no news
         self._settled = threading.Event()
         self._settled.set()
 
@@ -1687,7 +1687,7 @@ def start_thread(function: Callable[..., object], *arguments: object) -> None:
 
 
 def never() -> bool:
-    """A ``stopped`` that lets the wait go on."""
+    """A ``stopped`` that never ends the wait."""
     return False
 
 
@@ -1971,7 +1971,7 @@ def should_retry(error: MogplexError, attempt: int, tries: int, keyed: bool) -> 
 
 
 def retry_delay_s(error: MogplexError, attempt: int, random: float) -> float:
-    """How long to wait before that."""
+    """How long to wait before the request is sent again."""
     asked_s = error.retry_after_s or 0.0
     return max(asked_s, backoff_s(attempt, random))
 
@@ -2303,7 +2303,7 @@ def do_nothing() -> None:
 
 
 def as_it_is(error: MogplexError) -> MogplexError:
-    """What is known of most errors beyond themselves: nothing."""
+    """The ``refusal`` of most requests: it knows no better error."""
     return error
 
 
@@ -3061,9 +3061,6 @@ def start_recorded(
     home.record_start(start)
     try:
         run = client.start_run(body, key)
-        if not text_of(run, "runId"):
-            message = "the response to the start contains no run ID"
-            raise InvalidResponseError(message, delivered=True)
     except MogplexError as error:
         if not error.delivered:
             home.forget_start(start)
@@ -3549,7 +3546,7 @@ class Patience:
         if just_started:
             self._good_at = now  # the start was answered
         self._failures = 0
-        self._only_limited = True  # all failures since then were 429s
+        self._only_limited = True  # all failures since the last good answer were 429s
 
     def good(self, now: float) -> None:
         """A good answer came."""
@@ -3977,7 +3974,7 @@ class Tail:
 
 
 def tell_nobody(progress: Progress) -> None:
-    """What a tail does with its progress when nobody wants to know."""
+    """The OnProgress of a tail that nobody watches."""
 
 
 def tail(
@@ -9832,7 +9829,7 @@ class DemoService:
         words = {
             "id": run_id,
             "harness": harness,
-            "package": DEMO_PACKAGES[harness],
+            "package": DEMO_PACKAGES.get(harness, harness),
             "repo": repo.full_name,
             "base": branches["base"],
             "working": branches["working"],
@@ -10068,7 +10065,7 @@ class Interrupts:
         errors: List[BaseException] = []
         ended = threading.Event()
 
-        def labour() -> None:
+        def run_work() -> None:
             try:
                 results.append(work())
             except BaseException as error:
@@ -10077,7 +10074,7 @@ class Interrupts:
 
         leave_at = float("inf")
         with self.postponed():
-            start_thread(labour)
+            start_thread(run_work)
             while not ended.wait(0.1) and time.monotonic() < leave_at:  # in slices, for Windows
                 if self.first is not None:
                     leave_at = min(leave_at, time.monotonic() + grace_s)
@@ -11308,7 +11305,7 @@ FOLLOW_OPTIONS = (
     Option("--timeout", "TIME",
            "stop following after TIME: seconds, or 90s, 30m, 2h (default: 30m)",
            parse_duration, needs="--follow"),
-    Option("--quiet", "", "print no signs of life on stderr", needs="--follow"),
+    Option("--quiet", "", "print no progress lines on stderr", needs="--follow"),
     Option("--cancel-on-interrupt", "", "cancel the run on Ctrl+C, SIGTERM or SIGHUP",
            needs="--follow"),
 )
@@ -11335,7 +11332,6 @@ PROGRAM_OPTIONS = (  # without a command
     HELP_OPTION,
 )
 
-HARNESS_WORDS = " or ".join(HARNESSES)
 SANDBOX_WORDS = ", ".join(SANDBOX_STATUSES)
 
 SUBCOMMANDS = {
@@ -11356,7 +11352,7 @@ SUBCOMMANDS = {
             Option("--repo", "REPO",
                    "run in this repo, an ID or owner/name (default: MOGPLEX_REPO)"),
             Option("--harness", "NAME",
-                   f"agent program: {HARNESS_WORDS} (default: the service's)",
+                   f"agent program: {HARNESS_NAMES} (default: the service's)",
                    known=tuple(HARNESSES)),
             Option("--base-branch", "NAME", "start from this branch (default: the repo's)"),
             Option("--branch", "NAME", "work on this branch (default: the service's choice)"),
@@ -11470,7 +11466,7 @@ def below(name: str) -> Dict[str, Subcommand]:
 
 
 def see_help(name: str) -> str:
-    """The hint at the help of a command, a group, or the program ("")."""
+    """The hint that names the help of a command, a group, or the program ("")."""
     words = ["mogplex", *name.split(), "--help"]
     return "see: " + " ".join(words)
 
