@@ -401,7 +401,7 @@ def dicts_of(record: object, key: str) -> List[Json]:
     return [item for item in value if isinstance(item, dict)]
 
 
-MAX_DIGITS = 600  # of a whole number; Python itself refuses some thousands
+MAX_DIGITS = 600  # of a whole number; Python itself refuses more than 4300
 
 
 def _whole_number(digits: str) -> Union[int, str]:
@@ -607,7 +607,7 @@ def format_age(seconds: float) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The word of ``known`` with the same letters, else a similar one; "" for none."""
+    """The word of ``known`` with the same letters as ``word``, else a similar one; "" for none."""
     import difflib
     words = list(known)
     for one in words:
@@ -775,7 +775,8 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 Warn = Callable[[str], None]
 Store = Callable[[Json], None]  # keeps a new sign-in
 Records = List[Json]            # of runs.jsonl, oldest first
-# POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}); UnavailableError.
+# POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}). RateLimitedError
+# for a 429, UnavailableError for no answer.
 PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
 
 
@@ -1038,7 +1039,7 @@ def _is_in_doubt(record: Json, now: float) -> bool:
 def with_start(records: Records, start: Json) -> Records:
     """The history when ``start`` is about to be sent.
 
-    A key that was sent before keeps its record: the id in it, or its doubt, is still true.
+    A key that was sent before keeps its record, in which there may be the id of its run.
     """
     for record in records:
         if _share("key", record, start):
@@ -1309,7 +1310,7 @@ def home_from(environ: Mapping[str, str], warn: Warn = unheard) -> Home:
 
 CLIENT_ID = "mogplex-cli"
 TOKEN_PATH = "/api/auth/mcp/token"
-SECRET_FIELDS = ("code", "code_verifier", "refresh_token")  # of what is sent there
+SECRET_FIELDS = ("code", "code_verifier", "refresh_token")  # of the forms sent to TOKEN_PATH
 REFRESH_EARLY_S = 60.0   # before its end a token is refreshed
 SETTLE_S = 5.0           # the longest wait for a refresh that is under way when the program leaves
 
@@ -1327,8 +1328,6 @@ def _token_error(
     form: Dict[str, str],
 ) -> MogplexError:
     """What an answer of the token endpoint without a token means."""
-    if status == 429:
-        return RateLimitedError("too many sign-ins", status=status, transient=True)
     if status >= 500:
         return UnavailableError("the sign-in service is unavailable", status=status, transient=True)
     if status not in (400, 401, 403):
@@ -1344,8 +1343,8 @@ def _token_error(
 def _ask_for_token(post: PostForm, base_url: str, **form: str) -> Json:
     """Ask the token endpoint; the entry to store. An error has no secret in it, even when echoed.
 
-    Facts: 401 with OAuth's error for a code or refresh token that is bad, used or expired; 429 as
-    plain text; an empty 500 in an outage.
+    The service answers 401 with OAuth's error to a code or refresh token that is bad, used or
+    expired, and an empty 500 in an outage.
     """
     status, answer = post(base_url + TOKEN_PATH, {"client_id": CLIENT_ID, **form})
     token = text_of(answer, "access_token")
@@ -1550,6 +1549,7 @@ def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) ->
 # -- Sign-in through a browser
 
 LOGIN_PORTS = (24816, 24818)  # the only two that the service redirects to
+LOGIN_TIMEOUT_S = 300.0
 AUTHORIZE_PATH = "/api/auth/mcp/authorize"
 CALLBACK_PATH = "/auth/callback"
 SCOPES = "read write offline_access"  # without the last there is no refresh token
@@ -1586,7 +1586,7 @@ class Attempt(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What one request to the loopback port is answered."""
+    """The answer to one request to the loopback port."""
 
     status: int
     text: str                      # for the person who looks at the browser
@@ -1719,15 +1719,15 @@ def sign_in(
     *,
     announce: Callable[[str], None],
     open_browser: Optional[Callable[[str], object]],
-    timeout_s: float = 300.0,
+    timeout_s: float = LOGIN_TIMEOUT_S,
     stopped: Callable[[], bool] = never,
     ports: Sequence[int] = LOGIN_PORTS,
 ) -> Json:
     """Sign in through a browser: authorization code, PKCE S256.
 
     The value is the entry for ``Home.store_sign_in``. ``announce`` gets the URL to open.
-    UnauthorizedError when the service refuses, MogplexError
-    when ``timeout_s`` is over, ``stopped`` says so, or no port is free.
+    UnauthorizedError when the service refuses, MogplexError when ``timeout_s`` is over,
+    ``stopped`` says so, or no port is free.
     """
     import secrets
     with _listen(ports) as listener:
@@ -1821,7 +1821,7 @@ def misfit(data: Json, shape: Shape) -> str:
 
 
 def request_headers(**more: Union[str, bytes]) -> Dict[str, Union[str, bytes]]:
-    """Those of every request, and ``more``, named with ``_`` for ``-``, but for empty ones."""
+    """Those of every request, and of ``more`` (``_`` for ``-`` in names) what is not empty."""
     headers: Dict[str, Union[str, bytes]] = {
         "Accept": JSON_TYPE,
         "Accept-Encoding": "identity",
@@ -1844,7 +1844,7 @@ def path_segment(identifier: str) -> str:
 def with_query(url: str, params: Params) -> str:
     """``url`` and those of ``params`` that are neither None nor empty.
 
-    What an argument's undecodable bytes became in a str has no UTF-8: it is replaced, as in a path.
+    A surrogate, which an undecodable byte of an argument became, is replaced, as in a path.
     """
     given = {}
     for name, value in params.items():
@@ -1956,6 +1956,16 @@ def answer_error(
     error.transient = status < 300 or status in TRANSIENT_STATUSES
     error.delivered = status < 300 or status >= 500 or status in UNAVAILABLE_STATUSES
     return error
+
+
+def unknown_repo(name: str, status: int = 0) -> MogplexError:
+    """The error for a repo that the service does not list, by its id or name."""
+    return MogplexError(
+        f"the service lists no repo '{sanitize(name)}'",
+        code="NOT_FOUND",
+        status=status,
+        hint="find IDs via `mogplex repos list`",
+    )
 
 
 def should_retry(error: MogplexError, attempt: int, tries: int, keyed: bool) -> bool:
@@ -2352,7 +2362,7 @@ class Exchange:
 
     def _clean_headers(self, headers: Any) -> Any:
         together = "\n".join(headers.values())
-        if self.clean(together) == together:  # as good as always, and sooner known
+        if self.clean(together) == together:  # nearly always, and quicker than one by one
             return headers
         cleaned = headers.copy()
         for name, value in headers.items():
@@ -2835,7 +2845,7 @@ class Client:
             with self._open(request) as exchange:
                 text = exchange.text()
         except MogplexError as error:
-            error.delivered = False  # as for the request that has to wait for this one
+            error.delivered = False  # the request that waits for this one was not sent
             raise
         if exchange.status == 429:  # plain text, and its wait under another name than the API's
             headers = exchange.headers
@@ -2921,7 +2931,7 @@ class Client:
         return dicts_of(data, key)
 
     def _open(self, request: Request, tick: OnWait = do_nothing, attempt: int = 1) -> Exchange:
-        """An exchange, not begun yet. For what its credential has to ask it waits too."""
+        """An exchange, not begun yet. Its time includes a renewal of the credential."""
         send = functools.partial(self._send_renewing, request)
         explain = functools.partial(self._explain, request)
         worker = Worker(send, explain)
@@ -3010,12 +3020,7 @@ class Client:
             return error
         if known:
             return error
-        return MogplexError(
-            f"the service lists no repo '{sanitize(repo_id)}'",
-            code="NOT_FOUND",
-            status=503,
-            hint="find IDs via `mogplex repos list`",
-        )
+        return unknown_repo(repo_id, status=503)
 
     def _clean(self, text: str) -> str:
         """``text`` without our tokens: whatever comes from outside passes here before it is cut."""
@@ -3083,7 +3088,7 @@ GIVE_UP_S = 300.0       # without a good answer
 NEW_RUN_S = 10.0        # in which the service may not know a run that it has just started
 LATE_EVENT_S = 5.0      # by which the event that says why a run failed may be behind its status
 LAST_EVENTS = ("finished", "failed", "cancelled")  # one of these types comes at a run's end
-REMEMBERED_EVENTS = 50_000  # that are known again, at least
+REMEMBERED_EVENTS = 50_000  # at least so many are recognized when they come again
 
 Clock = Callable[[], float]
 _Block = Tuple[str, str, List[str], Optional[int]]  # of a ServerSentEvent: event, id, data, retry
@@ -3526,7 +3531,7 @@ def _wait_too_long(error: MogplexError, left_s: float) -> MogplexError:
         kind = RateLimitedError
     asked = format_duration(error.retry_after_s or 0.0)
     message = (f"{error.message}; the service asks to wait {asked}, "
-               f"and only {format_duration(left_s)} of the time-out are left")
+               f"and only {format_duration(left_s)} of the time-out is left")
     return kind(message, code=error.code, status=error.status, retry_after_s=error.retry_after_s)
 
 
@@ -10206,7 +10211,7 @@ class Context:
 
     @property
     def on_terminal(self) -> bool:
-        """Whether a person sits before it: the cockpit can open."""
+        """Whether a person can use the cockpit: stdin and stdout are a terminal."""
         return is_terminal(self.stdin) and is_terminal(self.stdout)
 
     @property
@@ -10361,10 +10366,7 @@ def resolve_repo(client: Client, given: str) -> Json:
     for repo in client.repos(query=given, limit=MAX_LIMIT):
         if text_of(repo, "full_name").lower() == given.lower():
             return repo
-    raise MogplexError(
-        f"the service lists no repo '{sanitize(given)}'", code="NOT_FOUND",
-        hint="find IDs via `mogplex repos list`",
-    )
+    raise unknown_repo(given)
 
 
 def read_all(stream: Any, most: int) -> bytes:
@@ -11148,7 +11150,11 @@ def token_entry(ctx: Context) -> Json:
 
 
 def cmd_login(
-    ctx: Context, *, with_token: bool = False, no_browser: bool = False, timeout: float = 300.0,
+    ctx: Context,
+    *,
+    with_token: bool = False,
+    no_browser: bool = False,
+    timeout: float = LOGIN_TIMEOUT_S,
 ) -> int:
     """``login``: get a credential, in a browser or from stdin, and store it."""
     if with_token:

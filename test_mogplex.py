@@ -1361,7 +1361,6 @@ ECHO = {"error": "invalid_grant", "error_description": "bad \x1b[31mrefresh-0\n:
     (answer(401, ECHO), mogplex.UnauthorizedError,
      f"{REFUSED}: invalid_grant: bad *** \u23ce : :error::, {{code}} (HTTP 401)"),
     (answer(400, {}), mogplex.UnauthorizedError, f"{REFUSED}: no reason given (HTTP 400)"),
-    (answer(429, "slow down"), mogplex.RateLimitedError, "too many sign-ins (HTTP 429)"),
     (answer(500, ""), mogplex.UnavailableError, "the sign-in service is unavailable (HTTP 500)"),
     (answer(200, {"access_token": []}), mogplex.InvalidResponseError, f"{UNEXPECTED} (HTTP 200)"),
     (answer(404, "<html>"), mogplex.InvalidResponseError, f"{UNEXPECTED} (HTTP 404)"),
@@ -3644,7 +3643,7 @@ def test_a_wait_that_the_time_out_has_no_room_for_ends_it_at_once(status: int, c
             link.failed(error(status, asked_s=600.0), 0.0, 0.0, 30.0)
         assert int(raised.value.exit) == code and raised.value.retry_after_s == 600.0
         assert str(raised.value) == ("CODE: no; the service asks to wait 10m 00s, and only 30s "
-                                     f"of the time-out are left (HTTP {status})")
+                                     f"of the time-out is left (HTTP {status})")
 
 
 @pytest.mark.parametrize("failure, message", [
