@@ -6842,9 +6842,11 @@ def export(state: State, words: str) -> State:
         return state.say("No run is shown.", "warn")
     if form.lower() in EXPORTS:
         return export_as(state, form.lower(), path)
+    if form and not path:
+        return state.open(EXPORT_PICKER, form).say(f"Choose the format of {form}.")
     state = state.open(EXPORT_PICKER, path)
     if form:
-        return state.say(f"unknown format '{form}': choose one for {path or 'the file'}", "bad")
+        return state.say(f"unknown format '{form}': choose one for {path}", "bad")
     return state
 
 
@@ -6892,11 +6894,13 @@ def count_active(runs: Iterable[KnownRun]) -> int:
 
 
 def due_runs(state: State) -> List[KnownRun]:
-    """The runs whose status is to be asked now."""
-    runs = state.rail.runs[:50]
+    """The runs whose status is to be asked now: the newest, and those around the selected one."""
+    rail = state.rail
+    runs = rail.runs[:50]
+    near = rail.runs[max(50, rail.at - 25):rail.at + 25]
     active = count_active(runs)
     due = []
-    for run in runs:
+    for run in (*runs, *near):
         interval_s = run_interval_s(state, run, active)
         if interval_s and state.now - run.asked_at >= interval_s:
             due.append(run)
@@ -7109,7 +7113,10 @@ def completions(state: State) -> List[str]:
     elif name == "export":
         choices = list(EXPORTS)
     wanted = argument.lower()
-    return [f"/{name} {choice}" for choice in choices if choice.lower().startswith(wanted)]
+    found = [choice for choice in choices if choice.lower().startswith(wanted)]
+    if not found:  # such as a repository without its owner
+        found = [choice for choice in choices if f"/{wanted}" in choice.lower()]
+    return [f"/{name} {choice}" for choice in found]
 
 
 # -- View: the state as rows of styled text
@@ -7278,13 +7285,20 @@ def header(state: State, width: int) -> Row:
     return ends(row, right, width)
 
 
-def alert_row(alerts: Sequence[Alert], width: int) -> Row:
+def takes_alert_keys(state: State) -> bool:
+    """Whether Enter and Esc are for the first alert."""
+    if state.drawer or state.sign_in.needed or state.killing:
+        return False
+    return focus_of(state) == "composer" and not state.composer.text.strip()
+
+
+def alert_row(state: State, alerts: Sequence[Alert], width: int) -> Row:
     """The first alert, and how many there are beside it."""
     more = ""
     if len(alerts) > 1:
         more = f" (+{len(alerts) - 1})"
     keys = " "
-    if alerts[0].run_id and width >= 60:
+    if alerts[0].run_id and width >= 60 and takes_alert_keys(state):
         keys = " [Enter] open  [Esc] dismiss "
     text = f" !! {alerts[0].text}{more}"
     return ends([(text, "")], [(keys, "alert")], width, "alert")
@@ -7466,7 +7480,11 @@ def outcome(state: State) -> List[Segment]:
         quiet = ""
         if heard_at:
             quiet = f", last event {format_age(state.now - heard_at)} ago"
-        return [("… agent working" + quiet, "dim")]
+        health = state.health
+        words = "agent working"
+        if health.failures or health.refused or shown.lost:
+            words = "no answer from the service"
+        return [(f"… {words}{quiet}", "dim")]
     sign = sign_of(status)
     error = harmless(shown.run.get("error"))
     reason = f": {error}" if error else ""
@@ -7708,17 +7726,20 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     return output
 
 
+def whole(text: str, style: str, width: int, most: int) -> List[Line]:
+    """A text that is to be read to its end, in at most so many lines."""
+    return [[(f" {piece}", style)] for piece in folded(text, width - 2)[:most]]
+
+
 def question_lines(state: State, width: int) -> List[Line]:
     """The question before a run is cancelled; whole, however narrow the window is."""
-    task = fit(task_of(run_named(state, state.killing)), 40)
+    task = fit(task_of(run_named(state, state.killing)), min(40, width - 5))
     question = f"Cancel run {harmless(state.killing, 8)}, {task}?  y yes · any other key no"
-    return [[(f" {piece}", "alert")] for piece in folded(question, width - 2)]
+    return whole(question, "alert", width, 5)
 
 
 def hint_line(state: State, width: int) -> Line:
-    """The last row: a notice, a start under way, what can be completed, else the keys."""
-    if state.notice.until > state.now:
-        return [(f" {state.notice.text}", state.notice.style)]
+    """The last row: a start under way, what can be completed, else the keys."""
     if any(new.under_way and not new.run_id for new in state.starts):
         return [(" Starting a run…", "run")]
     if state.sign_in.checking:
@@ -7739,11 +7760,14 @@ def hint_line(state: State, width: int) -> Line:
 
 
 def foot_lines(state: State, width: int, height: int) -> List[Line]:
-    """The composer, and a question or the hints below it."""
+    """The composer, and a question, a notice or the hints below it."""
     most = max(1, min(height // 4, 8))
-    lines = composer_lines(state, width, most)
     if state.killing:
-        return lines + question_lines(state, width)
+        return composer_lines(state, width, 1) + question_lines(state, width)
+    lines = composer_lines(state, width, most)
+    notice = state.notice
+    if notice.until > state.now:
+        return lines + whole(notice.text, notice.style, width, 3)
     return lines + [hint_line(state, width)]
 
 
@@ -7802,7 +7826,7 @@ def view(state: State, width: int, height: int) -> List[Row]:
     alerts = alerts_of(state)
     rows = [header(state, width)]
     if alerts:
-        rows.append(alert_row(alerts, width))
+        rows.append(alert_row(state, alerts, width))
     if has_strip(side, height):
         rows.append(strip(state, width))
     body = [placed.line for placed in body_lines(state, width - side, layout.rows)]
@@ -8271,6 +8295,8 @@ MOVES = (
 )
 PANE = (
     *MOVES,
+    Binding("f", "follow the newest event, or stop", follow),
+    Binding("w", "wrap long lines, or cut them", wrap),
     Binding("tab", "the next pane", next_pane),
     Binding("btab", "the pane before", previous_pane),
     Binding("/", "filter the timeline", focus_filter),
@@ -8284,8 +8310,6 @@ TIMELINE_PANE = (
     Binding("x", "cancel the shown run, after a question", kill_shown),
     Binding("o", "open the pull request, else the preview, else the web page", open_shown),
     Binding("y", "copy the event", copy_event),
-    Binding("f", "follow the newest event, or stop", follow),
-    Binding("w", "wrap long lines, or cut them", wrap),
     *PANE,
 )
 RAIL_PANE = (
@@ -8293,7 +8317,6 @@ RAIL_PANE = (
     Binding("x", "cancel the selected run, after a question", kill_row),
     Binding("o", "open its pull request or preview", open_row_web),
     Binding("y", "copy its id", copy_row),
-    Binding("f", "follow the newest event, or stop", follow),
     *PANE,
 )
 FILTER_PANE = (
@@ -8819,7 +8842,8 @@ def on_signed_out(state: State, message: SignedOut) -> State:
 def on_signed_in(state: State, message: SignedIn) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.sign_in.needed:
-        state = state.write(state.sign_in.waiting)
+        composer = Composer(history=state.composer.history)  # no draft: it may hold a token
+        state = state._replace(composer=composer).write(state.sign_in.waiting)
     state = state._replace(sign_in=SigningIn())
     state = state.feel(failures=0, trouble="", refused="")
     state = state.ask(Shell.reconnect)
@@ -9023,7 +9047,7 @@ def first_state(
         composer=Composer(history=tuple(tasks)),
         repos=Repos(wanted=wanted),
     )
-    state = state.write(text)
+    state = insert(state, text)
     if run_id == "@last" and runs:
         run_id = runs[0].id
     if run_id:

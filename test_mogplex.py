@@ -4871,8 +4871,7 @@ NASTY = [
     fetched(Desk.sandboxes, [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}]),
     fetched(Desk.find_run, {"status": "\x1b[2Jodd"}, "nope\x1b"),
     *(arrived(event, "nope\x1b") for event in (
-        HOSTILE_EVENT, {}, {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]},
-        HOSTILE_DELIVERY)),
+        HOSTILE_EVENT, {}, {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]})),
     progressed(run={"status": "\x1b[2Jodd", "createdAt": 7, "branch": "x"}, failures=3,
                message="no\x1b answer", run_id="nope\x1b")]
 RUNS = (
@@ -4885,8 +4884,9 @@ STATES = {
     "busy": played(*BUSY, rail=RAIL),
     "failed": played(*ENDED_BADLY, rail=RAIL),
     "hostile": played(*NASTY),
-    "hostile end": played(*NASTY, mogplex.Ended("nope\x1b", mogplex.Verdict(
-        "nope\x1b", "failed", "", "", "", False, 1.0, {"status": "failed", "error": "\x1b[2J"}))),
+    "hostile end": played(*NASTY, arrived(HOSTILE_DELIVERY, "nope\x1b"), mogplex.Ended(
+        "nope\x1b", mogplex.Verdict("nope\x1b", "failed", "", "", "", False, 1.0, {
+            "status": "failed", "error": "\x1b[2J"}))),
     "signed out": played(mogplex.SignedOut("not signed in"), mogplex.Text("mog_secret")),
     "waiting": played(
         mogplex.SignedOut(""), mogplex.Announced("https://www.mogplex.com/api/auth?" + "x" * 300)),
@@ -5003,7 +5003,7 @@ GOLDEN = {  # each row after a |
 | log    : :error:: ⏎ first ⏎ sécond 日本語👩👧  ⏎  very ve…
 | event
 | 7
-| … agent working
+| … no answer from the service
 |
 |
 |
@@ -5556,6 +5556,7 @@ def test_the_history_keeps_what_is_being_typed() -> None:
 
 @pytest.mark.parametrize("typed_text, expected", [
     ("/att", "/attach "), ("/attach 7d", f"/attach {RUNS[1].id}"), ("/repo ACME/A", "/repo acme/api"),
+    ("/repo we", "/repo acme/web"),
     ("/harness cl", "/harness claude-code"), ("/export js", "/export json"),
 ])
 def test_tab_completes(typed_text: str, expected: str) -> None:
@@ -5589,10 +5590,22 @@ def test_the_question_names_the_run_and_its_task_at_every_size() -> None:
     state = played(*BUSY, *keys("btab"), width=120, height=40, rail=mogplex.Rail(runs))
     state = then(state, *keys("down"), mogplex.Text("x"))
     assert state.killing == runs[0].id
+    alert = mogplex.Alert("run 7c02f9d4 failed", "7c02f9d4")
+    alarmed = state._replace(alerts=(alert,), composer=mogplex.Composer("half a task " * 30))
     for width, height in ((120, 40), (80, 24), (59, 20), (30, 8)):
-        words = " ".join(drawn(state, width, height).split())
-        assert "7e9a0000" in words and "y yes" in words and "other key no" in words
-        assert "bump the dependencies" in words
+        for asking in (state, alarmed):
+            words = " ".join(drawn(asking, width, height).split())
+            assert "7e9a0000" in words and "y yes" in words and "other key no" in words
+            assert "bump the dependencies" in words
+
+
+@pytest.mark.parametrize("width, height", [(120, 40), (80, 24), (59, 20)])
+def test_an_error_is_read_to_its_end(width: int, height: int) -> None:
+    first = played(*AIMED, *typed("fix it"))
+    lost = mogplex.UnavailableError("no answer within 30 s", code="UNAVAILABLE", delivered=True)
+    state = then(first, failed(lost, Desk.start, *first.asks[0].arguments))
+    words = " ".join(drawn(state, width, height).split())
+    assert "no answer within 30 s; press Enter to send the same request again" in words
 
 
 def test_no_key_is_a_yes_in_a_window_that_cannot_show_the_question() -> None:
@@ -5636,7 +5649,7 @@ def test_question_mark_shows_the_keys_of_this_pane() -> None:
     timeline = drawn(played(*PANE, mogplex.Text("?")))
     assert "wrap long lines" in timeline and "/export" not in timeline
     rail = drawn(played(*BUSY, *keys("btab"), mogplex.Text("?"), rail=RAIL, width=120, height=40))
-    assert "cancel the selected run" in rail and "wrap long lines" not in rail
+    assert "cancel the selected run" in rail and "cancel the shown run" not in rail
 
 
 def row_of(state: mogplex.State, text: str) -> int:
@@ -5740,6 +5753,12 @@ def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> N
     assert "Signed in." in drawn(state) and not state.sign_in.needed
 
 
+def test_no_key_brings_a_token_back_after_the_sign_in() -> None:
+    state = played(*typed("/new"), mogplex.SignedOut(""), mogplex.Text("mog_secret"), *keys("up"))
+    state = then(state, mogplex.SignedIn("Signed in."), *keys("down", "up", "down", "down"))
+    assert "mog_secret" not in drawn(state)
+
+
 def test_a_token_that_was_refused_is_not_said() -> None:
     state = played(mogplex.SignedOut(""), *typed("mog_wrong"))
     state = then(state, failed(WRONG, Desk.try_token, "mog_wrong"))
@@ -5791,6 +5810,10 @@ def test_a_run_that_cannot_be_followed_does_not_seem_to_work() -> None:
     state = played(*BUSY, failed(missing, Desk.watch, RUN_ID))
     assert "cannot be followed: Run not found" in drawn(state)
     assert "agent working" not in drawn(state)
+    refused = mogplex.UnauthorizedError("Unauthorized", status=401)
+    lost = mogplex.UnavailableError("no route", delivered=False)
+    for message in (failed(refused, Desk.watch, RUN_ID), failed(lost, Desk.sandboxes)):
+        assert "… no answer from the service, last event" in drawn(played(*BUSY, message))
 
 
 def ticked(state: mogplex.State, seconds: int, answer: Any = None) -> List[Any]:
@@ -5875,6 +5898,14 @@ def test_unknown_statuses_are_asked_and_known_ends_are_not() -> None:
     assert [Desk.run, RUNS[3].id] in seen and [Desk.run, RUNS[1].id] not in seen
 
 
+def test_of_500_runs_those_around_the_selected_one_are_asked_as_well() -> None:
+    runs = tuple(remembered(number, "task", "success") for number in range(300))
+    old = tuple(remembered(number, "task") for number in range(300, 500))
+    state = played(rail=mogplex.Rail((*runs, *old), at=400))
+    seen = [ask for _, *ask in ticked(state, 20, good)]
+    assert [Desk.run, old[100].id] in seen
+
+
 def test_nothing_is_asked_during_the_wait_of_a_429() -> None:
     held = played(*BUSY, LIMITED)
     assert "reconnect 43s" in drawn(held)
@@ -5929,6 +5960,14 @@ def test_a_run_in_the_background_that_fails_is_an_alert_that_leads_to_it() -> No
     assert "!!" not in drawn(then(state, *keys("esc")))
     assert asked(then(state, *keys("enter"))) == [(Desk.watch, RUNS[0].id)]
     assert "!!" not in drawn(played(fetched(Desk.run, broken, RUNS[3].id), rail=RAIL))
+
+
+def test_an_alert_says_its_keys_only_where_they_are_its_own() -> None:
+    alert = mogplex.Alert("run 7c02f9d4 failed", "7c02f9d4")
+    state = played(*BUSY, alerts=(alert,))
+    assert "[Enter] open  [Esc] dismiss" in drawn(state)
+    for message in (mogplex.Text("half"), mogplex.Key("tab"), mogplex.Key("f1")):
+        assert "[Enter]" not in drawn(then(state, message))
 
 
 def test_alerts_leave_with_their_cause() -> None:
@@ -6144,6 +6183,8 @@ def test_an_unknown_form_keeps_the_name_of_the_file() -> None:
     assert "unknown format 'pdf': choose one for my report.md" in drawn(state)
     state = then(state, *keys("down", "down", "enter"))
     assert asked(state)[0][:2] == (Desk.export, "my report.md")
+    state = played(*BUSY, *typed("/export report.md"), *keys("down", "down", "enter"))
+    assert asked(state)[0][:2] == (Desk.export, "report.md")
 
 
 @pytest.mark.posix
