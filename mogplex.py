@@ -6235,7 +6235,7 @@ def alerts_of(state: State) -> List[Alert]:
         wait = format_duration(wait_s)
         alerts.append(Alert(f"Rate limited: no requests for {wait}; runs continue in the cloud"))
     elif health_sign(state).word == "offline":
-        alerts.append(Alert(f"The service does not answer, retrying: {health.trouble}"))
+        alerts.append(Alert(f"Offline, retrying: {health.trouble}"))
     if health.refused:
         alerts.append(Alert(f"{health.refused} · retrying; /login signs in again"))
     if health.lapses_at is not None and health.lapses_at - state.now < 600:
@@ -7251,38 +7251,50 @@ def run_clock(state: State) -> str:
     return f" {minutes}:{seconds:02d}"
 
 
+BAR = (" │ ", "line")  # between the facts of the header
+
+
+def shown_place(state: State, room: int) -> List[Segment]:
+    """The repository of the shown run, and of its branch what there is room for."""
+    run = state.shown.run
+    known = run_named(state, state.shown.run_id)
+    repo = repo_named(state, text_of(run, "repoId")) or known.repo
+    branch = state.shown.branch or harmless(text_of(run, "branch", "working"), 200)
+    branch = branch or harmless(text_of(run, "branch", "base"), 200)
+    if not repo and not branch:
+        return []
+    name = fit(repo, 28)
+    place = [BAR, (name, "bold")]
+    if branch:
+        place.append((fit(f" ⎇ {branch}", max(0, room - 3 - width_of(name))), "accent"))
+    return place
+
+
 def header(state: State, width: int) -> Row:
     """The shown run, and how the service answers."""
-    bar = (" │ ", "line")
     sign = health_sign(state)
-    right: List[Segment] = [bar, (f"{sign.glyph} {sign.word} ", sign.style)]
-    row: List[Segment] = []
+    right: List[Segment] = [BAR, (f"{sign.glyph} {sign.word} ", sign.style)]
+    left: List[Segment] = []
     if width >= 40:
-        row.append((" mogplex", "brand"))
+        left.append((" mogplex", "brand"))
     if not state.shown.run_id:
-        return ends(row, right, width)
+        return ends(left, right, width)
     run = state.shown.run
-    if width >= 60:
-        known = run_named(state, state.shown.run_id)
-        repo = repo_named(state, text_of(run, "repoId")) or known.repo
-        branch = state.shown.branch or harmless(text_of(run, "branch", "working"), 200)
-        branch = branch or harmless(text_of(run, "branch", "base"), 200)
-        if repo or branch:
-            row += [bar, (fit(repo, 28), "bold")]
-        if branch:
-            room = max(12, width // 3 - 14)
-            row.append((fit(f" ⎇ {branch}", room), "accent"))
+    facts: List[Segment] = []
     harness = harmless(run.get("harness"), 16)
     if width >= 80 and harness:
-        row += [bar, (harness, "")]
+        facts += [BAR, (harness, "")]
     status = sign_of(run.get("status"))
-    if row:
-        row.append(bar)
-    else:
-        row.append((" ", ""))
-    row.append((f"{status.glyph} {status.word.upper()}", status.style))
-    row.append((run_clock(state), "dim"))
-    return ends(row, right, width)
+    facts.append(BAR if left else (" ", ""))
+    facts.append((f"{status.glyph} {status.word.upper()}", status.style))
+    clock = run_clock(state)
+    room = width - sum(width_of(text) for text, _ in (*left, *facts, *right))
+    if len(clock) <= room:
+        facts.append((clock, "dim"))
+        room -= len(clock)
+    if width >= 60:
+        left += shown_place(state, room)
+    return ends([*left, *facts], right, width)
 
 
 def takes_alert_keys(state: State) -> bool:
@@ -7483,7 +7495,7 @@ def outcome(state: State) -> List[Segment]:
         health = state.health
         words = "agent working"
         if health.failures or health.refused or shown.lost:
-            words = "no answer from the service"
+            words = "no news from the service"
         return [(f"… {words}{quiet}", "dim")]
     sign = sign_of(status)
     error = harmless(shown.run.get("error"))
@@ -8714,13 +8726,13 @@ def on_fetched(state: State, message: Fetched) -> State:
     return state
 
 
-def felt(state: State, error: MogplexError, text: str) -> State:
-    """What an error says of the service."""
+def felt(state: State, job: Callable[..., object], error: MogplexError, text: str) -> State:
+    """What an error says of the service; of a run it may say only that its id is wrong."""
     if isinstance(error, RateLimitedError):
         return state.feel(held_until=state.now + (error.retry_after_s or 60.0))
     if isinstance(error, (UnauthorizedError, ForbiddenError)):
         return state.feel(refused=text)
-    if isinstance(error, UnavailableError):
+    if isinstance(error, UnavailableError) or job in (Desk.repos, Desk.sandboxes):
         return state.feel(failures=state.health.failures + 1, trouble=text)
     return state
 
@@ -8779,7 +8791,7 @@ def on_failed(state: State, message: Failed) -> State:
         return sign_in_failed(state, text)
     if job is Desk.start:  # whose 429 is a budget of its own, and holds nothing else
         return start_failed(state, message.ask.arguments[0], error, text)
-    state = felt(state, error, text)
+    state = felt(state, job, error, text)
     if job is Desk.watch:
         return watch_failed(state, error, text)
     if is_for_drawer(state, message.ask):

@@ -4970,7 +4970,7 @@ GOLDEN = {  # each row after a |
 | Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit
 """,
     ("failed", 80, 24): """
-| mogplex │ acme/web ⎇ mogplex/… │ codex │ ✗ FAILED 11:41      │ ○ degraded 84ms
+| mogplex │ acme/web ⎇ mogplex/agent… │ codex │ ✗ FAILED 11:41 │ ○ degraded 84ms
 | !! run 7f2c41aa failed: Agent run exited with cod… [Enter] open  [Esc] dismiss
 | RUNS 5 ▸✗ 7f2c failed (task not known)  ▶ 7e9a streaming bump dep… SANDBOXES 2
 | TIMELINE 7f2c41aa  FOLLOW · all types · 4 events
@@ -4997,13 +4997,13 @@ GOLDEN = {  # each row after a |
 """,
     ("hostile", 59, 20): """
 | mogplex │ ○ ODD                               │ ✗ offline
-| !! The service does not answer, retrying: nonswer
+| !! Offline, retrying: nonswer
 | RUNS 1 ▸○ nope odd (task not known)
 | TIMELINE nope  FOLLOW · all types · 3 events
 | log    : :error:: ⏎ first ⏎ sécond 日本語👩👧  ⏎  very ve…
 | event
 | 7
-| … no answer from the service
+| … no news from the service
 |
 |
 |
@@ -5042,7 +5042,7 @@ GOLDEN = {  # each row after a |
 | Enter opens the browser · or paste a token · ^C ^C quit
 """,
     ("drawer", 100, 16): """
-| mogplex │ acme/web ⎇ mogplex/agent-7… │ codex │ ▶ STREAMING 12:41                 │ ● nominal 84ms
+| mogplex │ acme/web ⎇ mogplex/agent-7f2c41aa │ codex │ ▶ STREAMING 12:41           │ ● nominal 84ms
 | RUNS 5 · 2 active              │ PALETTE  /sbx                                    1/3 · Esc closes
 | ▸▶ 7f2c (task not k… streaming │   /sandboxes                the sandboxes in the cloud
 |  ▶ 7e9a bump deps    streaming │   /logs [SANDBOX]           the logs of a sandbox
@@ -5076,7 +5076,7 @@ GOLDEN = {  # each row after a |
 | ↑ ↓ move · Enter open · Esc close · x kill · o open · y copy · type to search
 """,
     ("details", 80, 24): """
-| mogplex │ acme/web ⎇ mogplex/… │ codex │ ▶ STREAMING 12:41    │ ● nominal 84ms
+| mogplex │ acme/web ⎇ mogplex/age… │ codex │ ▶ STREAMING 12:41 │ ● nominal 84ms
 | RUNS 5 ▸▶ 7f2c streaming (task not known)  ▶ 7e9a streaming bump … SANDBOXES 2
 | EVENT  type to search                                         1/9 · Esc closes
 | Nov 25 11:58:00  tool_started  apply_patch
@@ -5102,7 +5102,7 @@ GOLDEN = {  # each row after a |
 | ↑ ↓ move · Esc close · y copy · type to search
 """,
     ("rail", 100, 16): """
-| mogplex │ acme/web ⎇ mogplex/agent-7… │ codex │ ▶ STREAMING 12:41                 │ ● nominal 84ms
+| mogplex │ acme/web ⎇ mogplex/agent-7f2c41aa │ codex │ ▶ STREAMING 12:41           │ ● nominal 84ms
 | RUNS 5 · 2 active              │ TIMELINE 7f2c41aa  FOLLOW · all types · 3 events
 | ▸▶ 7f2c (task not k… streaming │ 11:47:20  started           External Mogplex run accepted
 |  ▶ 7e9a bump deps    streaming │ 11:47:24  log               Synchronized mogplex/agent-7f2c41aa
@@ -5331,6 +5331,13 @@ def body_of(state: mogplex.State, task: str = "more") -> Dict[str, Any]:
     """The request that a task would make now."""
     new = then(state, *keys("esc"), *typed(task)).starts[-1]
     return mogplex.body_for(new.target, new.task)
+
+
+def test_the_header_cuts_the_branch_alone_and_only_where_it_must() -> None:
+    assert "⎇ mogplex/age… │ codex │ ▶ STREAMING 12:41 │ ●" in drawn(STATES["busy"], 80)
+    for width in SCREEN_WIDTHS:
+        line = drawn(STATES["busy"], width).split("\n")[0]
+        assert "▶ STREAMING" in line and "STREAMING…" not in line and "nominal" in line
 
 
 def test_a_conversation_continues_on_the_branch_that_its_run_delivered() -> None:
@@ -5789,6 +5796,15 @@ def test_a_refusal_is_never_nominal(status: int, kind: Any, job: Any) -> None:
     assert "nominal" in drawn(state) and "!!" not in drawn(state)
 
 
+@pytest.mark.parametrize("job", [Desk.repos, Desk.sandboxes])
+def test_an_answer_that_is_an_error_is_not_nominal(job: Any) -> None:
+    broken = mogplex.MogplexError("Internal server error", status=500)
+    state = played(*BUSY, failed(broken, job))
+    assert "reconnect" in drawn(state) and "nominal" not in drawn(state)
+    wrong_id = failed(broken, Desk.find_run, "zzz")
+    assert "nominal" in drawn(played(*BUSY, wrong_id))
+
+
 @pytest.mark.parametrize("error, again", [
     (mogplex.MogplexError("Run not found", status=404), False),
     (mogplex.UnavailableError("gave up", code="GAVE_UP"), True),
@@ -5813,7 +5829,7 @@ def test_a_run_that_cannot_be_followed_does_not_seem_to_work() -> None:
     refused = mogplex.UnauthorizedError("Unauthorized", status=401)
     lost = mogplex.UnavailableError("no route", delivered=False)
     for message in (failed(refused, Desk.watch, RUN_ID), failed(lost, Desk.sandboxes)):
-        assert "… no answer from the service, last event" in drawn(played(*BUSY, message))
+        assert "… no news from the service, last event" in drawn(played(*BUSY, message))
 
 
 def ticked(state: mogplex.State, seconds: int, answer: Any = None) -> List[Any]:
@@ -5972,7 +5988,7 @@ def test_an_alert_says_its_keys_only_where_they_are_its_own() -> None:
 
 def test_alerts_leave_with_their_cause() -> None:
     lost = played(*BUSY, progressed("lost", failures=3, message="no route"))
-    assert "The service does not answer, retrying: no route" in drawn(lost)
+    assert "Offline, retrying: no route" in drawn(lost)
     found = then(lost, progressed())
     assert "!!" not in drawn(found) and "Connected again." in drawn(found)
     assert "lapses in 5m" in drawn(played(mogplex.Lapses(NOW + 300)))
