@@ -6263,14 +6263,17 @@ def focus_of(state: State) -> str:
     return state.focus
 
 
+def looked_at(state: State, run_id: str) -> State:
+    """Without the alerts of this run, and without a drawer over it."""
+    alerts = [alert for alert in state.alerts if alert.run_id != run_id]
+    return state._replace(alerts=tuple(alerts), drawer=None)
+
+
 def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None) -> State:
     """With this run shown, from its first event on."""
-    alerts = [alert for alert in state.alerts if alert.run_id != run_id]
-    state = state._replace(
+    state = looked_at(state, run_id)._replace(
         shown=Shown(run_id, run, origin),
         timeline=Timeline(wrap=state.timeline.wrap),
-        alerts=tuple(alerts),
-        drawer=None,
     )
     return state.ask(Desk.watch, run_id)
 
@@ -6278,7 +6281,7 @@ def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None)
 def watch_known(state: State, run_id: str) -> State:
     """Watch a run of the rail: what is known of it is shown at once."""
     if run_id == state.shown.run_id and not state.shown.lost:
-        return state.go("timeline").scroll(follow=True)
+        return looked_at(state, run_id).scroll(follow=True)
     known = run_named(state, run_id)
     run = {"runId": run_id, "status": known.status, "error": known.error}
     return watch(state, run_id, run)
@@ -6900,7 +6903,7 @@ def due_runs(state: State) -> List[KnownRun]:
     near = rail.runs[max(50, rail.at - 25):rail.at + 25]
     active = count_active(runs)
     due = []
-    for run in (*runs, *near):
+    for run in (*near, *runs):
         interval_s = run_interval_s(state, run, active)
         if interval_s and state.now - run.asked_at >= interval_s:
             due.append(run)
@@ -7309,10 +7312,12 @@ def alert_row(state: State, alerts: Sequence[Alert], width: int) -> Row:
     more = ""
     if len(alerts) > 1:
         more = f" (+{len(alerts) - 1})"
-    keys = " "
-    if alerts[0].run_id and width >= 60 and takes_alert_keys(state):
-        keys = " [Enter] open  [Esc] dismiss "
     text = f" !! {alerts[0].text}{more}"
+    keys = " "
+    if alerts[0].run_id and takes_alert_keys(state):
+        for words in (" [Enter] open ", " [Enter] open  [Esc] dismiss "):
+            if width_of(text) + len(words) <= width:
+                keys = words
     return ends([(text, "")], [(keys, "alert")], width, "alert")
 
 

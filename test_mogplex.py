@@ -4974,7 +4974,7 @@ GOLDEN = {  # each row after a |
 """,
     ("failed", 80, 24): """
 | mogplex │ acme/web ⎇ mogplex/agent… │ codex │ ✗ FAILED 11:41 │ ○ degraded 84ms
-| !! run 7f2c41aa failed: Agent run exited with cod… [Enter] open  [Esc] dismiss
+| !! run 7f2c41aa failed: Agent run exited with code 1.             [Enter] open
 | RUNS 5 ▸✗ 7f2c failed (task not known)  ▶ 7e9a streaming bump dep… SANDBOXES 2
 | TIMELINE 7f2c41aa  FOLLOW · all types · 4 events
 | 11:47:20  started           External Mogplex run accepted
@@ -5920,7 +5920,8 @@ def test_unknown_statuses_are_asked_and_known_ends_are_not() -> None:
 def test_of_500_runs_those_around_the_selected_one_are_asked_as_well() -> None:
     runs = tuple(remembered(number, "task", "success") for number in range(300))
     old = tuple(remembered(number, "task") for number in range(300, 500))
-    state = played(rail=mogplex.Rail((*runs, *old), at=400))
+    new = tuple(remembered(number, "task") for number in range(500, 550))
+    state = played(rail=mogplex.Rail((*new, *runs, *old), at=450))
     seen = [ask for _, *ask in ticked(state, 20, good)]
     assert [Desk.run, old[100].id] in seen
 
@@ -5987,6 +5988,15 @@ def test_an_alert_says_its_keys_only_where_they_are_its_own() -> None:
     assert "[Enter] open  [Esc] dismiss" in drawn(state)
     for message in (mogplex.Text("half"), mogplex.Key("tab"), mogplex.Key("f1")):
         assert "[Enter]" not in drawn(then(state, message))
+
+
+def test_an_alert_of_the_shown_run_is_opened_and_gone_as_well() -> None:
+    state = played(*ENDED_BADLY)
+    alert = drawn(state, 80, 24).split("\n")[1]
+    assert "failed: Agent run exited with code 1. " in alert and alert.endswith("[Enter] open")
+    opened = then(state, *keys("enter"))
+    assert "!!" not in drawn(opened) and "code 1." in drawn(opened)
+    assert opened.focus == "composer" and opened.asks == ()
 
 
 def test_alerts_leave_with_their_cause() -> None:
