@@ -2308,6 +2308,30 @@ class Worker(threading.Thread):
             self.posted.put(piece)
 
 
+def may_hide_secrets(text: str) -> bool:
+    """Whether JSON can hold a text that is another one once it is decoded and sanitized."""
+    return "\\u" in text or not text.isascii() or not text.isprintable()
+
+
+def without_hidden_secrets(data: Any, clean: Callable[[str], str]) -> Any:
+    """``data`` without what ``clean`` hides, also where invisible characters had split it.
+
+    Colours in a log do that, and taking them out would join it again.
+    """
+    if isinstance(data, str):
+        joined = INVISIBLES.sub("", ESCAPE_SEQUENCES.sub("", data))
+        cleaned = clean(joined)
+        return data if cleaned == joined else cleaned
+    if isinstance(data, list):
+        return [without_hidden_secrets(item, clean) for item in data]
+    if isinstance(data, dict):
+        shown = {}
+        for key, value in data.items():
+            shown[without_hidden_secrets(key, clean)] = without_hidden_secrets(value, clean)
+        return shown
+    return data
+
+
 def do_nothing() -> None:
     """The tick of an exchange that nobody watches."""
 
@@ -2362,11 +2386,12 @@ class Exchange:
 
     def _clean_headers(self, headers: Any) -> Any:
         together = "\n".join(headers.values())
-        if self.clean(together) == together:  # nearly always, and quicker than one by one
+        # Nearly always, and quicker than one by one.
+        if without_hidden_secrets(together, self.clean) == together:
             return headers
         cleaned = headers.copy()
         for name, value in headers.items():
-            cleaned[name] = self.clean(value)
+            cleaned[name] = without_hidden_secrets(value, self.clean)
         return cleaned
 
     @property
@@ -2397,8 +2422,8 @@ class Exchange:
             raise redirect_error(url, self.status, location)
         text = self.text()
         answer = None
-        with contextlib.suppress(ValueError):
-            answer = parse_json(text)
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = self._clean_joined(parse_json(text), text)
         data = None
         if isinstance(answer, dict) and answer.get("ok") is True:
             data = answer.get("data")
@@ -2410,6 +2435,22 @@ class Exchange:
             raise InvalidResponseError(
                 message, status=self.status, delivered=True, transient=True)
         return data
+
+    def clean_json(self, text: str) -> str:
+        """JSON that has passed ``clean``, without a token that escapes hide; "" for nonsense."""
+        try:
+            data = parse_json(text)
+            shown = self._clean_joined(data, text)
+            if shown == data:
+                return text
+            return to_json(shown)
+        except (ValueError, RecursionError):
+            return ""
+
+    def _clean_joined(self, data: Any, text: str) -> Any:
+        if not may_hide_secrets(text):
+            return data
+        return without_hidden_secrets(data, self.clean)
 
     def piece(self, idle_s: float) -> Optional[bytes]:
         """The next piece of the body, None at its end, b"" when nothing came for ``idle_s``.
@@ -3008,9 +3049,10 @@ class Client:
         """A better error for a start than ``error``, where a 503 means that there is no such repo.
 
         The service answers so to an unknown id. An empty list is what suggests it: retrying a
-        typing error for ever is the trap. It proves nothing where the start may have got through.
+        typing error for ever is the trap. It proves nothing where the start may have got through,
+        as behind a proxy, whose own 503 is not in the service's envelope.
         """
-        if error.status != 503:
+        if error.status != 503 or not error.code:
             return error
         request = self._api_request("GET", "/repos", params={"id": repo_id})
         once = request._replace(repeatable=False)
@@ -3730,9 +3772,11 @@ class Resumption:
 def cleaned(texts: List[str], exchange: Exchange) -> List[str]:
     """``texts`` without the token: looked for in one go, as hardly any holds it."""
     together = "\n".join(texts)
-    if exchange.clean(together) == together:
-        return texts
-    return [exchange.clean(text) for text in texts]
+    if exchange.clean(together) != together:
+        texts = [exchange.clean(text) for text in texts]
+    if may_hide_secrets(together):
+        texts = [exchange.clean_json(text) for text in texts]
+    return texts
 
 
 TailItem = Tuple[Union[Json, Verdict], str]

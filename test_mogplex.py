@@ -2338,7 +2338,10 @@ def test_a_503_stays_one_when_the_list_of_repos_proves_nothing(listed: bytes) ->
 
 
 @pytest.mark.parametrize("listed", [NO_REPO, ok([]), ok({"repos": None}), answer(500)])
-@pytest.mark.parametrize("lost", [reset_after(b""), RUN_1[:-5], answer(500), HTML])
+@pytest.mark.parametrize("lost", [
+    reset_after(b""), RUN_1[:-5], answer(500), HTML,
+    answer(503, "<html>", Content_Type="text/html"),  # a proxy's: what it had sent on is not known
+])
 def test_a_start_that_may_have_got_through_is_never_one_without_a_repo(
     lost: Step, listed: bytes,
 ) -> None:
@@ -3047,6 +3050,8 @@ ECHOES: Dict[str, Callable[[str], Step]] = {
 SPELLINGS: Dict[str, Callable[[str], str]] = {
     "plain": str,
     "in base64": lambda secret: base64.b64encode(f"x:{secret}".encode()).decode(),
+    "coloured": lambda secret: f"{secret[:9]}\x1b[31m{secret[9:]}\x1b[0m",
+    "with invisible characters": "\u200b".join,
 }
 
 
@@ -4398,6 +4403,18 @@ def test_the_token_in_a_stream_is_hidden_wherever_it_is_split() -> None:
         with streaming(["success"], speak) as (items, *_):
             told, _ = followed(items)
         assert told == ["the token is ***!", "m2"]
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_token_in_a_stream_is_hidden_however_it_is_spelled(spelling: str) -> None:
+    event = {"id": "1", "message": SPELLINGS[spelling](TOKEN)}
+
+    def speak(connection: socket.socket) -> None:
+        connection.sendall(streamed(event, 2))
+    with streaming(["success"], speak) as (items, *_):
+        told, _ = followed(items)
+    assert "***" in told[0] and TOKEN not in mogplex.sanitize(told[0])
+    assert told[1] == "m2"
 
 
 def test_a_stream_is_waited_for_longer_than_a_request_may_take() -> None:
