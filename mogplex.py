@@ -10901,7 +10901,7 @@ class FollowOptions(NamedTuple):
     """The options that go with ``--follow``, as the parser gives them."""
 
     follow: bool = False
-    timeout: Optional[float] = None
+    timeout: float = DEFAULT_TIMEOUT_S
     limit: int = MAX_LIMIT
     quiet: bool = False
     cancel_on_interrupt: bool = False
@@ -10919,9 +10919,8 @@ class Follower:
         self.attendant = attendant
         self.printer = EventPrinter(ctx)
         self.life = LifeSigns(ctx, options.quiet, clock)
-        timeout_s = options.timeout or DEFAULT_TIMEOUT_S
         self.run_id = attendant.outcome.run_id
-        timing = Timing(timeout_s, clock=clock)
+        timing = Timing(options.timeout, clock=clock)
         self.tail = Tail(
             client, self.run_id, timing, options.limit, self.progress, attendant.started)
 
