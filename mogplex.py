@@ -348,7 +348,7 @@ def _base64_cores(secret: str) -> Set[str]:
 
 @functools.lru_cache(maxsize=8)
 def _secret_forms(secret: str) -> List[SecretForm]:
-    """What is hidden beside the plain secret: percent-encoded, base64, and any of these split."""
+    """What is hidden besides the plain secret: percent-encoded, base64, and any of these split."""
     if len(secret) < SHORTEST_ENCODED or not SPELLABLE.match(secret):
         return []
     spellings = [secret, *sorted(_base64_cores(secret))]
@@ -643,7 +643,7 @@ def _http_date(text: str) -> Optional[float]:
 
 
 def parse_retry_after(value: Optional[str], date: Optional[str]) -> Optional[float]:
-    """Seconds asked for by a ``Retry-After`` header, None when it is missing or senseless.
+    """Seconds asked for by a ``Retry-After`` header, None when it is missing or invalid.
 
     An HTTP-date is measured against the same answer's ``Date``: the two clocks can differ.
     """
@@ -4112,7 +4112,7 @@ def shown(record: Json, *keys: str) -> str:
 
 
 class Setting(NamedTuple):
-    """What the cells of a list depend on, beside its records."""
+    """What the cells of a list depend on, besides its records."""
 
     colour: bool = False
     now: Optional[float] = None         # ages are shown instead of times where it is given
@@ -4440,7 +4440,7 @@ def silence_line(progress: Progress, now: float) -> str:
 
 
 class Outcome(NamedTuple):
-    """What a CI is told of a run: how it has ended, or how it stood when a command left it."""
+    """What CI is told of a run: how it has ended, or how it stood when a command left it."""
 
     run_id: str                 # "" where none was started
     status: str = ""
@@ -4453,7 +4453,7 @@ class Outcome(NamedTuple):
 
 
 def outcome_of_run(run: Json) -> Outcome:
-    """A run that has just been started."""
+    """The Outcome of a run that has just been started."""
     return Outcome(
         run_id=text_of(run, "runId"),
         status=text_of(run, "status"),
@@ -4463,7 +4463,7 @@ def outcome_of_run(run: Json) -> Outcome:
 
 
 def outcome_so_far(before: Outcome, progress: Progress) -> Outcome:
-    """A run that is being followed."""
+    """The Outcome, so far, of a run that is being followed."""
     return before._replace(
         status=progress.status or before.status,
         branch=progress.branch or before.branch,
@@ -4473,7 +4473,7 @@ def outcome_so_far(before: Outcome, progress: Progress) -> Outcome:
 
 
 def outcome_of_verdict(verdict: Verdict) -> Outcome:
-    """A run that has ended."""
+    """The Outcome of a run that has ended."""
     return Outcome(
         run_id=verdict.run_id,
         status=verdict.status,
@@ -10050,7 +10050,7 @@ class DemoServer:
         }
 
     def has_started_runs(self) -> bool:
-        """Whether it has runs beside the seeded ones."""
+        """Whether it has runs besides the seeded ones."""
         return len(self.service.runs) > len(self.seeded_runs)
 
     def __enter__(self) -> DemoServer:
