@@ -6362,21 +6362,18 @@ def take_repo(state: State, repo_id: str) -> State:
     """The next task runs in this repository, on its default branch."""
     for repo in state.repos.all:
         if repo.id == repo_id:
-            state = state.choose(repo=repo, branch="", base="").close()
-            return state.say(f"Next: {target_text(state.target)}")
+            return state.choose(repo=repo, branch="", base="").close()
     return state
 
 
 def take_branch(state: State, branch: str) -> State:
     """The next task starts from this branch."""
-    state = state.choose(branch="", base=branch).close()
-    return state.say(f"Next: {target_text(state.target)}")
+    return state.choose(branch="", base=branch).close()
 
 
 def take_harness(state: State, harness: str) -> State:
     """The next task uses this agent program."""
-    state = state.choose(harness=harness).close()
-    return state.say(f"Next: {target_text(state.target)}")
+    return state.choose(harness=harness).close()
 
 
 EXPORTS = {"json": "json", "jsonl": "jsonl", "markdown": "md"}  # forms, and how their files end
@@ -6823,8 +6820,7 @@ def choose_harness(state: State, name: str) -> State:
 
 def choose_anew(state: State, _: str) -> State:
     """``/new``: the next task starts from the base branch again."""
-    state = state.choose(branch="")
-    return state.say(f"Next: {target_text(state.target)}")
+    return state.choose(branch="")
 
 
 def attach(state: State, wanted: str) -> State:
@@ -6841,19 +6837,15 @@ def attach(state: State, wanted: str) -> State:
     return state.ask(Desk.find_run, wanted)
 
 
-def kill(state: State, _: str) -> State:
-    """``/kill``: cancel the shown run, after a yes."""
+def kill(state: State, _: str = "") -> State:
+    """``/kill`` and x: cancel the shown run, after a yes."""
     if not state.shown.run_id:
         return state.say("No run is shown.", "warn")
     return ask_to_kill(state, state.shown.run_id)
 
 
-def list_runs(state: State, _: str) -> State:
-    return state.open(RUNS)
-
-
-def list_sandboxes(state: State, _: str) -> State:
-    return state.open(SANDBOXES)
+def open_list(listing: Listing, state: State, _: str) -> State:
+    return state.open(listing)
 
 
 def choose_logs(state: State, name: str) -> State:
@@ -6865,19 +6857,8 @@ def choose_logs(state: State, name: str) -> State:
     return show_logs(state, "".join(found) or name)
 
 
-def list_agents(state: State, _: str) -> State:
-    return state.open(AGENTS)
-
-
-def list_models(state: State, _: str) -> State:
-    return state.open(MODELS)
-
-
-def list_servers(state: State, _: str) -> State:
-    return state.open(SERVERS)
-
-
-def open_web(state: State, _: str) -> State:
+def open_web(state: State, _: str = "") -> State:
+    """``/open`` and o: what there is to see of the shown run."""
     return state.ask(Desk.open, web_url(state))
 
 
@@ -7025,12 +7006,14 @@ WORDS = (
     Word("new", "", "start the next task from the base branch again", choose_anew),
     Word("attach", "RUN", "watch a run, also one started elsewhere", attach),
     Word("kill", "", "cancel the shown run, after a question", kill),
-    Word("runs", "", "the runs that this machine remembers", list_runs),
-    Word("sandboxes", "", "the sandboxes in the cloud", list_sandboxes),
+    Word("runs", "", "the runs that this machine remembers", functools.partial(open_list, RUNS)),
+    Word("sandboxes", "", "the sandboxes in the cloud", functools.partial(open_list, SANDBOXES)),
     Word("logs", "[SANDBOX]", "the logs of a sandbox", choose_logs),
-    Word("agents", "", "the agents of the account", list_agents),
-    Word("model", "", "the models, their context length and prices", list_models),
-    Word("mcp", "", "the MCP servers: name, whether enabled, kind", list_servers),
+    Word("agents", "", "the agents of the account", functools.partial(open_list, AGENTS)),
+    Word("model", "", "the models, their context length and prices",
+         functools.partial(open_list, MODELS)),
+    Word("mcp", "", "the MCP servers: name, whether enabled, kind",
+         functools.partial(open_list, SERVERS)),
     Word("open", "", "open the pull request, else the preview, else the web page", open_web),
     Word("export", "[FORMAT] [FILE]", f"write the shown run to a file: {', '.join(EXPORTS)}",
          export),
@@ -8197,16 +8180,8 @@ def copy_row(state: State) -> State:
     return copied(state, selected_run(state) or selected_sandbox(state).id)
 
 
-def kill_shown(state: State) -> State:
-    return kill(state, "")
-
-
 def kill_row(state: State) -> State:
     return ask_to_kill(state, selected_run(state))
-
-
-def open_shown(state: State) -> State:
-    return open_for_run(state, state.shown.run_id)
 
 
 def open_row_web(state: State) -> State:
@@ -8368,8 +8343,8 @@ PANE = (
 )
 TIMELINE_PANE = (
     Binding("enter", "the event in full", open_event),
-    Binding("x", "cancel the shown run, after a question", kill_shown),
-    Binding("o", "open the pull request, else the preview, else the web page", open_shown),
+    Binding("x", "cancel the shown run, after a question", kill),
+    Binding("o", "open the pull request, else the preview, else the web page", open_web),
     Binding("y", "copy the event", copy_event),
     *PANE,
 )
@@ -8384,19 +8359,13 @@ FILTER_PANE = (
     Binding("enter tab", "keep the filter", keep_filter),
     Binding("esc", "clear the filter", drop_filter),
     Binding("backspace", "delete a letter", shorten_filter),
-    Binding("up", "up", line_up),
-    Binding("down", "down", line_down),
+    *MOVES,  # whose letters are typed here
 )
 DRAWER_PANE = (
     Binding("enter", "open the selected row", choose_item),
     Binding("esc", "close", close_drawer),
     Binding("backspace", "delete a letter of the search", shorten_query),
-    Binding("up", "up", line_up),
-    Binding("down", "down", line_down),
-    Binding("pgup", "a page up", page_up),
-    Binding("pgdown", "a page down", page_down),
-    Binding("home", "the first", to_first),
-    Binding("end", "the last", to_last),
+    *MOVES,
 )
 COMPOSER_PANE = (
     Binding("enter", "send", send),
