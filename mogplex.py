@@ -807,8 +807,10 @@ def home_directory(environ: Mapping[str, str]) -> str:
 
 def make_private_directory(path: str) -> None:
     """Make ``path`` and its missing parents, each with mode 0700 whatever the umask is."""
-    missing = []
+    missing: List[str] = []
     while not os.path.isdir(path):
+        if path in missing:
+            break  # a root that does not exist, such as a drive of Windows
         missing.append(path)
         path = os.path.dirname(path)
     for path in reversed(missing):
@@ -924,6 +926,14 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
+def _release_lock(descriptor: int) -> None:
+    """Let go of the lock, if it is ours, also where a fork has copied the descriptor meanwhile."""
+    if sys.platform != "win32":
+        import fcntl
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
 def _wait_for_lock(descriptor: int, path: str, warn: Warn) -> None:
     """Take the lock; UnavailableError when somebody else keeps it for 5 s."""
     started = time.monotonic()
@@ -931,8 +941,8 @@ def _wait_for_lock(descriptor: int, path: str, warn: Warn) -> None:
     while not _try_lock(descriptor):
         waited_s = time.monotonic() - started
         if waited_s >= LOCK_WAIT_S:
-            raise UnavailableError(
-                f"another process holds {path}", transient=True,
+            raise UnavailableError(  # not transient: another try would wait as long again
+                f"another process holds {path}",
                 hint="wait for it, or find it with `lsof` or `fuser`")
         if waited_s >= LOCK_NOTICE_S and not told:
             warn(f"waiting for another process, which holds {path}")
@@ -1101,7 +1111,8 @@ class Home:
             self._take_lock(descriptor, lock_path)
             yield
         finally:
-            os.close(descriptor)  # which lets go of the lock
+            _release_lock(descriptor)
+            os.close(descriptor)
 
     def _take_lock(self, descriptor: int, lock_path: str) -> None:
         try:

@@ -1170,13 +1170,54 @@ def test_no_wait_for_a_lock_is_without_an_end(
             with pytest.raises(mogplex.UnavailableError) as busy:
                 act()
             assert busy.value.message == f"another process holds {auth}.lock"
-            assert busy.value.transient
+            assert not busy.value.transient  # nobody waits another 5 s of his own accord
         assert warnings == [f"waiting for another process, which holds {auth}.lock"] * 3
         home_of(tmp_path, warnings.append).record_start({"key": "k", "service": "a"})
     assert warnings[3:] == [
         f"waiting for another process, which holds {history}.lock",
         f"this run is not recorded in the history: another process holds {history}.lock"]
     assert stored(tmp_path)["mogplex"]["access_token"] == "access-0" and not history.exists()
+
+
+@pytest.mark.posix
+def test_a_command_waits_for_a_busy_lock_once(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mogplex, "LOCK_NOTICE_S", 0.0)
+    monkeypatch.setattr(mogplex, "LOCK_WAIT_S", 0.1)
+    warnings: List[str] = []
+    credential = signed_in(tmp_path, "https://a.example", warnings)
+    with held(tmp_path / "auth.json"), mogplex.Client(credential, "https://a.example") as one:
+        with pytest.raises(mogplex.UnavailableError):
+            one.repos()
+    assert len(warnings) == 1
+
+
+@pytest.mark.posix
+def test_a_fork_s_child_does_not_keep_its_parent_s_lock(tmp_path: Any) -> None:
+    home, (reading, writing) = home_of(tmp_path), os.pipe()
+    with home.sign_in_lock():
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)  # until the parent has closed its end
+            os._exit(0)
+    try:
+        with ended_within(2.0), home.sign_in_lock():
+            pass
+    finally:
+        os.close(writing)
+        os.close(reading)
+        os.waitpid(child, 0)
+
+
+def test_a_path_without_a_root_is_made_and_no_endless_loop(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a drive that does not exist, such a path never comes to a directory."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OSError):
+        mogplex.make_private_directory(os.path.join("a", "b"))
 
 
 @pytest.mark.posix
