@@ -2844,7 +2844,7 @@ def descriptors() -> int:
     return len(os.listdir("/dev/fd"))
 
 
-def comes_true(condition: Callable[[], bool], within_s: float = 2.0) -> bool:
+def comes_true(condition: Callable[[], bool], within_s: float = 10.0) -> bool:
     """Whether ``condition`` becomes true within that time."""
     until = time.monotonic() + within_s
     while not condition():
