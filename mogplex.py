@@ -5667,14 +5667,21 @@ class Desk:
 
     def start(self, new: NewRun) -> Settled:
         """Started is posted as soon as the run exists, before its id is written down."""
+        home = self.facts.home
+        body = body_for(new.target, new.task)
+        start = start_record(self.facts.base_url, body, new.key, new.target.repo.name)
+        earlier = home.start_in_doubt(start, time.time())
         start_recorded(
             self.client(),
-            self.facts.home,
-            body_for(new.target, new.task),
+            home,
+            body,
             new.key,
             new.target.repo.name,
             functools.partial(self.tell_started, new),
         )
+        if earlier:
+            words = "An earlier start of this task may have gone through as well; to find out,"
+            self.post(Said(f"{words} use --idempotency-key {text_of(earlier, 'key')}", "bad"))
         return Settled(new)
 
     def tell_started(self, new: NewRun, run: Json) -> None:
@@ -7590,24 +7597,31 @@ def scrolled(
     return max(0, lowest, min(top, at))
 
 
-def timeline_title(state: State, count: int, focused: bool) -> Line:
-    """The shown run, whether its newest events are followed, and how many pass the filter."""
+def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
+    """The shown run, whether its newest events are followed, and how many pass the filter.
+
+    What does not fit is left out, but for the filter.
+    """
     timeline = state.timeline
     mode = ("PAUSED", "warn")
     if timeline.follow:
         mode = ("FOLLOW", "ok")
-    kinds = "all types"
-    if timeline.filter:
-        kinds = f"filter: {timeline.filter}"
-    events = f"{count} events"
-    if count == 1:
-        events = "1 event"
-    return [
+    line = [
         (" TIMELINE ", title_style(focused)),
         (harmless(state.shown.run_id, 8) + "  ", ""),
         mode,
-        (f" · {kinds} · {events}", "dim"),
     ]
+    kinds = " · all types"
+    if timeline.filter:
+        kinds = f" · filter: {timeline.filter}"
+    events = f" · {count} events"
+    if count == 1:
+        events = " · 1 event"
+    for part in (kinds, events):
+        columns = sum(width_of(text) for text, _ in (*line, (part, "")))
+        if columns <= width or timeline.filter:
+            line.append((part, "dim"))
+    return line
 
 
 def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
@@ -7616,7 +7630,7 @@ def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     at = selected_entry(state)
     timeline = state.timeline
     focused = focus_of(state) == "timeline"
-    lines = [PaneLine(timeline_title(state, len(entries), focused))]
+    lines = [PaneLine(timeline_title(state, len(entries), focused, width))]
     top = timeline.top
     if timeline.follow:
         top = 0
@@ -7711,7 +7725,10 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Pa
         sought = (f"/{drawer.query}", "accent")
     count = f"{min(at + 1, len(found))}/{len(found)} · Esc closes "
     name = " ".join(filter(None, (listing.title.upper(), about)))
-    title = ends([(f" {name}  ", "key"), sought], [(count, "dim")], width)
+    left = [(f" {name}  ", "key")]
+    if sought[1] == "accent" or width_of(left[0][0] + sought[0] + count) <= width:
+        left.append(sought)
+    title = ends(left, [(count, "dim")], width)
     lines = [PaneLine(title)]
     titles = [column.title for column in listing.columns]
     if any(titles):

@@ -5080,7 +5080,7 @@ GOLDEN = {  # each row after a |
 """,
     ("busy", 30, 8): """
 | ▶ STREAMING │ ● nominal 84ms
-| TIMELINE 7f2c41aa  FOLLOW · …
+| TIMELINE 7f2c41aa  FOLLOW
 | log    Synchronized mogplex/…
 | tool   apply_patch  src/sess…
 | … agent working, last event …
@@ -5182,7 +5182,7 @@ GOLDEN = {  # each row after a |
 """,
     ("question", 30, 8): """
 | ▶ STREAMING │ ● nominal 84ms
-| TIMELINE 7f2c41aa  FOLLOW · …
+| TIMELINE 7f2c41aa  FOLLOW
 | … agent working, last event …
 |─ next: acme/web ⎇ main · cod…
 | ›
@@ -5455,6 +5455,22 @@ def test_a_start_whose_answer_was_lost_keeps_its_key() -> None:
     assert state.composer.text == "fix it" and "may have started" in drawn(state)
     state = then(state, *keys("enter"))
     assert asked(state) == [(Desk.start, first)] and len(state.starts) == 1
+
+
+def test_a_start_that_an_earlier_cockpit_lost_is_told(tmp_path: Any) -> None:
+    home = mogplex.Home(str(tmp_path))
+    (new,) = played(*AIMED, *typed("fix it")).starts
+    answers = steps(ok({**SHOWN, "replayed": False}))
+    with RawServer(answers) as server:
+        body = mogplex.body_for(new.target, new.task)
+        home.record_start(mogplex.start_record(server.url, body, "lost-key", "acme/web"))
+        connect = functools.partial(client, server.url)
+        posted: List[Any] = []
+        desk = Desk(posted.append, mogplex.Facts(connect, server.url, home, None, ""))
+        desk.start(new)
+        desk.reconnect()
+    (said,) = [message for message in posted if isinstance(message, mogplex.Said)]
+    assert "--idempotency-key lost-key" in said.text
 
 
 def test_a_delivery_in_the_meantime_does_not_move_a_start_whose_answer_was_lost() -> None:
@@ -5749,6 +5765,14 @@ def test_the_wheel_scrolls_what_is_under_it() -> None:
     assert over_rail.rail.at == 3 and over_rail.drawer == state.drawer
     over_drawer = then(state, mogplex.Wheel(3, 60, 10))
     assert over_drawer.drawer and over_drawer.drawer.at == 3 and over_drawer.rail == state.rail
+
+
+@pytest.mark.parametrize("name", ["busy", "paused", "runs"])
+def test_titles_are_whole_words(name: str) -> None:
+    for width in range(30, 130):
+        lines = drawn(STATES[name], width, 11).split("\n")
+        (title,) = [line for line in lines if "TIMELINE" in line or "Esc closes" in line]
+        assert "…" not in title
 
 
 def test_hints_are_whole_words_and_the_panes_have_their_own() -> None:
