@@ -7695,12 +7695,24 @@ def welcome_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     return blank + [PaneLine([(indent, ""), line]) for line in lines]
 
 
+def fitting(columns: Sequence[Heading], width: int) -> List[Heading]:
+    """The columns, those at the right without width where a last one of sentences has no room."""
+    kept = list(columns)
+    for at in range(len(kept) - 2, 1, -1):
+        taken = sum(column.width + 2 for column in kept[:-1] if column.width)
+        if kept[-1].width >= 80 and taken + 12 > width:
+            kept[at] = Heading("", 0)
+    return kept
+
+
 def cells_text(cells: Sequence[str], columns: Sequence[Heading]) -> str:
     """The cells of a row below each other's titles."""
     if not columns:
         return cells[0]
     line = ""
     for text, column in zip(cells, columns):
+        if not column.width:
+            continue
         text = fitted(text, column.width)
         line += text + " " * (column.width - width_of(text) + 2)
     return line.rstrip()
@@ -7730,9 +7742,10 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Pa
         left.append(sought)
     title = ends(left, [(count, "dim")], width)
     lines = [PaneLine(title)]
-    titles = [column.title for column in listing.columns]
+    columns = fitting(listing.columns, width - 3)
+    titles = [column.title for column in columns]
     if any(titles):
-        text = "   " + cells_text(titles, listing.columns)
+        text = "   " + cells_text(titles, columns)
         lines.append(PaneLine([(text, "dim")]))
     if drawer.error:
         lines.append(PaneLine([(f"   {drawer.error} · retrying", "bad")]))
@@ -7743,7 +7756,7 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Pa
         mark = " ▸ " if item.present else "   "
         if not listing.columns:
             mark = " "
-        text = cells_text(item.cells, listing.columns)
+        text = cells_text(item.cells, columns)
         line = [(mark, "accent"), (text, item.style)]
         lines.append(chosen(PaneLine(line, position), at, width))
     return lines

@@ -5767,6 +5767,13 @@ def test_the_wheel_scrolls_what_is_under_it() -> None:
     assert over_drawer.drawer and over_drawer.drawer.at == 3 and over_drawer.rail == state.rail
 
 
+@pytest.mark.parametrize("width", [40, 59, 80, 100])
+def test_the_drawer_of_runs_has_room_for_tasks_at_every_width(width: int) -> None:
+    text = drawn(STATES["runs"], width, 24)
+    drawer = text[text.index("TASK"):]
+    assert "e2e tests f" in drawer and "✗ failed" in drawer
+
+
 @pytest.mark.parametrize("name", ["busy", "paused", "runs"])
 def test_titles_are_whole_words(name: str) -> None:
     for width in range(30, 130):
