@@ -11211,7 +11211,11 @@ def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: flo
             ctx.note(f"or pass a token from {tokens} to `mogplex login --with-token`")
         ctx.note(f"waiting for up to {format_duration(timeout_s)}; press Ctrl+C to stop")
 
-    browser: Optional[Callable[[str], object]] = ctx.browse
+    def open_page(url: str) -> None:
+        if not ctx.browse(url):
+            ctx.note("no browser could be started here; open the page in one yourself")
+
+    browser: Optional[Callable[[str], object]] = open_page
     if no_browser or (is_remote and not ctx.in_demo):
         browser = None
     return sign_in(

@@ -9220,6 +9220,20 @@ def test_login_waits_for_a_browser_elsewhere(
     assert result.code == 1 and "CI job" not in result.err
 
 
+@pytest.mark.posix
+@pytest.mark.usefixtures("login_ports")
+def test_login_on_a_host_without_a_browser_says_so_and_waits(tmp_path: Any) -> None:
+    environ = {**service("http://127.0.0.1:9", ""), "HOME": str(tmp_path), "PATH": str(tmp_path)}
+    command = [sys.executable, MODULE, "login"]
+    with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        lines = iter(process.stderr.readline, b"")
+        said = b"no browser could be started here; open the page in one yourself\n"
+        assert said in lines
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+
+
 @pytest.mark.parametrize("argv", [["repos", "list"], ["sandboxes", "list"]])
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_a_list_that_ends_at_its_limit_says_so(
