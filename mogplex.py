@@ -3108,15 +3108,22 @@ class Client:
 
 def start_recorded(
     client: Client, home: Home, body: Json, key: str, repo: str, announce: Callable[[Json], None],
+    before_sending: Callable[[], None] = do_nothing,
 ) -> Json:
     """Start a run so that no death of this process loses it.
 
     The start is written down, sent, told, and its id written down: ``announce`` gets the Run
     before anything that can wait or fail. A start that the service refuses for good is taken
-    away again. Errors are those of ``Client.start_run``, and what ``announce`` raises.
+    away again, and so is one that ``before_sending`` stops: writing it down may have taken 5 s.
+    Errors are those of ``Client.start_run``, and what ``announce`` and ``before_sending`` raise.
     """
     start = start_record(client.base_url, body, key, repo)
     home.record_start(start)
+    try:
+        before_sending()
+    except BaseException:
+        home.forget_start(start)
+        raise
     try:
         run = client.start_run(body, key)
     except MogplexError as error:
@@ -10794,12 +10801,20 @@ def start_once(
             return  # of an earlier attempt of this CI job; the next key starts another
         attendant.announce(run, run.get("replayed") is True and not request.key_is_ours)
 
+    sent = threading.Event()
+
+    def before_sending() -> None:
+        if ctx.interrupts.first is not None:
+            raise ctx.interrupts.first
+        sent.set()
+
     work = functools.partial(
-        start_recorded, client, ctx.home, request.body, key, request.repo, announce)
+        start_recorded, client, ctx.home, request.body, key, request.repo, announce,
+        before_sending)
     try:
         return ctx.interrupts.outlast(work, GRACE_S)
     except (MogplexError, KeyboardInterrupt) as error:
-        if not attendant.started and getattr(error, "delivered", True):
+        if sent.is_set() and not attendant.started and getattr(error, "delivered", True):
             ctx.note("the run may have started; to find out without paying twice, "
                      f"add --idempotency-key {key}")
         raise

@@ -8764,6 +8764,24 @@ def test_the_id_is_out_before_the_history_is_written(tmp_path: Any) -> None:
 
 
 @pytest.mark.posix
+def test_a_signal_before_a_start_is_sent_sends_none(tmp_path: Any) -> None:
+    home = tmp_path / "home"
+    home.mkdir()
+    with open(home / "runs.jsonl.lock", "w", encoding="ascii") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with RawServer(steps(ok(RUN))) as server:
+            process = run_file("run", "--repo", "r", "x", url=server.url)
+            assert process.stderr is not None
+            assert b"waiting for another process" in process.stderr.readline()
+            process.send_signal(signal.SIGINT)
+            time.sleep(1.0)  # it has the signal before it has the lock
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            out, err = process.communicate(timeout=30)
+    assert (process.returncode, out, err, server.requests) == (130, b"", b"", [])
+    assert (home / "runs.jsonl").read_text() == ""
+
+
+@pytest.mark.posix
 def test_a_run_whose_stdout_is_gone_in_the_middle_is_cancelled_where_that_was_asked_for() -> None:
     """Ctrl+C in ``mogplex ... | tee log`` is for both of them."""
     polled = threading.Event()
