@@ -2246,6 +2246,18 @@ class SocketHandle:
             self._socket = None
 
 
+def release_frames(error: Optional[BaseException]) -> None:
+    """Drop what the frames of a traceback hold, sockets among them.
+
+    The libraries' frames and exceptions hold each other, which only the garbage collector ends,
+    and until then a socket that failed in its TLS handshake stays open.
+    """
+    import traceback
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
 class Worker(threading.Thread):
     """The thread of one exchange: it sends the request, and reads a piece of the body when asked.
 
@@ -2297,7 +2309,9 @@ class Worker(threading.Thread):
             self.posted.put(answer)
             self._read(answer)
         except Exception as error:
-            self.posted.put(self.explain(error))
+            explained = self.explain(error)
+            release_frames(error)
+            self.posted.put(explained)
         finally:
             if answer is not None:
                 answer.close()
@@ -10105,7 +10119,7 @@ def demo_environment(port: int = 0) -> Iterator[DemoEnvironment]:
 
 DEFAULT_TIMEOUT_S = 1800.0
 GRACE_S = 5.0    # for a start or a cancellation that is under way when a signal comes
-MAX_RERUNS = 5   # of a CI job whose runs have failed; each is looked up with a request of its own
+MAX_RERUNS = 8   # of a CI job, that are looked up: the service admits ten starts a minute
 
 
 class Interrupted(KeyboardInterrupt):
@@ -10536,8 +10550,9 @@ def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
         names = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_JOB")
         attempt = environ.get("GITHUB_RUN_ATTEMPT", "")
         last = int(attempt) if re.match(r"[0-9]{1,4}\Z", attempt) else 1
-        first = max(2, last - MAX_RERUNS + 1)
-        reruns = [str(number) for number in range(first, last + 1)]
+        reruns = [str(number) for number in range(2, last + 1)]
+        if last > MAX_RERUNS:  # the oldest first: the search ends at a run that has not failed
+            reruns = [*reruns[:MAX_RERUNS - 1], str(last)]
     elif environ.get("CI_PIPELINE_ID"):
         names = ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
         reruns = [environ["CI_JOB_ID"]] if environ.get("CI_JOB_ID") else []
