@@ -7083,8 +7083,30 @@ class Binding(NamedTuple):
     act: Callable[[State], State]
 
 
+KEY_TITLES = {  # what is not the name of a key with its first letter in upper case
+    "btab": "Shift+Tab",
+    "newline": "Alt+Enter",
+    "pgup": "PgUp",
+    "pgdown": "PgDn",
+}
+
+
+def key_title(name: str) -> str:
+    """How people call a key: ``^P``, ``Alt+B``, ``PgUp``; a letter as it is typed."""
+    if len(name) == 1:
+        return name
+    if name.startswith("^"):
+        return name.upper()
+    return KEY_TITLES.get(name) or name.title()
+
+
 def binding_items(bindings: Iterable[Binding]) -> List[Item]:
-    return [Item((binding.keys, binding.does)) for binding in bindings]
+    """Keys as rows of help."""
+    items = []
+    for binding in bindings:
+        titles = " ".join(map(key_title, binding.keys.split()))
+        items.append(Item((titles, binding.does)))
+    return items
 
 
 GENERAL_KEYS = (

@@ -5732,6 +5732,8 @@ def test_a_search_takes_every_letter() -> None:
 def test_question_mark_shows_the_keys_of_this_pane() -> None:
     timeline = drawn(played(*PANE, mogplex.Text("?")))
     assert "wrap long lines" in timeline and "/export" not in timeline
+    for shown in ("Enter  ", "Up k", "PgDn", "Home g", "Shift+Tab", "^P"):
+        assert shown in timeline, shown
     rail = drawn(played(*BUSY, *keys("btab"), mogplex.Text("?"), rail=RAIL, width=120, height=40))
     assert "cancel the selected run" in rail and "cancel the shown run" not in rail
 
