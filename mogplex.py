@@ -613,7 +613,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     for one in words:
         if sorted(one) == sorted(word):
             return one
-    for one in difflib.get_close_matches(word, words, 1):
+    for one in difflib.get_close_matches(word, words, 1, 0.7):
         return one
     return ""
 

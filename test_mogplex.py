@@ -7724,6 +7724,7 @@ NO_RUN = "no run is remembered for this service; give a run ID"
     (["--attach"], "--attach needs a run ID or @last"),
     (["--attach", " "], "--attach needs a run ID or @last"),
     (["--versoin"], "unknown option '--versoin', did you mean '--version'?"),
+    (["--bogus"], "unknown option '--bogus'"),  # which is no more like --logout than its dashes
     (["--json", "repos", "list"], "--json goes after the subcommand"),
     (["--follow"], "--follow goes after the subcommand"),
     (["run", "x"], "run: --repo <id> is required (find IDs via `mogplex repos list`)"),
