@@ -1771,6 +1771,10 @@ LONGEST_WAIT_S = 0.25    # in one go: on Windows Ctrl+C does not wake a waiting 
 LONGEST_ASKED_S = 5.0    # the longest Retry-After that a one-shot command waits for
 # The service closes an idle connection after 5 to 6 s; a reused one then fails on its first byte.
 KEEP_ALIVE_S = 4.5
+RAISING_SIGNALS = {
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM")
+    if hasattr(signal, name)
+}
 JSON_TYPE = "application/json"
 STREAM_TYPE = "text/event-stream"
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -2246,6 +2250,22 @@ class SocketHandle:
             self._socket = None
 
 
+@contextlib.contextmanager
+def signals_blocked() -> Iterator[None]:
+    """Block the signals whose handlers can raise, where the system can.
+
+    What a handler raises inside the module threading can leave a lock of it locked for ever.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, RAISING_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def release_frames(error: Optional[BaseException]) -> None:
     """Drop what the frames of a traceback hold, sockets among them.
 
@@ -2275,13 +2295,14 @@ class Worker(threading.Thread):
         self.send_request = send
         self.explain = explain
         self.posted: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self.wanted = threading.Semaphore(0)
+        self.wanted: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.is_asked = True  # for the answer, at first
 
     def begin(self) -> None:
         """Start; MogplexError when the system has no thread to give."""
         try:
-            self.start()
+            with signals_blocked():
+                self.start()
         except RuntimeError as error:
             raise MogplexError(f"cannot start a thread: {error}", transient=True) from None
 
@@ -2289,15 +2310,16 @@ class Worker(threading.Thread):
         """What it posts next, waited for so long; queue.Empty when nothing came."""
         if not self.is_asked:
             self.is_asked = True
-            self.wanted.release()
+            self.wanted.put(None)
         item = self.posted.get(timeout=wait_s)
         self.is_asked = False
         return item
 
     def leave(self) -> None:
         """End it, wherever it is; only a look-up of a host name cannot be ended."""
-        self.handle.cut()
-        self.wanted.release()
+        with signals_blocked():
+            self.handle.cut()
+            self.wanted.put(None)
 
     def run(self) -> None:
         """The thread's own part."""
@@ -2320,7 +2342,7 @@ class Worker(threading.Thread):
     def _read(self, answer: Answer) -> None:
         pieces = filter(None, answer.pieces())
         while True:
-            self.wanted.acquire()
+            self.wanted.get()
             if self.handle.is_cut:
                 return
             piece = next(pieces, None)
@@ -10155,23 +10177,36 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """The one place that decides what SIGINT, SIGTERM and SIGHUP do.
 
-    The first one is an exception. Those that follow it are passed over: what is still to be
-    done by then is bounded, and both GNU ``timeout`` and CI runners send more than one. A signal
-    that is ignored at the start (``nohup``, ``&`` in a script) stays ignored.
+    The first one is an exception. Those that follow it at once are passed over: what is still to
+    be done by then is bounded, and both GNU ``timeout`` and CI runners send more than one. A
+    signal that is ignored at the start (``nohup``, ``&`` in a script) stays ignored.
+
+    Python discards an exception that is raised while a destructor or the callback of a weak
+    reference runs. So the first one is raised again by ``check``, and by a signal that comes later.
     """
 
     NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    AT_ONCE_S = 2.0
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
         self.first: Optional[Interrupted] = None
+        self.first_at = 0.0
         self.held = False  # the first one waits too
 
     def arrived(self, number: int, frame: object) -> None:
         """The handler of all of them."""
-        if self.first is not None:
+        now = self.clock()
+        if self.first is None:
+            self.first = Interrupted(number)
+            self.first_at = now
+        elif now - self.first_at < self.AT_ONCE_S:
             return
-        self.first = Interrupted(number)
-        if not self.held:
+        self.check()
+
+    def check(self) -> None:
+        """Raise the first signal, if one has come. What waits for long calls this repeatedly."""
+        if self.first is not None and not self.held:
             raise self.first
 
     @contextlib.contextmanager
@@ -10841,7 +10876,7 @@ def start_once(
     sent = threading.Event()
 
     def before_sending() -> None:
-        if ctx.interrupts.first is not None:
+        if ctx.interrupts.first is not None:  # held back by now, and not too late
             raise ctx.interrupts.first
         sent.set()
 
@@ -11025,6 +11060,7 @@ class Follower:
 
     def progress(self, progress: Progress) -> None:
         """Called by the tail before each wait, at least twice a second, and at each change."""
+        self.ctx.interrupts.check()
         self.flush()
         if reader_left(self.ctx.stdout):
             raise BrokenPipeError

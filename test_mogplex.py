@@ -8586,6 +8586,36 @@ def test_a_start_that_is_not_answered_does_not_hold_a_signal_for_ever() -> None:
     waiting.set()
 
 
+def test_a_signal_that_python_discards_is_raised_again() -> None:
+    """As inside a destructor, or the callback of a weak reference."""
+    now = 100.0
+    interrupts = mogplex.Interrupts(lambda: now)
+    with contextlib.suppress(mogplex.Interrupted):
+        interrupts.arrived(signal.SIGTERM, None)
+    with pytest.raises(mogplex.Interrupted) as found:
+        interrupts.check()
+    assert found.value.exit == 143
+    interrupts.arrived(signal.SIGTERM, None)  # the second of GNU timeout
+    now += 2.0
+    with pytest.raises(mogplex.Interrupted):
+        interrupts.arrived(signal.SIGINT, None)
+    with interrupts.postponed():
+        interrupts.check()
+        interrupts.arrived(signal.SIGINT, None)
+
+
+def test_a_follower_notices_a_signal_that_python_discarded() -> None:
+    with RawServer(lambda *_: STREAMING) as server:
+        environ = service(server.url, TOKEN)
+        ctx = mogplex.Context(environ, sys.stdin, io.StringIO(), io.StringIO())
+        ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
+        options = mogplex.FollowOptions(follow=True, cancel_on_interrupt=True)
+        with pytest.raises(mogplex.Interrupted):
+            mogplex.follow_run(ctx, "R", options)
+    assert paths(server)[-1] == "cancel"
+    assert ctx.stderr.getvalue() == "cancellation requested for run R\n"
+
+
 @pytest.mark.posix
 @pytest.mark.slow
 def test_an_interrupted_start_without_an_answer_tells_its_key() -> None:
