@@ -57,7 +57,6 @@ import sys
 import threading
 import time
 import urllib.parse
-import uuid
 from typing import (
     TYPE_CHECKING, Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator,
     List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
@@ -287,20 +286,6 @@ SPELLABLE = re.compile(r"[!-\[\]-~]+\Z")
 SECRET_GAP = r"(?:[\s\u23ce]|\\[nrt])*"
 
 
-class SecretForm(NamedTuple):
-    """One spelling of a secret: the whole, and two parts of it that are cheaper to look for."""
-
-    rarest: str            # of its characters
-    middle: Pattern[str]   # the four that begin with that one
-    whole: Pattern[str]
-
-    def hidden_in(self, text: str) -> str:
-        """``text`` without it."""
-        if not self.middle.search(text):
-            return text
-        return self.whole.sub("***", text)
-
-
 RARE_CHARACTERS = "QXJKVYWUHGqzBFNM"  # in what the service says, the rarest first
 
 
@@ -311,6 +296,7 @@ def _commonness(char: str) -> int:
     return place
 
 
+@functools.lru_cache(maxsize=128)
 def _spelled(text: str) -> Pattern[str]:
     """``text``, split or not, with any of its odd characters percent-encoded."""
     parts = []
@@ -322,11 +308,25 @@ def _spelled(text: str) -> Pattern[str]:
     return re.compile(SECRET_GAP.join(parts))
 
 
+class SecretForm(NamedTuple):
+    """One spelling of a secret: the whole, and two parts of it that are cheaper to look for."""
+
+    rarest: str  # of its characters
+    middle: str  # the four that begin with that one
+    whole: str
+
+    def hidden_in(self, text: str) -> str:
+        """``text`` without it. A pattern is compiled when it is first needed, which few are."""
+        if self.rarest not in text or not _spelled(self.middle).search(text):
+            return text
+        return _spelled(self.whole).sub("***", text)
+
+
 def _secret_form(spelling: str) -> SecretForm:
     letters = filter(str.isalnum, spelling[:-3])
     rarest = min(letters, key=_commonness, default=spelling[0])
     start = spelling.index(rarest)
-    return SecretForm(rarest, _spelled(spelling[start:start + 4]), _spelled(spelling))
+    return SecretForm(rarest, spelling[start:start + 4], spelling)
 
 
 BASE64_ALIGNMENTS = {0: 0, 1: 2, 2: 3}  # bytes before it: characters that depend on those
@@ -366,8 +366,7 @@ def redact(text: str, *secrets: str) -> str:
             continue
         text = text.replace(secret, "***")
         for form in _secret_forms(secret):
-            if form.rarest in text:
-                text = form.hidden_in(text)
+            text = form.hidden_in(text)
     return text
 
 
@@ -9516,6 +9515,7 @@ DEMO_PACKAGES = {"codex": "openai/codex", "claude-code": "anthropic-ai/claude-co
 
 def demo_id(name: str) -> str:
     """A UUID, the same for the same ``name`` every time."""
+    import uuid
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
@@ -10644,6 +10644,7 @@ def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "")
 def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str]) -> List[str]:
     """The keys to try in turn: a random one, the one given, or those of the CI job."""
     if given is None:
+        import uuid  # which on Python 3.8 loads platform and subprocess
         return [str(uuid.uuid4())]
     name, colon, label = given.strip().partition(":")
     if name != "ci":
