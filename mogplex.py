@@ -33,6 +33,7 @@ nothing, never exits, and does not read ``os.environ``; every failure is a Mogpl
 """
 from __future__ import annotations
 
+import _thread
 import argparse
 import atexit
 import base64
@@ -1770,10 +1771,6 @@ LONGEST_WAIT_S = 0.25    # in one go: on Windows Ctrl+C does not wake a waiting 
 LONGEST_ASKED_S = 5.0    # the longest Retry-After that a one-shot command waits for
 # The service closes an idle connection after 5 to 6 s; a reused one then fails on its first byte.
 KEEP_ALIVE_S = 4.5
-RAISING_SIGNALS = {
-    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM")
-    if hasattr(signal, name)
-}
 JSON_TYPE = "application/json"
 STREAM_TYPE = "text/event-stream"
 FORM_TYPE = "application/x-www-form-urlencoded"
@@ -2210,7 +2207,7 @@ class SocketHandle:
 
     def __init__(self) -> None:
         self.is_cut = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # of whoever was interrupted inside it and comes again
         self._socket: Optional[socket.socket] = None
         self._pid = os.getpid()
 
@@ -2249,22 +2246,6 @@ class SocketHandle:
             self._socket = None
 
 
-@contextlib.contextmanager
-def signals_blocked() -> Iterator[None]:
-    """Block the signals whose handlers can raise, where the system can.
-
-    What a handler raises inside the module threading can leave a lock of it locked for ever.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, RAISING_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def release_frames(error: Optional[BaseException]) -> None:
     """Drop what the frames of a traceback hold, sockets among them.
 
@@ -2277,10 +2258,17 @@ def release_frames(error: Optional[BaseException]) -> None:
         error = error.__context__
 
 
-class Worker(threading.Thread):
+WORKING = threading.local()  # its "worker" is the Worker whose thread this is
+
+
+class Worker:
     """The thread of one exchange: it sends the request, and reads a piece of the body when asked.
 
     It posts the Answer, then pieces, then None; or an exception instead of any of them.
+
+    Whoever waits may be interrupted at any instruction, by Ctrl+C for one. So nothing here is made
+    of Python's own module threading: an exception inside it can leave one of its locks locked for
+    ever, or is discarded, in the callback of the weak reference that it keeps of each Thread.
     """
 
     def __init__(
@@ -2288,7 +2276,6 @@ class Worker(threading.Thread):
         send: Callable[[], Answer],
         explain: Callable[[Exception], Exception],
     ) -> None:
-        super().__init__(daemon=True)
         self.handle = SocketHandle()
         self.size = 0  # bytes of the body so far
         self.send_request = send
@@ -2300,8 +2287,7 @@ class Worker(threading.Thread):
     def begin(self) -> None:
         """Start; MogplexError when the system has no thread to give."""
         try:
-            with signals_blocked():
-                self.start()
+            _thread.start_new_thread(self.run, ())
         except RuntimeError as error:
             raise MogplexError(f"cannot start a thread: {error}", transient=True) from None
 
@@ -2316,12 +2302,12 @@ class Worker(threading.Thread):
 
     def leave(self) -> None:
         """End it, wherever it is; only a look-up of a host name cannot be ended."""
-        with signals_blocked():
-            self.handle.cut()
-            self.wanted.put(None)
+        self.handle.cut()
+        self.wanted.put(None)
 
     def run(self) -> None:
         """The thread's own part."""
+        WORKING.worker = self
         answer = None
         try:
             answer = self.send_request()
@@ -2547,8 +2533,8 @@ class HeldConnection:
 
     @staticmethod
     def _hold(sock: Any) -> None:
-        worker = threading.current_thread()
-        if isinstance(worker, Worker):
+        worker = getattr(WORKING, "worker", None)
+        if worker is not None:  # an embedder's session can be used elsewhere too
             worker.handle.hold(sock.fileno())
 
 
@@ -10674,6 +10660,11 @@ def is_spent(run: Json) -> bool:
     return run.get("replayed") is True and ended_badly(status)
 
 
+def open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait: for a FIFO without a reader it is an OSError."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
+
+
 class CiReport:
     """What a CI job is told of a run: as soon as the run exists, and however the command ends.
 
@@ -10693,7 +10684,7 @@ class CiReport:
     def empty_dotenv(self) -> None:
         """Make the file, so that one that cannot be written is known before a run is paid for."""
         try:
-            with open(self.dotenv, "w", encoding="ascii"):
+            with open(self.dotenv, "w", encoding="ascii", opener=open_at_once):
                 pass
         except OSError as error:
             raise UsageError(f"--dotenv {self.dotenv}: {error.strerror}") from None
@@ -10736,7 +10727,9 @@ class CiReport:
         if not path:
             return
         try:
-            with open(path, mode, encoding="utf-8", errors="replace") as file:
+            with open(
+                path, mode, encoding="utf-8", errors="replace", opener=open_at_once,
+            ) as file:
                 file.write(self.ctx.redacted(text))
         except OSError as error:
             self.ctx.note(f"cannot write {name}: {error.strerror}")
@@ -11061,8 +11054,8 @@ class Follower:
 
     def progress(self, progress: Progress) -> None:
         """Called by the tail before each wait, at least twice a second, and at each change."""
-        self.ctx.interrupts.check()
         self.flush()
+        self.ctx.interrupts.check()
         if reader_left(self.ctx.stdout):
             raise BrokenPipeError
         self.attendant.outcome = outcome_so_far(self.attendant.outcome, progress)

@@ -37,6 +37,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 import types
 import typing
 import unicodedata
@@ -2836,9 +2837,10 @@ def test_a_body_that_cannot_be_sent_is_a_usage_error(body: Dict[str, Any], words
     assert server.requests == []
 
 
-def workers() -> List[threading.Thread]:
-    """The threads of exchanges that are alive."""
-    return [thread for thread in threading.enumerate() if isinstance(thread, mogplex.Worker)]
+def workers() -> List[str]:
+    """What the threads of exchanges that are alive are doing."""
+    stacks = ["".join(traceback.format_stack(frame)) for frame in sys._current_frames().values()]
+    return [stack for stack in stacks if "self.send_request()" in stack or "self._read(" in stack]
 
 
 def descriptors() -> int:
@@ -10318,3 +10320,15 @@ def test_a_dotenv_file_that_cannot_be_written_is_known_before_a_run_is_paid_for(
         result = cli("run", "--repo", "r", "x", "--dotenv", str(tmp_path), env=service(server.url))
     assert (result.code, result.err) == (2, f"error: --dotenv {tmp_path}: Is a directory\n")
     assert server.requests == []
+
+
+@pytest.mark.posix
+def test_a_dotenv_fifo_without_a_reader_does_not_hang(
+    cli: Callable[..., Result], tmp_path: Any,
+) -> None:
+    fifo = tmp_path / "run.env"
+    os.mkfifo(fifo)
+    with one_answer(ok(RUN)) as server:
+        result = cli("run", "--repo", "r", "x", "--dotenv", str(fifo), env=service(server.url))
+    assert (result.code, server.requests) == (2, [])
+    assert result.err == f"error: --dotenv {fifo}: {os.strerror(errno.ENXIO)}\n"
