@@ -4111,9 +4111,14 @@ def paint(status: str, colour: bool) -> str:
     return f"\x1b[{code}m{status}\x1b[0m"
 
 
+def has_all_characters(encoding: Optional[str]) -> bool:
+    """Whether an encoding is one of Unicode."""
+    return (encoding or "").lower().startswith("utf")
+
+
 def newline_mark(encoding: Optional[str]) -> str:
     """What stands for a newline inside a line; only the encodings of Unicode have a sign for it."""
-    if (encoding or "").lower().startswith("utf"):
+    if has_all_characters(encoding):
         return " \u23ce "
     return " | "
 
@@ -4142,6 +4147,77 @@ def ndjson_lines(records: Sequence[object], texts: Sequence[str]) -> str:
     return lines
 
 
+# -- The value at a path
+
+
+LIST_INDEX = re.compile(r"[0-9]{1,9}\Z")
+LINE_BREAKERS = re.compile(f"{NEWLINES.pattern}|{INVISIBLES.pattern}|[\t\ud800-\udfff]")
+NOT_ASCII_LINE = re.compile("[^ -~]")
+
+
+def read_path(text: str) -> str:
+    """The value of ``--get``."""
+    if "" in text.split("."):
+        example = "such as runId or branch.working"
+        raise UsageError(f"--get takes names with dots between them, {example}, not '{text}'")
+    return text
+
+
+def key_at(record: Json, path: str) -> str:
+    """The key that ``path`` begins with: its first word, or more, as a key can have dots in it."""
+    ended = f"{path}."
+    keys = [key for key in record if ended.startswith(f"{key}.")]
+    return min(keys, key=len, default=path)
+
+
+def item_at(items: List[Any], place: str) -> object:
+    """The item at a place, counted from 0; None where there is none."""
+    if not LIST_INDEX.match(place) or int(place) >= len(items):
+        return None
+    return items[int(place)]
+
+
+def value_at(value: object, path: str) -> object:
+    """The value at a dotted path of keys, and of places in lists; None where there is none."""
+    while path:
+        if isinstance(value, dict):
+            head = key_at(value, path)
+            value = value.get(head)
+        elif isinstance(value, list):
+            head = path.partition(".")[0]
+            value = item_at(value, head)
+        else:
+            return None
+        path = path[len(head) + 1:]
+    return value
+
+
+def _as_in_json(match: Match[str]) -> str:
+    """A character as a string of JSON spells it."""
+    return to_json(match.group())[1:-1]
+
+
+def bare(text: str, encoding: Optional[str]) -> str:
+    """``text`` as one line; what would end it, or cannot be seen or written, as in JSON.
+
+    So is a character of what a CI runner would obey.
+    """
+    escaped = LINE_BREAKERS if has_all_characters(encoding) else NOT_ASCII_LINE
+    line = escaped.sub(_as_in_json, text)
+    line = CI_COMMAND_AT_START.sub(r"\1\\u003a", line)
+    return CI_COMMAND_ANYWHERE.sub(r"#\\u0023", line)
+
+
+def value_line(record: object, path: str, encoding: Optional[str]) -> str:
+    """What ``--get`` prints of a record: a string bare, anything else as JSON, "" for null."""
+    value = value_at(record, path)
+    if value is None:
+        return ""
+    if isinstance(value, str):
+        return bare(value, encoding)
+    return ndjson(value)
+
+
 def shown(record: Json, *keys: str) -> str:
     """The text at ``record[key][key]...``, harmless; "" for none."""
     return sanitize(text_of(record, *keys))
@@ -4157,6 +4233,7 @@ class Setting(NamedTuple):
     now: Optional[float] = None         # ages are shown instead of times where it is given
     width: Optional[int] = None         # of the terminal
     repo_names: Mapping[str, str] = {}  # by id
+    json_line: Callable[[object], str] = ndjson
 
 
 Cell = Callable[[Json, Setting], str]
@@ -4301,8 +4378,8 @@ def tab_separated(records: Listed, columns: Columns, setting: Setting) -> str:
 
 
 def json_list(records: Listed, columns: Columns, setting: Setting) -> str:
-    """The records as they came, one JSON object a line."""
-    return "\n".join(map(ndjson, records))
+    """The records as they came, one JSON object a line, or with --get one value."""
+    return "\n".join(map(setting.json_line, records))
 
 
 # A list in another format is one more function here.
@@ -10298,6 +10375,11 @@ def trusted_certificates(environ: Mapping[str, str]) -> Union[bool, str]:
     return True
 
 
+def without_ours(environ: Mapping[str, str]) -> Dict[str, str]:
+    """The environment for another program: none of our variables, the token among them."""
+    return {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_")}
+
+
 def open_browser(environ: Mapping[str, str], url: str) -> bool:
     """Open a page in the user's browser; whether there was one.
 
@@ -10306,11 +10388,11 @@ def open_browser(environ: Mapping[str, str], url: str) -> bool:
     """
     import subprocess
     program = "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))"
-    clean = {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_")}
     nothing = subprocess.DEVNULL
     code = subprocess.call(
         [sys.executable, "-I", "-c", program, url],
-        env=clean, stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
+        env=without_ours(environ),
+        stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
     )
     return code == 0
 
@@ -10338,6 +10420,7 @@ class Context:
         self.stdout = stdout
         self.stderr = stderr
         self.list_format = "table"  # of LIST_FORMATS
+        self.get_path = ""          # of --get: the value that is printed of each JSON record
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
         self.in_demo = False
         self.credential: Optional[Credential] = None  # the one in use
@@ -10426,10 +10509,16 @@ class Context:
             discard(self.stdout)
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
 
+    def json_line(self, record: object) -> str:
+        """A record's line with --json; with --get, of its value at that path."""
+        if self.get_path:
+            return value_line(record, self.get_path, self.stdout and self.stdout.encoding)
+        return ndjson(record)
+
     def emit_record(self, record: Json, text: str) -> int:
         """A record, with --json as it came and else as ``text``; the exit code."""
         if self.as_json:
-            self.emit(ndjson(record))
+            self.emit(self.json_line(record))
         else:
             self.emit(text)
         return Exit.OK
@@ -10454,7 +10543,7 @@ class Context:
         self, records: Sequence[Json], columns: Sequence[Column], repo_names: Mapping[str, str],
     ) -> str:
         """Records in the format in force; a table is tab-separated where tabulate is missing."""
-        setting = Setting(self.colour, self.now, self.width, repo_names)
+        setting = Setting(self.colour, self.now, self.width, repo_names, self.json_line)
         try:
             return LIST_FORMATS[self.list_format](records, columns, setting)
         except ImportError:
@@ -10518,6 +10607,64 @@ def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
     return run_id
 
 
+GIT_S = 10.0  # for what needs no network; a file system can be slow
+GITHUB_URL = re.compile(r"""
+    (?: (?:https|ssh):// (?:[^/]*@)? (?:www\.|ssh\.)? github\.com (?: :\d+)? /
+      | (?:[^/@:]+@)? github\.com: /?              # as scp spells it
+    )
+    ( [\w.-]+ / [\w.-]+? ) (?:\.git)? /? \Z
+    """, re.VERBOSE | re.ASCII | re.IGNORECASE)
+
+
+def git_output(environ: Mapping[str, str], *words: str) -> str:
+    """What a git command that needs no network prints; UsageError where it does not end well.
+
+    It never asks anything, and gets none of our variables.
+    """
+    import shutil
+    import subprocess
+    git = shutil.which("git", path=environ.get("PATH"))
+    if git is None or not os.path.isabs(git):  # Windows looks in the checkout first
+        raise UsageError("git is not installed")
+    clean = {**without_ours(environ), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
+    try:
+        done = subprocess.run(
+            [git, *words], env=clean, stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_S)
+    except subprocess.TimeoutExpired:
+        raise UsageError(f"git does not answer within {GIT_S:g} s") from None
+    except OSError as error:
+        raise UsageError(f"git cannot be started: {error.strerror}") from None
+    if done.returncode:
+        reason = re.search("^(?:fatal|error): (.*)", done.stderr.decode("utf-8", "replace"), re.M)
+        raise UsageError("git: " + _without_user_info(reason.group(1) if reason else "it failed"))
+    return done.stdout.decode("utf-8", "replace")
+
+
+def origin_repo(environ: Mapping[str, str]) -> str:
+    """The owner/name of the GitHub repo that this checkout came from; UsageError for none.
+
+    The URL is never shown: it can hold a password.
+    """
+    hint = "run this in a checkout whose remote 'origin' is on github.com, or give owner/name"
+    try:
+        url = git_output(environ, "remote", "get-url", "origin")
+    except UsageError as error:
+        raise UsageError(f"repo '.': {error.message}", hint=hint) from None
+    match = GITHUB_URL.match(url.rstrip("\r\n"))
+    if not match:
+        raise UsageError("repo '.': the remote 'origin' is not on github.com", hint=hint)
+    return match.group(1)
+
+
+def repo_meant(ctx: Context, given: str) -> str:
+    """``given``, but for ``.`` the owner/name of this checkout's origin, which stderr tells."""
+    if given != ".":
+        return given
+    name = origin_repo(ctx.environ)
+    ctx.note(f"repo {name} (origin of this checkout)")
+    return name
+
+
 def resolve_repo(client: Client, given: str) -> Json:
     """The repo meant by an id or by owner/name; only the latter needs a request."""
     if "/" not in given:
@@ -10526,6 +10673,41 @@ def resolve_repo(client: Client, given: str) -> Json:
         if text_of(repo, "full_name").lower() == given.lower():
             return repo
     raise unknown_repo(given)
+
+
+REPO_NAMES_S = 5.0  # for what a list can do without
+
+
+def repo_names(ctx: Context, repo_ids: Iterable[str]) -> Dict[str, str]:
+    """The names of repos by id, in one short request; none where that fails, or nothing is asked.
+
+    The service lists some 200 repos, but finds a single one among any number.
+    """
+    asked = set(repo_ids)
+    if not asked:
+        return {}
+    one = asked.pop() if len(asked) == 1 else ""
+    times = {"timeout_s": REPO_NAMES_S, "connect_timeout_s": REPO_NAMES_S}
+    found: List[Json] = []
+    with contextlib.suppress(MogplexError):
+        with ctx.client(ctx.credential, tries=1, **times) as client:
+            found = client.repos(repo_id=one, limit=MAX_LIMIT)
+    names = {text_of(repo, "id"): text_of(repo, "full_name") for repo in found}
+    return {repo_id: name for repo_id, name in names.items() if name}
+
+
+def resolve_sandbox(client: Client, given: str) -> str:
+    """The id of the sandbox meant by that, or by the provider's, which is looked up."""
+    if not given.startswith("sbx_"):
+        return given
+    for sandbox in client.sandboxes(limit=MAX_LIMIT):
+        if text_of(sandbox, "sandbox_id") == given:
+            return text_of(sandbox, "id")
+    raise MogplexError(
+        f"the service lists no sandbox '{given}'",
+        code="NOT_FOUND",
+        hint="find IDs via `mogplex sandboxes list`",
+    )
 
 
 def read_all(stream: Any, most: int) -> bytes:
@@ -10925,7 +11107,9 @@ class EventPrinter:
         self.events = []
         self.texts = []
         self.held = 0
-        if self.ctx.as_json:
+        if self.ctx.get_path:
+            self.ctx.emit("\n".join(map(self.ctx.json_line, events)))
+        elif self.ctx.as_json:
             self.ctx.emit(ndjson_lines(events, texts))
         else:
             self.ctx.emit("\n".join([event_line(event, self.newline) for event in events]))
@@ -11066,7 +11250,7 @@ class Follower:
         outcome = outcome_of_verdict(verdict)
         self.attendant.outcome = outcome
         if self.ctx.as_json:
-            self.ctx.emit(ndjson(verdict_json(verdict)))
+            self.ctx.emit(self.ctx.json_line(verdict_json(verdict)))
         else:
             status = paint(sanitize(verdict.status), self.ctx.colour)
             self.ctx.emit(f"--- run {sanitize(verdict.run_id)} {status} ---")
@@ -11142,6 +11326,7 @@ def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
     repo_name = starting.repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
     if not repo_name:
         raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
+    repo_name = repo_meant(ctx, repo_name)
     task = read_prompt(ctx, words, starting.prompt_file)
     report = CiReport(ctx, task, following.dotenv)
     with Attendant(ctx, report, following.cancel_on_interrupt) as attendant, ctx.client() as client:
@@ -11161,7 +11346,12 @@ def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
     """The runs that were started here, and the starts whose answer never came."""
     remembered = ctx.home.history(ctx.base_url)
     records = remembered[:limit]
-    ctx.emit_list(records, "no runs started from here yet", HISTORY_COLUMNS)
+    names: Dict[str, str] = {}
+    if not ctx.as_json:
+        repos = [text_of(record, "repo") for record in records]
+        names = repo_names(ctx, [repo for repo in repos if repo and "/" not in repo])
+    ctx.emit_list(
+        records, "no runs started from here yet", HISTORY_COLUMNS, repo_names=names)
     if len(remembered) > limit:
         ctx.note(f"only the newest {limit} of {len(remembered)} are listed")
     if not all(text_of(record, "id") for record in records):
@@ -11233,21 +11423,23 @@ def cmd_sandboxes_list(
     ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT,
 ) -> int:
     """``sandboxes list``."""
-    repo_id = ""
-    names: Dict[str, str] = {}
+    wanted: Json = {}
+    repo = repo_meant(ctx, repo)
     with ctx.client() as client:
         if repo:
             wanted = resolve_repo(client, repo)
-            repo_id = text_of(wanted, "id")
-            names[repo_id] = text_of(wanted, "full_name") or repo_id
+        repo_id = text_of(wanted, "id")
         sandboxes = client.sandboxes(repo_id=repo_id, status=status, limit=limit)
+    names = {repo_id: text_of(wanted, "full_name")}
+    if not names[repo_id] and not ctx.as_json:
+        names = repo_names(ctx, [text_of(sandbox, "repo_id") for sandbox in sandboxes])
     return ctx.emit_list(sandboxes, "no sandboxes", SANDBOX_COLUMNS, limit, names)
 
 
 def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:
     """``sandboxes logs``."""
     with ctx.client() as client:
-        logs = client.sandbox_logs(sandbox_id)
+        logs = client.sandbox_logs(resolve_sandbox(client, sandbox_id))
     text = logs_text(logs)
     if not text and not ctx.as_json:
         ctx.note("no logs yet")
@@ -11258,8 +11450,9 @@ def cmd_sandboxes_logs(ctx: Context, sandbox_id: str) -> int:
 def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
     """``sandboxes stop``: sent, so that it works from the day that the service offers it."""
     with ctx.client() as client:
+        record_id = resolve_sandbox(client, sandbox_id)
         try:
-            answer = client.stop_sandbox(sandbox_id)
+            answer = client.stop_sandbox(record_id)
         except MogplexError as error:
             if error.code or error.status not in (404, 405):
                 raise
@@ -11480,7 +11673,7 @@ RUN_ARGUMENT = Argument("RUN", "run ID; @last is the newest run started here", 1
 OPTIONAL_RUN_ARGUMENT = Argument(
     "[RUN]",
     "run ID; @last is the newest run started here (default: MOGPLEX_RUN_ID, then @last)", "?")
-SANDBOX_ARGUMENT = Argument("SANDBOX", "sandbox ID, as listed", 1)
+SANDBOX_ARGUMENT = Argument("SANDBOX", "sandbox ID, as listed, or the provider's, sbx_...", 1)
 TASK_ARGUMENT = Argument("[TASK...]", "what the agent is to do; - reads it from stdin", "*")
 
 LIMIT_OPTION = Option(
@@ -11506,6 +11699,9 @@ GLOBAL_OPTIONS = (  # before a command or after it
 HELP_OPTION = Option("--help", "", "show this help (also -h)")
 COMMON_OPTIONS = (  # of every command
     Option("--json", "", "print JSON, one object per line"),
+    Option("--get", "PATH",
+           "print only the value at PATH, such as runId or branch.working, of each object",
+           read_path, may_be_empty=False),
     *GLOBAL_OPTIONS,
     HELP_OPTION,
 )
@@ -11536,7 +11732,8 @@ SUBCOMMANDS = {
         (TASK_ARGUMENT,),
         (
             Option("--repo", "REPO",
-                   "run in this repo, an ID or owner/name (default: MOGPLEX_REPO)"),
+                   "run in this repo: an ID, owner/name, or . for this checkout's origin "
+                   "(default: MOGPLEX_REPO)"),
             Option("--harness", "NAME",
                    f"agent program: {HARNESS_NAMES} (default: the service's)",
                    known=tuple(HARNESSES)),
@@ -11580,7 +11777,8 @@ SUBCOMMANDS = {
         ("sandboxes list --status running", "sandboxes list --repo acme/web --json"),
         options=(
             Option("--repo", "REPO",
-                   "list only sandboxes of this repo, an ID or owner/name (default: all)"),
+                   "list only sandboxes of this repo: an ID, owner/name, or . for this "
+                   "checkout's origin (default: all)"),
             Option("--status", "STATUS",
                    f"list only those with this status: {SANDBOX_WORDS} (default: all)",
                    known=tuple(SANDBOX_STATUSES)),
@@ -11952,11 +12150,12 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
         raise stray_option(first)
     if not ctx.on_terminal:
         raise needs_terminal(first)
+    repo = repo_meant(ctx, ctx.environ.get("MOGPLEX_REPO", "").strip())
     return run_cockpit(
         ctx.client,
         base_url=ctx.base_url,
         home=ctx.home,
-        environ=ctx.environ,
+        environ={**ctx.environ, "MOGPLEX_REPO": repo},
         text=" ".join(words),
         attach=attach or ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip(),
         run_browser=ctx.browse,
@@ -12016,6 +12215,9 @@ def run_command(ctx: Context, argv: List[str]) -> int:
     check_verb(name, rest)
     words, options = parse_command(name, rest)
     ctx.list_format = take_format(options)
+    ctx.get_path = options.pop("get", "")
+    if ctx.get_path:
+        ctx.list_format = "json"
     note_unknown_values(ctx, name, options)
     return SUBCOMMANDS[name].function(ctx, *words, **options)
 
@@ -12032,8 +12234,8 @@ def run(ctx: Context, argv: List[str]) -> int:
     if argv[:1] != ["--logout"]:
         return command_or_cockpit(ctx, argv)
     words = argv[1:]
-    if words == ["--json"]:
-        return run_command(ctx, ["logout", "--json"])
+    if words and words[0].partition("=")[0] in ("--json", "--get"):
+        return run_command(ctx, ["logout", *words])
     if not words and not ctx.on_terminal:
         return run_command(ctx, ["logout"])
     ctx.note(logout_text(log_out(ctx)))  # stdout is for what comes after it

@@ -4679,6 +4679,65 @@ def test_json_lines_are_ascii_and_as_they_came() -> None:
     assert list(json.loads(line)) == ["b", "a", "\ud800"]
 
 
+NESTED = {
+    "runId": "r", "branch": {"working": "b", "create": False}, "none": None, "empty": "", "n": 1.5,
+    "lists": [[{"id": 7}], ["x"]], "0": {"1": "digits"}, "a.b": {"c.d": "dots"}, "": "no key",
+    "a": {"c": "short"}, "\u00fc": "u",
+}
+
+
+@pytest.mark.parametrize("path, value", [
+    ("runId", "r"), ("branch.working", "b"), ("branch", {"working": "b", "create": False}),
+    ("branch.create", False), ("none", None), ("empty", ""), ("n", 1.5),
+    ("lists.0.0.id", 7), ("lists.1.0", "x"), ("lists.1", ["x"]), ("lists.01.000", "x"),
+    ("0.1", "digits"), ("a.c", "short"), ("a.b.c.d", None), ("\u00fc", "u"),
+    ("nope", None), ("runId.x", None), ("n.5", None), ("none.x", None), ("branch.0", None),
+    ("lists.2", None), ("lists.-1", None), ("lists.x", None), ("lists.0.1", None),
+    ("lists.\u0661", None), ("lists." + "9" * 5000, None), (".".join("x" * 9999), None),
+    (" runId", None), ("RUNID", None), ("$.runId", None), ("lists[0]", None),
+])
+def test_the_value_at_a_path(path: str, value: object) -> None:
+    assert mogplex.value_at(NESTED, path) == value
+
+
+def test_a_path_finds_keys_that_contain_dots() -> None:
+    record = {"a.b": {"c.d": 1, "e": 2}, "x.y": 3, "x": {"z": 4}}
+    found = [mogplex.value_at(record, path) for path in ("a.b.c.d", "a.b.e", "x.y", "x.z", "a")]
+    assert found == [1, 2, None, 4, None]
+
+
+def test_a_path_into_a_list_of_lists() -> None:
+    assert mogplex.value_at([[{"id": "first"}], []], "0.0.id") == "first"
+    assert mogplex.value_line([{"id": 1}], "0.id", "utf-8") == "1"
+
+
+@pytest.mark.parametrize("value, line", [
+    ("plain \u2713 \"quoted\" C:\\new", "plain \u2713 \"quoted\" C:\\new"),
+    ("a\nb\r\nc\td\x00", r"a\nb\r\nc\td\u0000"),
+    ("\x1b[2J\x9b1m\x7f", r"\u001b[2J\u009b1m\u007f"),
+    ("a\u2028b\u202ec\u200bd\U000e0041", r"a\u2028b\u202ec\u200bd\udb40\udc41"),
+    ("\ud800", r"\ud800"),
+    ("::error::x", r"\u003a:error::x"), ("  ::error::x", r"  \u003a:error::x"), ("a::b", "a::b"),
+    ("\n::error::x", r"\n::error::x"),
+    ("x##[group]y ##VSO[z] ## heading", r"x#\u0023[group]y #\u0023VSO[z] ## heading"),
+    ("\x1b[0Ksection_start:1:x\r", r"\u001b[0Ksection_start:1:x\r"),
+    (None, ""), ("", ""), (True, "true"), (5, "5"), (1.5, "1.5"), ([], "[]"),
+    ({"a": ["\n", None]}, r'{"a":["\n",null]}'), (["##[group]"], r'["#\u0023[group]"]'),
+])
+def test_the_value_at_a_path_is_one_harmless_line(value: object, line: str) -> None:
+    assert mogplex.value_line({"v": value}, "v", "utf-8") == line
+
+
+def test_a_value_that_stdout_cannot_spell_is_escaped() -> None:
+    assert mogplex.value_line({"v": "caf\u00e9 \u2713"}, "v", "cp1252") == r"caf\u00e9 \u2713"
+
+
+def test_a_value_of_any_size_is_a_line_in_linear_time() -> None:
+    for part in ("::", "##", "#[", " :", "\x1b[", "a\n"):
+        line = mogplex.value_line({"v": part * 500_000}, "v", "utf-8")
+        assert len(line) >= 1_000_000 and line.isprintable()
+
+
 REPO_ID = "8f3a2b1c-1234-4abc-9def-1234567890ab"
 WIDE_REPO = {"id": REPO_ID, "full_name": "acme/web", "default_branch": "a-long-branch-indeed" * 4}
 
@@ -7812,9 +7871,9 @@ def test_a_usage_error_names_the_help_that_has_the_answer(
 
 
 def empty_options(name: str) -> List[str]:
-    """Every option of a command that takes a value, but a key, with an empty one."""
-    flags = [option.flag for option in mogplex.options_of(name) if option.value]
-    return [word for flag in flags for word in (flag, "") if flag != "--idempotency-key"]
+    """Every option of a command that takes a value which may be empty, with an empty one."""
+    options = [option for option in mogplex.options_of(name) if option.may_be_empty]
+    return [word for option in options if option.value for word in (option.flag, "")]
 
 
 @pytest.mark.parametrize("name", ["sandboxes list", "repos list", "runs list"])
@@ -8272,11 +8331,162 @@ def test_sandboxes_list(run_demo: Callable[..., Result]) -> None:
 
 def test_sandboxes_list_by_an_id_and_by_a_status(run_demo: Callable[..., Result]) -> None:
     by_id = run_demo("sandboxes", "list", "--repo", mogplex.DEMO_WEB, "--status", "error")
-    assert f"  {mogplex.DEMO_WEB}  " in by_id.out
+    assert "  acme/web  " in by_id.out
     none = run_demo("sandboxes", "list", "--status", "pausing")
     assert none == Result(0, "", "no sandboxes\n")
     paused = run_demo("sandboxes", "list", "--status", "paused", "--json")
     assert json.loads(paused.out)["status"] == "paused"
+
+
+REPO_ROW = {"id": "R1", "full_name": "acme/one"}
+BOX = {"id": "B1", "sandbox_id": "sbx_1", "repo_id": "R1", "status": "running"}
+
+
+def paths_asked(server: RawServer) -> List[str]:
+    """The path and query of each request that a server got."""
+    return [request.split()[1].replace("/api/v1/mogplex", "") for request in server.requests]
+
+
+def repos_answering(repos: Any) -> RawServer:
+    """A service with some sandboxes that answers ``repos``, bytes or None, for its repos."""
+    boxes = [BOX, {**BOX, "id": "B2", "repo_id": "R2"}]
+
+    def reply(number: int, request: str, connection: socket.socket) -> Any:
+        if " /api/v1/mogplex/repos" in request:
+            return repos
+        return ok({"sandboxes": boxes})
+
+    return RawServer(reply)
+
+
+def test_sandboxes_list_names_repos_by_a_second_request_for_people_alone(
+    cli: Callable[..., Result],
+) -> None:
+    with repos_answering(ok({"repos": [REPO_ROW, {"id": "R2", "full_name": None}, {}]})) as server:
+        table = cli("sandboxes", "list", env=service(server.url))
+        assert paths_asked(server) == ["/sandboxes?limit=200", "/repos?limit=200"]
+        names = [line.split()[1] for line in table.out.splitlines()]
+        assert (table.code, names, table.err) == (0, ["REPO", "acme/one", "R2"], "")
+        for flags in (["--json"], ["--get", "repo_id"]):
+            assert cli("sandboxes", "list", *flags, env=service(server.url)).code == 0
+        assert len(server.requests) == 4
+
+
+def test_sandboxes_of_a_repo_that_was_named_need_no_second_look(cli: Callable[..., Result]) -> None:
+    with repos_answering(ok({"repos": [REPO_ROW]})) as server:
+        named = cli("sandboxes", "list", "--repo", "acme/one", env=service(server.url))
+        assert "acme/one" in named.out and len(server.requests) == 2
+
+
+def test_the_name_of_a_single_repo_is_asked_for_by_its_id(cli: Callable[..., Result]) -> None:
+    def reply(number: int, request: str, connection: socket.socket) -> bytes:
+        return ok({"sandboxes": [BOX], "repos": [REPO_ROW]})
+
+    with RawServer(reply) as server:
+        assert "acme/one" in cli("sandboxes", "list", "--repo", "R1", env=service(server.url)).out
+        assert paths_asked(server)[1] == "/repos?id=R1&limit=200"
+
+
+@pytest.mark.parametrize("repos", [
+    refusal(429, "RATE_LIMITED", "slow down", Retry_After="60"), refusal(401, "UNAUTHORIZED", "no"),
+    refusal(403, "FORBIDDEN", "no"), refusal(503, "SERVICE_UNAVAILABLE", "down"), answer(500),
+    ok({"repos": None}), ok({"repos": ["odd", {"id": ["R1"], "full_name": {}}]}),
+    answer(200, "<html>"), b"", None,
+])
+def test_sandboxes_list_does_without_names_that_cannot_be_had(
+    cli: Callable[..., Result], repos: Optional[bytes],
+) -> None:
+    with repos_answering(repos) as server:
+        result = cli("sandboxes", "list", env=service(server.url))
+        assert len(server.requests) == 2  # which is not sent again
+    repo_cells = [line.split()[1] for line in result.out.splitlines()]
+    assert (result.code, repo_cells, result.err) == (0, ["REPO", "R1", "R2"], "")
+
+
+def test_sandboxes_list_does_not_wait_long_for_names(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert mogplex.REPO_NAMES_S <= 5.0
+    monkeypatch.setattr(mogplex, "REPO_NAMES_S", 0.2)
+    over = threading.Event()
+
+    def reply(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        if number == 1:
+            return ok({"sandboxes": [BOX]})
+        over.wait(60)
+        return None
+
+    with RawServer(reply) as server:
+        with ended_within(20):
+            result = cli("sandboxes", "list", env=service(server.url))
+        over.set()
+    assert result.code == 0 and " R1 " in result.out
+
+
+def test_an_empty_list_of_sandboxes_needs_no_names(cli: Callable[..., Result]) -> None:
+    with one_answer(ok({"sandboxes": []})) as server:
+        assert cli("sandboxes", "list", env=service(server.url)) == Result(0, "", "no sandboxes\n")
+        assert len(server.requests) == 1
+
+
+def remember_runs(home: Any, url: str, *repos: str) -> None:
+    """Remembered runs, on these repos."""
+    records = [{"id": f"run-{repo}", "service": url, "repo": repo, "task": "t",
+                "time": "2026-11-24T04:25:54Z"} for repo in repos]
+    home.mkdir(exist_ok=True)
+    (home / "runs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_runs_list_asks_for_names_only_where_an_id_was_remembered(
+    cli: Callable[..., Result], tmp_path: Any,
+) -> None:
+    with one_answer(ok({"repos": [REPO_ROW]})) as server:
+        env = service(server.url)
+        remember_runs(tmp_path / "home", server.url, "acme/web", "acme/api")
+        assert cli("runs", "list", env=env).code == 0 and server.requests == []
+        remember_runs(tmp_path / "home", server.url, "acme/web", "R1")
+        assert "R1" in cli("runs", "list", "--json", env=env).out and server.requests == []
+        listed = cli("runs", "list", env=env)
+        assert [line.split()[1] for line in listed.out.splitlines()] == ["REPO", "acme/one", "acme/web"]
+        assert paths_asked(server) == ["/repos?id=R1&limit=200"]
+
+
+@pytest.mark.parametrize("token", [TOKEN, "", "mog_\nx"])
+def test_runs_list_works_offline_and_without_a_token(
+    cli: Callable[..., Result], tmp_path: Any, token: str,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    remember_runs(tmp_path / "home", url, "R1")
+    listed = cli("runs", "list", env=service(url, token))
+    assert (listed.code, listed.err) == (0, "") and " R1 " in listed.out
+
+
+def test_the_provider_s_id_of_a_sandbox_is_looked_up(
+    run_demo: Callable[..., Result], demo: mogplex.DemoServer,
+) -> None:
+    box = mogplex.DEMO_SANDBOXES[0]
+    by_record = run_demo("sandboxes", "logs", box.id)
+    assert run_demo("sandboxes", "logs", str(box.sandbox_id)) == by_record and by_record.code == 0
+
+
+def test_the_provider_s_id_of_a_sandbox_to_stop_is_looked_up(cli: Callable[..., Result]) -> None:
+    def reply(number: int, request: str, connection: socket.socket) -> bytes:
+        if request.startswith("GET"):
+            return ok({"sandboxes": [{"id": "B0", "sandbox_id": None}, BOX, {**BOX, "id": "old"}]})
+        return ok({"sandbox": {"id": "B1", "status": "stopped"}})
+
+    with RawServer(reply) as server:
+        stopped = cli("sandboxes", "stop", "sbx_1", env=service(server.url))
+        assert paths_asked(server) == ["/sandboxes?limit=200", "/sandboxes/B1/stop"]
+    assert stopped == Result(0, "stop requested for sandbox sbx_1\nstatus: stopped\n", "")
+
+
+@pytest.mark.parametrize("verb", ["logs", "stop"])
+def test_a_provider_s_id_that_is_not_listed(run_demo: Callable[..., Result], verb: str) -> None:
+    assert run_demo("sandboxes", verb, "sbx_nope\x1b[2J") == Result(
+        1, "", "error: NOT_FOUND: the service lists no sandbox 'sbx_nope'\n"
+        "find IDs via `mogplex sandboxes list`\n")
 
 
 def test_stopping_a_sandbox_is_not_offered_until_it_is(
@@ -9379,6 +9589,296 @@ def test_logout_alone_and_before_a_command(
     cli: Callable[..., Result], argv: List[str], out: str, err: str,
 ) -> None:
     assert cli(*argv) == Result(0, out, err)
+
+
+def test_logout_before_anything_else_can_print_one_value(cli: Callable[..., Result]) -> None:
+    assert cli("--logout", "--get", "forgotten") == Result(0, "false\n", "")
+    assert cli("--logout", "--get=forgotten", "--json") == Result(0, "false\n", "")
+
+
+# -- One value of each record
+
+
+@pytest.mark.parametrize("name", list(mogplex.SUBCOMMANDS))
+def test_every_command_with_json_has_get(name: str) -> None:
+    flags = mogplex.flags_of(name)
+    assert ("--get" in flags) is ("--json" in flags)
+
+
+@pytest.mark.parametrize("argv", [
+    ["repos", "list"], ["runs", "list"], ["runs", "get", mogplex.DEMO_RUNS[0].id],
+    ["runs", "events", mogplex.DEMO_RUNS[0].id], ["runs", "cancel", mogplex.DEMO_RUNS[0].id],
+    ["runs", "events", mogplex.DEMO_RUNS[0].id, "--follow"],
+    ["sandboxes", "list"], ["sandboxes", "logs", mogplex.DEMO_SANDBOXES[0].id],
+    ["login", "status"], ["logout"],
+])
+def test_a_value_that_is_missing_is_an_empty_line_for_each_record(
+    run_demo: Callable[..., Result], argv: List[str],
+) -> None:
+    flat = run_demo(*argv, "--json")
+    got = run_demo(*argv, "--get", "no.such.value")
+    assert (got.code, got.err) == (flat.code, flat.err)
+    assert got.out == "\n" * len(flat.out.splitlines())
+
+
+@pytest.mark.parametrize("argv, path, out", [
+    (["repos", "list", "--query", "acme/docs"], "root_directory", "website\n"),
+    (["repos", "list", "--query", "acme/"], "root_directory", "\n" "website\n" "\n\n"),
+    (["repos", "list", "--query", "acme/api"], "installation_id", "51423907\n"),
+    (["runs", "get", mogplex.DEMO_RUNS[0].id, "--json"], "status", "success\n"),
+    (["runs", "get", mogplex.DEMO_RUNS[0].id], "branch.createBranch", "false\n"),
+    (["runs", "cancel", mogplex.DEMO_RUNS[0].id], "run.status", "success\n"),
+    (["sandboxes", "logs", mogplex.DEMO_SANDBOXES[0].id], "lifecycle_events.0.event_type", "sandbox_created\n"),
+    (["login", "status"], "state", "accepted\n"),
+])
+def test_get_prints_one_value_of_each_record(
+    run_demo: Callable[..., Result], argv: List[str], path: str, out: str,
+) -> None:
+    assert run_demo(*argv, "--get", path) == Result(0, out, "")
+
+
+def test_get_goes_before_json_wherever_it_stands(run_demo: Callable[..., Result]) -> None:
+    argv = ["runs", "get", mogplex.DEMO_RUNS[0].id]
+    for flags in (["--json", "--get", "status"], ["--get=status", "--json"]):
+        assert run_demo(*argv, *flags).out == "success\n"
+
+
+def test_get_gives_a_script_the_id_of_the_run_that_it_starts(run_demo: Callable[..., Result]) -> None:
+    started = run_demo("run", "--repo", "acme/web", "x", "--get", "runId")
+    assert (started.code, started.err) == (0, "") and mogplex.is_uuid(started.out[:-1])
+    assert run_demo("runs", "get", started.out.strip(), "--get", "runId") == started
+
+
+def test_with_follow_events_and_the_verdict_are_lines_too(run_demo: Callable[..., Result]) -> None:
+    argv = ["run", "--repo", "acme/web", "--follow", "--quiet", "x"]
+    started, *events, verdict = run_demo(*argv, "--get", "runId").out.splitlines()
+    assert mogplex.is_uuid(started) and verdict == started
+    assert len(events) > 3 and set(events) == {""}
+    statuses = run_demo(*argv, "--get", "status").out.splitlines()
+    assert (statuses[0], statuses[-1]) == ("pending", "success")
+    types = run_demo("runs", "events", started, "--follow", "--get", "type").out.splitlines()
+    assert types[0] == "started" and types[-2:] == ["finished", ""]
+
+
+def test_get_never_changes_the_exit_code(run_demo: Callable[..., Result]) -> None:
+    failed = run_demo("run", "--repo", "acme/web", "--follow", "--quiet", "fail", "--get", "error")
+    assert failed.code == 1 and failed.out.endswith("\nAgent run exited with code 1.\n")
+    refused = run_demo("run", "--repo", "acme/web", "refuse", "--get", "status")
+    assert (refused.code, refused.out) == (1, "failed\n")
+    assert run_demo("runs", "get", "nope", "--get", "status").out == ""
+
+
+def test_get_prints_no_command_to_a_ci_runner(cli: Callable[..., Result]) -> None:
+    texts = ["::error::x", " ::add-mask::y", "z ##[group]", "\x1b[0Ksection_start:1:a\r\x1b[0Kb", "c\nd"]
+    events = [{"type": "log", "message": text, "payload": {"logs": [text]}} for text in texts]
+    with one_answer(ok({"run": {"runId": "r", "status": "success"}, "events": events})) as server:
+        for follow in ([], ["--follow"]):
+            argv = ["runs", "events", "r", *follow]
+            out = cli(*argv, "--get", "message", env=service(server.url)).out.splitlines()
+            assert out[:5] == [
+                r"\u003a:error::x", r" \u003a:add-mask::y", r"z #\u0023[group]",
+                r"\u001b[0Ksection_start:1:a\r\u001b[0Kb", r"c\nd"]
+            in_lists = cli(*argv, "--get", "payload.logs", env=service(server.url)).out
+            assert "##[" not in in_lists and "\x1b" not in in_lists
+
+
+def test_get_never_prints_the_token(cli: Callable[..., Result]) -> None:
+    with one_answer(ok({"run": {"runId": "r", "error": f"x {TOKEN} \n {TOKEN[:9]}\n{TOKEN[9:]}"}})) as server:
+        got = cli("runs", "get", "r", "--get", "error", env=service(server.url))
+    assert got == Result(0, "x *** \\n ***\n", "")
+
+
+@pytest.mark.parametrize("path", [".runId", "runId.", "a..b", "."])
+def test_a_path_with_an_empty_name_is_refused_before_a_run_is_paid_for(
+    cli: Callable[..., Result], path: str,
+) -> None:
+    with one_answer(ok({"runId": "r"})) as server:
+        refused = cli(*RUN_IT, "x", "--get", path, env=service(server.url))
+        assert server.requests == []
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err == (
+        "error: --get takes names with dots between them, such as runId or branch.working, "
+        f"not '{path}'\n")
+
+
+def test_an_empty_path_is_a_script_s_lost_variable(cli: Callable[..., Result]) -> None:
+    assert cli("repos", "list", "--get", "") == Result(
+        2, "", "error: repos list: --get is empty\nsee: mogplex repos list --help\n")
+
+
+# -- The repo of a checkout
+
+
+@pytest.fixture
+def checkout(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """``checkout(url)``: the current directory is one in a repo with that origin; "" for none."""
+    def make(url: str) -> None:
+        below = tmp_path / "checkout" / "below"
+        below.mkdir(parents=True)
+        monkeypatch.chdir(below)
+        subprocess.run(["git", "init", "-q", ".."], check=True)
+        if url:
+            subprocess.run(["git", "remote", "add", "origin", url], check=True)
+    return make
+
+
+@pytest.mark.parametrize("url, name", [
+    ("https://github.com/o/r", "o/r"), ("https://github.com/o/r.git", "o/r"),
+    ("https://github.com/o/r.git/", "o/r"), ("https://www.github.com/o/r", "o/r"),
+    ("https://me:s3cret@github.com/o/r.git", "o/r"), ("https://x@y@GitHub.com:443/O/R.js", "O/R.js"),
+    ("ssh://git@github.com/o/r.git", "o/r"), ("ssh://git@ssh.github.com:443/o/r", "o/r"),
+    ("git@github.com:o/r.git", "o/r"), ("git@github.com:/o/r", "o/r"), ("github.com:o/.github", "o/.github"),
+    ("org-12@github.com:o/r-_.x.git", "o/r-_.x"),
+    ("https://gitlab.com/o/r", None), ("git@gitlab.com:o/r", None), ("../r.git", None),
+    ("https://github.com.evil.example/o/r", None), ("https://evil.example/@github.com/o/r", None),
+    ("https://evil.example/github.com:o/r", None), ("http://github.com/o/r", None),
+    ("https://github.com/o", None), ("https://github.com/o/r/x", None), ("/github.com/o/r", None),
+    ("file:///github.com/o/r", None), ("https://github.com/o/r?x", None), ("git@github.com:o/\u00e9", None),
+    ("@" * 100_000, None), ("https://" + "a@" * 100_000, None), ("github.com:o/" + ".git" * 50_000 + "!", None),
+])
+def test_the_repo_that_a_remote_names(url: str, name: Optional[str]) -> None:
+    match = mogplex.GITHUB_URL.match(url)
+    assert (match and match.group(1)) == name
+
+
+@pytest.mark.parametrize("url", [
+    "https://github.com/acme/web.git", "git@github.com:acme/web.git", "ssh://git@github.com/acme/web",
+    "https://me:s3cretword@github.com/Acme/Web",
+])
+def test_a_dot_is_the_repo_of_this_checkout(
+    run_demo: Callable[..., Result], checkout: Callable[[str], None], url: str,
+) -> None:
+    checkout(url)
+    started = run_demo("run", "--repo", ".", "x", "--get", "repoId")
+    assert (started.code, started.out) == (0, f"{mogplex.DEMO_WEB}\n")
+    assert started.err.lower() == "repo acme/web (origin of this checkout)\n"
+    assert run_demo("run", "x", "--get", "repoId", MOGPLEX_REPO=".") == started
+    boxes = run_demo("sandboxes", "list", "--repo", ".", "--get", "repo_id")
+    assert (boxes.code, set(boxes.out.split())) == (0, {mogplex.DEMO_WEB})
+
+
+def test_a_checkout_s_origin_counts_as_git_would_use_it(
+    run_demo: Callable[..., Result], checkout: Callable[[str], None],
+) -> None:
+    checkout("hub:acme/web")
+    subprocess.run(["git", "config", "url.https://github.com/.insteadOf", "hub:"], check=True)
+    assert run_demo("run", "--repo", ".", "x", "--get", "repoId").out == f"{mogplex.DEMO_WEB}\n"
+
+
+def test_without_a_repo_a_run_in_a_checkout_is_still_a_usage_error(
+    run_demo: Callable[..., Result], checkout: Callable[[str], None],
+) -> None:
+    checkout("https://github.com/acme/web.git")
+    assert run_demo("run", "x").err.startswith("error: run: --repo <id> is required")
+
+
+def test_a_checkout_of_a_repo_that_the_service_does_not_list(
+    run_demo: Callable[..., Result], checkout: Callable[[str], None],
+) -> None:
+    checkout("https://github.com/no/such.git")
+    result = run_demo("run", "--repo", ".", "x")
+    assert result.code == 1 and "the service lists no repo 'no/such'" in result.err
+
+
+CHECKOUT_HINT = "run this in a checkout whose remote 'origin' is on github.com, or give owner/name\n"
+
+
+@pytest.mark.parametrize("url, problem", [
+    ("https://me:s3cretword@gitlab.com/o/r.git", "the remote 'origin' is not on github.com"),
+    ("", "git: No such remote 'origin'"),
+])
+def test_an_origin_that_is_not_on_github(
+    run_demo: Callable[..., Result], checkout: Callable[[str], None], url: str, problem: str,
+) -> None:
+    checkout(url)
+    for argv in (["run", "--repo", ".", "x"], ["sandboxes", "list", "--repo", "."]):
+        assert run_demo(*argv) == Result(2, "", f"error: repo '.': {problem}\n{CHECKOUT_HINT}")
+
+
+def test_a_dot_outside_a_checkout(
+    run_demo: Callable[..., Result], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    result = run_demo("run", "--repo", ".", "x")
+    assert (result.code, result.out) == (2, "")
+    assert result.err.startswith("error: repo '.': git: not a git repository")
+    assert result.err.endswith(CHECKOUT_HINT)
+
+
+def test_a_dot_without_git(run_demo: Callable[..., Result], tmp_path: Any) -> None:
+    result = run_demo("run", "--repo", ".", "x", PATH=str(tmp_path))
+    assert result == Result(2, "", f"error: repo '.': git is not installed\n{CHECKOUT_HINT}")
+
+
+def test_a_git_in_the_checkout_itself_is_not_run(
+    run_demo: Callable[..., Result], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copy(sys.executable, tmp_path / ("git.exe" if os.name == "nt" else "git"))
+    monkeypatch.chdir(tmp_path)
+    result = run_demo("run", "--repo", ".", "x", PATH=".")
+    assert result.err.startswith("error: repo '.': git is not installed\n")
+
+
+@pytest.fixture
+def false_git(tmp_path: Any) -> Callable[[str], str]:
+    """``false_git(script)``: a PATH where git is a shell script."""
+    def make(script: str) -> str:
+        git = tmp_path / "git"
+        git.write_text(f"#!/bin/sh\n{script}\n")
+        git.chmod(0o755)
+        return str(tmp_path)
+    return make
+
+
+@pytest.mark.posix
+def test_git_gets_nothing_of_ours_and_cannot_ask(
+    run_demo: Callable[..., Result], false_git: Callable[[str], str], tmp_path: Any,
+) -> None:
+    seen = tmp_path / "seen"
+    path = false_git(f"{{ /usr/bin/env; /bin/cat; }} > '{seen}'; echo https://github.com/acme/web")
+    assert run_demo("run", "--repo", ".", "x", PATH=path, MOGPLEX_X="1", stdin="typed").code == 0
+    given = seen.read_text()
+    assert "GIT_TERMINAL_PROMPT=0\n" in given and f"PATH={path}\n" in given
+    assert "MOGPLEX_" not in given and "typed" not in given
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("script, problem", [
+    ("echo 'fatal: \x1b[2Jhttps://me:s3cretword@gitlab.com/x: bad' >&2; exit 128",
+     "git: https://***@gitlab.com/x: bad"),
+    ("echo odd >&2; exit 1", "git: it failed"), ("kill -9 $$", "git: it failed"),
+    ("printf '\\377\\000\\n'", "the remote 'origin' is not on github.com"),
+    ("exit 0", "the remote 'origin' is not on github.com"),
+])
+def test_a_git_that_fails(
+    run_demo: Callable[..., Result], false_git: Callable[[str], str], script: str, problem: str,
+) -> None:
+    result = run_demo("run", "--repo", ".", "x", PATH=false_git(script))
+    assert result == Result(2, "", f"error: repo '.': {problem}\n{CHECKOUT_HINT}")
+
+
+@pytest.mark.posix
+def test_a_git_that_cannot_be_started(
+    run_demo: Callable[..., Result], tmp_path: Any,
+) -> None:
+    git = tmp_path / "git"
+    git.write_text("#!/nonexistent/shell\n")
+    git.chmod(0o755)
+    result = run_demo("run", "--repo", ".", "x", PATH=str(tmp_path))
+    assert result.code == 2 and result.err.startswith("error: repo '.': git cannot be started: ")
+
+
+@pytest.mark.posix
+def test_a_git_that_hangs_is_given_up(
+    run_demo: Callable[..., Result], false_git: Callable[[str], str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert mogplex.GIT_S <= 10.0
+    monkeypatch.setattr(mogplex, "GIT_S", 0.2)
+    result = run_demo("run", "--repo", ".", "x", PATH=false_git("exec /bin/sleep 60"))
+    assert result == Result(
+        2, "", f"error: repo '.': git does not answer within 0.2 s\n{CHECKOUT_HINT}")
 
 
 # ---------------------------------------------------------------- The contract
