@@ -4752,17 +4752,13 @@ class Paste(NamedTuple):
     text: str
 
 
-class Wheel(NamedTuple):
-    """The mouse wheel: ``step`` lines down, or up where negative; the cell counts from 0."""
+class Mouse(NamedTuple):
+    """The wheel turned ``step`` lines down, or up where negative; 0 is a click of the left button.
+
+    The cell counts from 0.
+    """
 
     step: int
-    column: int
-    row: int
-
-
-class Click(NamedTuple):
-    """The left button went down on a cell, counted from 0."""
-
     column: int
     row: int
 
@@ -4774,13 +4770,14 @@ class Resize(NamedTuple):
     height: int
 
 
-Message = Union[Key, Text, Paste, Wheel, Click, Resize]  # what a terminal sends
+Message = Union[Key, Text, Paste, Mouse, Resize]  # what a terminal sends
 
 
 # -- The terminal: what it sends
 
 PASTE_START = "\x1b[200~"
 PASTE_END = "\x1b[201~"
+MOUSE_STEPS = {0: 0, 64: -3, 65: 3}  # of the buttons that mean something
 ESCAPE_DELAY_S = 0.05  # a key's bytes come together: after this long Esc is a key of its own
 
 SENT_KEYS = {  # what blessed has no name for, or not in every version
@@ -4863,13 +4860,9 @@ def mouse_messages(report: str) -> List[Message]:
     """What an SGR mouse report means: a turn of the wheel, a left click, or nothing."""
     button, column, row = [int(number) for number in re.findall("[0-9]+", report)]
     button &= ~0b11100  # Shift, Alt and Ctrl
-    if button == 64:
-        return [Wheel(-3, column - 1, row - 1)]
-    if button == 65:
-        return [Wheel(3, column - 1, row - 1)]
-    if button == 0 and report.endswith("M"):
-        return [Click(column - 1, row - 1)]
-    return []
+    if button not in MOUSE_STEPS or report.endswith("m"):
+        return []
+    return [Mouse(MOUSE_STEPS[button], column - 1, row - 1)]
 
 
 def key_messages(sequence: str, resolve: Callable[[str], str]) -> List[Message]:
@@ -5542,7 +5535,7 @@ class Ask(NamedTuple):
     arguments: Tuple[Any, ...] = ()
 
 
-class Tick(NamedTuple):
+class Tick:
     """Another second began."""
 
 
@@ -5561,15 +5554,8 @@ class Progressed(NamedTuple):
     wait_s: float = 0.0
 
 
-class Ended(NamedTuple):
-    """How a run ended."""
-
-    run_id: str
-    verdict: Verdict
-
-
 class Fetched(NamedTuple):
-    """The answer to a read."""
+    """What a job has read, or come to."""
 
     ask: Ask
     data: Any
@@ -5588,12 +5574,6 @@ class Started(NamedTuple):
 
     new: NewRun
     run: Json
-
-
-class Settled(NamedTuple):
-    """A started run has been written to the history."""
-
-    new: NewRun
 
 
 class Said(NamedTuple):
@@ -5619,18 +5599,6 @@ class SignedOut(NamedTuple):
     """There is no credential."""
 
     text: str
-
-
-class SignedIn(NamedTuple):
-    """The service accepted a credential."""
-
-    text: str
-
-
-class Crashed(NamedTuple):
-    """A worker ended in an exception that is a bug."""
-
-    error: BaseException
 
 
 class Facts(NamedTuple):
@@ -5676,8 +5644,8 @@ def write_new_file(path: str, text: str) -> None:
 class Desk:
     """A worker thread and its jobs, one after another, with a Client of its own.
 
-    A job returns the message that tells what came of it. An exception that is no MogplexError is
-    a bug, and ends the cockpit.
+    What a job returns is posted as Fetched, but for None. An exception that is no MogplexError
+    is a bug, and ends the cockpit.
     """
 
     def __init__(self, post: Callable[[Any], None], facts: Facts) -> None:
@@ -5687,25 +5655,33 @@ class Desk:
         self.connection: Optional[Client] = None
         self.told: Optional[Progress] = None  # the last of a tail
         self.stopped = False  # the wait for a browser was given up
+        self.closed = False
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
-        while True:
+        while not self.closed:
             self.do(self.asks.get())
 
+    def close(self) -> None:
+        """End the thread."""
+        self.reconnect()
+        self.closed = True
+
     def do(self, ask: Ask) -> None:
+        began = time.monotonic()
         try:
-            message = ask.job(self, *ask.arguments)
+            data = ask.job(self, *ask.arguments)
         except Left:
             return
         except MogplexError as error:
-            message = Failed(ask, error)
-            if isinstance(error, UnauthorizedError) and self.connection is None:
-                message = SignedOut(str(error))
-            if ask.job in (Desk.try_token, Desk.sign_in, Desk.start):
-                message = Failed(ask, error)
-        if message is not None:
-            self.post(message)
+            has_own_words = ask.job in (Desk.try_token, Desk.sign_in, Desk.start)
+            if isinstance(error, UnauthorizedError) and not self.connection and not has_own_words:
+                self.post(SignedOut(str(error)))
+            else:
+                self.post(Failed(ask, error))
+            return
+        if data is not None:
+            self.post(Fetched(ask, data, (time.monotonic() - began) * 1000))
 
     def client(self) -> Client:
         if self.connection is None:
@@ -5726,7 +5702,7 @@ class Desk:
         report = functools.partial(self.report, run_id)
         for item in tail(self.client(), run_id, on_progress=report, interval_s=TAIL_INTERVAL_S):
             if isinstance(item, Verdict):
-                self.post(Ended(run_id, item))
+                self.post(item)
             else:
                 self.post(Arrived(run_id, item))
 
@@ -5739,44 +5715,38 @@ class Desk:
         if not self.asks.empty():
             raise Left
 
-    def read(self, ask: Ask, method: Callable[..., Any], **limits: int) -> Fetched:
-        client = self.client()
-        began = time.monotonic()
-        data = method(client, *ask.arguments, **limits)
-        return Fetched(ask, data, (time.monotonic() - began) * 1000)
+    def repos(self) -> List[Json]:
+        return self.client().repos(limit=MAX_LIMIT)
 
-    def repos(self) -> Fetched:
-        return self.read(Ask(Desk.repos), Client.repos, limit=MAX_LIMIT)
+    def sandboxes(self) -> List[Json]:
+        return self.client().sandboxes()
 
-    def sandboxes(self) -> Fetched:
-        return self.read(Ask(Desk.sandboxes), Client.sandboxes)
+    def run(self, run_id: str) -> Json:
+        return self.client().run(run_id)
 
-    def run(self, run_id: str) -> Fetched:
-        return self.read(Ask(Desk.run, (run_id,)), Client.run)
-
-    def find_run(self, run_id: str) -> Fetched:
+    def find_run(self, run_id: str) -> Json:
         """The same for a run that is shown once it is known to exist."""
-        return self.read(Ask(Desk.find_run, (run_id,)), Client.run)
+        return self.client().run(run_id)
 
-    def logs(self, sandbox_id: str) -> Fetched:
-        return self.read(Ask(Desk.logs, (sandbox_id,)), Client.sandbox_logs)
+    def logs(self, sandbox_id: str) -> Json:
+        return self.client().sandbox_logs(sandbox_id)
 
-    def agents(self) -> Fetched:
-        return self.read(Ask(Desk.agents), Client.agents)
+    def agents(self) -> List[Json]:
+        return self.client().agents()
 
-    def models(self) -> Fetched:
-        return self.read(Ask(Desk.models), Client.models)
+    def models(self) -> List[Json]:
+        return self.client().models()
 
-    def mcp_servers(self) -> Fetched:
-        return self.read(Ask(Desk.mcp_servers), Client.mcp_servers)
+    def mcp_servers(self) -> List[Json]:
+        return self.client().mcp_servers()
 
-    def start(self, new: NewRun) -> Settled:
+    def start(self, new: NewRun) -> Json:
         """Started is posted as soon as the run exists, before its id is written down."""
         home = self.facts.home
         body = body_for(new.target, new.task)
         start = start_record(self.facts.base_url, body, new.key, new.target.repo.name)
         earlier = home.start_in_doubt(start, time.time())
-        start_recorded(
+        run = start_recorded(
             self.client(),
             home,
             body,
@@ -5786,58 +5756,67 @@ class Desk:
         )
         if earlier:
             words = "An earlier start of this task may have gone through as well; to find out,"
-            self.post(Said(f"{words} use --idempotency-key {text_of(earlier, 'key')}", "bad"))
-        return Settled(new)
+            self.say(f"{words} use --idempotency-key {text_of(earlier, 'key')}", "bad")
+        return run
 
     def tell_started(self, new: NewRun, run: Json) -> None:
         self.post(Started(new, run))
 
-    def cancel(self, run_id: str) -> Said:
+    def say(self, text: str, style: str = "") -> None:
+        self.post(Said(text, style))
+
+    def cancel(self, run_id: str) -> None:
         answer = self.client().cancel(run_id)
+        name = sanitize(run_id)[:8]
         if already_ended(answer):
-            return Said(f"Run {sanitize(run_id)[:8]} had already ended.", "warn")
-        return Said(f"Cancellation of run {sanitize(run_id)[:8]} requested.", "warn")
+            self.say(f"Run {name} had already ended.", "warn")
+        else:
+            self.say(f"Cancellation of run {name} requested.", "warn")
 
     def remember(self, repo: str, run: Json) -> None:
         """Write a run that was started elsewhere to the history."""
         start = {"service": self.facts.base_url, "repo": repo, "task": ""}
         self.facts.home.record_run(start, run)
 
-    def export(self, path: str, content: str) -> Said:
+    def export(self, path: str, content: str) -> None:
+        full_path = os.path.abspath(os.path.expanduser(path))
         try:
-            write_new_file(os.path.expanduser(path), content)
+            write_new_file(full_path, content)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", "") or str(error)
-            return Said(f"Cannot write {path}: {reason}", "bad")
-        return Said(f"Exported to {os.path.abspath(os.path.expanduser(path))}", "ok")
+            self.say(f"Cannot write {path}: {reason}", "bad")
+        else:
+            self.say(f"Exported to {full_path}", "ok")
 
-    def open(self, url: str) -> Said:
+    def open(self, url: str) -> None:
         opened: object = False
         with contextlib.suppress(OSError):
-            opened = self.facts.run_browser and self.facts.run_browser(url)
-        if opened is False or not self.facts.run_browser:
-            return Said(f"Open this in a browser: {url}")
-        return Said(f"Opened {url}")
+            if self.facts.run_browser:
+                opened = self.facts.run_browser(url)
+        if opened is False:
+            self.say(f"Open this in a browser: {url}")
+        else:
+            self.say(f"Opened {url}")
 
     def check(self, credential: Credential) -> None:
         """MogplexError unless the service accepts the credential, as a real request shows."""
         with self.facts.connect(credential) as client:
             client.repos(limit=1)
 
-    def try_token(self, token: str) -> SignedIn:
+    def try_token(self, token: str) -> str:
         """Store a pasted token once the service has accepted it."""
         self.check(Credential(check_token(token, "the token")))
         entry = {"token": token, "base_url": self.facts.base_url}
         self.facts.home.store_sign_in(entry)
-        return SignedIn(f"Signed in. {self.facts.overruled}")
+        return f"Signed in. {self.facts.overruled}"
 
-    def try_stored(self) -> SignedIn:
+    def try_stored(self) -> str:
         """Sign in with what is stored."""
         self.reconnect()
         self.client().repos(limit=1)
-        return SignedIn("Signed in.")
+        return "Signed in."
 
-    def sign_in(self) -> Optional[SignedIn]:
+    def sign_in(self) -> Optional[str]:
         """Sign in through a browser."""
         self.stopped = False
         base_url = self.facts.base_url
@@ -5856,7 +5835,7 @@ class Desk:
                 raise
         self.facts.home.store_sign_in(entry)  # first: its refresh token works only once
         self.check(Credential(text_of(entry, "access_token")))
-        return SignedIn(f"Signed in. {self.facts.overruled}")
+        return f"Signed in. {self.facts.overruled}"
 
     def tell_url(self, url: str) -> None:
         self.post(Announced(url))
@@ -5864,11 +5843,12 @@ class Desk:
     def is_stopped(self) -> bool:
         return self.stopped
 
-    def sign_out(self) -> Any:
+    def sign_out(self) -> None:
         self.facts.home.forget_sign_in()
         if self.facts.overruled:
-            return Said(self.facts.overruled, "warn")
-        return SignedOut("Signed out: the stored sign-in is deleted.")
+            self.say(self.facts.overruled, "warn")
+        else:
+            self.post(SignedOut("Signed out: the stored sign-in is deleted."))
 
 
 class Shell:
@@ -5876,25 +5856,19 @@ class Shell:
 
     def __init__(self, screen: Screen, facts: Facts) -> None:
         self.screen = screen
+        self.facts = facts
         self.inbox: Any = queue.SimpleQueue()
         # A desk for each kind of work: what is prompt never waits behind what is not.
+        self.reading = Desk(self.post, facts)  # for all that is not named below
         self.signing = Desk(self.post, facts)
-        watching = Desk(self.post, facts)
         polling = Desk(self.post, facts)
-        reading = Desk(self.post, facts)
         filing = Desk(self.post, facts)
         self.desks: Dict[Callable[..., object], Desk] = {
-            Desk.watch: watching,
+            Desk.watch: Desk(self.post, facts),
+            Desk.cancel: Desk(self.post, facts),
             Desk.repos: polling,
             Desk.sandboxes: polling,
             Desk.run: polling,
-            Desk.find_run: reading,
-            Desk.logs: reading,
-            Desk.agents: reading,
-            Desk.models: reading,
-            Desk.mcp_servers: reading,
-            Desk.start: Desk(self.post, facts),
-            Desk.cancel: Desk(self.post, facts),
             Desk.remember: filing,
             Desk.export: filing,
             Desk.open: filing,
@@ -5913,21 +5887,20 @@ class Shell:
         """What the home has to say."""
         self.post(Said(line, "warn"))
 
-    def fail(self, error: BaseException) -> None:
-        """A thread's crash ends the cockpit: the loop raises it."""
-        self.post(Crashed(error))
-
     def perform(self, ask: Ask) -> None:
-        """Do what a state asks for: at a desk, or here what needs the terminal."""
-        desk = self.desks.get(ask.job)
-        if desk is None:
+        """Do what a state asks for: here what needs the terminal, all else at a desk."""
+        if ask.job in vars(Shell).values():
             ask.job(self, *ask.arguments)
-        else:
+        elif ask.job is Desk.start:  # a start that hangs holds no other
+            desk = Desk(self.post, self.facts)
             desk.asks.put(ask)
+            desk.asks.put(Ask(Desk.close))
+        else:
+            self.desks.get(ask.job, self.reading).asks.put(ask)
 
     def reconnect(self) -> None:
         """Every desk takes the credential anew."""
-        for desk in set(self.desks.values()):
+        for desk in {self.reading, *self.desks.values()}:
             desk.asks.put(Ask(Desk.reconnect))
 
     def stop_sign_in(self) -> None:
@@ -8655,7 +8628,7 @@ def on_resize(state: State, message: Resize) -> State:
     return state._replace(focus=focus_of(state))
 
 
-def on_wheel(state: State, message: Wheel) -> State:
+def turn_wheel(state: State, message: Mouse) -> State:
     """The wheel scrolls what is under it, wherever the focus is."""
     if message.column < rail_width(state.width):
         moved = move(state.go("rail"), message.step)
@@ -8684,8 +8657,10 @@ def click_timeline(state: State, at: int) -> State:
     return select_entry(state._replace(focus="timeline"), at, True)
 
 
-def on_click(state: State, message: Click) -> State:
+def on_mouse(state: State, message: Mouse) -> State:
     """A click selects what is under it; a click on what is selected opens it."""
+    if message.step:
+        return turn_wheel(state, message)
     state = touched(state)
     if is_too_small(state) or state.killing:
         return state
@@ -8810,10 +8785,9 @@ def on_progress(state: State, message: Progressed) -> State:
     return heard(state, message.run_id, progress.run)
 
 
-def on_ended(state: State, message: Ended) -> State:
-    verdict = message.verdict
+def on_verdict(state: State, verdict: Verdict) -> State:
     state = state.show(over=True, lost="", again_at=0.0, truncated=verdict.truncated)
-    return heard(state, message.run_id, verdict.run)
+    return heard(state, verdict.run_id, verdict.run)
 
 
 def take_run(state: State, message: Fetched) -> State:
@@ -8875,7 +8849,28 @@ def take_repos(state: State, message: Fetched) -> State:
     return state
 
 
+def take_start(state: State, message: Fetched) -> State:
+    """A started run has been written to the history."""
+    return drop_start(state, message.ask.arguments[0].key)
+
+
+def take_sign_in(state: State, message: Fetched) -> State:
+    """The service accepted a credential: everything is asked for anew."""
+    if state.sign_in.needed:
+        composer = Composer(history=state.composer.history)  # no draft: it may hold a token
+        state = state._replace(composer=composer).write(state.sign_in.waiting)
+    state = state._replace(sign_in=SigningIn()).ask(Shell.reconnect)
+    if state.shown.run_id:
+        state = state.show(stale=True, lost="", again_at=0.0)
+        state = state.ask(Desk.watch, state.shown.run_id)
+    return refresh(state).say(message.data, "ok", 60.0)
+
+
 TAKEN = {
+    Desk.start: take_start,
+    Desk.try_token: take_sign_in,
+    Desk.try_stored: take_sign_in,
+    Desk.sign_in: take_sign_in,
     Desk.run: take_run,
     Desk.find_run: take_found,
     Desk.sandboxes: take_sandboxes,
@@ -9010,10 +9005,6 @@ def on_started(state: State, message: Started) -> State:
     return state.say("Run started.", "ok")
 
 
-def on_settled(state: State, message: Settled) -> State:
-    return drop_start(state, message.new.key)
-
-
 def on_said(state: State, message: Said) -> State:
     return state.say(message.text, message.style)
 
@@ -9037,20 +9028,6 @@ def on_signed_out(state: State, message: SignedOut) -> State:
     return state
 
 
-def on_signed_in(state: State, message: SignedIn) -> State:
-    """The service accepted a credential: everything is asked for anew."""
-    if state.sign_in.needed:
-        composer = Composer(history=state.composer.history)  # no draft: it may hold a token
-        state = state._replace(composer=composer).write(state.sign_in.waiting)
-    state = state._replace(sign_in=SigningIn())
-    state = state.feel(failures=0, trouble="", refused="")
-    state = state.ask(Shell.reconnect)
-    if state.shown.run_id:
-        state = state.show(stale=True, lost="", again_at=0.0)
-        state = state.ask(Desk.watch, state.shown.run_id)
-    return refresh(state).say(message.text, "ok", 60.0)
-
-
 def on_tick(state: State, _: Tick) -> State:
     """Once a second: what is due is asked, but nothing during a wait that a 429 asked for."""
     drawer = state.drawer
@@ -9070,28 +9047,25 @@ HANDLERS: Dict[type, Callable[[State, Any], State]] = {
     Key: on_key,
     Text: on_text,
     Paste: on_paste,
-    Wheel: on_wheel,
-    Click: on_click,
+    Mouse: on_mouse,
     Resize: on_resize,
     Tick: on_tick,
     Arrived: on_event,
     Progressed: on_progress,
-    Ended: on_ended,
+    Verdict: on_verdict,
     Fetched: on_fetched,
     Failed: on_failed,
     Started: on_started,
-    Settled: on_settled,
     Said: on_said,
     Announced: on_announced,
     Lapses: on_lapses,
     SignedOut: on_signed_out,
-    SignedIn: on_signed_in,
 }
 
 
 def is_of_another_run(state: State, message: object) -> bool:
     """Whether a tail says this that has been left meanwhile."""
-    if isinstance(message, (Arrived, Progressed, Ended)):
+    if isinstance(message, (Arrived, Progressed, Verdict)):
         return message.run_id != state.shown.run_id
     if isinstance(message, Failed) and message.ask.job is Desk.watch:
         return bool(message.ask.arguments[0] != state.shown.run_id)
@@ -9114,9 +9088,9 @@ START_WAIT_S = 5.0  # how long leaving waits for the answer to a start
 
 
 def is_about_a_start(message: object) -> bool:
-    if isinstance(message, Failed):
+    if isinstance(message, (Fetched, Failed)):
         return message.ask.job is Desk.start
-    return isinstance(message, (Started, Settled))
+    return isinstance(message, Started)
 
 
 def is_answered(new: NewRun) -> bool:
@@ -9149,8 +9123,8 @@ class Cockpit:
                 self.take(self.shell.inbox.get())
 
     def take(self, message: object) -> None:
-        if isinstance(message, Crashed):
-            raise message.error
+        if isinstance(message, BaseException):  # a thread's crash ends the cockpit
+            raise message
         self.perform()
         self.state = update(self.state._replace(now=time.time()), message)
 
@@ -9299,7 +9273,7 @@ def run_cockpit(
         shell = Shell(screen, Facts(connect, base_url, home, run_browser, overruled))
         home.warn = shell.warn  # standard error is the screen now
         cockpit = Cockpit(shell, first_state(home, environ, base_url, text, attach))
-        with CrashGuard(screen, shell.fail):
+        with CrashGuard(screen, shell.post):
             try:
                 return stay(screen, cockpit)
             finally:

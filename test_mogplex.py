@@ -4945,7 +4945,7 @@ def typed(text: str) -> List[Any]:
     return [mogplex.Text(text), mogplex.Key("enter")]
 
 
-def fetched(job: Any, data: Any, *arguments: str) -> mogplex.Fetched:
+def fetched(job: Any, data: Any, *arguments: Any) -> mogplex.Fetched:
     return mogplex.Fetched(mogplex.Ask(job, arguments), data, 84.0)
 
 
@@ -4965,9 +4965,8 @@ def progressed(connection: str = "connected", run: Any = None, **facts: Any) -> 
     return mogplex.Progressed(run_id, mogplex.Progress(**{**blank, **facts}), wait_s)
 
 
-def run_over(run: Dict[str, Any], truncated: bool = False) -> mogplex.Ended:
-    return mogplex.Ended(RUN_ID, mogplex.Verdict(
-        RUN_ID, run["status"], "", "", "", truncated, 1.0, run))
+def run_over(run: Dict[str, Any], truncated: bool = False) -> mogplex.Verdict:
+    return mogplex.Verdict(RUN_ID, run["status"], "", "", "", truncated, 1.0, run)
 
 
 def asked(state: mogplex.State) -> List[Any]:
@@ -5008,9 +5007,8 @@ STATES = {
     "busy": played(*BUSY, rail=RAIL),
     "failed": played(*ENDED_BADLY, rail=RAIL),
     "hostile": played(*NASTY),
-    "hostile end": played(*NASTY, arrived(HOSTILE_DELIVERY, "nope\x1b"), mogplex.Ended(
-        "nope\x1b", mogplex.Verdict("nope\x1b", "failed", "", "", "", False, 1.0, {
-            "status": "failed", "error": "\x1b[2J"}))),
+    "hostile end": played(*NASTY, arrived(HOSTILE_DELIVERY, "nope\x1b"), mogplex.Verdict(
+        "nope\x1b", "failed", "", "", "", False, 1.0, {"status": "failed", "error": "\x1b[2J"})),
     "signed out": played(mogplex.SignedOut("not signed in"), mogplex.Text("mog_secret")),
     "waiting": played(
         mogplex.SignedOut(""), mogplex.Announced("https://www.mogplex.com/api/auth?" + "x" * 300)),
@@ -5376,8 +5374,8 @@ def any_message(chance: random.Random, width: int, height: int) -> Any:
     cell = (chance.randrange(width), chance.randrange(height))
     return chance.choice([
         mogplex.Key(chance.choice(ANY_KEYS)), mogplex.Text(chance.choice("jkfwxoyr?/日a ")),
-        mogplex.Tick(), arrived(chance.choice(EVENTS)), mogplex.Wheel(chance.choice([3, -3]), *cell),
-        mogplex.Click(*cell), fetched(Desk.sandboxes, sandboxes),
+        mogplex.Tick(), arrived(chance.choice(EVENTS)), mogplex.Mouse(chance.choice([3, -3]), *cell),
+        mogplex.Mouse(0, *cell), fetched(Desk.sandboxes, sandboxes),
         fetched(Desk.run, run, RUNS[0].id), fetched(Desk.repos, TWO_REPOS), LIMITED,
         mogplex.Paste("two\nlines\t日本語"), progressed(failures=chance.randrange(4))])
 
@@ -5444,7 +5442,7 @@ def started(state: mogplex.State, **facts: Any) -> mogplex.State:
     """After the service's answer to the start that is under way."""
     new = state.starts[-1]
     run = {**SHOWN, "runId": "b" * 8, "status": "pending", **facts}
-    return then(state, mogplex.Started(new, run), mogplex.Settled(new))
+    return then(state, mogplex.Started(new, run), fetched(Desk.start, run, new))
 
 
 def delivered(state: mogplex.State) -> mogplex.State:
@@ -5539,7 +5537,7 @@ def test_a_start_that_an_earlier_cockpit_lost_is_told(tmp_path: Any) -> None:
 def test_a_delivery_in_the_meantime_does_not_move_a_start_whose_answer_was_lost() -> None:
     first = played(*AIMED, *typed("one"))
     state = then(first, mogplex.Started(first.starts[0], SHOWN))
-    state = then(state, mogplex.Settled(first.starts[0]), *typed("two"))
+    state = then(state, fetched(Desk.start, SHOWN, first.starts[0]), *typed("two"))
     (ask,) = state.asks
     lost = mogplex.UnavailableError("the connection was lost", delivered=True)
     state = then(state, arrived(DELIVERY), failed(lost, Desk.start, *ask.arguments))
@@ -5644,7 +5642,7 @@ PANE = [*BUSY, *keys("tab")]
     (keys("^z"), [(Shell.suspend,)]),
     (keys("^t"), [(Shell.set_mouse, False)]),
     (keys("^l"), [(Shell.repaint,)]),
-    ([mogplex.Wheel(-3, 60, 5)], []),
+    ([mogplex.Mouse(-3, 60, 5)], []),
     (typed("/login") + keys("enter"), [(Desk.sign_in,)]),
     (typed("/login") + typed("mog_x"), [(Shell.stop_sign_in,), (Desk.try_token, "mog_x")]),
     (typed("/login") + keys("esc"), [(Desk.try_stored,)]),
@@ -5652,15 +5650,6 @@ PANE = [*BUSY, *keys("tab")]
 ])
 def test_what_is_asked_of_the_desks_and_the_shell(messages: List[Any], expected: List[Any]) -> None:
     assert asked(played(*BUSY, *messages)) == expected
-
-
-def test_every_job_has_its_desk() -> None:
-    """What a Desk is asked for is done on a thread, and nothing else is."""
-    state_asks = {node.attr for node in ast.walk(tree()) if isinstance(node, ast.Attribute)
-                  and isinstance(node.value, ast.Name) and node.value.id == "Desk"}
-    source = inspect.getsource(mogplex.Shell)
-    for name in state_asks - {"reconnect"}:
-        assert f"Desk.{name}: " in source, name
 
 
 @pytest.mark.parametrize("text, name, expected, cursor", [
@@ -5809,26 +5798,26 @@ def row_of(state: mogplex.State, text: str) -> int:
 
 def test_a_click_selects_and_a_second_one_opens() -> None:
     state = played(mogplex.Resize(120, 40), *BUSY, rail=RAIL)
-    click = mogplex.Click(5, row_of(state, "7e9a"))
+    click = mogplex.Mouse(0, 5, row_of(state, "7e9a"))
     once = then(state, click)
     assert once.focus == "rail" and once.rail.at == 1 and Desk.watch not in jobs(once)
     assert asked(then(once, click)) == [(Desk.watch, RUNS[0].id)]
-    click = mogplex.Click(60, row_of(state, "Synchronized"))
+    click = mogplex.Mouse(0, 60, row_of(state, "Synchronized"))
     once = then(state, click)
     assert mogplex.selected_entry(once) == 1 and once.drawer is None
     twice = then(once, click)
     assert twice.drawer and twice.drawer.data["message"].startswith("Synchronized")
     runs = then(state, *typed("/runs"))
-    click = mogplex.Click(60, row_of(runs, "Nov 25 11:52  docs"))
+    click = mogplex.Mouse(0, 60, row_of(runs, "Nov 25 11:52  docs"))
     assert asked(then(runs, click, click)) == [(Desk.watch, RUNS[1].id)]
-    assert then(state, *keys("tab"), mogplex.Click(60, 38)).focus == "composer"
+    assert then(state, *keys("tab"), mogplex.Mouse(0, 60, 38)).focus == "composer"
 
 
 def test_the_wheel_scrolls_what_is_under_it() -> None:
     state = played(mogplex.Resize(120, 40), *BUSY, *typed("/runs"), rail=RAIL)
-    over_rail = then(state, mogplex.Wheel(3, 5, 10))
+    over_rail = then(state, mogplex.Mouse(3, 5, 10))
     assert over_rail.rail.at == 3 and over_rail.drawer == state.drawer
-    over_drawer = then(state, mogplex.Wheel(3, 60, 10))
+    over_drawer = then(state, mogplex.Mouse(3, 60, 10))
     assert over_drawer.drawer and over_drawer.drawer.at == 3 and over_drawer.rail == state.rail
 
 
@@ -5913,13 +5902,13 @@ def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> N
         text = drawn(then(state, mogplex.Text("mog_right")))
         assert "mog_" not in text and "•••••••••" in text and "Signed in" not in text
     assert asked(then(state, *typed("mog_right")))[-1] == (Desk.try_token, "mog_right")
-    state = then(state, mogplex.SignedIn("Signed in."))
+    state = then(state, fetched(Desk.try_stored, "Signed in."))
     assert "Signed in." in drawn(state) and not state.sign_in.needed
 
 
 def test_no_key_brings_a_token_back_after_the_sign_in() -> None:
     state = played(*typed("/new"), mogplex.SignedOut(""), mogplex.Text("mog_secret"), *keys("up"))
-    state = then(state, mogplex.SignedIn("Signed in."), *keys("down", "up", "down", "down"))
+    state = then(state, fetched(Desk.try_stored, "Signed in."), *keys("down", "up", "down", "down"))
     assert "mog_secret" not in drawn(state)
 
 
@@ -5933,7 +5922,7 @@ def test_a_token_that_was_refused_is_not_said() -> None:
 def test_what_was_typed_before_a_sign_in_is_no_token_and_comes_back() -> None:
     state = played(*BUSY, mogplex.Text("half a task"), mogplex.SignedOut("expired"))
     assert state.composer.text == ""
-    state = then(state, mogplex.SignedIn("Signed in."))
+    state = then(state, fetched(Desk.try_stored, "Signed in."))
     assert state.composer.text == "half a task"
     assert (Shell.reconnect,) in asked(state) and (Desk.watch, RUN_ID) in asked(state)
 
@@ -6226,7 +6215,7 @@ def test_scrolling_up_pauses_and_end_follows_again() -> None:
     state = played(mogplex.Resize(80, 24), *BUSY, *many_events(100))
     assert "event 99" in drawn(state, 80, 24)
     for _ in range(20):
-        state = then(state, mogplex.Wheel(-3, 10, 10))
+        state = then(state, mogplex.Mouse(-3, 10, 10))
     state = then(state, arrived({"message": "late"}))
     screen = drawn(state, 80, 24)
     assert "PAUSED" in screen and "newer (End)" in screen and "late" not in screen
@@ -6430,9 +6419,9 @@ SENT: List[Tuple[str, List[Any]]] = [
     ("\x1b[200~\ta\r\n\x1b[31m\x03\x1b[201~", [Paste("\ta\n\x1b[31m\x03")]),
     ("rm x\nls\n", [Paste("rm x\nls\n")]),
     # The mouse.
-    ("\x1b[<64;10;5M\x1b[<65;1;1M", [mogplex.Wheel(-3, 9, 4), mogplex.Wheel(3, 0, 0)]),
-    ("\x1b[<68;10;5M", [mogplex.Wheel(-3, 9, 4)]),
-    ("\x1b[<0;10;5M\x1b[<0;10;5m\x1b[<2;1;1M", [mogplex.Click(9, 4)]),
+    ("\x1b[<64;10;5M\x1b[<65;1;1M", [mogplex.Mouse(-3, 9, 4), mogplex.Mouse(3, 0, 0)]),
+    ("\x1b[<68;10;5M", [mogplex.Mouse(-3, 9, 4)]),
+    ("\x1b[<0;10;5M\x1b[<0;10;5m\x1b[<2;1;1M", [mogplex.Mouse(0, 9, 4)]),
     ("\x1b[M !!", []),
     # What the terminal says by itself.
     ("\x1b[?62;c\x1b]11;rgb:0/0/0\x07\x1b]11;rgb:0/0/0\x1b\\\x1b[24;80R\x1b[I", []),
@@ -7043,6 +7032,24 @@ def test_leaving_in_the_middle_of_a_start_tells_its_key(cockpit: Callable[..., T
         key = re.findall(r"(?i)idempotency-key: (\S+)", post)[0]
         assert f"--idempotency-key {key}" in screen and "'fix it'" in screen
         never.set()
+
+
+@pytest.mark.posix
+def test_a_start_that_hangs_holds_no_other(cockpit: Callable[..., Terminal]) -> None:
+    never = threading.Event()
+    late = slow_start(never)
+
+    def reply(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        if "another task" in request:
+            return answer(202, {"ok": True, "data": {**SHOWN, "runId": "late-run"}})
+        return late(number, request, connection)
+    with RawServer(reply) as server:
+        terminal = cockpit(url=server.url).until("next: acme/web").send("fix it\r")
+        terminal.until("Starting a run…").until(lambda: "POST" in "".join(server.requests))
+        terminal.send("another task\r").until("Run started.")
+        never.set()
+        terminal.send("\x03\x03")
+        terminal.ended(0)
 
 
 @pytest.mark.posix
