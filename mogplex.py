@@ -6007,6 +6007,31 @@ class Composer(NamedTuple):
     recalled: int = 0    # how far back in the history; 0 is the line being typed,
     draft: str = ""      # which is kept here meanwhile
 
+    def start(self) -> int:
+        return 0
+
+    def char_before(self) -> int:
+        return max(0, self.cursor - 1)
+
+    def char_after(self) -> int:
+        return min(len(self.text), self.cursor + 1)
+
+    def word_start(self) -> int:
+        """Where the word before the cursor begins."""
+        before = re.sub(r"[\n\t]", " ", self.text[:self.cursor])
+        return before.rstrip(" ").rfind(" ") + 1
+
+    def word_end(self) -> int:
+        """Where the word after the cursor ends."""
+        word = re.compile(r"\s*\S*").match(self.text, self.cursor)
+        return word.end() if word else self.cursor
+
+    def line_start(self) -> int:
+        return self.text.rfind("\n", 0, self.cursor) + 1
+
+    def line_end(self) -> int:
+        return (self.text + "\n").index("\n", self.cursor)
+
 
 class Item(NamedTuple):
     """A row of a drawer: its cells, and the id of what it is about."""
@@ -6022,19 +6047,23 @@ class Heading(NamedTuple):
 
     title: str
     width: int
+    cell: Cell = status_cell  # of a record that was read, where the rows are such records
 
 
 class Listing(NamedTuple):
-    """A kind of drawer. An action takes the state and the id of the selected row."""
+    """A kind of drawer.
+
+    ``actions`` are the keys enter, x, o and y: functions of a state and the id of the selected
+    row. ``word`` is the slash command that opens it, if it has one, which help says ``does``.
+    """
 
     title: str
     columns: Tuple[Heading, ...]     # none: a page of text
     rows: Callable[..., List[Item]]  # of a state and a drawer
-    enter: Optional[Callable[..., Any]] = None
+    actions: Mapping[str, Callable[..., Any]] = {}
     reads: Optional[Callable[..., object]] = None
-    kill: Optional[Callable[..., Any]] = None
-    open: Optional[Callable[..., Any]] = None
-    copies: bool = False            # y copies the id, or the line
+    word: str = ""
+    does: str = ""
 
 
 class Drawer(NamedTuple):
@@ -6303,29 +6332,12 @@ def selected_row(state: State) -> int:
     return min(rail.at, count - 1)
 
 
-def selected_run(state: State) -> str:
-    """The id of the run that is selected in the rail; "" when none is."""
-    at = selected_row(state)
-    if 0 <= at < len(state.rail.runs):
-        return state.rail.runs[at].id
-    return ""
-
-
-def selected_sandbox(state: State) -> Sandbox:
-    """The same of the sandboxes; one without an id when none is."""
-    at = selected_row(state) - len(state.rail.runs)
-    if at < 0:
-        return Sandbox()
-    return state.rail.sandboxes[at]
-
-
-def selected_item(state: State) -> Optional[Item]:
-    """The selected row of the open drawer."""
-    drawer = state.drawer
-    if drawer is None or not drawer.found:
+def row_in_rail(state: State) -> Union[KnownRun, Sandbox, None]:
+    """The run or the sandbox that is selected in the rail."""
+    rows: List[Union[KnownRun, Sandbox]] = [*state.rail.runs, *state.rail.sandboxes]
+    if not rows:
         return None
-    last = len(drawer.found) - 1
-    return drawer.found[min(drawer.at, last)]
+    return rows[selected_row(state)]
 
 
 def web_url(state: State) -> str:
@@ -6396,13 +6408,6 @@ def is_too_small(state: State) -> bool:
     return state.width < 30 or state.height < 8
 
 
-def focus_of(state: State) -> str:
-    """The pane that has the focus; never a rail that is not there."""
-    if state.focus == "rail" and not rail_width(state.width):
-        return "timeline"
-    return state.focus
-
-
 def looked_at(state: State, run_id: str) -> State:
     """Without the alerts of this run, and without a drawer over it."""
     alerts = [alert for alert in state.alerts if alert.run_id != run_id]
@@ -6432,8 +6437,6 @@ def ask_to_kill(state: State, run_id: str) -> State:
     status = run_named(state, run_id).status
     if run_id == state.shown.run_id:
         status = text_of(state.shown.run, "status") or status
-    if not run_id:
-        return state.say("Select a run to cancel.", "warn")
     if status in TERMINAL_STATUSES:
         return state.say(f"Run {harmless(run_id, 8)} has ended: {status}.", "warn")
     return state._replace(killing=run_id)
@@ -6441,7 +6444,7 @@ def ask_to_kill(state: State, run_id: str) -> State:
 
 def open_for_run(state: State, run_id: str) -> State:
     """Open the pull request or the preview of a run, which only the shown one is known to have."""
-    if run_id and run_id != state.shown.run_id:
+    if run_id != state.shown.run_id:
         return state.say("Enter shows this run; then o opens its pull request.", "warn")
     return state.ask(Desk.open, web_url(state))
 
@@ -6578,52 +6581,36 @@ def export_items(state: State, drawer: Drawer) -> List[Item]:
     return [Item((form,), form) for form in EXPORTS]
 
 
-AGENT_CELLS = ("name", "model", "category", "description")
-
-
-def agent_items(state: State, drawer: Drawer) -> List[Item]:
+def record_items(state: State, drawer: Drawer) -> List[Item]:
+    """The records that were read, in the cells of the columns."""
     items = []
-    for agent in drawer.data or ():
-        cells = [harmless(agent.get(key)) for key in AGENT_CELLS]
+    for record in drawer.data or ():
+        cells = [harmless(column.cell(record, Setting())) for column in drawer.listing.columns]
         items.append(Item(tuple(cells)))
     return items
 
 
-def per_million(model: Json, key: str) -> str:
-    """A price per million tokens; the service gives it per token."""
-    with contextlib.suppress(ValueError):
-        return f"${float(text_of(model, 'pricing', key)) * 1e6:,.2f}"
-    return ""
+def per_million(key: str) -> Cell:
+    """The cell with a price per million tokens; the service gives it per token."""
+    def cell(model: Json, setting: Setting) -> str:
+        with contextlib.suppress(ValueError):
+            return f"${float(text_of(model, 'pricing', key)) * 1e6:,.2f}"
+        return ""
+    return cell
 
 
-def model_items(state: State, drawer: Drawer) -> List[Item]:
-    items = []
-    for model in drawer.data or ():
-        context = text_of(model, "contextLength")
-        if context.isdigit():
-            context = f"{int(context[:15]):,}"
-        cells = (
-            harmless(model.get("id")),
-            harmless(model.get("provider")),
-            harmless(context, 20),
-            per_million(model, "input"),
-            per_million(model, "output"),
-        )
-        items.append(Item(cells))
-    return items
+def context_cell(model: Json, setting: Setting) -> str:
+    """The context length of a model, in tokens."""
+    context = text_of(model, "contextLength")
+    if context.isdigit():
+        return f"{int(context[:15]):,}"
+    return context
 
 
-def server_items(state: State, drawer: Drawer) -> List[Item]:
-    """MCP servers; never a config, which holds live secrets."""
-    items = []
-    for server in drawer.data or ():
-        enabled = "○ disabled"
-        if server.get("enabled") is True:
-            enabled = "● enabled"
-        name = harmless(server.get("name"))
-        kind = harmless(server.get("kind"), 20)
-        items.append(Item((name, enabled, kind)))
-    return items
+def enabled_cell(server: Json, setting: Setting) -> str:
+    if server.get("enabled") is True:
+        return "● enabled"
+    return "○ disabled"
 
 
 LONGEST_LOG = 1 << 20    # characters that a drawer shows
@@ -6699,7 +6686,17 @@ def event_items(state: State, drawer: Drawer) -> List[Item]:
     return page_items(state, f"{title}\n{text_of(event, 'message')}\n\n{text}", LONGEST_EVENT)
 
 
-LOGS = Listing("logs", (), log_items, reads=Desk.logs, copies=True)
+def copied(state: State, text: str) -> State:
+    """With ``text`` on the terminal's clipboard (OSC 52)."""
+    if not text:
+        return state
+    import base64
+
+    code = base64.b64encode(text.encode("utf-8", "replace")).decode()
+    return state.ask(Shell.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
+
+
+LOGS = Listing("logs", (), log_items, {"y": copied}, Desk.logs)
 
 
 def show_logs(state: State, sandbox_id: str) -> State:
@@ -6708,7 +6705,7 @@ def show_logs(state: State, sandbox_id: str) -> State:
 
 
 ACTION_COLUMNS = (Heading("", 24), Heading("", 90))
-EVENT = Listing("event", (), event_items, copies=True)
+EVENT = Listing("event", (), event_items, {"y": copied})
 HELP = Listing("help", ACTION_COLUMNS, action_list)
 RUNS = Listing(
     "runs",
@@ -6720,10 +6717,9 @@ RUNS = Listing(
         Heading("TASK", 90),
     ),
     run_items,
-    enter=watch_known,
-    kill=ask_to_kill,
-    open=open_for_run,
-    copies=True,
+    {"enter": watch_known, "x": ask_to_kill, "o": open_for_run, "y": copied},
+    word="runs",
+    does="the runs that this machine remembers",
 )
 SANDBOXES = Listing(
     "sandboxes",
@@ -6735,55 +6731,90 @@ SANDBOXES = Listing(
         Heading("PREVIEW OR ERROR", 90),
     ),
     sandbox_items,
-    enter=show_logs,
-    reads=Desk.sandboxes,
-    open=open_preview,
-    copies=True,
+    {"enter": show_logs, "o": open_preview, "y": copied},
+    Desk.sandboxes,
+    word="sandboxes",
+    does="the sandboxes in the cloud",
 )
 REPOS = Listing(
     "repos",
     (Heading("REPO", 40), Heading("DEFAULT BRANCH", 30)),
     repo_items,
-    enter=take_repo,
-    reads=Desk.repos,
+    {"enter": take_repo},
+    Desk.repos,
 )
-BRANCHES = Listing("branches", (Heading("BRANCH", 80),), branch_items, enter=take_branch)
+BRANCHES = Listing("branches", (Heading("BRANCH", 80),), branch_items, {"enter": take_branch})
 HARNESS_PICKER = Listing(
     "harnesses",
     (Heading("NAME", 16), Heading("AGENT PROGRAM", 60)),
     harness_items,
-    enter=take_harness,
+    {"enter": take_harness},
 )
-EXPORT_PICKER = Listing("export", (Heading("FORMAT", 80),), export_items, enter=export_chosen)
+EXPORT_PICKER = Listing(
+    "export", (Heading("FORMAT", 80),), export_items, {"enter": export_chosen})
 AGENTS = Listing(
     "agents",
     (
-        Heading("AGENT", 22),
-        Heading("MODEL", 22),
-        Heading("CATEGORY", 12),
-        Heading("DOES", 90),
+        Heading("AGENT", 22, plain("name")),
+        Heading("MODEL", 22, plain("model")),
+        Heading("CATEGORY", 12, plain("category")),
+        Heading("DOES", 90, plain("description")),
     ),
-    agent_items,
+    record_items,
     reads=Desk.agents,
+    word="agents",
+    does="the agents of the account",
 )
 MODELS = Listing(
     "models",
     (
-        Heading("MODEL", 30),
-        Heading("PROVIDER", 12),
-        Heading("CONTEXT", 9),
-        Heading("IN $/M", 9),
-        Heading("OUT $/M", 9),
+        Heading("MODEL", 30, plain("id")),
+        Heading("PROVIDER", 12, plain("provider")),
+        Heading("CONTEXT", 9, context_cell),
+        Heading("IN $/M", 9, per_million("input")),
+        Heading("OUT $/M", 9, per_million("output")),
     ),
-    model_items,
+    record_items,
     reads=Desk.models,
+    word="model",
+    does="the models, their context length and prices",
 )
 SERVERS = Listing(
     "mcp servers",
-    (Heading("SERVER", 30), Heading("STATUS", 12), Heading("KIND", 20)),
-    server_items,
+    (  # never a config, which holds live secrets
+        Heading("SERVER", 30, plain("name")),
+        Heading("STATUS", 12, enabled_cell),
+        Heading("KIND", 20, plain("kind")),
+    ),
+    record_items,
     reads=Desk.mcp_servers,
+    word="mcp",
+    does="the MCP servers: name, whether enabled, kind",
 )
+DRAWERS = (RUNS, SANDBOXES, AGENTS, MODELS, SERVERS)  # those that a slash command opens
+
+
+def selected(state: State) -> Tuple[Listing, str]:
+    """Of the selected row in the drawer, else in the rail: what it is a row of, and its id."""
+    drawer = state.drawer
+    if drawer and drawer.found:
+        return drawer.listing, drawer.found[drawer.at].id
+    row = row_in_rail(state)
+    if drawer or row is None:
+        return HELP, ""
+    if isinstance(row, KnownRun):
+        return RUNS, row.id
+    return SANDBOXES, row.id
+
+
+def act_on_row(state: State, key: str) -> State:
+    """Enter, x, o or y on the selected row."""
+    listing, row_id = selected(state)
+    action = listing.actions.get(key)
+    if action is None or not row_id:
+        return state
+    acted: State = action(state, row_id)
+    return acted
 
 
 def closeness(text: str, letters: str) -> int:
@@ -6940,10 +6971,6 @@ def kill(state: State, _: str = "") -> State:
     return ask_to_kill(state, state.shown.run_id)
 
 
-def open_list(listing: Listing, state: State, _: str) -> State:
-    return state.open(listing)
-
-
 def choose_logs(state: State, name: str) -> State:
     """``/logs [SANDBOX]``: the only known one whose id begins so; else a picker."""
     ids = [sandbox.id for sandbox in state.rail.sandboxes]
@@ -7093,6 +7120,13 @@ class Word(NamedTuple):
     act: Callable[[State, str], State]
 
 
+def word_of(listing: Listing) -> Word:
+    """The slash command that opens a drawer."""
+    def show(state: State, _: str) -> State:
+        return state.open(listing)
+    return Word(listing.word, "", listing.does, show)
+
+
 HARNESS_NAMES = " or ".join(HARNESSES)
 WORDS = (
     Word("run", "TASK", "start a run; typing the task alone does the same", begin),
@@ -7102,14 +7136,8 @@ WORDS = (
     Word("new", "", "start the next task from the base branch again", choose_anew),
     Word("attach", "RUN", "watch a run, also one started elsewhere", attach),
     Word("kill", "", "cancel the shown run, after a question", kill),
-    Word("runs", "", "the runs that this machine remembers", functools.partial(open_list, RUNS)),
-    Word("sandboxes", "", "the sandboxes in the cloud", functools.partial(open_list, SANDBOXES)),
+    *map(word_of, DRAWERS),
     Word("logs", "[SANDBOX]", "the logs of a sandbox", choose_logs),
-    Word("agents", "", "the agents of the account", functools.partial(open_list, AGENTS)),
-    Word("model", "", "the models, their context length and prices",
-         functools.partial(open_list, MODELS)),
-    Word("mcp", "", "the MCP servers: name, whether enabled, kind",
-         functools.partial(open_list, SERVERS)),
     Word("open", "", "open the pull request, else the preview, else the web page", open_web),
     Word("export", "[FORMAT] [FILE]", f"write the shown run to a file: {', '.join(EXPORTS)}",
          export),
@@ -7137,7 +7165,8 @@ class Binding(NamedTuple):
 
     keys: str
     does: str
-    act: Callable[[State], State]
+    act: Callable[..., State]
+    arguments: Tuple[Any, ...] = ()
 
 
 KEY_TITLES = {  # what is not the name of a key with its first letter in upper case
@@ -7223,7 +7252,7 @@ def perform_item(state: State, command: str) -> State:
     return state.write(f"{command} {text}")
 
 
-PALETTE = Listing("palette", ACTION_COLUMNS, action_list, enter=perform_item)
+PALETTE = Listing("palette", ACTION_COLUMNS, action_list, {"enter": perform_item})
 
 
 def show_palette(state: State) -> State:
@@ -7313,33 +7342,29 @@ SIGN_IN_HINTS = ("Enter opens the browser", "or paste a token", "^C ^C quit")
 WAITING_HINTS = ("Esc gives up the wait", "^C ^C quit")
 
 
+ROW_HINTS = {"x": "x kill", "o": "o open", "y": "y copy"}
+
+
 def drawer_hints(drawer: Drawer) -> List[str]:
     """What can be done in a drawer."""
-    listing = drawer.listing
-    hints = ["↑ ↓ move"]
-    if listing.enter:
-        hints.append("Enter open")
-    hints.append("Esc close")
+    actions = drawer.listing.actions
+    hints = ["↑ ↓ move", "Esc close"]
+    if "enter" in actions:
+        hints.insert(1, "Enter open")
     if not drawer.searching:
-        if listing.kill:
-            hints.append("x kill")
-        if listing.open:
-            hints.append("o open")
-        if listing.copies:
-            hints.append("y copy")
-    hints.append("type to search")
-    return hints
+        hints += [hint for key, hint in ROW_HINTS.items() if key in actions]
+    return [*hints, "type to search"]
 
 
 def hints_of(state: State) -> Sequence[str]:
     """The keys that are useful now, the most useful first."""
-    focus = focus_of(state)
+    focus = state.focus
     if state.drawer:
         return drawer_hints(state.drawer)
     if state.sign_in.needed and focus == "composer":
         return WAITING_HINTS if state.sign_in.url else SIGN_IN_HINTS
     if focus == "rail":
-        return RUN_HINTS if selected_run(state) else SANDBOX_HINTS
+        return RUN_HINTS if selected(state)[0] is RUNS else SANDBOX_HINTS
     if focus == "timeline":
         return TIMELINE_HINTS
     if focus == "filter":
@@ -7449,7 +7474,7 @@ def takes_alert_keys(state: State) -> bool:
     """Whether Enter and Esc are for the first alert."""
     if state.drawer or state.sign_in.needed or state.killing:
         return False
-    return focus_of(state) == "composer" and not state.composer.text.strip()
+    return state.focus == "composer" and not state.composer.text.strip()
 
 
 def alert_row(state: State, alerts: Sequence[Alert], width: int) -> Row:
@@ -7532,19 +7557,18 @@ def dotted(parts: Iterable[str]) -> str:
 
 def row_detail(state: State) -> str:
     """The selected row of the rail in full."""
-    run_id = selected_run(state)
-    if run_id:
-        run = run_named(state, run_id)
-        status = sign_of(run.status).word or "…"
-        place = f"{harmless(run.id, 8)} {run.repo}".strip()
-        age = run_age(state, run)
-        return dotted([place, f"{status} {age}".strip(), run.error, task_of(run)])
-    sandbox = selected_sandbox(state)
-    if not sandbox.id:
+    row = row_in_rail(state)
+    if row is None:
         return ""
-    repo = repo_named(state, sandbox.repo_id)
-    place = " ".join(f"{harmless(sandbox.id, 8)} {repo} {sandbox.branch}".split())
-    return dotted([place, sign_of(sandbox.status).word, sandbox.error])
+    name = harmless(row.id, 8)
+    status = sign_of(row.status).word
+    if isinstance(row, KnownRun):
+        place = f"{name} {row.repo}".strip()
+        age = run_age(state, row)
+        return dotted([place, f"{status or '…'} {age}".strip(), row.error, task_of(row)])
+    repo = repo_named(state, row.repo_id)
+    place = " ".join(f"{name} {repo} {row.branch}".split())
+    return dotted([place, status, row.error])
 
 
 def around(at: int, count: int, rows: int) -> range:
@@ -7579,7 +7603,7 @@ def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     runs = state.rail.runs
     sandboxes = state.rail.sandboxes
     at = selected_row(state)
-    focused = focus_of(state) == "rail" and not state.drawer
+    focused = state.focus == "rail" and not state.drawer
     title = title_style(focused)
     pieces = folded(row_detail(state), width - 2)[:3]
     detail = [f" {piece}" for piece in pieces]
@@ -7729,7 +7753,7 @@ def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     entries = passing(state)
     at = selected_entry(state)
     timeline = state.timeline
-    focused = focus_of(state) == "timeline"
+    focused = state.focus == "timeline"
     lines = [PaneLine(timeline_title(state, len(entries), focused, width))]
     top = timeline.top
     if timeline.follow:
@@ -7881,7 +7905,7 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     text = state.composer.text.replace("\t", " ")
     cursor = state.composer.cursor
     mark = "› "
-    focus = focus_of(state)
+    focus = state.focus
     if focus == "filter":
         text = state.timeline.filter
         cursor = len(text)
@@ -7929,7 +7953,7 @@ def hint_line(state: State, width: int) -> Line:
         return [(" Starting a run…", "run")]
     if state.sign_in.checking:
         return [(" Trying the token…", "run")]
-    if focus_of(state) != "composer" or state.drawer:
+    if state.focus != "composer" or state.drawer:
         return [(joined(hints_of(state), width), "dim")]
     found = completions(state)
     word = COMMANDS.get(state.composer.text[1:])
@@ -8037,7 +8061,7 @@ def insert(state: State, text: str) -> State:
     if state.drawer:
         query = state.drawer.query + sanitize(text, " ")
         return state.shift(query=query[:200], searching=True, at=0)
-    if focus_of(state) == "filter":
+    if state.focus == "filter":
         words = state.timeline.filter + sanitize(text, " ")
         return state.scroll(filter=words[:200])
     lines = []
@@ -8051,85 +8075,20 @@ def insert(state: State, text: str) -> State:
     return state.write(before + text + after, len(before) + len(text))
 
 
-def cut(state: State, start: int, end: int) -> State:
-    """With the composer's text from ``start`` to ``end`` deleted."""
-    text = state.composer.text
-    start = max(0, start)
-    return state.write(text[:start] + text[end:], start)
-
-
-def word_start(text: str, cursor: int) -> int:
-    """Where the word before the cursor begins."""
-    before = re.sub(r"[\n\t]", " ", text[:cursor])
-    return before.rstrip(" ").rfind(" ") + 1
-
-
-def word_end(text: str, cursor: int) -> int:
-    """Where the word after the cursor ends."""
-    rest = text[cursor:]
-    word = rest.lstrip()
-    blanks = len(rest) - len(word)
-    return cursor + blanks + len((word.split(None, 1) or [""])[0])
-
-
-def line_start(composer: Composer) -> int:
-    return composer.text.rfind("\n", 0, composer.cursor) + 1
-
-
-def line_end(composer: Composer) -> int:
-    return (composer.text + "\n").index("\n", composer.cursor)
-
-
 def put_cursor(state: State, cursor: int) -> State:
-    """With the cursor there."""
-    cursor = max(0, min(cursor, len(state.composer.text)))
     return state._replace(composer=state.composer._replace(cursor=cursor))
 
 
-def new_line(state: State) -> State:
-    return insert(state, "\n")
+def go_to(state: State, place: Callable[[Composer], int]) -> State:
+    """With the cursor at a place of the composer's text."""
+    return put_cursor(state, place(state.composer))
 
 
-def delete_back(state: State) -> State:
-    return cut(state, state.composer.cursor - 1, state.composer.cursor)
-
-
-def delete_forward(state: State) -> State:
-    return cut(state, state.composer.cursor, state.composer.cursor + 1)
-
-
-def delete_word(state: State) -> State:
+def delete_to(state: State, place: Callable[[Composer], int]) -> State:
+    """Without what is between the cursor and that place."""
     composer = state.composer
-    return cut(state, word_start(composer.text, composer.cursor), composer.cursor)
-
-
-def delete_line(state: State) -> State:
-    """Everything before the cursor."""
-    return cut(state, 0, state.composer.cursor)
-
-
-def delete_line_end(state: State) -> State:
-    return cut(state, state.composer.cursor, line_end(state.composer))
-
-
-def char_left(state: State) -> State:
-    return put_cursor(state, state.composer.cursor - 1)
-
-
-def char_right(state: State) -> State:
-    return put_cursor(state, state.composer.cursor + 1)
-
-
-def word_left(state: State) -> State:
-    return put_cursor(state, word_start(state.composer.text, state.composer.cursor))
-
-
-def word_right(state: State) -> State:
-    return put_cursor(state, word_end(state.composer.text, state.composer.cursor))
-
-
-def to_line_start(state: State) -> State:
-    return put_cursor(state, line_start(state.composer))
+    start, end = sorted([composer.cursor, place(composer)])
+    return state.write(composer.text[:start] + composer.text[end:], start)
 
 
 def follow(state: State) -> State:
@@ -8155,26 +8114,30 @@ def select_entry(state: State, at: int, may_follow: bool) -> State:
     return state.scroll(at=at, top=top, follow=follow)
 
 
+def move_in_rail(state: State, step: int) -> State:
+    return state.with_rail(at=max(0, selected_row(state) + step))
+
+
 def move(state: State, step: int) -> State:
     """By so many lines in the drawer, else in the rail where that has the focus, else in time."""
     if state.drawer:
         last = len(state.drawer.found) - 1
-        at = min(state.drawer.at + step, last)
-        return state.shift(at=max(0, at))
-    if focus_of(state) == "rail":
-        return state.with_rail(at=max(0, selected_row(state) + step))
+        return state.shift(at=max(0, min(state.drawer.at + step, last)))
+    if state.focus == "rail":
+        return move_in_rail(state, step)
     return select_entry(state, selected_entry(state) + step, step > 0)
 
 
-def to_last(state: State) -> State:
-    return move(state, 10**9)
+def turn_page(state: State, pages: int) -> State:
+    rows = max(1, state.height - 9)
+    return move(state, pages * rows)
 
 
 def to_line_end(state: State) -> State:
     """The end of the line; with nothing typed, the newest event."""
     if not state.composer.text:
-        return to_last(state)
-    return put_cursor(state, line_end(state.composer))
+        return move(state, FAR)
+    return go_to(state, Composer.line_end)
 
 
 def recall(state: State, back: int) -> State:
@@ -8193,7 +8156,7 @@ def recall(state: State, back: int) -> State:
 
 def typed_up(state: State) -> State:
     """Up by a line of the text, and from its first line into the history."""
-    start = line_start(state.composer)
+    start = state.composer.line_start()
     if start:
         return put_cursor(state, start - 1)
     return recall(state, state.composer.recalled + 1)
@@ -8201,7 +8164,7 @@ def typed_up(state: State) -> State:
 
 def typed_down(state: State) -> State:
     """Down by a line of the text, and from its last line back through the history."""
-    end = line_end(state.composer)
+    end = state.composer.line_end()
     if end < len(state.composer.text):
         return put_cursor(state, end + 1)
     return recall(state, state.composer.recalled - 1)
@@ -8253,30 +8216,6 @@ def dismiss(state: State) -> State:
     return state.scroll(filter="")
 
 
-def page_rows(state: State) -> int:
-    return max(1, state.height - 9)
-
-
-def line_up(state: State) -> State:
-    return move(state, -1)
-
-
-def line_down(state: State) -> State:
-    return move(state, 1)
-
-
-def page_up(state: State) -> State:
-    return move(state, -page_rows(state))
-
-
-def page_down(state: State) -> State:
-    return move(state, page_rows(state))
-
-
-def to_first(state: State) -> State:
-    return move(state, -10**9)
-
-
 def wrap(state: State) -> State:
     return state.scroll(wrap=not state.timeline.wrap)
 
@@ -8289,26 +8228,6 @@ def open_event(state: State) -> State:
     return state.open(EVENT, data=entries[selected_entry(state)].event)
 
 
-def open_row(state: State) -> State:
-    """Enter in the rail: show the run, or the logs of the sandbox."""
-    sandbox = selected_sandbox(state)
-    if selected_run(state):
-        return watch_known(state, selected_run(state))
-    if sandbox.id:
-        return show_logs(state, sandbox.id)
-    return state
-
-
-def copied(state: State, text: str) -> State:
-    """With ``text`` on the terminal's clipboard (OSC 52)."""
-    if not text:
-        return state
-    import base64
-
-    code = base64.b64encode(text.encode("utf-8", "replace")).decode()
-    return state.ask(Shell.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
-
-
 def copy_event(state: State) -> State:
     entries = passing(state)
     if not entries:
@@ -8316,35 +8235,11 @@ def copy_event(state: State) -> State:
     return copied(state, entries[selected_entry(state)].text)
 
 
-def copy_row(state: State) -> State:
-    """The id of the selected row of the rail."""
-    return copied(state, selected_run(state) or selected_sandbox(state).id)
-
-
-def kill_row(state: State) -> State:
-    return ask_to_kill(state, selected_run(state))
-
-
-def open_row_web(state: State) -> State:
-    """o in the rail: the run's pull request, or the sandbox's preview."""
-    if selected_run(state):
-        return open_for_run(state, selected_run(state))
-    return open_preview(state, selected_sandbox(state).id)
-
-
 def quit_pane(state: State) -> State:
     """q: leave, but not with a half-typed task."""
     if state.composer.text:
         return state.say("The composer holds a task: press Ctrl+C twice to leave.", "warn")
     return leave(state)
-
-
-def focus_composer(state: State) -> State:
-    return state.go("composer")
-
-
-def focus_filter(state: State) -> State:
-    return state.go("filter")
 
 
 def keep_filter(state: State) -> State:
@@ -8367,60 +8262,18 @@ def panes(state: State) -> List[str]:
 
 
 def step_pane(state: State, step: int) -> State:
+    """Tab, or Shift+Tab where ``step`` is -1."""
     order = panes(state)
-    focus = focus_of(state)
     at = 0
-    if focus in order:
-        at = order.index(focus)
+    if state.focus in order:
+        at = order.index(state.focus)
     return state.go(order[(at + step) % len(order)])
-
-
-def next_pane(state: State) -> State:
-    return step_pane(state, 1)
-
-
-def previous_pane(state: State) -> State:
-    return step_pane(state, -1)
-
-
-def close_drawer(state: State) -> State:
-    return state.close()
-
-
-def choose_item(state: State) -> State:
-    """Enter in a drawer."""
-    item = selected_item(state)
-    if state.drawer and state.drawer.listing.enter and item and item.id:
-        chosen_state: State = state.drawer.listing.enter(state, item.id)
-        return chosen_state
-    return state
 
 
 def shorten_query(state: State) -> State:
     if state.drawer is None or not state.drawer.query:
         return state.shift(searching=False)
     return state.shift(query=state.drawer.query[:-1], at=0)
-
-
-def act_on_item(state: State, letter: str) -> Optional[State]:
-    """x, o or y on the selected row of a drawer, / to search them; None where it is a letter."""
-    drawer = state.drawer
-    item = selected_item(state)
-    if drawer is None or drawer.searching:
-        return None
-    listing = drawer.listing
-    if letter == "/" and (listing.kill or listing.open or listing.copies):
-        return state.shift(searching=True)
-    if item is None:
-        return None
-    acted: Optional[State] = None
-    if letter == "x" and listing.kill:
-        acted = listing.kill(state, item.id)
-    elif letter == "o" and listing.open:
-        acted = listing.open(state, item.id)
-    elif letter == "y" and listing.copies:
-        acted = copied(state, item.id)
-    return acted
 
 
 def interrupt(state: State) -> State:
@@ -8436,14 +8289,6 @@ def interrupt(state: State) -> State:
     return state.say("Press Ctrl+C again within 1.5 s to leave; runs continue.", "warn", 1.5)
 
 
-def repaint_all(state: State) -> State:
-    return state.ask(Shell.repaint)
-
-
-def suspend(state: State) -> State:
-    return state.ask(Shell.suspend)
-
-
 def switch_mouse(state: State) -> State:
     """The mouse on, or off so that the terminal selects text."""
     mouse = not state.mouse
@@ -8453,34 +8298,35 @@ def switch_mouse(state: State) -> State:
     return state._replace(mouse=mouse).ask(Shell.set_mouse, mouse).say(words)
 
 
+FAR = 10**9
 ANYWHERE = (
     Binding("^c", "close or clear; twice: leave", interrupt),
     Binding("^p", "palette", show_palette),
     Binding("f1", "help", show_help),
-    Binding("^f", "filter the timeline", focus_filter),
-    Binding("^l", "repaint", repaint_all),
-    Binding("^z", "suspend", suspend),
+    Binding("^f", "filter the timeline", State.go, ("filter",)),
+    Binding("^l", "repaint", State.ask, (Shell.repaint,)),
+    Binding("^z", "suspend", State.ask, (Shell.suspend,)),
     Binding("^t", "mouse on or off", switch_mouse),
 )
 MOVES = (
-    Binding("up k", "up", line_up),
-    Binding("down j", "down", line_down),
-    Binding("pgup", "a page up", page_up),
-    Binding("pgdown", "a page down", page_down),
-    Binding("home g", "the first", to_first),
-    Binding("end G", "the last", to_last),
+    Binding("up k", "up", move, (-1,)),
+    Binding("down j", "down", move, (1,)),
+    Binding("pgup", "a page up", turn_page, (-1,)),
+    Binding("pgdown", "a page down", turn_page, (1,)),
+    Binding("home g", "the first", move, (-FAR,)),
+    Binding("end G", "the last", move, (FAR,)),
 )
 PANE = (
     *MOVES,
     Binding("f", "follow the newest event, or stop", follow),
     Binding("w", "wrap long lines, or cut them", wrap),
-    Binding("tab", "the next pane", next_pane),
-    Binding("btab", "the pane before", previous_pane),
-    Binding("/", "filter the timeline", focus_filter),
+    Binding("tab", "the next pane", step_pane, (1,)),
+    Binding("btab", "the pane before", step_pane, (-1,)),
+    Binding("/", "filter the timeline", State.go, ("filter",)),
     Binding(":", "palette", show_palette),
     Binding("r", "ask the service now", refresh),
     Binding("q", "leave", quit_pane),
-    Binding("esc", "the composer", focus_composer),
+    Binding("esc", "the composer", State.go, ("composer",)),
 )
 TIMELINE_PANE = (
     Binding("enter", "the event in full", open_event),
@@ -8490,10 +8336,10 @@ TIMELINE_PANE = (
     *PANE,
 )
 RAIL_PANE = (
-    Binding("enter", "show the run, or the sandbox's logs", open_row),
-    Binding("x", "cancel the selected run, after a question", kill_row),
-    Binding("o", "open its pull request or preview", open_row_web),
-    Binding("y", "copy its id", copy_row),
+    Binding("enter", "show the run, or the sandbox's logs", act_on_row, ("enter",)),
+    Binding("x", "cancel the selected run, after a question", act_on_row, ("x",)),
+    Binding("o", "open its pull request or preview", act_on_row, ("o",)),
+    Binding("y", "copy its id", act_on_row, ("y",)),
     *PANE,
 )
 FILTER_PANE = (
@@ -8503,32 +8349,32 @@ FILTER_PANE = (
     *MOVES,  # whose letters are typed here
 )
 DRAWER_PANE = (
-    Binding("enter", "open the selected row", choose_item),
-    Binding("esc", "close", close_drawer),
+    Binding("enter", "open the selected row", act_on_row, ("enter",)),
+    Binding("esc", "close", State.close),
     Binding("backspace", "delete a letter of the search", shorten_query),
     *MOVES,
 )
 COMPOSER_PANE = (
     Binding("enter", "send", send),
-    Binding("newline ^j", "a new line", new_line),
+    Binding("newline ^j", "a new line", insert, ("\n",)),
     Binding("tab", "complete, else the next pane", complete),
-    Binding("btab", "the pane before", previous_pane),
+    Binding("btab", "the pane before", step_pane, (-1,)),
     Binding("esc", "dismiss", dismiss),
-    Binding("backspace", "delete a character", delete_back),
-    Binding("delete ^d", "delete the next character", delete_forward),
-    Binding("^w", "delete a word", delete_word),
-    Binding("^u", "delete all before the cursor", delete_line),
-    Binding("^k", "delete to the end of the line", delete_line_end),
-    Binding("left ^b", "a character left", char_left),
-    Binding("right", "a character right", char_right),
-    Binding("alt+b ctrl+left alt+left", "a word left", word_left),
-    Binding("alt+f ctrl+right alt+right", "a word right", word_right),
-    Binding("home ^a", "the start of the line", to_line_start),
+    Binding("backspace", "delete a character", delete_to, (Composer.char_before,)),
+    Binding("delete ^d", "delete the next character", delete_to, (Composer.char_after,)),
+    Binding("^w", "delete a word", delete_to, (Composer.word_start,)),
+    Binding("^u", "delete all before the cursor", delete_to, (Composer.start,)),
+    Binding("^k", "delete to the end of the line", delete_to, (Composer.line_end,)),
+    Binding("left ^b", "a character left", go_to, (Composer.char_before,)),
+    Binding("right", "a character right", go_to, (Composer.char_after,)),
+    Binding("alt+b ctrl+left alt+left", "a word left", go_to, (Composer.word_start,)),
+    Binding("alt+f ctrl+right alt+right", "a word right", go_to, (Composer.word_end,)),
+    Binding("home ^a", "the start of the line", go_to, (Composer.line_start,)),
     Binding("end ^e", "the end of the line", to_line_end),
     Binding("up", "up, then the history", typed_up),
     Binding("down", "down, then the history", typed_down),
-    Binding("pgup", "the timeline a page up", page_up),
-    Binding("pgdown", "the timeline a page down", page_down),
+    Binding("pgup", "the timeline a page up", turn_page, (-1,)),
+    Binding("pgdown", "the timeline a page down", turn_page, (1,)),
 )
 PANES = {
     "timeline": TIMELINE_PANE,
@@ -8538,24 +8384,16 @@ PANES = {
 }
 
 
-def bound(bindings: Iterable[Binding], name: str) -> Optional[Callable[[State], State]]:
-    """What a key does among these bindings."""
-    for binding in bindings:
-        if name in binding.keys.split():
-            return binding.act
-    return None
-
-
 def bindings_of(state: State) -> Sequence[Binding]:
     """The keys of the drawer, or of the pane that has the focus."""
     if state.drawer:
         return DRAWER_PANE
-    return PANES[focus_of(state)]
+    return PANES[state.focus]
 
 
 def takes_words(state: State) -> bool:
     """Whether letters are typed into something, rather than keys."""
-    return state.drawer is not None or focus_of(state) in ("composer", "filter")
+    return state.drawer is not None or state.focus in ("composer", "filter")
 
 
 def touched(state: State, name: str = "") -> State:
@@ -8587,9 +8425,9 @@ def on_key(state: State, message: Key) -> State:
     if name == "?" and not takes_words(state):
         items = binding_items((*bindings, *ANYWHERE))
         return state.open(HELP, data=tuple(items))
-    act = bound(ANYWHERE, name) or bound(bindings, name)
-    if act:
-        return act(state)
+    for binding in (*ANYWHERE, *bindings):
+        if name in binding.keys.split():
+            return binding.act(state, *binding.arguments)
     return state
 
 
@@ -8601,58 +8439,58 @@ def on_paste(state: State, message: Paste) -> State:
 def on_text(state: State, message: Text) -> State:
     """What was typed: words where words are taken, else keys, one after another.
 
-    Of letters that came together none leaves, cancels a run or answers a question.
+    Of letters that came together none leaves, cancels a run, answers a question or acts on a row.
     """
     text = message.text
-    if state.killing and len(text) > 1:
+    alone = len(text) == 1
+    if state.killing and not alone:
         return on_key(state, Key(""))
     while text and (state.killing or not takes_words(state)):
-        if len(message.text) == 1 or text[0] not in "qx":
+        if alone or text[0] not in "qx":
             state = on_key(state, Key(text[0]))
         text = text[1:]
     if not text:
         return state
-    acted = None
-    if len(message.text) == 1:
-        acted = act_on_item(state, text)
-    if acted is None:
-        acted = insert(state, text)
-    if acted.notice is not state.notice:
-        return acted  # with what the action says
-    return touched(acted)
+    state = touched(state)
+    if alone and state.drawer and not state.drawer.searching:
+        actions = state.drawer.listing.actions
+        if text in actions:
+            return act_on_row(state, text)
+        if text == "/" and "y" in actions:  # letters act there, until a search is begun
+            return state.shift(searching=True)
+    return insert(state, text)
 
 
 def on_resize(state: State, message: Resize) -> State:
     """A rail that is no longer there keeps no focus."""
     state = state._replace(width=message.width, height=message.height)
-    return state._replace(focus=focus_of(state))
+    if state.focus == "rail" and not rail_width(state.width):
+        return state._replace(focus="timeline")
+    return state
 
 
 def turn_wheel(state: State, message: Mouse) -> State:
     """The wheel scrolls what is under it, wherever the focus is."""
     if message.column < rail_width(state.width):
-        moved = move(state.go("rail"), message.step)
-        return state.with_rail(at=moved.rail.at)
+        return move_in_rail(state, message.step)
     moved = move(state._replace(focus="timeline"), message.step)
     return moved._replace(focus=state.focus)
 
 
 def click_rail(state: State, at: int) -> State:
-    if at < 0:
-        return state
-    if focus_of(state) == "rail" and selected_row(state) == at and not state.drawer:
-        return open_row(state)
+    if state.focus == "rail" and selected_row(state) == at and not state.drawer:
+        return act_on_row(state, "enter")
     return state.go("rail").with_rail(at=at)
 
 
-def click_drawer(state: State, at: int) -> State:
-    if state.drawer and state.drawer.at == at:
-        return choose_item(state)
+def click_drawer(state: State, drawer: Drawer, at: int) -> State:
+    if drawer.at == at:
+        return act_on_row(state, "enter")
     return state.shift(at=at)
 
 
 def click_timeline(state: State, at: int) -> State:
-    if focus_of(state) == "timeline" and selected_entry(state) == at:
+    if state.focus == "timeline" and selected_entry(state) == at:
         return open_event(state)
     return select_entry(state._replace(focus="timeline"), at, True)
 
@@ -8666,19 +8504,23 @@ def on_mouse(state: State, message: Mouse) -> State:
         return state
     layout = layout_of(state, state.width, state.height)
     row = message.row - layout.top
-    if row >= layout.rows:
-        return focus_composer(state)
     if row < 0:
         return state
-    if message.column < layout.side:
+    if row >= layout.rows:
+        return state.go("composer")
+    in_rail = message.column < layout.side
+    if in_rail:
         lines = rail_lines(state, layout.side - 1, layout.rows)
-        return click_rail(state, lines[row].at)
-    lines = body_lines(state, state.width - layout.side, layout.rows)
+    else:
+        lines = body_lines(state, state.width - layout.side, layout.rows)
     if row >= len(lines) or lines[row].at < 0:
         return state
+    at = lines[row].at
+    if in_rail:
+        return click_rail(state, at)
     if state.drawer:
-        return click_drawer(state, lines[row].at)
-    return click_timeline(state, lines[row].at)
+        return click_drawer(state, state.drawer, at)
+    return click_timeline(state, at)
 
 
 # -- What the workers said
