@@ -5934,6 +5934,26 @@ class Entry(NamedTuple):
     event: Json
 
 
+class Timeline(NamedTuple):
+    """What of the events is on the screen."""
+
+    at: int = 0          # the selected entry, counted among those that pass the filter
+    top: int = 0         # the first on the screen, while the newest are not followed
+    follow: bool = True
+    filter: str = ""
+    wrap: bool = False
+
+
+class Feed(NamedTuple):
+    """How the events of the shown run come in."""
+
+    over: bool = False       # the verdict is in
+    truncated: bool = False  # the service listed only the first
+    lost: str = ""           # why the tail gave up
+    again_at: float = 0.0    # when it is begun again; 0 for never
+    stale: bool = False      # it was begun again: the next event is the first once more
+
+
 class Shown(NamedTuple):
     """The run in the header and the timeline."""
 
@@ -5943,21 +5963,8 @@ class Shown(NamedTuple):
     entries: Tuple[Entry, ...] = ()
     branch: str = ""                 # the one that it really works on
     pull_request_url: str = ""
-    over: bool = False               # the verdict is in
-    truncated: bool = False
-    lost: str = ""                   # why its tail gave up
-    again_at: float = 0.0            # when the tail is begun again; 0 for never
-    stale: bool = False              # it was begun again: the next event is the first once more
-
-
-class Timeline(NamedTuple):
-    """What of the events is on the screen."""
-
-    at: int = 0          # the selected entry, counted among those that pass the filter
-    top: int = 0         # the first on the screen, while the newest are not followed
-    follow: bool = True
-    filter: str = ""
-    wrap: bool = False
+    timeline: Timeline = Timeline()
+    feed: Feed = Feed()
 
 
 class KnownRun(NamedTuple):
@@ -6115,33 +6122,56 @@ class Notice(NamedTuple):
     until: float = 0.0
 
 
-class State(NamedTuple):
-    """All that the cockpit knows. Times are epoch seconds."""
+class Window(NamedTuple):
+    """The terminal's window, and what has its keys and mouse."""
 
-    base_url: str = DEFAULT_URL
-    now: float = 0.0
     width: int = 80
     height: int = 24
     focus: str = "composer"  # or "timeline", "rail", "filter"
+    mouse: bool = True
+
+
+class Next(NamedTuple):
+    """What the next task will use, and the tasks that were sent."""
+
     target: Target = Target()
-    shown: Shown = Shown()
-    timeline: Timeline = Timeline()
-    composer: Composer = Composer()
-    rail: Rail = Rail()
+    starts: Tuple[NewRun, ...] = ()  # whose fate is not known
+    session: str = ""                # what their keys begin with
+    made: int = 0                    # how many keys were made
+
+
+class Service(NamedTuple):
+    """What is known of the service, and of how it answers."""
+
+    base_url: str = DEFAULT_URL
     repos: Repos = Repos()
     polls: Polls = Polls()
-    drawer: Optional[Drawer] = None
     health: Health = Health()
     sign_in: SigningIn = SigningIn()
-    starts: Tuple[NewRun, ...] = ()  # whose fate is not known
-    session: str = ""                # what the keys of starts begin with
-    started: int = 0                 # how many keys were made
-    alerts: Tuple[Alert, ...] = ()   # of runs that ended badly, until looked at
+
+
+class Attention(NamedTuple):
+    """What is said to the person, and asked."""
+
     notice: Notice = Notice()
-    killing: str = ""                # the run that is cancelled if the next key is y
-    armed_until: float = 0.0         # a second Ctrl+C before this leaves
-    mouse: bool = True
-    asks: Tuple[Ask, ...] = ()       # what the last message asks for
+    alerts: Tuple[Alert, ...] = ()  # of runs that ended badly, until looked at
+    killing: str = ""               # the run that is cancelled if the next key is y
+    armed_until: float = 0.0        # a second Ctrl+C before this leaves
+
+
+class State(NamedTuple):
+    """All that the cockpit knows. Times are epoch seconds."""
+
+    now: float = 0.0
+    window: Window = Window()
+    next: Next = Next()
+    shown: Shown = Shown()
+    composer: Composer = Composer()
+    rail: Rail = Rail()
+    drawer: Optional[Drawer] = None
+    service: Service = Service()
+    attention: Attention = Attention()
+    asks: Tuple[Ask, ...] = ()  # what the last message asks for
 
     def ask(
         self,
@@ -6157,35 +6187,50 @@ class State(NamedTuple):
         if style == "bad":
             for_s = 9e9
         notice = Notice(harmless(text), style, self.now + for_s)
-        return self._replace(notice=notice)
+        return self.attend(notice=notice)
 
     def write(self, text: str, cursor: int = -1) -> State:
         """With ``text`` in the composer, the cursor at its end if nothing else is said."""
         if cursor < 0:
             cursor = len(text)
         composer = self.composer._replace(text=text, cursor=cursor)
-        return self._replace(composer=composer, focus="composer")
+        return self._replace(composer=composer).look(focus="composer")
 
     def open(self, listing: Listing, *subject: str, data: Any = None, query: str = "") -> State:
         """With a drawer open, and what it shows asked for."""
         state = self._replace(drawer=Drawer(listing, subject, data, query))
-        if state.focus == "filter":
-            state = state._replace(focus="composer")
+        if state.window.focus == "filter":
+            state = state.look(focus="composer")
         if listing.reads:
             return state.ask(listing.reads, *subject)
         return state
 
     def choose(self, **changes: Any) -> State:
         """With another target, which no run moves that was started before."""
-        choices = self.target.choices + 1
-        target = self.target._replace(choices=choices, **changes)
-        return self._replace(target=target)
+        choices = self.next.target.choices + 1
+        target = self.next.target._replace(choices=choices, **changes)
+        return self.plan(target=target)
+
+    def look(self, **changes: Any) -> State:
+        return self._replace(window=self.window._replace(**changes))
+
+    def plan(self, **changes: Any) -> State:
+        return self._replace(next=self.next._replace(**changes))
+
+    def attend(self, **changes: Any) -> State:
+        return self._replace(attention=self.attention._replace(**changes))
+
+    def know(self, **changes: Any) -> State:
+        return self._replace(service=self.service._replace(**changes))
 
     def show(self, **changes: Any) -> State:
         return self._replace(shown=self.shown._replace(**changes))
 
     def scroll(self, **changes: Any) -> State:
-        return self._replace(timeline=self.timeline._replace(**changes))
+        return self.show(timeline=self.shown.timeline._replace(**changes))
+
+    def hear(self, **changes: Any) -> State:
+        return self.show(feed=self.shown.feed._replace(**changes))
 
     def shift(self, **changes: Any) -> State:
         if self.drawer is None:
@@ -6193,13 +6238,13 @@ class State(NamedTuple):
         return self._replace(drawer=self.drawer._replace(**changes))
 
     def feel(self, **changes: Any) -> State:
-        return self._replace(health=self.health._replace(**changes))
+        return self.know(health=self.service.health._replace(**changes))
 
     def with_rail(self, **changes: Any) -> State:
         return self._replace(rail=self.rail._replace(**changes))
 
     def admit(self, **changes: Any) -> State:
-        return self._replace(sign_in=self.sign_in._replace(**changes))
+        return self.know(sign_in=self.service.sign_in._replace(**changes))
 
     def close(self) -> State:
         """Without a drawer."""
@@ -6207,7 +6252,7 @@ class State(NamedTuple):
 
     def go(self, pane: str) -> State:
         """With the focus there, and no drawer."""
-        return self._replace(focus=pane, drawer=None)
+        return self.close().look(focus=pane)
 
 
 class Sign(NamedTuple):
@@ -6258,17 +6303,17 @@ def change_runs(state: State, ids: Sequence[str], **changes: Any) -> State:
 def change_start(state: State, key: str, **changes: Any) -> State:
     """With this changed in the start that has this key."""
     starts = []
-    for new in state.starts:
+    for new in state.next.starts:
         if new.key == key:
             new = new._replace(**changes)
         starts.append(new)
-    return state._replace(starts=tuple(starts))
+    return state.plan(starts=tuple(starts))
 
 
 def drop_start(state: State, key: str) -> State:
     """Without the start that has this key: its fate is known."""
-    starts = [new for new in state.starts if new.key != key]
-    return state._replace(starts=tuple(starts))
+    starts = [new for new in state.next.starts if new.key != key]
+    return state.plan(starts=tuple(starts))
 
 
 def run_named(state: State, run_id: str) -> KnownRun:
@@ -6285,7 +6330,7 @@ def task_of(run: KnownRun) -> str:
 
 def repo_named(state: State, repo_id: str) -> str:
     """The full name of a repository; "" for one that is not listed."""
-    for repo in state.repos.all:
+    for repo in state.service.repos.all:
         if repo.id == repo_id:
             return repo.name
     return ""
@@ -6306,7 +6351,7 @@ def target_text(target: Target) -> str:
 
 def passing(state: State) -> Sequence[Entry]:
     """The entries that have every word of the filter in their type or text."""
-    words = state.timeline.filter.lower().split()
+    words = state.shown.timeline.filter.lower().split()
     if not words:
         return state.shown.entries
     found = []
@@ -6320,9 +6365,9 @@ def passing(state: State) -> Sequence[Entry]:
 def selected_entry(state: State) -> int:
     """The position of the selected entry among those that pass; -1 when there is none."""
     last = len(passing(state)) - 1
-    if state.timeline.follow:
+    if state.shown.timeline.follow:
         return last
-    return min(state.timeline.at, last)
+    return min(state.shown.timeline.at, last)
 
 
 def selected_row(state: State) -> int:
@@ -6351,15 +6396,15 @@ def web_url(state: State) -> str:
     for url in urls:
         if url.startswith("https://"):
             return url
-    return state.base_url
+    return state.service.base_url
 
 
 def health_sign(state: State) -> Sign:
     """How well the service answers."""
-    health = state.health
+    health = state.service.health
     wait_s = health.held_until - state.now
     latency = f"{health.latency_ms:.0f}ms"
-    if state.sign_in.needed:
+    if state.service.sign_in.needed:
         return Sign("○", "signed out", "dim")
     if wait_s > 0:
         return Sign("◌", f"reconnect {wait_s:.0f}s", "warn")
@@ -6371,17 +6416,17 @@ def health_sign(state: State) -> Sign:
         return Sign("◌", "reconnect", "warn")
     if not health.latency_ms:
         return Sign("◌", "connecting", "dim")
-    if state.shown.truncated or health.latency_ms > 2000:
+    if state.shown.feed.truncated or health.latency_ms > 2000:
         return Sign("○", f"degraded {latency}", "warn")
     return Sign("●", f"nominal {latency}", "ok")
 
 
 def alerts_of(state: State) -> List[Alert]:
     """What is wrong, the gravest first."""
-    health = state.health
-    alerts = list(state.alerts)
+    health = state.service.health
+    alerts = list(state.attention.alerts)
     wait_s = health.held_until - state.now
-    if state.sign_in.needed:
+    if state.service.sign_in.needed:
         return alerts
     if wait_s > 0:
         wait = format_duration(wait_s)
@@ -6405,27 +6450,26 @@ def rail_width(width: int) -> int:
 
 def is_too_small(state: State) -> bool:
     """Whether the window shows nothing but that: no key is a yes then."""
-    return state.width < 30 or state.height < 8
+    return state.window.width < 30 or state.window.height < 8
 
 
 def looked_at(state: State, run_id: str) -> State:
     """Without the alerts of this run, and without a drawer over it."""
-    alerts = [alert for alert in state.alerts if alert.run_id != run_id]
-    return state._replace(alerts=tuple(alerts), drawer=None)
+    alerts = [alert for alert in state.attention.alerts if alert.run_id != run_id]
+    return state.close().attend(alerts=tuple(alerts))
 
 
 def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None) -> State:
     """With this run shown, from its first event on."""
-    state = looked_at(state, run_id)._replace(
-        shown=Shown(run_id, run, origin),
-        timeline=Timeline(wrap=state.timeline.wrap),
-    )
+    timeline = Timeline(wrap=state.shown.timeline.wrap)
+    shown = Shown(run_id, run, origin, timeline=timeline)
+    state = looked_at(state, run_id)._replace(shown=shown)
     return state.ask(Desk.watch, run_id)
 
 
 def watch_known(state: State, run_id: str) -> State:
     """Watch a run of the rail: what is known of it is shown at once."""
-    if run_id == state.shown.run_id and not state.shown.lost:
+    if run_id == state.shown.run_id and not state.shown.feed.lost:
         return looked_at(state, run_id).scroll(follow=True)
     known = run_named(state, run_id)
     run = {"runId": run_id, "status": known.status, "error": known.error}
@@ -6439,7 +6483,7 @@ def ask_to_kill(state: State, run_id: str) -> State:
         status = text_of(state.shown.run, "status") or status
     if status in TERMINAL_STATUSES:
         return state.say(f"Run {harmless(run_id, 8)} has ended: {status}.", "warn")
-    return state._replace(killing=run_id)
+    return state.attend(killing=run_id)
 
 
 def open_for_run(state: State, run_id: str) -> State:
@@ -6459,7 +6503,7 @@ def open_preview(state: State, sandbox_id: str) -> State:
 
 def take_repo(state: State, repo_id: str) -> State:
     """The next task runs in this repository, on its default branch."""
-    for repo in state.repos.all:
+    for repo in state.service.repos.all:
         if repo.id == repo_id:
             return state.choose(repo=repo, branch="", base="").close()
     return state
@@ -6551,8 +6595,8 @@ def sandbox_items(state: State, drawer: Drawer) -> List[Item]:
 
 def repo_items(state: State, drawer: Drawer) -> List[Item]:
     items = []
-    for repo in state.repos.all:
-        present = repo.id == state.target.repo.id
+    for repo in state.service.repos.all:
+        present = repo.id == state.next.target.repo.id
         cells = (repo.name, repo.default_branch)
         items.append(Item(cells, repo.id, present=present))
     return items
@@ -6560,7 +6604,7 @@ def repo_items(state: State, drawer: Drawer) -> List[Item]:
 
 def branch_items(state: State, drawer: Drawer) -> List[Item]:
     """The branches that are known: the service lists none."""
-    target = state.target
+    target = state.next.target
     names = [target.branch, target.base, target.repo.default_branch]
     for sandbox in state.rail.sandboxes:
         if sandbox.repo_id == target.repo.id:
@@ -6573,7 +6617,7 @@ def branch_items(state: State, drawer: Drawer) -> List[Item]:
 
 
 def harness_items(state: State, drawer: Drawer) -> List[Item]:
-    present = state.target.harness
+    present = state.next.target.harness
     return [Item((name, title), name, present=name == present) for name, title in HARNESSES.items()]
 
 
@@ -6657,7 +6701,7 @@ def page_items(state: State, text: str, most: int) -> List[Item]:
     if len(text) > most or len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], "… cut here: /export writes all events to a file"]
         text = "\n".join(lines)
-    width = max(10, state.width - rail_width(state.width) - 3)
+    width = max(10, state.window.width - rail_width(state.window.width) - 3)
     pieces = wrapped(sanitize(text, "\n"), width)
     return [Item((piece,), piece) for piece in pieces]
 
@@ -6852,8 +6896,8 @@ def source_of(state: State) -> Tuple[object, ...]:
     return (
         state.rail.runs,
         state.rail.sandboxes,
-        state.repos.all,
-        state.target,
+        state.service.repos.all,
+        state.next.target,
         state.shown.run_id,
     )
 
@@ -6866,7 +6910,7 @@ def refreshed(before: State, state: State) -> State:
         return state
     same = old is not None and drawer.listing is old.listing and drawer.data is old.data
     moved = bool(drawer.listing.columns) and source_of(state) != source_of(before)
-    if moved or not same or state.width != before.width:
+    if moved or not same or state.window.width != before.window.width:
         lines = drawer.listing.rows(state, drawer)
         drawer = drawer._replace(lines=tuple(lines))
     elif old is not None and drawer.query == old.query:
@@ -6891,13 +6935,13 @@ def begin(state: State, task: str) -> State:
     if utf16_units(task) > MAX_PROMPT_UNITS:
         limit = f"{MAX_PROMPT_UNITS:,}"
         return state.write(task).say(f"A task has at most {limit} characters.", "bad")
-    if not state.target.repo.id:
+    if not state.next.target.repo.id:
         state = state.write(task).open(REPOS)
         return state.say("Choose the repository first; the task is kept.", "warn")
-    number = state.started + 1
-    new = NewRun(task, state.target, f"{state.session}-{number}")
+    number = state.next.made + 1
+    new = NewRun(task, state.next.target, f"{state.next.session}-{number}")
     others = []
-    for known in state.starts:
+    for known in state.next.starts:
         same = body_for(known.target, known.task) == body_for(new.target, task)
         if known.run_id or not same:
             others.append(known)
@@ -6905,7 +6949,7 @@ def begin(state: State, task: str) -> State:
             return state.write(task).say("This start is still under way.", "warn")
         else:
             new = new._replace(key=known.key)
-    state = state._replace(starts=(*others, new), started=number)
+    state = state.plan(starts=(*others, new), made=number)
     return state.ask(Desk.start, new)
 
 
@@ -6915,7 +6959,7 @@ def choose_repo(state: State, name: str) -> State:
     exact = []
     short = []
     partial = []
-    for repo in state.repos.all:
+    for repo in state.service.repos.all:
         full_name = repo.name.lower()
         if wanted in (full_name, repo.id.lower()):
             exact.append(repo.id)
@@ -7003,10 +7047,10 @@ def export(state: State, words: str) -> State:
 
 def show_sign_in(state: State, _: str = "") -> State:
     """``/login``: the sign-in on the screen, and the composer free for a token."""
-    waiting = state.sign_in.waiting
-    if not state.sign_in.needed:
+    waiting = state.service.sign_in.waiting
+    if not state.service.sign_in.needed:
         waiting = state.composer.text
-    state = state._replace(sign_in=SigningIn(needed=True, waiting=waiting))
+    state = state.know(sign_in=SigningIn(needed=True, waiting=waiting))
     return state.close().write("")
 
 
@@ -7028,7 +7072,7 @@ def run_interval_s(state: State, run: KnownRun, active: int) -> float:
     Up to 13 active runs are asked at most 30 s apart.
     """
     is_shown = run.id == state.shown.run_id
-    if is_shown and not state.shown.over:
+    if is_shown and not state.shown.feed.over:
         return 0.0  # its tail says it
     if run.status and is_active(run):
         return max(20.0, 2.2 * active)
@@ -7060,9 +7104,9 @@ def due_runs(state: State) -> List[KnownRun]:
 
 def poll(state: State, most: int) -> State:
     """Ask what is due, at most so much of it, within what is left of the minute's budget."""
-    polls = state.polls
+    polls = state.service.polls
     asks = []
-    if not state.repos.heard and state.now - polls.repos_at >= 10:
+    if not state.service.repos.heard and state.now - polls.repos_at >= 10:
         asks.append(Ask(Desk.repos))
         polls = polls._replace(repos_at=state.now)
     if state.now - polls.sandboxes_at >= 30:
@@ -7081,20 +7125,20 @@ def poll(state: State, most: int) -> State:
     sent += (state.now,) * len(asks)
     polls = polls._replace(sent=sent, unanswered=polls.unanswered + len(asks))
     state = change_runs(state, ids, asked_at=state.now)
-    return state._replace(polls=polls, asks=(*state.asks, *asks))
+    return state.know(polls=polls)._replace(asks=(*state.asks, *asks))
 
 
 def refresh(state: State, _: str = "") -> State:
     """``/refresh`` and r: ask everything now that may have changed."""
-    if state.health.held_until > state.now:
+    if state.service.health.held_until > state.now:
         return state.say("Rate limited: no requests until the wait is over.", "warn")
     ids = [run.id for run in state.rail.runs]
     state = change_runs(state, ids, asked_at=0.0)
-    polls = state.polls._replace(repos_at=0.0, sandboxes_at=0.0)
-    repos = state.repos._replace(heard=False)
-    state = state._replace(polls=polls, repos=repos)
-    if state.shown.again_at:
-        state = state.show(again_at=state.now)
+    polls = state.service.polls._replace(repos_at=0.0, sandboxes_at=0.0)
+    repos = state.service.repos._replace(heard=False)
+    state = state.know(polls=polls, repos=repos)
+    if state.shown.feed.again_at:
+        state = state.hear(again_at=state.now)
     if state.drawer and state.drawer.listing.reads:
         state = state.ask(state.drawer.listing.reads, *state.drawer.subject)
     if state.shown.run_id:
@@ -7103,7 +7147,7 @@ def refresh(state: State, _: str = "") -> State:
 
 
 def clear(state: State, _: str) -> State:
-    return state.scroll(filter="")._replace(alerts=())
+    return state.scroll(filter="").attend(alerts=())
 
 
 def leave(state: State, _: str = "") -> State:
@@ -7282,7 +7326,7 @@ def completions(state: State) -> List[str]:
         return [command_text(word) for word in COMMANDS.values() if word.name.startswith(name)]
     choices: List[str] = []
     if name == "repo":
-        choices = [repo.name for repo in state.repos.all]
+        choices = [repo.name for repo in state.service.repos.all]
     elif name == "attach":
         choices = [harmless(run.id) for run in state.rail.runs]
     elif name == "harness":
@@ -7358,11 +7402,11 @@ def drawer_hints(drawer: Drawer) -> List[str]:
 
 def hints_of(state: State) -> Sequence[str]:
     """The keys that are useful now, the most useful first."""
-    focus = state.focus
+    focus = state.window.focus
     if state.drawer:
         return drawer_hints(state.drawer)
-    if state.sign_in.needed and focus == "composer":
-        return WAITING_HINTS if state.sign_in.url else SIGN_IN_HINTS
+    if state.service.sign_in.needed and focus == "composer":
+        return WAITING_HINTS if state.service.sign_in.url else SIGN_IN_HINTS
     if focus == "rail":
         return RUN_HINTS if selected(state)[0] is RUNS else SANDBOX_HINTS
     if focus == "timeline":
@@ -7472,9 +7516,9 @@ def header(state: State, width: int) -> Row:
 
 def takes_alert_keys(state: State) -> bool:
     """Whether Enter and Esc are for the first alert."""
-    if state.drawer or state.sign_in.needed or state.killing:
+    if state.drawer or state.service.sign_in.needed or state.attention.killing:
         return False
-    return state.focus == "composer" and not state.composer.text.strip()
+    return state.window.focus == "composer" and not state.composer.text.strip()
 
 
 def alert_row(state: State, alerts: Sequence[Alert], width: int) -> Row:
@@ -7603,7 +7647,7 @@ def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     runs = state.rail.runs
     sandboxes = state.rail.sandboxes
     at = selected_row(state)
-    focused = state.focus == "rail" and not state.drawer
+    focused = state.window.focus == "rail" and not state.drawer
     title = title_style(focused)
     pieces = folded(row_detail(state), width - 2)[:3]
     detail = [f" {piece}" for piece in pieces]
@@ -7657,27 +7701,27 @@ def outcome(state: State) -> List[Segment]:
     """The line after the newest entry: that the run is at work, or how it ended and why."""
     shown = state.shown
     status = text_of(shown.run, "status")
-    if shown.lost and not shown.again_at:
-        return [(f"✗ cannot be followed: {shown.lost}", "bad")]
-    if not shown.over and status not in TERMINAL_STATUSES:
+    if shown.feed.lost and not shown.feed.again_at:
+        return [(f"✗ cannot be followed: {shown.feed.lost}", "bad")]
+    if not shown.feed.over and status not in TERMINAL_STATUSES:
         if not shown.entries:
             return [("… waiting for the first event", "dim")]
         heard_at = parse_time(shown.entries[-1].event.get("createdAt"))
         quiet = ""
         if heard_at:
             quiet = f", last event {format_age(state.now - heard_at)} ago"
-        health = state.health
+        health = state.service.health
         words = "agent working"
-        if health.failures or health.refused or shown.lost:
+        if health.failures or health.refused or shown.feed.lost:
             words = "no news from the service"
         return [(f"… {words}{quiet}", "dim")]
     sign = sign_of(status)
     error = harmless(shown.run.get("error"))
     reason = f": {error}" if error else ""
     segments = [(f"{sign.glyph} {sign.word}{reason}", sign.style)]
-    if web_url(state) != state.base_url:
+    if web_url(state) != state.service.base_url:
         segments.append((f" · o opens {web_url(state)}", ""))
-    if shown.truncated:
+    if shown.feed.truncated:
         segments.append((" · the service lists no later events of this run", "warn"))
     return segments
 
@@ -7711,7 +7755,7 @@ def scrolled(
     lowest = at
     height = 0
     for position in range(at, -1, -1):
-        if state.timeline.wrap:
+        if state.shown.timeline.wrap:
             height += len(entry_lines(entries[position], width, True))
         else:
             height += 1
@@ -7726,7 +7770,7 @@ def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
 
     What does not fit is left out, but for the filter.
     """
-    timeline = state.timeline
+    timeline = state.shown.timeline
     mode = ("PAUSED", "warn")
     if timeline.follow:
         mode = ("FOLLOW", "ok")
@@ -7752,8 +7796,8 @@ def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     """Title, entries, and a last line: the state of the run, or how many are newer."""
     entries = passing(state)
     at = selected_entry(state)
-    timeline = state.timeline
-    focused = state.focus == "timeline"
+    timeline = state.shown.timeline
+    focused = state.window.focus == "timeline"
     lines = [PaneLine(timeline_title(state, len(entries), focused, width))]
     top = timeline.top
     if timeline.follow:
@@ -7783,8 +7827,8 @@ def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
 def welcome(state: State, width: int) -> List[Segment]:
     """What the body says without a run, or while nobody is signed in; a segment a line."""
     blank = ("", "")
-    if state.sign_in.url:
-        pieces = wrapped(state.sign_in.url, width - 6)
+    if state.service.sign_in.url:
+        pieces = wrapped(state.service.sign_in.url, width - 6)
         return [
             ("Waiting for the browser. If none opened, open this address yourself:", "bold"),
             blank,
@@ -7792,14 +7836,14 @@ def welcome(state: State, width: int) -> List[Segment]:
             blank,
             ("Esc gives up the wait.", "dim"),
         ]
-    if state.sign_in.needed:
+    if state.service.sign_in.needed:
         return [
             ("Sign in to Mogplex", "bold"),
-            (state.base_url, "accent"),
+            (state.service.base_url, "accent"),
             blank,
             ("Enter            opens your browser, and comes back here by itself", ""),
             ("paste a token    then Enter; create tokens at", ""),
-            (f"                 {state.base_url}/settings/api-keys", "accent"),
+            (f"                 {state.service.base_url}/settings/api-keys", "accent"),
             blank,
             ("Esc tries the stored sign-in again.", "dim"),
         ]
@@ -7890,14 +7934,14 @@ def body_lines(state: State, width: int, rows: int) -> List[PaneLine]:
     """The drawer, the timeline, or what there is to do without them."""
     if state.drawer:
         return drawer_lines(state, state.drawer, width, rows)
-    if state.shown.run_id and not state.sign_in.needed:
+    if state.shown.run_id and not state.service.sign_in.needed:
         return timeline_lines(state, width, rows)
     return welcome_lines(state, width, rows)
 
 
 def is_token_field(state: State) -> bool:
     """Whether what is typed into the composer is a token, never to be shown."""
-    return state.sign_in.needed and not state.composer.text.startswith("/")
+    return state.service.sign_in.needed and not state.composer.text.startswith("/")
 
 
 def composer_lines(state: State, width: int, most: int) -> List[Line]:
@@ -7905,9 +7949,9 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     text = state.composer.text.replace("\t", " ")
     cursor = state.composer.cursor
     mark = "› "
-    focus = state.focus
+    focus = state.window.focus
     if focus == "filter":
-        text = state.timeline.filter
+        text = state.shown.timeline.filter
         cursor = len(text)
         mark = "/ "
     elif is_token_field(state):
@@ -7942,18 +7986,19 @@ def whole(text: str, style: str, width: int, most: int) -> List[Line]:
 
 def question_lines(state: State, width: int) -> List[Line]:
     """The question before a run is cancelled; whole, however narrow the window is."""
-    task = fit(task_of(run_named(state, state.killing)), min(40, width - 5))
-    question = f"Cancel run {harmless(state.killing, 8)}, {task}?  y yes · any other key no"
+    run = run_named(state, state.attention.killing)
+    task = fit(task_of(run), min(40, width - 5))
+    question = f"Cancel run {harmless(run.id, 8)}, {task}?  y yes · any other key no"
     return whole(question, "alert", width, 5)
 
 
 def hint_line(state: State, width: int) -> Line:
     """The last row: a start under way, what can be completed, else the keys."""
-    if any(new.under_way and not new.run_id for new in state.starts):
+    if any(new.under_way and not new.run_id for new in state.next.starts):
         return [(" Starting a run…", "run")]
-    if state.sign_in.checking:
+    if state.service.sign_in.checking:
         return [(" Trying the token…", "run")]
-    if state.focus != "composer" or state.drawer:
+    if state.window.focus != "composer" or state.drawer:
         return [(joined(hints_of(state), width), "dim")]
     found = completions(state)
     word = COMMANDS.get(state.composer.text[1:])
@@ -7971,10 +8016,10 @@ def hint_line(state: State, width: int) -> Line:
 def foot_lines(state: State, width: int, height: int) -> List[Line]:
     """The composer, and a question, a notice or the hints below it."""
     most = max(1, min(height // 4, 8))
-    if state.killing:
+    if state.attention.killing:
         return composer_lines(state, width, 1) + question_lines(state, width)
     lines = composer_lines(state, width, most)
-    notice = state.notice
+    notice = state.attention.notice
     if notice.until > state.now:
         return lines + whole(notice.text, notice.style, width, 3)
     return lines + [hint_line(state, width)]
@@ -7982,7 +8027,7 @@ def foot_lines(state: State, width: int, height: int) -> List[Line]:
 
 def next_line(state: State) -> List[Segment]:
     """What the next task will use."""
-    return [(" next: ", "dim"), (target_text(state.target), "accent")]
+    return [(" next: ", "dim"), (target_text(state.next.target), "accent")]
 
 
 def rule_row(state: State, side: int, width: int, says_next: bool) -> Row:
@@ -7992,7 +8037,7 @@ def rule_row(state: State, side: int, width: int, says_next: bool) -> Row:
         rule = "─" * (side - 1) + "┴" + "─" * (width - side)
     if not says_next:
         return ((rule, "line"),)
-    text = fitted(f"─ next: {target_text(state.target)} ", width)
+    text = fitted(f"─ next: {target_text(state.next.target)} ", width)
     return ((text, "accent"), (rule[width_of(text):], "line"))
 
 
@@ -8061,8 +8106,8 @@ def insert(state: State, text: str) -> State:
     if state.drawer:
         query = state.drawer.query + sanitize(text, " ")
         return state.shift(query=query[:200], searching=True, at=0)
-    if state.focus == "filter":
-        words = state.timeline.filter + sanitize(text, " ")
+    if state.window.focus == "filter":
+        words = state.shown.timeline.filter + sanitize(text, " ")
         return state.scroll(filter=words[:200])
     lines = []
     for line in text.split("\n"):
@@ -8094,18 +8139,18 @@ def delete_to(state: State, place: Callable[[Composer], int]) -> State:
 def follow(state: State) -> State:
     """Follow the newest event, or stay at the selected one."""
     at = max(0, selected_entry(state))
-    return state.scroll(follow=not state.timeline.follow, at=at)
+    return state.scroll(follow=not state.shown.timeline.follow, at=at)
 
 
 def select_entry(state: State, at: int, may_follow: bool) -> State:
     """With this entry selected; at the last one the newest may be followed again."""
     entries = passing(state)
     before = selected_entry(state)
-    layout = layout_of(state, state.width, state.height)
-    width = state.width - layout.side
+    layout = layout_of(state, state.window.width, state.window.height)
+    width = state.window.width - layout.side
     rows = layout.rows - 2
-    top = state.timeline.top
-    if state.timeline.follow:
+    top = state.shown.timeline.top
+    if state.shown.timeline.follow:
         top = 0
     top = scrolled(state, entries, before, top, width, rows)
     at = max(0, min(at, len(entries) - 1))
@@ -8123,13 +8168,13 @@ def move(state: State, step: int) -> State:
     if state.drawer:
         last = len(state.drawer.found) - 1
         return state.shift(at=max(0, min(state.drawer.at + step, last)))
-    if state.focus == "rail":
+    if state.window.focus == "rail":
         return move_in_rail(state, step)
     return select_entry(state, selected_entry(state) + step, step > 0)
 
 
 def turn_page(state: State, pages: int) -> State:
-    rows = max(1, state.height - 9)
+    rows = max(1, state.window.height - 9)
     return move(state, pages * rows)
 
 
@@ -8175,7 +8220,7 @@ def complete(state: State) -> State:
     found = completions(state)
     common = os.path.commonprefix(found)
     if not found:
-        return state._replace(focus="timeline")
+        return state.look(focus="timeline")
     if len(common) > len(state.composer.text):
         return state.write(common)
     return state
@@ -8195,8 +8240,8 @@ def send(state: State) -> State:
     line = state.composer.text.strip()
     if is_token_field(state):
         return send_token(state, line)
-    if not line and state.alerts and state.alerts[0].run_id:
-        return watch_known(state, state.alerts[0].run_id)
+    if not line and state.attention.alerts and state.attention.alerts[0].run_id:
+        return watch_known(state, state.attention.alerts[0].run_id)
     if not line:
         return state
     history = [old for old in state.composer.history if old != line]
@@ -8207,17 +8252,17 @@ def send(state: State) -> State:
 
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
-    if state.sign_in.url:
+    if state.service.sign_in.url:
         return state.admit(url="").ask(Shell.stop_sign_in)
-    if state.sign_in.needed:
+    if state.service.sign_in.needed:
         return state.write("").ask(Desk.try_stored)
-    if state.alerts:
-        return state._replace(alerts=state.alerts[1:])
+    if state.attention.alerts:
+        return state.attend(alerts=state.attention.alerts[1:])
     return state.scroll(filter="")
 
 
 def wrap(state: State) -> State:
-    return state.scroll(wrap=not state.timeline.wrap)
+    return state.scroll(wrap=not state.shown.timeline.wrap)
 
 
 def open_event(state: State) -> State:
@@ -8243,20 +8288,20 @@ def quit_pane(state: State) -> State:
 
 
 def keep_filter(state: State) -> State:
-    return state._replace(focus="timeline")
+    return state.look(focus="timeline")
 
 
 def drop_filter(state: State) -> State:
-    return state._replace(focus="composer").scroll(filter="")
+    return state.look(focus="composer").scroll(filter="")
 
 
 def shorten_filter(state: State) -> State:
-    return state.scroll(filter=state.timeline.filter[:-1])
+    return state.scroll(filter=state.shown.timeline.filter[:-1])
 
 
 def panes(state: State) -> List[str]:
     """The panes that are there, in the order of Tab."""
-    if rail_width(state.width) and selected_row(state) >= 0:
+    if rail_width(state.window.width) and selected_row(state) >= 0:
         return ["composer", "timeline", "rail"]
     return ["composer", "timeline"]
 
@@ -8265,8 +8310,8 @@ def step_pane(state: State, step: int) -> State:
     """Tab, or Shift+Tab where ``step`` is -1."""
     order = panes(state)
     at = 0
-    if state.focus in order:
-        at = order.index(state.focus)
+    if state.window.focus in order:
+        at = order.index(state.window.focus)
     return state.go(order[(at + step) % len(order)])
 
 
@@ -8278,24 +8323,24 @@ def shorten_query(state: State) -> State:
 
 def interrupt(state: State) -> State:
     """Ctrl+C: closes a drawer or clears the composer; a second one within 1.5 s leaves."""
-    if state.armed_until > state.now:
+    if state.attention.armed_until > state.now:
         return leave(state)
-    if state.drawer or state.focus == "filter":
+    if state.drawer or state.window.focus == "filter":
         state = state.go("composer")
     else:
         state = state.write("")
-    state = state._replace(armed_until=state.now + 1.5)
+    state = state.attend(armed_until=state.now + 1.5)
     state = state.admit(url="").ask(Shell.stop_sign_in)
     return state.say("Press Ctrl+C again within 1.5 s to leave; runs continue.", "warn", 1.5)
 
 
 def switch_mouse(state: State) -> State:
     """The mouse on, or off so that the terminal selects text."""
-    mouse = not state.mouse
+    mouse = not state.window.mouse
     words = "Mouse off: the terminal selects text."
     if mouse:
         words = "Mouse on: the wheel scrolls, a click selects."
-    return state._replace(mouse=mouse).ask(Shell.set_mouse, mouse).say(words)
+    return state.look(mouse=mouse).ask(Shell.set_mouse, mouse).say(words)
 
 
 FAR = 10**9
@@ -8388,25 +8433,25 @@ def bindings_of(state: State) -> Sequence[Binding]:
     """The keys of the drawer, or of the pane that has the focus."""
     if state.drawer:
         return DRAWER_PANE
-    return PANES[state.focus]
+    return PANES[state.window.focus]
 
 
 def takes_words(state: State) -> bool:
     """Whether letters are typed into something, rather than keys."""
-    return state.drawer is not None or state.focus in ("composer", "filter")
+    return state.drawer is not None or state.window.focus in ("composer", "filter")
 
 
 def touched(state: State, name: str = "") -> State:
     """What every key does besides: the notice goes, and the second Ctrl+C is disarmed."""
     if name != "^c":
-        state = state._replace(armed_until=0.0)
-    return state._replace(notice=Notice())
+        state = state.attend(armed_until=0.0)
+    return state.attend(notice=Notice())
 
 
 def answered(state: State, name: str) -> State:
     """The key after the question whether to cancel: a yes only where that could be read."""
-    run_id = state.killing
-    state = state._replace(killing="")
+    run_id = state.attention.killing
+    state = state.attend(killing="")
     if name in ("y", "Y") and not is_too_small(state):
         return state.ask(Desk.cancel, run_id)
     state = state.say("Not cancelled.")
@@ -8419,7 +8464,7 @@ def on_key(state: State, message: Key) -> State:
     """A key does what the table of its pane says."""
     name = message.name
     state = touched(state, name)
-    if state.killing:
+    if state.attention.killing:
         return answered(state, name)
     bindings = bindings_of(state)
     if name == "?" and not takes_words(state):
@@ -8433,7 +8478,7 @@ def on_key(state: State, message: Key) -> State:
 
 def on_paste(state: State, message: Paste) -> State:
     """A paste is one text and runs nothing; from a pane it goes to the composer."""
-    return insert(touched(state)._replace(killing=""), message.text)
+    return insert(touched(state).attend(killing=""), message.text)
 
 
 def on_text(state: State, message: Text) -> State:
@@ -8443,9 +8488,9 @@ def on_text(state: State, message: Text) -> State:
     """
     text = message.text
     alone = len(text) == 1
-    if state.killing and not alone:
+    if state.attention.killing and not alone:
         return on_key(state, Key(""))
-    while text and (state.killing or not takes_words(state)):
+    while text and (state.attention.killing or not takes_words(state)):
         if alone or text[0] not in "qx":
             state = on_key(state, Key(text[0]))
         text = text[1:]
@@ -8463,22 +8508,22 @@ def on_text(state: State, message: Text) -> State:
 
 def on_resize(state: State, message: Resize) -> State:
     """A rail that is no longer there keeps no focus."""
-    state = state._replace(width=message.width, height=message.height)
-    if state.focus == "rail" and not rail_width(state.width):
-        return state._replace(focus="timeline")
+    state = state.look(width=message.width, height=message.height)
+    if state.window.focus == "rail" and not rail_width(state.window.width):
+        return state.look(focus="timeline")
     return state
 
 
 def turn_wheel(state: State, message: Mouse) -> State:
     """The wheel scrolls what is under it, wherever the focus is."""
-    if message.column < rail_width(state.width):
+    if message.column < rail_width(state.window.width):
         return move_in_rail(state, message.step)
-    moved = move(state._replace(focus="timeline"), message.step)
-    return moved._replace(focus=state.focus)
+    moved = move(state.look(focus="timeline"), message.step)
+    return moved.look(focus=state.window.focus)
 
 
 def click_rail(state: State, at: int) -> State:
-    if state.focus == "rail" and selected_row(state) == at and not state.drawer:
+    if state.window.focus == "rail" and selected_row(state) == at and not state.drawer:
         return act_on_row(state, "enter")
     return state.go("rail").with_rail(at=at)
 
@@ -8490,9 +8535,9 @@ def click_drawer(state: State, drawer: Drawer, at: int) -> State:
 
 
 def click_timeline(state: State, at: int) -> State:
-    if state.focus == "timeline" and selected_entry(state) == at:
+    if state.window.focus == "timeline" and selected_entry(state) == at:
         return open_event(state)
-    return select_entry(state._replace(focus="timeline"), at, True)
+    return select_entry(state.look(focus="timeline"), at, True)
 
 
 def on_mouse(state: State, message: Mouse) -> State:
@@ -8500,9 +8545,9 @@ def on_mouse(state: State, message: Mouse) -> State:
     if message.step:
         return turn_wheel(state, message)
     state = touched(state)
-    if is_too_small(state) or state.killing:
+    if is_too_small(state) or state.attention.killing:
         return state
-    layout = layout_of(state, state.width, state.height)
+    layout = layout_of(state, state.window.width, state.window.height)
     row = message.row - layout.top
     if row < 0:
         return state
@@ -8512,7 +8557,7 @@ def on_mouse(state: State, message: Mouse) -> State:
     if in_rail:
         lines = rail_lines(state, layout.side - 1, layout.rows)
     else:
-        lines = body_lines(state, state.width - layout.side, layout.rows)
+        lines = body_lines(state, state.window.width - layout.side, layout.rows)
     if row >= len(lines) or lines[row].at < 0:
         return state
     at = lines[row].at
@@ -8529,7 +8574,7 @@ def on_mouse(state: State, message: Mouse) -> State:
 def put_first(state: State, known: KnownRun) -> State:
     """With a run at the head of the rail; what was selected there stays so."""
     at = 0
-    if state.focus == "rail":
+    if state.window.focus == "rail":
         at = state.rail.at + 1
     return state.with_rail(runs=(known, *state.rail.runs), at=at)
 
@@ -8557,8 +8602,8 @@ def heard(state: State, run_id: str, run: Json) -> State:
     if is_bad_end(status) and was and not is_bad_end(was):
         reason = f": {error}" if error else ""
         alert = Alert(f"run {harmless(run_id, 8)} {status}{reason}", run_id)
-        others = [one for one in state.alerts if one.run_id != run_id]
-        state = state._replace(alerts=(*others, alert))
+        others = [one for one in state.attention.alerts if one.run_id != run_id]
+        state = state.attend(alerts=(*others, alert))
     if shown and before not in state.rail.runs:
         state = added(state, before, run)
     return change_runs(state, [run_id], status=status, error=error, heard_at=state.now)
@@ -8576,12 +8621,12 @@ def delivered(state: State, delivery: Delivery) -> State:
     state = state.show(branch=branch, pull_request_url=url)
     if not delivery.changed or not branch or shown.origin is None:
         return state
-    if shown.origin != state.target:
+    if shown.origin != state.next.target:
         return state
-    if any(new.target == state.target and not new.run_id for new in state.starts):
+    if any(new.target == state.next.target and not new.run_id for new in state.next.starts):
         return state  # sent again, that task has to ask for the same run
-    target = state.target._replace(branch=branch)
-    return state._replace(target=target).show(origin=target)
+    target = state.next.target._replace(branch=branch)
+    return state.plan(target=target).show(origin=target)
 
 
 def on_event(state: State, message: Arrived) -> State:
@@ -8594,9 +8639,10 @@ def on_event(state: State, message: Arrived) -> State:
     kind = harmless(event.get("type"), 40) or "event"
     entry = Entry(clock, kind, text, event)
     entries = state.shown.entries
-    if state.shown.stale:
+    if state.shown.feed.stale:
         entries = ()
-    state = state.show(entries=(*entries, entry), stale=False)
+        state = state.hear(stale=False)
+    state = state.show(entries=(*entries, entry))
     delivery = delivery_of(event)
     if delivery:
         return delivered(state, delivery)
@@ -8605,8 +8651,8 @@ def on_event(state: State, message: Arrived) -> State:
 
 def good_answer(state: State, latency_ms: float) -> State:
     """What failed before is forgotten."""
-    was_offline = state.health.failures >= 3
-    latency_ms = latency_ms or state.health.latency_ms
+    was_offline = state.service.health.failures >= 3
+    latency_ms = latency_ms or state.service.health.latency_ms
     state = state.feel(failures=0, trouble="", refused="", latency_ms=latency_ms)
     if was_offline:
         return state.say("Connected again.", "ok")
@@ -8628,7 +8674,7 @@ def on_progress(state: State, message: Progressed) -> State:
 
 
 def on_verdict(state: State, verdict: Verdict) -> State:
-    state = state.show(over=True, lost="", again_at=0.0, truncated=verdict.truncated)
+    state = state.hear(over=True, lost="", again_at=0.0, truncated=verdict.truncated)
     return heard(state, verdict.run_id, verdict.run)
 
 
@@ -8637,7 +8683,7 @@ def take_run(state: State, message: Fetched) -> State:
     run_id = message.ask.arguments[0]
     state = heard(state, run_id, message.data)
     ended = text_of(message.data, "status") in TERMINAL_STATUSES
-    if run_id == state.shown.run_id and state.shown.over and not ended:
+    if run_id == state.shown.run_id and state.shown.feed.over and not ended:
         return watch(state, run_id, message.data, state.shown.origin)  # a cancelled one came back
     return state
 
@@ -8645,7 +8691,7 @@ def take_run(state: State, message: Fetched) -> State:
 def take_found(state: State, message: Fetched) -> State:
     """A run that was looked for: it is shown now."""
     run_id = text_of(message.data, "runId") or message.ask.arguments[0]
-    state = watch(state._replace(notice=Notice()), run_id, message.data)
+    state = watch(state.attend(notice=Notice()), run_id, message.data)
     return heard(state, run_id, message.data)
 
 
@@ -8679,15 +8725,15 @@ def read_repo(record: Json) -> Repo:
 def take_repos(state: State, message: Fetched) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
     repos = tuple(map(read_repo, message.data))
-    wanted = state.repos.wanted.lower()
-    known = state.repos._replace(all=repos, heard=True)
-    state = state._replace(repos=known)
+    wanted = state.service.repos.wanted.lower()
+    known = state.service.repos._replace(all=repos, heard=True)
+    state = state.know(repos=known)
     found = [repo for repo in repos if wanted in (repo.id.lower(), repo.name.lower())]
     if len(repos) == 1:
         found = [*found, repos[0]]
-    if found and not state.target.repo.id:
-        target = state.target._replace(repo=found[0])
-        return state._replace(target=target)
+    if found and not state.next.target.repo.id:
+        target = state.next.target._replace(repo=found[0])
+        return state.plan(target=target)
     return state
 
 
@@ -8698,12 +8744,12 @@ def take_start(state: State, message: Fetched) -> State:
 
 def take_sign_in(state: State, message: Fetched) -> State:
     """The service accepted a credential: everything is asked for anew."""
-    if state.sign_in.needed:
+    if state.service.sign_in.needed:
         composer = Composer(history=state.composer.history)  # no draft: it may hold a token
-        state = state._replace(composer=composer).write(state.sign_in.waiting)
-    state = state._replace(sign_in=SigningIn()).ask(Shell.reconnect)
+        state = state._replace(composer=composer).write(state.service.sign_in.waiting)
+    state = state.know(sign_in=SigningIn()).ask(Shell.reconnect)
     if state.shown.run_id:
-        state = state.show(stale=True, lost="", again_at=0.0)
+        state = state.hear(stale=True, lost="", again_at=0.0)
         state = state.ask(Desk.watch, state.shown.run_id)
     return refresh(state).say(message.data, "ok", 60.0)
 
@@ -8724,9 +8770,9 @@ POLLED = (Desk.run, Desk.sandboxes, Desk.repos)
 def answered_poll(state: State, job: Callable[..., object]) -> State:
     if job not in POLLED:
         return state
-    left = max(0, state.polls.unanswered - 1)
-    polls = state.polls._replace(unanswered=left)
-    return state._replace(polls=polls)
+    left = max(0, state.service.polls.unanswered - 1)
+    polls = state.service.polls._replace(unanswered=left)
+    return state.know(polls=polls)
 
 
 def is_for_drawer(state: State, ask: Ask) -> bool:
@@ -8756,7 +8802,7 @@ def felt(state: State, job: Callable[..., object], error: MogplexError, text: st
     if isinstance(error, (UnauthorizedError, ForbiddenError)):
         return state.feel(refused=text)
     if isinstance(error, UnavailableError) or job in (Desk.repos, Desk.sandboxes):
-        return state.feel(failures=state.health.failures + 1, trouble=text)
+        return state.feel(failures=state.service.health.failures + 1, trouble=text)
     return state
 
 
@@ -8766,7 +8812,7 @@ def watch_failed(state: State, error: MogplexError, text: str) -> State:
     passing_errors = (UnavailableError, RateLimitedError, UnauthorizedError, ForbiddenError)
     if error.transient or isinstance(error, passing_errors):
         again_at = state.now + 10
-    state = state.show(lost=text, again_at=again_at)
+    state = state.hear(lost=text, again_at=again_at)
     if again_at:
         return state
     return state.say(text, "bad")
@@ -8782,7 +8828,7 @@ def run_refused(state: State, run_id: str, error: MogplexError) -> State:
 
 def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> State:
     """A start that failed: the task comes back, with its key where the run may have started."""
-    if any(one.key == new.key and one.run_id for one in state.starts):
+    if any(one.key == new.key and one.run_id for one in state.next.starts):
         return drop_start(state, new.key)  # only the history failed
     if error.delivered:
         state = change_start(state, new.key, under_way=False)
@@ -8852,7 +8898,7 @@ def on_said(state: State, message: Said) -> State:
 
 
 def on_announced(state: State, message: Announced) -> State:
-    if not state.sign_in.needed:
+    if not state.service.sign_in.needed:
         return state
     return state.admit(url=harmless(message.url, 4000))
 
@@ -8863,7 +8909,7 @@ def on_lapses(state: State, message: Lapses) -> State:
 
 def on_signed_out(state: State, message: SignedOut) -> State:
     """There is no credential: the composer takes a token now."""
-    if not state.sign_in.needed:
+    if not state.service.sign_in.needed:
         state = show_sign_in(state)
     if message.text:
         return state.say(message.text, "warn")
@@ -8873,14 +8919,14 @@ def on_signed_out(state: State, message: SignedOut) -> State:
 def on_tick(state: State, _: Tick) -> State:
     """Once a second: what is due is asked, but nothing during a wait that a 429 asked for."""
     drawer = state.drawer
-    if state.health.held_until > state.now or state.sign_in.needed:
+    if state.service.health.held_until > state.now or state.service.sign_in.needed:
         return state
     if drawer and drawer.error and drawer.listing.reads and int(state.now) % 5 == 0:
         state = state.ask(drawer.listing.reads, *drawer.subject)
-    if state.shown.again_at and state.now >= state.shown.again_at:
-        state = state.show(again_at=0.0, lost="", stale=True)
+    if state.shown.feed.again_at and state.now >= state.shown.feed.again_at:
+        state = state.hear(again_at=0.0, lost="", stale=True)
         state = state.ask(Desk.watch, state.shown.run_id)
-    if state.polls.unanswered >= 6:
+    if state.service.polls.unanswered >= 6:
         return state
     return poll(state, 4)
 
@@ -8978,7 +9024,7 @@ class Cockpit:
 
     def await_starts(self, is_done: Callable[[NewRun], bool], until: float) -> None:
         """Take the answers to starts that are under way, until all are done or it is late."""
-        while not all(map(is_done, self.state.starts)):
+        while not all(map(is_done, self.state.next.starts)):
             left_s = until - time.monotonic()
             if left_s <= 0:
                 return
@@ -8991,11 +9037,11 @@ class Cockpit:
         """What is left on the terminal: how to follow the runs on, and the keys of lost starts."""
         until = time.monotonic() + START_WAIT_S
         self.await_starts(is_answered, until)
-        run_ids = [new.run_id for new in self.state.starts if new.run_id]
+        run_ids = [new.run_id for new in self.state.next.starts if new.run_id]
         for run_id in dict.fromkeys([self.state.shown.run_id, *run_ids]):
             if run_id:
                 yield f"mogplex runs events {harmless(run_id)} --follow\n"
-        for new in self.state.starts:
+        for new in self.state.next.starts:
             if not new.run_id:
                 task = fit(harmless(new.task.replace("\n", " ")), 60)
                 yield (
@@ -9025,7 +9071,7 @@ def attach_first(state: State, wanted: str) -> State:
     state = attach(state, wanted)
     if state.shown.run_id or state.drawer:
         return state
-    state = state._replace(asks=(), notice=Notice())
+    state = state._replace(asks=()).attend(notice=Notice())
     return watch(state, wanted, {"runId": wanted})
 
 
@@ -9054,12 +9100,11 @@ def first_state(
         wanted = runs[0].repo
     tasks = dict.fromkeys(run.task for run in reversed(runs) if run.task)
     state = State(
-        base_url=base_url,
         now=time.time(),
-        session=str(uuid.uuid4()),
+        next=Next(session=str(uuid.uuid4())),
         rail=Rail(tuple(runs)),
         composer=Composer(history=tuple(tasks)),
-        repos=Repos(wanted=wanted),
+        service=Service(base_url, Repos(wanted=wanted)),
     )
     state = insert(state, text)
     if run_id == "@last" and runs:

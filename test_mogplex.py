@@ -4913,6 +4913,7 @@ DELIVERY = {
 }
 Desk = mogplex.Desk
 Shell = mogplex.Shell
+WIDE = mogplex.Window(120, 40)
 
 
 def remembered(number: int, task: str, status: str = "", **facts: Any) -> mogplex.KnownRun:
@@ -4923,7 +4924,7 @@ def remembered(number: int, task: str, status: str = "", **facts: Any) -> mogple
 
 def played(*messages: Any, **facts: Any) -> mogplex.State:
     """The state after these messages."""
-    state = mogplex.State(now=NOW, base_url="https://www.mogplex.com", session="session")
+    state = mogplex.State(now=NOW, next=mogplex.Next(session="session"))
     return then(state._replace(**facts), *messages)
 
 
@@ -5020,7 +5021,7 @@ STATES = {
     "wrapped": played(*NASTY, *keys("tab"), mogplex.Text("w")),
     "limited": played(*BUSY, LIMITED),
     "many lines": played(mogplex.Paste("日本語 text\n" * 400)),
-    "rail": played(*BUSY, *keys("btab", "down"), rail=RAIL, width=120, height=40),
+    "rail": played(*BUSY, *keys("btab", "down"), rail=RAIL, window=WIDE),
     "question": played(*BUSY, *keys("tab"), mogplex.Text("x"), rail=RAIL),
 }
 SCREEN_WIDTHS = (*range(30, 131, 9), 59, 60, 79, 80, 99, 100, 119, 120)
@@ -5440,7 +5441,7 @@ def test_the_header_is_the_shown_run_s_and_the_next_line_is_the_target_s() -> No
 
 def started(state: mogplex.State, **facts: Any) -> mogplex.State:
     """After the service's answer to the start that is under way."""
-    new = state.starts[-1]
+    new = state.next.starts[-1]
     run = {**SHOWN, "runId": "b" * 8, "status": "pending", **facts}
     return then(state, mogplex.Started(new, run), fetched(Desk.start, run, new))
 
@@ -5451,7 +5452,7 @@ def delivered(state: mogplex.State) -> mogplex.State:
 
 def body_of(state: mogplex.State, task: str = "more") -> Dict[str, Any]:
     """The request that a task would make now."""
-    new = then(state, *keys("esc"), *typed(task)).starts[-1]
+    new = then(state, *keys("esc"), *typed(task)).next.starts[-1]
     return mogplex.body_for(new.target, new.task)
 
 
@@ -5478,7 +5479,7 @@ def test_a_target_that_was_touched_is_moved_by_no_delivery(touch: str) -> None:
     """Also when it was changed to what it was before."""
     state = started(played(*AIMED, *typed("first")))
     state = then(state, *typed(touch))
-    assert delivered(state).target == state.target
+    assert delivered(state).next.target == state.next.target
     assert "workingBranch" not in body_of(delivered(state))
 
 
@@ -5488,14 +5489,14 @@ def test_a_run_that_was_attached_moves_no_target(replay: bool) -> None:
     if replay:
         state = then(state, *typed("/repo api"))
     after = delivered(state)
-    assert after.shown.branch == "mogplex/a" and after.target == state.target
+    assert after.shown.branch == "mogplex/a" and after.next.target == state.next.target
     assert "workingBranch" not in body_of(after)
 
 
 def test_a_run_of_here_that_is_attached_again_moves_no_target() -> None:
     state = played(*AIMED, *typed("first"), rail=RAIL)
     state = then(started(state), *typed("/attach 7e9a"), *typed("/attach bbbbbbbb"))
-    assert state.shown.run_id == "bbbbbbbb" and delivered(state).target == state.target
+    assert state.shown.run_id == "bbbbbbbb" and delivered(state).next.target == state.next.target
 
 
 def test_attaching_to_the_shown_run_leaves_it_as_it_is() -> None:
@@ -5510,17 +5511,17 @@ def test_attaching_to_the_shown_run_leaves_it_as_it_is() -> None:
 def test_a_start_whose_answer_was_lost_keeps_its_key() -> None:
     state = played(*AIMED, *typed("fix it"))
     assert asked(state)[0][0] is Desk.start
-    first = state.starts[-1]
+    first = state.next.starts[-1]
     lost = mogplex.UnavailableError("the connection was lost", delivered=True)
     state = then(state, failed(lost, Desk.start, first))
     assert state.composer.text == "fix it" and "may have started" in drawn(state)
     state = then(state, *keys("enter"))
-    assert asked(state) == [(Desk.start, first)] and len(state.starts) == 1
+    assert asked(state) == [(Desk.start, first)] and len(state.next.starts) == 1
 
 
 def test_a_start_that_an_earlier_cockpit_lost_is_told(tmp_path: Any) -> None:
     home = mogplex.Home(str(tmp_path))
-    (new,) = played(*AIMED, *typed("fix it")).starts
+    (new,) = played(*AIMED, *typed("fix it")).next.starts
     answers = steps(ok({**SHOWN, "replayed": False}))
     with RawServer(answers) as server:
         body = mogplex.body_for(new.target, new.task)
@@ -5536,8 +5537,8 @@ def test_a_start_that_an_earlier_cockpit_lost_is_told(tmp_path: Any) -> None:
 
 def test_a_delivery_in_the_meantime_does_not_move_a_start_whose_answer_was_lost() -> None:
     first = played(*AIMED, *typed("one"))
-    state = then(first, mogplex.Started(first.starts[0], SHOWN))
-    state = then(state, fetched(Desk.start, SHOWN, first.starts[0]), *typed("two"))
+    state = then(first, mogplex.Started(first.next.starts[0], SHOWN))
+    state = then(state, fetched(Desk.start, SHOWN, first.next.starts[0]), *typed("two"))
     (ask,) = state.asks
     lost = mogplex.UnavailableError("the connection was lost", delivered=True)
     state = then(state, arrived(DELIVERY), failed(lost, Desk.start, *ask.arguments))
@@ -5549,15 +5550,15 @@ def test_a_delivery_in_the_meantime_does_not_move_a_start_whose_answer_was_lost(
 def test_a_start_that_was_refused_gives_the_task_back_and_forgets_its_key() -> None:
     state = played(*AIMED, *typed("fix it"))
     refused = mogplex.MogplexError("Prompt is too long", status=400)
-    state = then(state, failed(refused, Desk.start, state.starts[-1]))
-    assert state.composer.text == "fix it" and not state.starts
+    state = then(state, failed(refused, Desk.start, state.next.starts[-1]))
+    assert state.composer.text == "fix it" and not state.next.starts
     assert "Prompt is too long" in drawn(state) and "may have started" not in drawn(state)
 
 
 def test_a_start_that_is_rate_limited_holds_nothing_else() -> None:
     state = played(*AIMED, *typed("fix it"))
     limited = mogplex.RateLimitedError("too many runs", status=429, retry_after_s=3000.0)
-    state = then(state, failed(limited, Desk.start, state.starts[-1]))
+    state = then(state, failed(limited, Desk.start, state.next.starts[-1]))
     assert "retry in 50m" in drawn(state) and "nominal" in drawn(state)
     assert ticked(state, 31, good)
 
@@ -5565,9 +5566,9 @@ def test_a_start_that_is_rate_limited_holds_nothing_else() -> None:
 def test_another_task_or_target_has_a_key_of_its_own() -> None:
     lost = mogplex.UnavailableError("lost", delivered=True)
     state = played(*AIMED, *typed("fix it"))
-    state = then(state, failed(lost, Desk.start, state.starts[-1]), *keys("^c"))
+    state = then(state, failed(lost, Desk.start, state.next.starts[-1]), *keys("^c"))
     state = then(state, *typed("another"), *typed("/repo api"), *typed("fix it"))
-    assert len({new.key for new in state.starts}) == 3
+    assert len({new.key for new in state.next.starts}) == 3
 
 
 def test_a_start_that_is_under_way_says_so_whatever_is_typed() -> None:
@@ -5588,7 +5589,7 @@ def test_the_same_task_once_more_is_a_run_of_its_own() -> None:
     state = started(played(*AIMED, *typed("fix it")))
     state = then(state, *typed("fix it"))
     assert [ask.job for ask in state.asks] == [Desk.start]
-    assert state.starts[-1].key == "session-2"
+    assert state.next.starts[-1].key == "session-2"
 
 
 # -- Words and keys
@@ -5702,7 +5703,7 @@ def test_tab_completes(typed_text: str, expected: str) -> None:
 
 def test_what_comes_in_one_read_means_what_it_means_apart() -> None:
     watching = played(*PANE)
-    assert then(watching, mogplex.Text("/log")).timeline.filter == "log"
+    assert then(watching, mogplex.Text("/log")).shown.timeline.filter == "log"
     palette = then(watching, mogplex.Text(":rep")).drawer
     assert palette and palette.listing is mogplex.PALETTE and palette.query == "rep"
     assert then(played(), *keys("esc"), mogplex.Text("/kill")).composer.text == "/kill"
@@ -5712,10 +5713,10 @@ def test_letters_typed_in_one_go_cancel_nothing() -> None:
     watching = played(*PANE)
     for text in ("xylophone", "xy", "quick"):
         state = then(watching, mogplex.Text(text))
-        assert not state.killing
+        assert not state.attention.killing
         assert Desk.cancel not in jobs(state) and Shell.leave not in jobs(state)
     question = then(watching, mogplex.Text("x"))
-    assert question.killing == RUN_ID
+    assert question.attention.killing == RUN_ID
     assert Desk.cancel not in jobs(then(question, mogplex.Text("yes")))
     assert Desk.cancel not in jobs(then(question, mogplex.Paste("y")))
     assert Shell.leave in jobs(then(question, *keys("^c", "^c")))
@@ -5723,11 +5724,11 @@ def test_letters_typed_in_one_go_cancel_nothing() -> None:
 
 def test_the_question_names_the_run_and_its_task_at_every_size() -> None:
     runs = (remembered(0x7E9A, "bump the dependencies of the shop and its tests", "streaming"),)
-    state = played(*BUSY, *keys("btab"), width=120, height=40, rail=mogplex.Rail(runs))
+    state = played(*BUSY, *keys("btab"), window=WIDE, rail=mogplex.Rail(runs))
     state = then(state, *keys("down"), mogplex.Text("x"))
-    assert state.killing == runs[0].id
+    assert state.attention.killing == runs[0].id
     alert = mogplex.Alert("run 7c02f9d4 failed", "7c02f9d4")
-    alarmed = state._replace(alerts=(alert,), composer=mogplex.Composer("half a task " * 30))
+    alarmed = state.attend(alerts=(alert,))._replace(composer=mogplex.Composer("half a task " * 30))
     for width, height in ((120, 40), (80, 24), (59, 20), (30, 8)):
         for asking in (state, alarmed):
             words = " ".join(drawn(asking, width, height).split())
@@ -5752,22 +5753,22 @@ def test_no_key_is_a_yes_in_a_window_that_cannot_show_the_question() -> None:
 
 
 def test_x_o_y_and_enter_act_on_the_selected_row_of_the_rail() -> None:
-    state = played(*BUSY, *keys("btab", "down"), rail=RAIL, width=120, height=40)
+    state = played(*BUSY, *keys("btab", "down"), rail=RAIL, window=WIDE)
     other = RUNS[0].id
-    assert then(state, mogplex.Text("x")).killing == other
+    assert then(state, mogplex.Text("x")).attention.killing == other
     assert base64.b64encode(other.encode()).decode() in asked(then(state, mogplex.Text("y")))[0][1]
     assert asked(then(state, *keys("enter"))) == [(Desk.watch, other)]
     assert "Enter shows this run" in drawn(then(state, mogplex.Text("o")))
     sandbox = then(state, mogplex.Text("G"), *keys("up"))
     assert asked(then(sandbox, mogplex.Text("o"))) == [(Desk.open, "https://s1.preview.example")]
     assert asked(then(sandbox, *keys("enter"))) == [(Desk.logs, "s1000000-1")]
-    assert not then(sandbox, mogplex.Text("x")).killing
+    assert not then(sandbox, mogplex.Text("x")).attention.killing
 
 
 def test_x_o_y_and_enter_act_on_the_selected_row_of_a_drawer() -> None:
     state = played(*BUSY, *typed("/runs"), *keys("down"), rail=RAIL)
     other = RUNS[0].id
-    assert then(state, mogplex.Text("x")).killing == other
+    assert then(state, mogplex.Text("x")).attention.killing == other
     assert base64.b64encode(other.encode()).decode() in asked(then(state, mogplex.Text("y")))[0][1]
     assert asked(then(state, *keys("enter"))) == [(Desk.watch, other)]
     sandboxes = played(*BUSY, *typed("/sandboxes"))
@@ -5776,7 +5777,7 @@ def test_x_o_y_and_enter_act_on_the_selected_row_of_a_drawer() -> None:
 
 def test_a_search_takes_every_letter() -> None:
     state = played(*BUSY, *typed("/runs"), mogplex.Text("/"), mogplex.Text("x"), rail=RAIL)
-    assert state.drawer and state.drawer.query == "x" and not state.killing
+    assert state.drawer and state.drawer.query == "x" and not state.attention.killing
     state = played(*BUSY, *typed("/runs"), mogplex.Text("d"), mogplex.Text("o"), rail=RAIL)
     assert state.drawer and state.drawer.query == "do"
 
@@ -5786,13 +5787,13 @@ def test_question_mark_shows_the_keys_of_this_pane() -> None:
     assert "wrap long lines" in timeline and "/export" not in timeline
     for shown in ("Enter  ", "Up k", "PgDn", "Home g", "Shift+Tab", "^P"):
         assert shown in timeline, shown
-    rail = drawn(played(*BUSY, *keys("btab"), mogplex.Text("?"), rail=RAIL, width=120, height=40))
+    rail = drawn(played(*BUSY, *keys("btab"), mogplex.Text("?"), rail=RAIL, window=WIDE))
     assert "cancel the selected run" in rail and "cancel the shown run" not in rail
 
 
 def row_of(state: mogplex.State, text: str) -> int:
     """The row of the screen with this text."""
-    lines = drawn(state, state.width, state.height).split("\n")
+    lines = drawn(state, state.window.width, state.window.height).split("\n")
     return next(number for number, line in enumerate(lines) if text in line)
 
 
@@ -5800,7 +5801,7 @@ def test_a_click_selects_and_a_second_one_opens() -> None:
     state = played(mogplex.Resize(120, 40), *BUSY, rail=RAIL)
     click = mogplex.Mouse(0, 5, row_of(state, "7e9a"))
     once = then(state, click)
-    assert once.focus == "rail" and once.rail.at == 1 and Desk.watch not in jobs(once)
+    assert once.window.focus == "rail" and once.rail.at == 1 and Desk.watch not in jobs(once)
     assert asked(then(once, click)) == [(Desk.watch, RUNS[0].id)]
     click = mogplex.Mouse(0, 60, row_of(state, "Synchronized"))
     once = then(state, click)
@@ -5810,7 +5811,7 @@ def test_a_click_selects_and_a_second_one_opens() -> None:
     runs = then(state, *typed("/runs"))
     click = mogplex.Mouse(0, 60, row_of(runs, "Nov 25 11:52  docs"))
     assert asked(then(runs, click, click)) == [(Desk.watch, RUNS[1].id)]
-    assert then(state, *keys("tab"), mogplex.Mouse(0, 60, 38)).focus == "composer"
+    assert then(state, *keys("tab"), mogplex.Mouse(0, 60, 38)).window.focus == "composer"
 
 
 def test_the_wheel_scrolls_what_is_under_it() -> None:
@@ -5840,7 +5841,7 @@ def test_hints_are_whole_words_and_the_panes_have_their_own() -> None:
     for width in range(30, 130):
         line = drawn(played(*PANE), width, 24).split("\n")[-1]
         assert "…" not in line and line.strip().split(" · ")[-1] in mogplex.TIMELINE_HINTS
-    rail = drawn(played(*BUSY, *keys("btab"), rail=RAIL, width=120, height=40))
+    rail = drawn(played(*BUSY, *keys("btab"), rail=RAIL, window=WIDE))
     assert rail.split("\n")[-1].startswith(" j k move · Enter show · x kill")
 
 
@@ -5856,8 +5857,8 @@ def test_names_are_known_in_any_case_and_in_part() -> None:
              {"id": "2", "full_name": "a/webhooks"}]
     known = fetched(Desk.repos, repos)
     for name in ("web", "WEB", "A/Web"):
-        assert played(known, *typed(f"/repo {name}")).target.repo.id == "1"
-    assert played(known, *typed("/repo hook")).target.repo.id == "2"
+        assert played(known, *typed(f"/repo {name}")).next.target.repo.id == "1"
+    assert played(known, *typed("/repo hook")).next.target.repo.id == "2"
     picker = played(known, *typed("/repo we")).drawer
     assert picker and picker.listing is mogplex.REPOS and len(picker.found) == 2
 
@@ -5903,7 +5904,7 @@ def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> N
         assert "mog_" not in text and "•••••••••" in text and "Signed in" not in text
     assert asked(then(state, *typed("mog_right")))[-1] == (Desk.try_token, "mog_right")
     state = then(state, fetched(Desk.try_stored, "Signed in."))
-    assert "Signed in." in drawn(state) and not state.sign_in.needed
+    assert "Signed in." in drawn(state) and not state.service.sign_in.needed
 
 
 def test_no_key_brings_a_token_back_after_the_sign_in() -> None:
@@ -6005,7 +6006,7 @@ def test_what_could_not_be_fetched_at_the_start_is_fetched_again() -> None:
     state = mogplex.poll(played(), 2)
     assert jobs(state) == [Desk.repos, Desk.sandboxes]
     state = then(state, failed(away, Desk.repos), failed(away, Desk.sandboxes))
-    assert not state.notice.text
+    assert not state.attention.notice.text
     asks = [job for _, job, *_ in ticked(state, 31)]
     assert asks.count(Desk.repos) >= 2 and Desk.sandboxes in asks
     assert "!!" not in drawn(then(state, fetched(Desk.repos, TWO_REPOS)))
@@ -6048,7 +6049,7 @@ def test_a_cancelled_run_that_comes_back_is_followed_again(status: str, again: b
     seen = [ask for _, *ask in ticked(state, 31, good)]
     assert ([Desk.run, RUN_ID] in seen) == again
     state = then(state, fetched(Desk.run, SHOWN, RUN_ID))
-    assert asked(state) == [(Desk.watch, RUN_ID)] and not state.shown.over
+    assert asked(state) == [(Desk.watch, RUN_ID)] and not state.shown.feed.over
 
 
 def test_the_tail_takes_24_requests_a_minute() -> None:
@@ -6127,7 +6128,7 @@ def test_a_run_in_the_background_that_fails_is_an_alert_that_leads_to_it() -> No
 
 def test_an_alert_says_its_keys_only_where_they_are_its_own() -> None:
     alert = mogplex.Alert("run 7c02f9d4 failed", "7c02f9d4")
-    state = played(*BUSY, alerts=(alert,))
+    state = played(*BUSY).attend(alerts=(alert,))
     assert "[Enter] open  [Esc] dismiss" in drawn(state)
     for message in (mogplex.Text("half"), mogplex.Key("tab"), mogplex.Key("f1")):
         assert "[Enter]" not in drawn(then(state, message))
@@ -6139,7 +6140,7 @@ def test_an_alert_of_the_shown_run_is_opened_and_gone_as_well() -> None:
     assert "failed: Agent run exited with code 1. " in alert and alert.endswith("[Enter] open")
     opened = then(state, *keys("enter"))
     assert "!!" not in drawn(opened) and "code 1." in drawn(opened)
-    assert opened.focus == "composer" and opened.asks == ()
+    assert opened.window.focus == "composer" and opened.asks == ()
 
 
 def test_alerts_leave_with_their_cause() -> None:
@@ -6281,10 +6282,10 @@ def test_a_list_that_shrinks_keeps_a_row_selected() -> None:
 
 def test_a_rail_that_a_narrower_window_hides_keeps_no_focus() -> None:
     state = played(mogplex.Resize(120, 40), *BUSY, *keys("btab"), rail=RAIL)
-    assert state.focus == "rail"
+    assert state.window.focus == "rail"
     narrow = then(state, mogplex.Resize(80, 24))
-    assert narrow.focus == "timeline"
-    assert then(narrow, mogplex.Text("x")).killing == RUN_ID
+    assert narrow.window.focus == "timeline"
+    assert then(narrow, mogplex.Text("x")).attention.killing == RUN_ID
 
 
 @pytest.mark.parametrize("line", ["=====", "a" * 78, "é" * 78, "(.*?)+" * 13, "日本語" * 13])
