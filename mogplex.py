@@ -69,6 +69,7 @@ __all__ = [
     "Client", "Credential", "Exit", "ForbiddenError", "InvalidResponseError", "MogplexError",
     "Progress", "RateLimitedError", "SSEDecoder", "ServerSentEvent", "TailTimeout",
     "UnauthorizedError", "UnavailableError", "UsageError", "Verdict", "sanitize", "tail",
+    "tail_many",
 ]
 
 Json = Dict[str, Any]  # an object of the service, as it came
@@ -3460,7 +3461,8 @@ class Ending:
         if self._confirmed_at is None:
             if now - self.terminal_at < 0.99 * self._interval_s:
                 return False
-            self._confirmed_at = now
+            # A tail that shares its token with many may read again much later.
+            self._confirmed_at = self.terminal_at + self._interval_s
         return self._is_explained(error[:4000]) or now - self._confirmed_at >= LATE_EVENT_S
 
     def _is_explained(self, error: str) -> bool:
@@ -3788,6 +3790,17 @@ class Timing(NamedTuple):
     sleep: Callable[[float], None] = time.sleep
     random: Callable[[], float] = random_unit
 
+    def left_s(self, started_at: float) -> float:
+        """What is left of the time-out."""
+        if self.timeout_s is None:
+            return float("inf")
+        return started_at + self.timeout_s - self.clock()
+
+    def over(self) -> TailTimeout:
+        """The error for a time-out that is over."""
+        message = f"timed out after {self.timeout_s:.12g}s waiting for terminal status"
+        return TailTimeout(message, code="TIMEOUT")
+
 
 class Look:
     """What one look at the run has brought so far."""
@@ -3852,20 +3865,22 @@ class Tail:
     def items(self) -> TailItems:
         """The events, and last the verdict; with each its very text, where it came in a stream."""
         while self.story.verdict is None:
-            try:
-                wait_s = yield from self._look()
-            except MogplexError as error:
-                if error is self._final:
-                    raise
-                wait_s = self._set_back(error)
+            wait_s = yield from self.look(Look())
             if self.story.verdict is None:
                 self._wait(wait_s)
         yield self.story.verdict, ""
 
-    def _look(self) -> Generator[TailItem, None, float]:
-        """One look at the run and what it brings; returns how long to wait for the next."""
+    def look(self, look: Look) -> Generator[TailItem, None, float]:
+        """One look at the run; returns how long to wait for the next, also after a setback."""
+        try:
+            return (yield from self._look(look))
+        except MogplexError as error:
+            if error is self._final:
+                raise
+            return self._set_back(error)
+
+    def _look(self, look: Look) -> Generator[TailItem, None, float]:
         sent_at = self.timing.clock()
-        look = Look()
         self.link.pace.polled(sent_at)
         yield from self._read_events(look)
         if not look.told_status:
@@ -4024,24 +4039,29 @@ class Tail:
 
     def _left_s(self) -> float:
         """What is left of the time-out."""
-        if self.timing.timeout_s is None:
-            return float("inf")
-        return self.started_at + self.timing.timeout_s - self.timing.clock()
+        return self.timing.left_s(self.started_at)
 
     def _tick(self) -> None:
         """Called before every wait, at least twice a second."""
         self.link.tick(self.timing.clock())
         self._say("")
         if self._left_s() <= 0:
-            message = f"timed out after {self.timing.timeout_s:.12g}s waiting for terminal status"
-            self._final = TailTimeout(message, code="TIMEOUT")
+            self._final = self.timing.over()
             raise self._final
 
     def _say(self, message: str) -> None:
         """Tell how the tail stands, and ``message`` if there is one."""
+        try:
+            self.on_progress(self.progress(message))
+        except MogplexError as error:
+            self._final = error
+            raise
+
+    def progress(self, message: str = "") -> Progress:
+        """How the tail stands."""
         story = self.story
         link = self.link
-        progress = Progress(
+        return Progress(
             connection=link.connection,
             status=story.status,
             started_at=self.started_at,
@@ -4054,11 +4074,6 @@ class Tail:
             branch=story.delivery.branch,
             pull_request_url=story.delivery.pull_request_url,
         )
-        try:
-            self.on_progress(progress)
-        except MogplexError as error:
-            self._final = error
-            raise
 
 
 def tell_nobody(progress: Progress) -> None:
@@ -4093,6 +4108,241 @@ def tail(
     timing = Timing(timeout_s, interval_s, idle_s, clock, sleep, random)
     one = Tail(client, run_id, timing, limit, on_progress, just_started)
     return (item for item, _ in one.items())
+
+
+# -- Several runs at once
+
+REQUESTS_A_MINUTE = 60  # that the service takes with a personal access token, in any 60 s
+AT_ONCE = 4             # of them, after a rest
+SPARE_REQUESTS = 8      # left for other programs
+UNMETERED_GAP_S = 0.25  # between two requests with a sign-in, for which there is no such limit
+MOST_POSTED = 1000      # events that wait to be taken before the threads that read wait too
+
+
+class Budget:
+    """When several tails that share a token may send the next request.
+
+    48 requests a minute, evenly, of which up to 4 at once after a rest; fewer where more than 8
+    are ``reserved``. After a 429 all wait as long as the service asks, and then slow down together,
+    as one Pace does.
+    """
+
+    def __init__(self, now: float, metered: bool) -> None:
+        self.reserved = 0          # requests of each minute that are for something else
+        self._metered = metered
+        self._pace = Pace(0.0, now)
+        self._paid_until = now     # each request pays for the time that follows it
+        self._held_until = now
+
+    @property
+    def free_at(self) -> float:
+        """When the next request may be sent."""
+        return max(self._held_until, self._paid_until - (AT_ONCE - 1) * self._gap_s)
+
+    @property
+    def _gap_s(self) -> float:
+        if not self._metered:
+            return UNMETERED_GAP_S
+        a_minute = REQUESTS_A_MINUTE - AT_ONCE - max(SPARE_REQUESTS, self.reserved)
+        return 60.0 / max(AT_ONCE, a_minute)
+
+    def spend(self, requests: int, now: float, random: float) -> None:
+        """So many requests are sent."""
+        gap_s = max(self._gap_s, self._pace.interval_s(random))
+        self._paid_until = max(self._paid_until, now) + requests * gap_s
+        for _ in range(requests):
+            self._pace.polled(now)
+
+    def refused(self, now: float, until: float) -> None:
+        """One was answered 429, and may be sent again at ``until``."""
+        if now >= self._held_until:  # else it was sent before all of them were held
+            self._pace.refused()
+        self._held_until = max(self._held_until, until)
+
+    def succeeded(self, now: float) -> None:
+        """One was answered."""
+        self._pace.succeeded(True, now)
+
+
+ManyItem = Tuple[str, Union[Json, Verdict, MogplexError]]
+OnManyProgress = Callable[[str, Progress], None]
+
+
+class Tails:
+    """Several tails in one loop, which decides whose run is looked at next.
+
+    Each look has a thread of its own, so that neither a stream nor a slow answer holds up the
+    others. What it brings is posted to the loop; a tail is the thread's until its look is over.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        run_ids: Iterable[str],
+        timing: Timing,
+        limit: int,
+        on_progress: OnManyProgress,
+        cancels: bool = False,
+    ) -> None:
+        self.on_progress = on_progress
+        self.cancels = cancels  # the budget leaves room for cancelling them all
+        self.timing = timing
+        self.started_at = timing.clock()
+        self.budget = Budget(self.started_at, metered=not client.credential.refreshable)
+        self.tails: Dict[str, Tail] = {}
+        for run_id in run_ids:
+            heard = functools.partial(self._heard, run_id)
+            self.tails[run_id] = Tail(client, run_id, timing, limit, heard)
+        self.waiting = dict.fromkeys(self.tails, self.started_at)  # until when; others are looking
+        self.posted: queue.SimpleQueue[Tuple[str, Any]] = queue.SimpleQueue()
+        self.is_left = False
+
+    def items(self) -> Iterator[ManyItem]:
+        """The events, and last the verdict, or the error for which a run is given up."""
+        try:
+            while self.tails:
+                self._begin_looks()
+                yield from self._take()
+        finally:
+            self.is_left = True
+
+    def _begin_looks(self) -> None:
+        """Look at those runs whose time has come, as far as the budget goes."""
+        now = self.timing.clock()
+        while self._next_at() <= now:
+            due = [run_id for run_id, at in self.waiting.items() if at <= now]
+            run_id = min(due, key=self._urgency)
+            del self.waiting[run_id]
+            self.budget.reserved = len(self.tails) if self.cancels else 0
+            self.budget.spend(1, now, self.timing.random())
+            try:
+                start_thread(self._look, run_id)
+            except MogplexError as error:
+                self.posted.put((run_id, error))
+
+    def _next_at(self) -> float:
+        """When the next look begins."""
+        next_at = min(self.waiting.values(), default=float("inf"))
+        return max(next_at, self.budget.free_at)
+
+    def _urgency(self, run_id: str) -> Tuple[bool, float]:
+        """First what has ended and is not confirmed yet, then what has waited longest."""
+        return not self.tails[run_id].story.is_terminal, self.waiting[run_id]
+
+    def _look(self, run_id: str) -> None:
+        """The part of a thread."""
+        look = Look()
+        try:
+            for item in self._posts(self.tails[run_id], look):
+                while self.posted.qsize() > MOST_POSTED and not self.is_left:
+                    time.sleep(0.01)
+                self.posted.put((run_id, item))
+        except Exception as error:
+            self.posted.put((run_id, error))
+
+    def _posts(self, tail: Tail, look: Look) -> Iterator[object]:
+        """What a look brings: events, and last the look itself."""
+        wait_s = yield from tail.look(look)
+        look.least_s = wait_s
+        yield look
+
+    def _heard(self, run_id: str, progress: Progress) -> None:
+        """What the tails say, on their threads."""
+        if self.is_left:
+            raise MogplexError("nobody waits for it")
+        if progress.message:
+            self.posted.put((run_id, progress))
+
+    def _take(self) -> Iterator[ManyItem]:
+        """Wait for what is posted next, or until it is time to look at another run."""
+        posted = self._next_posted()
+        if posted is None:
+            return
+        run_id, item = posted
+        if isinstance(item, Progress):
+            self.on_progress(run_id, item)
+        elif isinstance(item, Look):
+            yield from self._end_look(run_id, item)
+        elif isinstance(item, TailTimeout) or not isinstance(item, (MogplexError, tuple)):
+            raise item
+        elif isinstance(item, MogplexError):
+            del self.tails[run_id]
+            yield run_id, item
+        else:
+            yield run_id, item[0]
+
+    def _end_look(self, run_id: str, look: Look) -> Iterator[ManyItem]:
+        """A look is over: the verdict, or a wait for the next."""
+        tail = self.tails[run_id]
+        now = self.timing.clock()
+        self.budget.spend(look.requests - 1, now, self.timing.random())
+        if tail.link.connection == "limited":
+            self.budget.refused(now, now + look.least_s)
+        elif tail.link.connection == "connected":
+            self.budget.succeeded(now)
+        if tail.story.verdict is None:
+            self.waiting[run_id] = now + look.least_s
+        else:
+            del self.tails[run_id]
+            yield run_id, tail.story.verdict
+
+    def _next_posted(self) -> Optional[Tuple[str, Any]]:
+        """What is posted next; None when it is time to look at another run."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self.posted.get_nowait()
+            self._tick()
+            wait_s = self._next_at() - self.timing.clock()
+            if wait_s <= 0:
+                return None
+            nap_s = max(0.0, min(LONGEST_WAIT_S, wait_s, self.timing.left_s(self.started_at)))
+            if len(self.waiting) == len(self.tails):
+                self.timing.sleep(nap_s)
+                continue
+            with contextlib.suppress(queue.Empty):
+                return self.posted.get(timeout=nap_s)
+
+    def _tick(self) -> None:
+        """Called before every wait, at least twice a second."""
+        if self.timing.left_s(self.started_at) <= 0:
+            raise self.timing.over()
+        now = self.timing.clock()
+        for run_id, tail in self.tails.items():
+            if run_id in self.waiting:
+                tail.link.tick(now)
+            self.on_progress(run_id, tail.progress())
+
+
+def tell_nobody_of_many(run_id: str, progress: Progress) -> None:
+    """The OnManyProgress of tails that nobody watches."""
+
+
+def tail_many(
+    client: Client,
+    run_ids: Iterable[str],
+    *,
+    timeout_s: Optional[float] = None,
+    limit: int = MAX_LIMIT,
+    on_progress: OnManyProgress = tell_nobody_of_many,
+    interval_s: float = POLL_S,
+    idle_s: float = IDLE_S,
+    cancels: bool = False,
+    clock: Clock = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    random: Callable[[], float] = random_unit,
+) -> Iterator[ManyItem]:
+    """``tail`` for several runs at once: pairs of a run's id and what came of it.
+
+    That is each event once, and last the Verdict, or the MogplexError for which this run is given
+    up; the others go on. All share one budget of requests, 48 a minute unless the client has a
+    sign-in: of 20 runs each verdict comes at most a minute late. ``cancels`` leaves room in it for
+    cancelling them all. An id that is repeated counts once.
+
+    Raises TailTimeout after ``timeout_s``. ``on_progress`` gets a run's id and its Progress, each
+    run's at least twice a second, and may raise to end it all.
+    """
+    timing = Timing(timeout_s, interval_s, idle_s, clock, sleep, random)
+    return Tails(client, run_ids, timing, limit, on_progress, cancels).items()
 
 
 # ==== Everything above this line can be copied out and used as a library. ====
@@ -4489,6 +4739,35 @@ def verdict_facts(verdict: Verdict) -> List[Tuple[str, str]]:
 def verdict_notes(verdict: Verdict) -> List[str]:
     """The same as lines."""
     return [f"{label}: {value}" for label, value in verdict_facts(verdict)]
+
+
+def trailer(verdict: Verdict, colour: bool) -> str:
+    """The last line of ``--follow`` on a run."""
+    status = paint(sanitize(verdict.status), colour)
+    return f"--- run {sanitize(verdict.run_id)} {status} ---"
+
+
+def labelled(run_id: str, line: str) -> str:
+    """A line on one of several runs: the first eight characters of its id come first."""
+    return f"{sanitize(run_id)[:8]:<8}  {line}"
+
+
+def with_run_id(run_id: str, event: Json) -> Json:
+    """An event of one of several runs."""
+    record: Json = {"runId": run_id}
+    record.update(event)
+    record["runId"] = run_id
+    return record
+
+
+def tally(statuses: Sequence[str]) -> str:
+    """``3 runs: 2 success, 1 failed``."""
+    counts = collections.Counter(statuses)
+    words = [word for word in TERMINAL_STATUSES if word in counts]
+    words += [word for word in counts if word not in TERMINAL_STATUSES]
+    listed = ", ".join(f"{counts[word]} {sanitize(word)}" for word in words)
+    noun = "run" if len(statuses) == 1 else "runs"
+    return f"{len(statuses)} {noun}: {listed}"
 
 
 # -- Events and logs
@@ -10526,6 +10805,52 @@ def repo_meant(ctx: Context, given: str) -> str:
     return name
 
 
+MAX_RUN_IDS_SIZE = 1 << 20  # bytes
+
+
+def read_all(stream: Any, most: int) -> bytes:
+    """A binary stream up to its end, but at most ``most`` bytes; waits for one that does not block.
+
+    Python's own buffers answer with a first part when such a stream has no more for now.
+    """
+    raw = getattr(stream, "raw", stream)
+    data = bytearray()
+    while len(data) < most:
+        piece = raw.read(most - len(data))
+        if piece is None:  # nothing yet
+            select.select([raw], [], [])
+            continue
+        if not piece:
+            break
+        data += piece
+    return bytes(data)
+
+
+def read_run_ids(ctx: Context) -> List[str]:
+    """The run ids on stdin, one a line."""
+    try:
+        text = read_all(ctx.stdin.buffer, MAX_RUN_IDS_SIZE).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UsageError("stdin is not valid UTF-8") from None
+    except (OSError, AttributeError) as error:  # a stdin that is closed is None
+        reason = getattr(error, "strerror", "cannot be read")
+        raise UsageError(f"stdin: {reason}") from None
+    if not text.strip():
+        raise UsageError("there is no run ID on stdin")
+    return text.splitlines()
+
+
+def resolve_run_ids(ctx: Context, given: Iterable[str]) -> List[str]:
+    """The runs that are meant, each once; ``-`` stands for those on stdin."""
+    words: List[str] = []
+    for word in given:
+        words += read_run_ids(ctx) if word == "-" else [word]
+    run_ids = [resolve_run_id(ctx, word.strip()).strip() for word in words]
+    for run_id in run_ids:
+        path_segment(run_id)  # which refuses what is no id
+    return list(dict.fromkeys(run_ids))
+
+
 def resolve_repo(client: Client, given: str) -> Json:
     """The repo meant by an id or by owner/name; only the latter needs a request."""
     if "/" not in given:
@@ -10569,24 +10894,6 @@ def resolve_sandbox(client: Client, given: str) -> str:
         code="NOT_FOUND",
         hint="find IDs via `mogplex sandboxes list`",
     )
-
-
-def read_all(stream: Any, most: int) -> bytes:
-    """A binary stream up to its end, but at most ``most`` bytes; waits for one that does not block.
-
-    Python's own buffers answer with a first part when such a stream has no more for now.
-    """
-    raw = getattr(stream, "raw", stream)
-    data = bytearray()
-    while len(data) < most:
-        piece = raw.read(most - len(data))
-        if piece is None:  # nothing yet
-            select.select([raw], [], [])
-            continue
-        if not piece:
-            break
-        data += piece
-    return bytes(data)
 
 
 def prompt_bytes(ctx: Context, words: Sequence[str], prompt_file: str, most: int) -> bytes:
@@ -10715,9 +11022,12 @@ class CiReport:
     summary. The file that ``--dotenv`` names is for GitLab's ``artifacts:reports:dotenv``.
     """
 
-    def __init__(self, ctx: Context, task: str = "", dotenv: str = "") -> None:
+    def __init__(
+        self, ctx: Context, task: str = "", dotenv: str = "", has_outputs: bool = True,
+    ) -> None:
         self.ctx = ctx
         self.task = task
+        self.has_outputs = has_outputs  # which can only be those of one run
         self.dotenv = dotenv
         self.in_github = ctx.environ.get("GITHUB_ACTIONS") == "true"
         self.newest: List[Json] = []  # events
@@ -10754,6 +11064,8 @@ class CiReport:
             return
         lines = [event_line(event)[:300] for event in self.newest]
         self.write_for_github("GITHUB_STEP_SUMMARY", github_summary(outcome, self.task, lines))
+        if not self.has_outputs:
+            return
         outputs = github_outputs(
             status=outcome.status,
             branch=outcome.branch,
@@ -10786,6 +11098,22 @@ def cancel_text(run_id: str, answer: Json, colour: bool) -> List[str]:
     if already_ended(answer):
         return [f"run {run} is already {status}"]
     return [f"cancellation requested for run {run}", f"status: {status}"]
+
+
+def reason_left(error: BaseException) -> str:
+    """Why a command leaves a run, for CI."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error) or "stdout is closed"
+
+
+def tell_still_running(ctx: Context, run_ids: Sequence[str]) -> None:
+    """Say so, and what can be done about it."""
+    for run_id in run_ids:
+        ctx.note(f"run {run_id} is still running")
+    ctx.note(f"follow: mogplex runs events {' '.join(run_ids)} --follow")
+    for run_id in run_ids:
+        ctx.note(f"cancel: mogplex runs cancel {run_id}")
 
 
 class Attendant:
@@ -10833,16 +11161,18 @@ class Attendant:
 
     def settle(self, error: BaseException) -> str:
         """Cancel the run or say that it is still running; why it was left, for CI."""
-        reason = str(error) or "stdout is closed"
-        if isinstance(error, KeyboardInterrupt):
-            reason = "interrupted"
+        reason = reason_left(error)
         if not self.outcome.run_id:
             return reason
-        if self.cancels and isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
+        if self.is_to_cancel(error):
             return f"{reason}; {self.cancel()}"
         if self.is_worth_telling(error):
-            self.tell_still_running()
+            tell_still_running(self.ctx, [self.outcome.run_id])
         return reason
+
+    def is_to_cancel(self, error: BaseException) -> bool:
+        """Whether the run is to be cancelled."""
+        return self.cancels and isinstance(error, (KeyboardInterrupt, BrokenPipeError))
 
     def is_worth_telling(self, error: BaseException) -> bool:
         """Whether to say that the run is still running."""
@@ -10858,9 +11188,17 @@ class Attendant:
             with self.ctx.interrupts.postponed():
                 answer = self.request_cancellation(time.monotonic() + GRACE_S)
         except MogplexError as error:
-            self.ctx.note(f"cannot cancel the run: {error}")
-            self.tell_still_running()
-            return "the run could not be cancelled"
+            return self.not_cancelled(error)
+        return self.cancelled(answer)
+
+    def not_cancelled(self, error: MogplexError) -> str:
+        """Tell why, and that the run is still running."""
+        self.ctx.note(f"cannot cancel the run: {error}")
+        tell_still_running(self.ctx, [self.outcome.run_id])
+        return "the run could not be cancelled"
+
+    def cancelled(self, answer: Json) -> str:
+        """Tell the service's answer."""
         status = text_of(answer, "run", "status") or self.outcome.status
         self.outcome = self.outcome._replace(status=status)
         told = cancel_text(self.outcome.run_id, answer, False)[0]
@@ -10880,12 +11218,37 @@ class Attendant:
                     raise
             time.sleep(0.5)
 
-    def tell_still_running(self) -> None:
-        """Say so, and what can be done about it."""
-        run_id = self.outcome.run_id
-        self.ctx.note(f"run {run_id} is still running")
-        self.ctx.note(f"follow: mogplex runs events {run_id} --follow")
-        self.ctx.note(f"cancel: mogplex runs cancel {run_id}")
+
+def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> Dict[str, str]:
+    """Request the cancellation of several runs at once, in the time of one; what came of each."""
+    deadline = time.monotonic() + GRACE_S
+    answers: queue.SimpleQueue[Tuple[Attendant, Union[Json, MogplexError]]] = queue.SimpleQueue()
+
+    def request(attendant: Attendant) -> None:
+        try:
+            answers.put((attendant, attendant.request_cancellation(deadline)))
+        except MogplexError as error:
+            answers.put((attendant, error))
+
+    told = {}
+    left = list(attendants)
+    with ctx.interrupts.postponed():
+        for attendant in attendants:
+            start_thread(request, attendant)
+        with contextlib.suppress(queue.Empty):
+            while left:
+                wait_s = max(0.0, deadline + 1.0 - time.monotonic())  # for a last short try
+                attendant, answer = answers.get(timeout=wait_s)
+                left.remove(attendant)
+                run_id = attendant.outcome.run_id
+                if isinstance(answer, MogplexError):
+                    told[run_id] = attendant.not_cancelled(answer)
+                else:
+                    told[run_id] = attendant.cancelled(answer)
+        for attendant in left:
+            error = UnavailableError(f"no answer for {GRACE_S:g} s")
+            told[attendant.outcome.run_id] = attendant.not_cancelled(error)
+    return told
 
 
 def warn_of_doubt(ctx: Context, client: Client, request: StartRequest, key: str) -> None:
@@ -11113,12 +11476,134 @@ class Follower:
         if self.ctx.as_json:
             self.ctx.emit(self.ctx.json_line(verdict_json(verdict)))
         else:
-            status = paint(sanitize(verdict.status), self.ctx.colour)
-            self.ctx.emit(f"--- run {sanitize(verdict.run_id)} {status} ---")
+            self.ctx.emit(trailer(verdict, self.ctx.colour))
         for line in verdict_notes(verdict):
             self.ctx.note(line)
         self.attendant.report.end(outcome)
         return Exit.OK if verdict.status == "success" else Exit.FAILURE
+
+
+def emit_event(ctx: Context, run_id: str, event: Json) -> None:
+    """An event of one of several runs."""
+    line = event_line(event, newline_mark(ctx.stdout and ctx.stdout.encoding))
+    ctx.emit_record(with_run_id(run_id, event), labelled(run_id, line))
+
+
+def note_run_error(ctx: Context, run_id: str, error: MogplexError) -> None:
+    """Say what went wrong with one of several runs."""
+    ctx.note(labelled(run_id, f"error: {error}"))
+    if error.hint:
+        ctx.note(labelled(run_id, error.hint))
+
+
+class Followers:
+    """``--follow`` of several runs: their lines as they come, a trailer for each, and a count."""
+
+    def __init__(
+        self, ctx: Context, client: Client, run_ids: Sequence[str], options: FollowOptions,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.ctx = ctx
+        self.life = LifeSigns(ctx, options.quiet, clock)
+        self.attendants: Dict[str, Attendant] = {}
+        for run_id in run_ids:
+            report = CiReport(ctx, has_outputs=False)
+            self.attendants[run_id] = Attendant(ctx, report, options.cancel_on_interrupt)
+            self.attendants[run_id].outcome = Outcome(run_id)
+        self.standing: Dict[str, Progress] = {}
+        self.ends: Dict[str, str] = {}  # of those that are over: the status, or "given up"
+        self.code = 0                   # the highest of all
+        self.items = tail_many(
+            client, run_ids, timeout_s=options.timeout, limit=options.limit,
+            on_progress=self.progress, cancels=options.cancel_on_interrupt, clock=clock)
+
+    def run(self) -> int:
+        """Follow them all to the end; the highest of the exit codes that they deserve."""
+        try:
+            for run_id, item in self.items:
+                self.life.erase()
+                self.show(run_id, item)
+        except TailTimeout as error:
+            self.life.erase()
+            self.ctx.note(f"error: --follow {error.message}")
+            self.code = max(self.code, error.exit)
+            self.leave(error)
+        except (KeyboardInterrupt, MogplexError, OSError) as error:
+            self.life.erase()
+            self.leave(error)
+            self.ctx.note(self.count())
+            raise
+        if self.ctx.as_json:
+            self.ctx.note(self.count())
+        else:
+            self.ctx.emit(self.count())
+        return self.code
+
+    def count(self) -> str:
+        """How many of them ended how."""
+        return tally([self.ends.get(run_id, "not over") for run_id in self.attendants])
+
+    def show(self, run_id: str, item: Union[Json, Verdict, MogplexError]) -> None:
+        """What came of a run."""
+        if isinstance(item, Verdict):
+            self.finish(run_id, item)
+        elif isinstance(item, MogplexError):
+            self.give_up(run_id, item)
+        else:
+            self.attendants[run_id].report.heard(item)
+            emit_event(self.ctx, run_id, item)
+
+    def finish(self, run_id: str, verdict: Verdict) -> None:
+        """The trailer of a run, and what is worth knowing."""
+        self.ends[run_id] = verdict.status
+        if verdict.status != "success":
+            self.code = max(self.code, Exit.FAILURE)
+        self.ctx.emit_record(
+            verdict_json(verdict), labelled(run_id, trailer(verdict, self.ctx.colour)))
+        for line in verdict_notes(verdict):
+            self.ctx.note(labelled(run_id, line))
+        self.attendants[run_id].report.end(outcome_of_verdict(verdict))
+
+    def give_up(self, run_id: str, error: MogplexError) -> None:
+        """The following of a run has ended, and not the run."""
+        self.ends[run_id] = "given up"
+        self.code = max(self.code, error.exit)
+        note_run_error(self.ctx, run_id, error)
+        self.attendants[run_id].leave(error)
+
+    def progress(self, run_id: str, progress: Progress) -> None:
+        """Called before each wait, at least twice a second, and at each change."""
+        self.ctx.interrupts.check()
+        if reader_left(self.ctx.stdout):
+            raise BrokenPipeError
+        attendant = self.attendants[run_id]
+        attendant.outcome = outcome_so_far(attendant.outcome, progress)
+        self.standing[run_id] = progress
+        message = progress.message and labelled(run_id, progress.message)
+        self.life.show(self.together()._replace(message=message))
+
+    def together(self) -> Progress:
+        """How all those that are not over stand."""
+        going_on = [one for run_id, one in self.standing.items() if run_id not in self.ends]
+        statuses = [*self.ends.values(), *[one.status or "waiting" for one in going_on]]
+        troubled = [one for one in going_on if one.connection != "connected"]
+        last_event_at = max(one.last_event_at for one in going_on)
+        shown = (troubled or going_on)[0]
+        return shown._replace(status=tally(statuses), last_event_at=last_event_at)
+
+    def leave(self, error: BaseException) -> None:
+        """Settle what becomes of those that are not over, and tell CI."""
+        left = [one for run_id, one in self.attendants.items() if run_id not in self.ends]
+        running = [one for one in left if not status_named(one.outcome.status).terminal]
+        told: Dict[str, str] = {}
+        if any(one.is_to_cancel(error) for one in running):
+            told = cancel_all(self.ctx, running)
+        elif any(one.is_worth_telling(error) for one in running):
+            tell_still_running(self.ctx, [one.outcome.run_id for one in running])
+        reason = reason_left(error)
+        for one in left:
+            reasons = [reason, told.get(one.outcome.run_id, "")]
+            one.report.end(one.outcome._replace(left="; ".join(filter(None, reasons))))
 
 
 def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
@@ -11254,10 +11739,50 @@ def follow_run(ctx: Context, run_id: str, options: FollowOptions) -> int:
             return Follower(ctx, client, attendant, options).run()
 
 
-def cmd_runs_events(ctx: Context, run_id: Optional[str] = None, **options: Any) -> int:
-    """The events of a run: those of now, or all as they come."""
+def events_notes(listed: int, limit: int) -> List[str]:
+    """What is worth knowing of a list of events."""
+    if not listed:
+        return ["no events yet"]
+    if listed >= limit:
+        return [f"only the first {listed} events are listed; there may be more"]
+    return []
+
+
+def list_events(ctx: Context, run_ids: Sequence[str], limit: int) -> int:
+    """The events of several runs, as they are now; the highest of the runs' exit codes."""
+    code = 0
+    with ctx.client() as client:
+        for run_id in run_ids:
+            try:
+                events = dicts_of(client.events(run_id, limit=limit), "events")
+            except MogplexError as error:
+                note_run_error(ctx, run_id, error)
+                code = max(code, error.exit)
+                continue
+            for event in events:
+                emit_event(ctx, run_id, event)
+            for line in events_notes(len(events), limit):
+                ctx.note(labelled(run_id, line))
+    return code
+
+
+def several_events(ctx: Context, given: Sequence[str], following: FollowOptions) -> int:
+    """The events of several runs: those of now, or all as they come."""
+    if following.dotenv:
+        raise UsageError("runs events: --dotenv is for one run")
+    run_ids = resolve_run_ids(ctx, given)
+    if not following.follow:
+        return list_events(ctx, run_ids, following.limit)
+    with ctx.client() as client:
+        return Followers(ctx, client, run_ids, following).run()
+
+
+def cmd_runs_events(ctx: Context, *given: str, **options: Any) -> int:
+    """The events of a run, or of several: those of now, or all as they come."""
     following = FollowOptions(**options)
-    run_id = resolve_run_id(ctx, run_id)
+    if len(given) > 1 or "-" in given:
+        return several_events(ctx, given, following)
+    run_id = resolve_run_id(ctx, given[0] if given else None)
     if following.follow:
         return follow_run(ctx, run_id, following)
     with ctx.client() as client:
@@ -11265,10 +11790,8 @@ def cmd_runs_events(ctx: Context, run_id: Optional[str] = None, **options: Any) 
     newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
     for event in events:
         ctx.emit_record(event, event_line(event, newline))
-    if not events:
-        ctx.note("no events yet")
-    elif len(events) >= following.limit:
-        ctx.note(f"only the first {len(events)} events are listed; there may be more")
+    for line in events_notes(len(events), following.limit):
+        ctx.note(line)
     return Exit.OK
 
 
@@ -11534,6 +12057,10 @@ RUN_ARGUMENT = Argument("RUN", "run ID; @last is the newest run started here", 1
 OPTIONAL_RUN_ARGUMENT = Argument(
     "[RUN]",
     "run ID; @last is the newest run started here (default: MOGPLEX_RUN_ID, then @last)", "?")
+RUNS_ARGUMENT = Argument(
+    "[RUN...]",
+    "run IDs, of one run or of several at once; - reads them from stdin, one a line; @last is the "
+    "newest run started here (default: MOGPLEX_RUN_ID, then @last)", "*")
 SANDBOX_ARGUMENT = Argument("SANDBOX", "sandbox ID, as listed, or the provider's, sbx_...", 1)
 TASK_ARGUMENT = Argument("[TASK...]", "what the agent is to do; - reads it from stdin", "*")
 
@@ -11623,9 +12150,9 @@ SUBCOMMANDS = {
         (OPTIONAL_RUN_ARGUMENT,),
     ),
     "runs events": Subcommand(
-        cmd_runs_events, "List or follow a run's events.",
-        ("runs events @last --follow", "runs events --follow --timeout 30m --json"),
-        (OPTIONAL_RUN_ARGUMENT,),
+        cmd_runs_events, "List or follow the events of a run, or of several.",
+        ("runs events @last --follow", 'runs events "$A" "$B" --follow --timeout 30m --json'),
+        (RUNS_ARGUMENT,),
         (LIMIT_OPTION, *FOLLOW_OPTIONS, DOTENV_OPTION._replace(needs="--follow")),
     ),
     "runs cancel": Subcommand(

@@ -10173,6 +10173,7 @@ UsageError MogplexError exit 2
 Verdict (run_id, status, error, working_branch, pull_request_url, truncated, duration_s, run)
 sanitize (text, newline=' ⏎ ')
 tail (client, run_id, *, timeout_s=None, limit=200, on_progress=tell_nobody, interval_s=1.5, idle_s=30.0, just_started=False, clock=monotonic, sleep=sleep, random=random_unit)
+tail_many (client, run_ids, *, timeout_s=None, limit=200, on_progress=tell_nobody_of_many, interval_s=1.5, idle_s=30.0, cancels=False, clock=monotonic, sleep=sleep, random=random_unit)
 """
 
 
