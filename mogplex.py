@@ -5808,7 +5808,7 @@ if TYPE_CHECKING:
 
 
 class Ask(NamedTuple):
-    """A job for a Desk, or a call of a Shell: the method and its arguments."""
+    """A job for a Desk, or a call of the Shell or its Screen: the method and its arguments."""
 
     job: Callable[..., object]
     arguments: Tuple[Any, ...] = ()
@@ -5933,7 +5933,7 @@ class Desk:
         self.asks: Any = queue.SimpleQueue()
         self.connection: Optional[Client] = None
         self.told: Optional[Progress] = None  # the last of a tail
-        self.stopped = False  # the wait for a browser was given up
+        self.given_up = threading.Event()  # is set to end the wait for a browser
         self.closed = False
         threading.Thread(target=self.work, daemon=True).start()
 
@@ -6097,7 +6097,7 @@ class Desk:
 
     def sign_in(self) -> Optional[str]:
         """Sign in through a browser."""
-        self.stopped = False
+        self.given_up.clear()
         base_url = self.facts.base_url
         with self.facts.connect(Credential.anonymous()) as client:
             try:
@@ -6106,10 +6106,10 @@ class Desk:
                     client.post_form,
                     announce=self.tell_url,
                     open_browser=self.facts.run_browser,
-                    stopped=self.is_stopped,
+                    stopped=self.given_up.is_set,
                 )
             except MogplexError:
-                if self.stopped:
+                if self.given_up.is_set():
                     return None  # somebody gave up the wait, and knows it
                 raise
         self.facts.home.store_sign_in(entry)  # first: its refresh token works only once
@@ -6118,9 +6118,6 @@ class Desk:
 
     def tell_url(self, url: str) -> None:
         self.post(Announced(url))
-
-    def is_stopped(self) -> bool:
-        return self.stopped
 
     def sign_out(self) -> None:
         self.facts.home.forget_sign_in()
@@ -6167,9 +6164,11 @@ class Shell:
         self.post(Said(line, "warn"))
 
     def perform(self, ask: Ask) -> None:
-        """Do what a state asks for: here what needs the terminal, all else at a desk."""
+        """Do what a state asks for: here, with the terminal, or at a desk."""
         if ask.job in vars(Shell).values():
             ask.job(self, *ask.arguments)
+        elif ask.job in vars(Screen).values():
+            ask.job(self.screen, *ask.arguments)
         elif ask.job is Desk.start:  # a start that hangs holds no other
             desk = Desk(self.post, self.facts)
             desk.asks.put(ask)
@@ -6183,22 +6182,10 @@ class Shell:
             desk.asks.put(Ask(Desk.reconnect))
 
     def stop_sign_in(self) -> None:
-        self.signing.stopped = True
+        self.signing.given_up.set()
 
     def leave(self) -> None:
         raise SystemExit(Exit.OK)
-
-    def repaint(self) -> None:
-        self.screen.repaint()
-
-    def write(self, text: str) -> None:
-        self.screen.write(text)
-
-    def set_mouse(self, on: bool) -> None:
-        self.screen.switch_mouse(on)
-
-    def suspend(self) -> None:
-        self.screen.suspend()
 
 
 # -- State
@@ -6267,19 +6254,12 @@ class Rail(NamedTuple):
     at: int = 0          # the selected row, counted over both
 
 
-class Repos(NamedTuple):
-    """The repositories, once they are known, and which of them to begin with."""
-
-    all: Tuple[Repo, ...] = ()
-    heard: bool = False
-    wanted: str = ""     # an id or a name
-
-
 class Polls(NamedTuple):
     """What is asked in the background, and when."""
 
     sent: Tuple[float, ...] = ()  # within the last minute
     unanswered: int = 0
+    repos_heard: bool = False
     repos_at: float = 0.0
     sandboxes_at: float = 0.0
 
@@ -6328,6 +6308,9 @@ class Item(NamedTuple):
     present: bool = False  # it is the present choice
 
 
+Items = List[Item]
+
+
 class Heading(NamedTuple):
     """A column of a drawer; ``width`` in columns of the terminal."""
 
@@ -6345,7 +6328,7 @@ class Listing(NamedTuple):
 
     title: str
     columns: Tuple[Heading, ...]     # none: a page of text
-    rows: Callable[..., List[Item]]  # of a state and a drawer
+    rows: Callable[..., Items]  # of a state and a drawer
     actions: Mapping[str, Callable[..., Any]] = {}
     reads: Optional[Callable[..., object]] = None
     word: str = ""
@@ -6423,7 +6406,8 @@ class Service(NamedTuple):
     """What is known of the service, and of how it answers."""
 
     base_url: str = DEFAULT_URL
-    repos: Repos = Repos()
+    repos: Tuple[Repo, ...] = ()
+    wanted: str = ""            # the repository to begin with, by its id or name
     polls: Polls = Polls()
     health: Health = Health()
     sign_in: SigningIn = SigningIn()
@@ -6579,20 +6563,10 @@ def change_runs(state: State, ids: Sequence[str], **changes: Any) -> State:
     return state.with_rail(runs=tuple(runs))
 
 
-def change_start(state: State, key: str, **changes: Any) -> State:
-    """With this changed in the start that has this key."""
-    starts = []
-    for new in state.next.starts:
-        if new.key == key:
-            new = new._replace(**changes)
-        starts.append(new)
-    return state.plan(starts=tuple(starts))
-
-
-def drop_start(state: State, key: str) -> State:
-    """Without the start that has this key: its fate is known."""
-    starts = [new for new in state.next.starts if new.key != key]
-    return state.plan(starts=tuple(starts))
+def change_start(state: State, key: str, *instead: NewRun) -> State:
+    """With this in place of the start that has this key; with none where its fate is known."""
+    others = [new for new in state.next.starts if new.key != key]
+    return state.plan(starts=(*others, *instead))
 
 
 def run_named(state: State, run_id: str) -> KnownRun:
@@ -6609,7 +6583,7 @@ def task_of(run: KnownRun) -> str:
 
 def repo_named(state: State, repo_id: str) -> str:
     """The full name of a repository; "" for one that is not listed."""
-    for repo in state.service.repos.all:
+    for repo in state.service.repos:
         if repo.id == repo_id:
             return repo.name
     return ""
@@ -6620,12 +6594,14 @@ def branch_text_of(target: Target) -> str:
     return target.branch or target.base or target.repo.default_branch
 
 
-def target_text(target: Target) -> str:
-    """``acme/api ⎇ main · codex``."""
-    if not target.repo.id:
-        return f"no repository, choose one with /repo · {target.harness}"
-    branch = harmless(branch_text_of(target), 200)
-    return f"{target.repo.name} ⎇ {branch} · {target.harness}"
+def target_text(target: Target, width: int) -> str:
+    """``acme/api ⎇ main · codex``; where there is no room for it, never without the last."""
+    place = "no repository, choose one with /repo"
+    if target.repo.id:
+        branch = harmless(branch_text_of(target), 200)
+        place = f"{target.repo.name} ⎇ {branch}"
+    harness = f" · {target.harness}"
+    return fit(place, max(0, width - len(harness))) + harness
 
 
 def passing(state: State) -> Sequence[Entry]:
@@ -6782,7 +6758,7 @@ def open_preview(state: State, sandbox_id: str) -> State:
 
 def take_repo(state: State, repo_id: str) -> State:
     """The next task runs in this repository, on its default branch."""
-    for repo in state.service.repos.all:
+    for repo in state.service.repos:
         if repo.id == repo_id:
             return state.choose(repo=repo, branch="", base="").close()
     return state
@@ -6833,12 +6809,12 @@ def export_chosen(state: State, form: str) -> State:
     return export_as(state, form, path)
 
 
-def action_list(state: State, drawer: Drawer) -> List[Item]:
+def action_list(state: State, drawer: Drawer) -> Items:
     """Keys or commands, as the drawer was opened with."""
     return list(drawer.data)
 
 
-def run_items(state: State, drawer: Drawer) -> List[Item]:
+def run_items(state: State, drawer: Drawer) -> Items:
     items = []
     for run in state.rail.runs:
         sign = sign_of(run.status)
@@ -6857,7 +6833,7 @@ def run_items(state: State, drawer: Drawer) -> List[Item]:
     return items
 
 
-def sandbox_items(state: State, drawer: Drawer) -> List[Item]:
+def sandbox_items(state: State, drawer: Drawer) -> Items:
     items = []
     for sandbox in state.rail.sandboxes:
         sign = sign_of(sandbox.status)
@@ -6872,16 +6848,16 @@ def sandbox_items(state: State, drawer: Drawer) -> List[Item]:
     return items
 
 
-def repo_items(state: State, drawer: Drawer) -> List[Item]:
+def repo_items(state: State, drawer: Drawer) -> Items:
     items = []
-    for repo in state.service.repos.all:
+    for repo in state.service.repos:
         present = repo.id == state.next.target.repo.id
         cells = (repo.name, repo.default_branch)
         items.append(Item(cells, repo.id, present=present))
     return items
 
 
-def branch_items(state: State, drawer: Drawer) -> List[Item]:
+def branch_items(state: State, drawer: Drawer) -> Items:
     """The branches that are known: the service lists none."""
     target = state.next.target
     names = [target.branch, target.base, target.repo.default_branch]
@@ -6895,16 +6871,16 @@ def branch_items(state: State, drawer: Drawer) -> List[Item]:
     return items
 
 
-def harness_items(state: State, drawer: Drawer) -> List[Item]:
+def harness_items(state: State, drawer: Drawer) -> Items:
     present = state.next.target.harness
     return [Item((name, title), name, present=name == present) for name, title in HARNESSES.items()]
 
 
-def export_items(state: State, drawer: Drawer) -> List[Item]:
+def export_items(state: State, drawer: Drawer) -> Items:
     return [Item((form,), form) for form in EXPORTS]
 
 
-def record_items(state: State, drawer: Drawer) -> List[Item]:
+def record_items(state: State, drawer: Drawer) -> Items:
     """The records that were read, in the cells of the columns."""
     items = []
     for record in drawer.data or ():
@@ -6974,7 +6950,7 @@ def folded(text: str, width: int) -> List[str]:
     return [*lines, line]
 
 
-def page_items(state: State, text: str, most: int) -> List[Item]:
+def page_items(state: State, text: str, most: int) -> Items:
     """A text as wide as the window has room for, of at most so many characters."""
     lines = text[:most].split("\n")
     if len(text) > most or len(lines) > MOST_LINES:
@@ -6985,7 +6961,7 @@ def page_items(state: State, text: str, most: int) -> List[Item]:
     return [Item((piece,), piece) for piece in pieces]
 
 
-def log_items(state: State, drawer: Drawer) -> List[Item]:
+def log_items(state: State, drawer: Drawer) -> Items:
     """The two logs of a sandbox, and what happened to it, in local times."""
     if drawer.data is None:
         return []
@@ -6997,7 +6973,7 @@ def log_items(state: State, drawer: Drawer) -> List[Item]:
     return page_items(state, "\n".join(filter(None, lines)), LONGEST_LOG)
 
 
-def event_items(state: State, drawer: Drawer) -> List[Item]:
+def event_items(state: State, drawer: Drawer) -> Items:
     """An event: when and what, the message, then all the rest as JSON."""
     event = drawer.data
     clock = local_time(event.get("createdAt"), "%b %d %H:%M:%S")
@@ -7016,7 +6992,7 @@ def copied(state: State, text: str) -> State:
     import base64
 
     code = base64.b64encode(text.encode("utf-8", "replace")).decode()
-    return state.ask(Shell.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
+    return state.ask(Screen.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
 
 
 LOGS = Listing("logs", (), log_items, {"y": copied}, Desk.logs)
@@ -7170,35 +7146,22 @@ def searched(lines: Sequence[Item], query: str) -> Tuple[Item, ...]:
     return tuple(lines[position] for _, position in sorted(ranked))
 
 
-def source_of(state: State) -> Tuple[object, ...]:
-    """What the tables of the drawers are made from, besides what was read for them."""
-    return (
-        state.rail.runs,
-        state.rail.sandboxes,
-        state.service.repos.all,
-        state.next.target,
-        state.shown.run_id,
-    )
-
-
 def refreshed(before: State, state: State) -> State:
-    """With the lines of the open drawer made anew, where what they come from has changed."""
+    """With the lines of the open drawer made anew; those of a page, which is long, if need be."""
     drawer = state.drawer
     old = before.drawer
     if drawer is None:
         return state
-    same = old is not None and drawer.listing is old.listing and drawer.data is old.data
-    moved = bool(drawer.listing.columns) and source_of(state) != source_of(before)
-    if moved or not same or state.window.width != before.window.width:
-        lines = drawer.listing.rows(state, drawer)
-        drawer = drawer._replace(lines=tuple(lines))
-    elif old is not None and drawer.query == old.query:
-        drawer = drawer._replace(lines=old.lines, found=old.found)
-        return state._replace(drawer=drawer)
-    found = searched(drawer.lines, drawer.query)
+    lines = drawer.lines
+    is_table = drawer.listing.columns
+    moved = old is None or drawer.data is not old.data or state.window != before.window
+    if is_table or moved or not lines:
+        lines = tuple(drawer.listing.rows(state, drawer))
+    elif old and drawer.query == old.query:
+        return state
+    found = searched(lines, drawer.query)
     at = max(0, min(drawer.at, len(found) - 1))
-    drawer = drawer._replace(found=found, at=at)
-    return state._replace(drawer=drawer)
+    return state.shift(lines=lines, found=found, at=at)
 
 
 # -- Words: what a line of the composer does
@@ -7238,7 +7201,7 @@ def choose_repo(state: State, name: str) -> State:
     exact = []
     short = []
     partial = []
-    for repo in state.service.repos.all:
+    for repo in state.service.repos:
         full_name = repo.name.lower()
         if wanted in (full_name, repo.id.lower()):
             exact.append(repo.id)
@@ -7385,7 +7348,7 @@ def poll(state: State, most: int) -> State:
     """Ask what is due, at most so much of it, within what is left of the minute's budget."""
     polls = state.service.polls
     asks = []
-    if not state.service.repos.heard and state.now - polls.repos_at >= 10:
+    if not polls.repos_heard and state.now - polls.repos_at >= 10:
         asks.append(Ask(Desk.repos))
         polls = polls._replace(repos_at=state.now)
     if state.now - polls.sandboxes_at >= 30:
@@ -7413,9 +7376,8 @@ def refresh(state: State, _: str = "") -> State:
         return state.say("Rate limited: no requests until the wait is over.", "warn")
     ids = [run.id for run in state.rail.runs]
     state = change_runs(state, ids, asked_at=0.0)
-    polls = state.service.polls._replace(repos_at=0.0, sandboxes_at=0.0)
-    repos = state.service.repos._replace(heard=False)
-    state = state.know(polls=polls, repos=repos)
+    polls = state.service.polls._replace(repos_heard=False, repos_at=0.0, sandboxes_at=0.0)
+    state = state.know(polls=polls)
     if state.shown.feed.again_at:
         state = state.hear(again_at=state.now)
     if state.drawer and state.drawer.listing.reads:
@@ -7476,7 +7438,7 @@ NOT_OFFERED = (
 COMMANDS = {word.name: word for word in WORDS}
 
 
-def word_items(words: Iterable[Word]) -> List[Item]:
+def word_items(words: Iterable[Word]) -> Items:
     """Commands as rows: Enter on one performs it."""
     return [
         Item((f"/{word.name} {word.follows}".strip(), word.does), f"/{word.name}") for word in words
@@ -7509,7 +7471,7 @@ def key_title(name: str) -> str:
     return KEY_TITLES.get(name) or name.title()
 
 
-def binding_items(bindings: Iterable[Binding]) -> List[Item]:
+def binding_items(bindings: Iterable[Binding]) -> Items:
     """Keys as rows of help."""
     items = []
     for binding in bindings:
@@ -7605,7 +7567,7 @@ def completions(state: State) -> List[str]:
         return [command_text(word) for word in COMMANDS.values() if word.name.startswith(name)]
     choices: List[str] = []
     if name == "repo":
-        choices = [repo.name for repo in state.service.repos.all]
+        choices = [repo.name for repo in state.service.repos]
     elif name == "attach":
         choices = [harmless(run.id) for run in state.rail.runs]
     elif name == "harness":
@@ -7627,6 +7589,9 @@ class PaneLine(NamedTuple):
 
     line: Line
     at: int = -1
+
+
+PaneLines = List[PaneLine]
 
 
 EVENT_TYPES = {  # style, and the tag for a narrow window
@@ -7921,7 +7886,7 @@ def counted(title: str, count: int, some: int, word: str, style: str) -> Line:
     return line
 
 
-def rail_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     """Runs and sandboxes, each with at least a third of the rail, and the selected row in full."""
     runs = state.rail.runs
     sandboxes = state.rail.sandboxes
@@ -8071,7 +8036,7 @@ def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
     return line
 
 
-def timeline_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     """Title, entries, and a last line: the state of the run, or how many are newer."""
     entries = passing(state)
     at = selected_entry(state)
@@ -8135,7 +8100,7 @@ def welcome(state: State, width: int) -> List[Segment]:
     ]
 
 
-def welcome_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+def welcome_lines(state: State, width: int, rows: int) -> PaneLines:
     lines = welcome(state, width)[:rows]
     indent = " " * min(3, width // 20)
     blank = [PaneLine([])] * ((rows - len(lines)) // 3)
@@ -8173,7 +8138,7 @@ def nothing_found(drawer: Drawer) -> str:
     return "nothing here"
 
 
-def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[PaneLine]:
+def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> PaneLines:
     """Title, the columns' titles, and the rows around the selected one; the present is marked."""
     found = drawer.found
     listing = drawer.listing
@@ -8209,7 +8174,7 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> List[Pa
     return lines
 
 
-def body_lines(state: State, width: int, rows: int) -> List[PaneLine]:
+def body_lines(state: State, width: int, rows: int) -> PaneLines:
     """The drawer, the timeline, or what there is to do without them."""
     if state.drawer:
         return drawer_lines(state, state.drawer, width, rows)
@@ -8304,11 +8269,6 @@ def foot_lines(state: State, width: int, height: int) -> List[Line]:
     return lines + [hint_line(state, width)]
 
 
-def next_line(state: State) -> List[Segment]:
-    """What the next task will use."""
-    return [(" next: ", "dim"), (target_text(state.next.target), "accent")]
-
-
 def rule_row(state: State, side: int, width: int, says_next: bool) -> Row:
     """The line above the composer; in a low window it says what comes next."""
     rule = "─" * width
@@ -8316,7 +8276,7 @@ def rule_row(state: State, side: int, width: int, says_next: bool) -> Row:
         rule = "─" * (side - 1) + "┴" + "─" * (width - side)
     if not says_next:
         return ((rule, "line"),)
-    text = fitted(f"─ next: {target_text(state.next.target)} ", width)
+    text = f"─ next: {target_text(state.next.target, width - 9)} "
     return ((text, "accent"), (rule[width_of(text):], "line"))
 
 
@@ -8372,7 +8332,8 @@ def view(state: State, width: int, height: int) -> List[Row]:
     rows += main
     rows.append(rule_row(state, side, width, not layout.has_next))
     if layout.has_next:
-        rows.append(fill(next_line(state), width))
+        target = target_text(state.next.target, width - 7)
+        rows.append(fill([(" next: ", "dim"), (target, "accent")], width))
     rows += [fill(line, width) for line in layout.foot]
     return rows[:height]
 
@@ -8619,7 +8580,7 @@ def switch_mouse(state: State) -> State:
     words = "Mouse off: the terminal selects text."
     if mouse:
         words = "Mouse on: the wheel scrolls, a click selects."
-    return state.look(mouse=mouse).ask(Shell.set_mouse, mouse).say(words)
+    return state.look(mouse=mouse).ask(Screen.switch_mouse, mouse).say(words)
 
 
 FAR = 10**9
@@ -8628,8 +8589,8 @@ ANYWHERE = (
     Binding("^p", "palette", show_palette),
     Binding("f1", "help", show_help),
     Binding("^f", "filter the timeline", State.go, ("filter",)),
-    Binding("^l", "repaint", State.ask, (Shell.repaint,)),
-    Binding("^z", "suspend", State.ask, (Shell.suspend,)),
+    Binding("^l", "repaint", State.ask, (Screen.repaint,)),
+    Binding("^z", "suspend", State.ask, (Screen.suspend,)),
     Binding("^t", "mouse on or off", switch_mouse),
 )
 MOVES = (
@@ -9004,9 +8965,9 @@ def read_repo(record: Json) -> Repo:
 def take_repos(state: State, message: Fetched) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
     repos = tuple(map(read_repo, message.data))
-    wanted = state.service.repos.wanted.lower()
-    known = state.service.repos._replace(all=repos, heard=True)
-    state = state.know(repos=known)
+    wanted = state.service.wanted.lower()
+    polls = state.service.polls._replace(repos_heard=True)
+    state = state.know(repos=repos, polls=polls)
     found = [repo for repo in repos if wanted in (repo.id.lower(), repo.name.lower())]
     if len(repos) == 1:
         found = [*found, repos[0]]
@@ -9018,7 +8979,7 @@ def take_repos(state: State, message: Fetched) -> State:
 
 def take_start(state: State, message: Fetched) -> State:
     """A started run has been written to the history."""
-    return drop_start(state, message.ask.arguments[0].key)
+    return change_start(state, message.ask.arguments[0].key)
 
 
 def take_sign_in(state: State, message: Fetched) -> State:
@@ -9108,12 +9069,12 @@ def run_refused(state: State, run_id: str, error: MogplexError) -> State:
 def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> State:
     """A start that failed: the task comes back, with its key where the run may have started."""
     if any(one.key == new.key and one.run_id for one in state.next.starts):
-        return drop_start(state, new.key)  # only the history failed
+        return change_start(state, new.key)  # only the history failed
     if error.delivered:
-        state = change_start(state, new.key, under_way=False)
+        state = change_start(state, new.key, new._replace(under_way=False))
         text = f"The run may have started: {text}; press Enter to send the same request again"
     else:
-        state = drop_start(state, new.key)
+        state = change_start(state, new.key)
         text = f"Not started: {text}"
     if error.retry_after_s:
         text = f"{text}; retry in {format_duration(error.retry_after_s)}"
@@ -9156,7 +9117,7 @@ def on_started(state: State, message: Started) -> State:
     run = message.run
     new = message.new
     run_id = text_of(run, "runId")
-    state = change_start(state, new.key, run_id=run_id)
+    state = change_start(state, new.key, new._replace(run_id=run_id))
     state = watch(state, run_id, run, new.target)
     if run_named(state, run_id) not in state.rail.runs:
         began = parse_time(run.get("createdAt")) or state.now
@@ -9383,7 +9344,7 @@ def first_state(
         next=Next(session=str(uuid.uuid4())),
         rail=Rail(tuple(runs)),
         composer=Composer(history=tuple(tasks)),
-        service=Service(base_url, Repos(wanted=wanted)),
+        service=Service(base_url, wanted=wanted),
     )
     state = insert(state, text)
     if run_id == "@last" and runs:

@@ -5146,7 +5146,7 @@ GOLDEN = {  # each row after a |
 | log    Synchronized mogplex/…
 | tool   apply_patch  src/sess…
 | … agent working, last event …
-|─ next: acme/web ⎇ main · cod…
+|─ next: acme/web ⎇ m… · codex
 | ›
 | Enter send · Tab pane
 """,
@@ -5246,7 +5246,7 @@ GOLDEN = {  # each row after a |
 | ▶ STREAMING │ ● nominal 84ms
 | TIMELINE 7f2c41aa  FOLLOW
 | … agent working, last event …
-|─ next: acme/web ⎇ main · cod…
+|─ next: acme/web ⎇ m… · codex
 | ›
 | Cancel run 7f2c41aa, (task
 | not known)?  y yes · any
@@ -5638,11 +5638,11 @@ PANE = [*BUSY, *keys("tab")]
     ([mogplex.Paste("q")], []),
     ([mogplex.Key("tab"), mogplex.Paste("q")], []),
     ([mogplex.Key("tab"), mogplex.Text("y")],
-     [(Shell.write, "\x1b]52;c;YXBwbHlfcGF0Y2ggIHNyYy9zZXNzaW9uLnRz\x07")]),
+     [(mogplex.Screen.write, "\x1b]52;c;YXBwbHlfcGF0Y2ggIHNyYy9zZXNzaW9uLnRz\x07")]),
     (typed("/mcp"), [(Desk.mcp_servers,)]),
-    (keys("^z"), [(Shell.suspend,)]),
-    (keys("^t"), [(Shell.set_mouse, False)]),
-    (keys("^l"), [(Shell.repaint,)]),
+    (keys("^z"), [(mogplex.Screen.suspend,)]),
+    (keys("^t"), [(mogplex.Screen.switch_mouse, False)]),
+    (keys("^l"), [(mogplex.Screen.repaint,)]),
     ([mogplex.Mouse(-3, 60, 5)], []),
     (typed("/login") + keys("enter"), [(Desk.sign_in,)]),
     (typed("/login") + typed("mog_x"), [(Shell.stop_sign_in,), (Desk.try_token, "mog_x")]),
