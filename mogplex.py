@@ -4116,6 +4116,7 @@ REQUESTS_A_MINUTE = 60  # that the service takes with a personal access token, i
 AT_ONCE = 4             # of them, after a rest
 SPARE_REQUESTS = 8      # left for other programs
 UNMETERED_GAP_S = 0.25  # between two requests with a sign-in, for which there is no such limit
+PROBE_S = 2.0           # in which a first request may be answered before another one is sent
 MOST_POSTED = 1000      # events that wait to be taken before the threads that read wait too
 
 
@@ -4124,7 +4125,7 @@ class Budget:
 
     48 requests a minute, evenly, of which up to 4 at once after a rest; fewer where more than 8
     are ``reserved``. After a 429 all wait as long as the service asks, and then slow down together,
-    as one Pace does.
+    as one Pace does. At first, and then, a single request goes ahead: others have used the token.
     """
 
     def __init__(self, now: float, metered: bool) -> None:
@@ -4132,12 +4133,15 @@ class Budget:
         self._metered = metered
         self._pace = Pace(0.0, now)
         self._paid_until = now     # each request pays for the time that follows it
-        self._held_until = now
+        self._held_until = now     # by a 429
+        self._is_sure = False      # that the service answers
+        self._probing_until = now
 
     @property
     def free_at(self) -> float:
         """When the next request may be sent."""
-        return max(self._held_until, self._paid_until - (AT_ONCE - 1) * self._gap_s)
+        affordable_at = self._paid_until - (AT_ONCE - 1) * self._gap_s
+        return max(self._held_until, self._probing_until, affordable_at)
 
     @property
     def _gap_s(self) -> float:
@@ -4150,6 +4154,8 @@ class Budget:
         """So many requests are sent."""
         gap_s = max(self._gap_s, self._pace.interval_s(random))
         self._paid_until = max(self._paid_until, now) + requests * gap_s
+        if requests and not self._is_sure:
+            self._probing_until = now + PROBE_S
         for _ in range(requests):
             self._pace.polled(now)
 
@@ -4158,9 +4164,17 @@ class Budget:
         if now >= self._held_until:  # else it was sent before all of them were held
             self._pace.refused()
         self._held_until = max(self._held_until, until)
+        self._is_sure = False
+
+    def answered(self, now: float) -> None:
+        """The service answers."""
+        if not self._is_sure and now >= self._held_until:
+            self._is_sure = True
+            self._probing_until = now
 
     def succeeded(self, now: float) -> None:
-        """One was answered."""
+        """A look at a run went well."""
+        self.answered(now)
         self._pace.succeeded(True, now)
 
 
@@ -4269,6 +4283,7 @@ class Tails:
             del self.tails[run_id]
             yield run_id, item
         else:
+            self.budget.answered(self.timing.clock())
             yield run_id, item[0]
 
     def _end_look(self, run_id: str, look: Look) -> Iterator[ManyItem]:
@@ -11195,7 +11210,10 @@ def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> Dict[str, str]:
     left = list(attendants)
     with ctx.interrupts.postponed():
         for attendant in attendants:
-            start_thread(request, attendant)
+            try:
+                start_thread(request, attendant)
+            except MogplexError:
+                request(attendant)
         with contextlib.suppress(queue.Empty):
             while left:
                 wait_s = max(0.0, deadline + 1.0 - time.monotonic())  # for a last short try

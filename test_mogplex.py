@@ -4559,6 +4559,281 @@ def test_run_follow_starts_one_run_and_follows_it_through_faults(
         assert events == asking.events(started["runId"])["events"]
 
 
+# Several tails at once.
+
+
+class Shared(VirtualClock):
+    """Time in which another program spends requests of the same token, one every ``every_s``."""
+
+    def __init__(self, every_s: float) -> None:
+        super().__init__(1.8e9)
+        self.every_s = every_s
+        self.spent_at = self.now
+        self.spend: Callable[[], object] = int
+
+    def sleep(self, seconds: float) -> None:
+        super().sleep(seconds)
+        while self.now - self.spent_at >= self.every_s:
+            self.spent_at += self.every_s
+            with contextlib.suppress(mogplex.DemoRefusal):
+                self.spend()
+
+
+class Crowd(NamedTuple):
+    """What twenty runs on one token came to."""
+
+    late_s: List[float]      # each verdict, after the run's end
+    refused_at: List[float]  # the 429s
+    told: List[bool]         # of each run, whether it told all its events once
+
+
+def followed_crowd(
+    clock: Shared, task: str, cancels: bool = False, spread_s: float = 0.0, rest_s: float = 61.0,
+) -> Crowd:
+    """Twenty runs that end within ``spread_s``, followed ``rest_s`` after their starts."""
+    dice = random.Random(5)
+    ends: Dict[str, float] = {}
+    late_s: List[float] = []
+    refused_at: List[float] = []
+    events: Dict[str, List[str]] = {}
+
+    def log(line: str) -> None:
+        if " 429 " in line:
+            refused_at.append(clock.now)
+
+    with metered(mogplex.DemoServer(clock=clock)) as server:
+        runs = server.service.runs
+        with mogplex.Client(server.token, server.url) as starting:
+            for number in range(20):
+                run_id = starting.start_run({**WEB, "prompt": task}, str(number))["runId"]
+                run = runs[run_id]
+                late = mogplex.demo_later(run.steps[2:], 150.0 + dice.random() * spread_s)
+                runs[run_id] = run._replace(steps=run.steps[:2] + late)
+                ends[run_id] = max(step.at_s for step in runs[run_id].steps if step.status)
+        clock.now += rest_s
+        clock.spent_at = clock.now
+        clock.spend = functools.partial(server.service.sign_in.admit, server.token, "")
+        with mogplex.Client(server.token, server.url, log=log) as one:
+            for run_id, item in mogplex.tail_many(
+                one, ends, clock=clock, sleep=clock.sleep, random=dice.random, cancels=cancels,
+            ):
+                if isinstance(item, mogplex.Verdict):
+                    late_s.append(clock.now - ends[run_id])
+                else:
+                    assert isinstance(item, dict), item
+                    events.setdefault(run_id, []).append(item["message"])
+        clock.now += 1000
+        told = []
+        with mogplex.Client(server.token, server.url) as asking:
+            for run_id, messages in events.items():
+                listed = asking.events(run_id)["events"]
+                told.append(messages == [event["message"] for event in listed])
+    return Crowd(late_s, refused_at, told)
+
+
+@pytest.mark.parametrize("cancels", [False, True])
+@pytest.mark.parametrize("task", ["x", "fail", "crash"])
+def test_twenty_runs_on_one_token_that_end_at_once_are_told_within_a_minute(
+    task: str, cancels: bool,
+) -> None:
+    crowd = followed_crowd(Shared(every_s=1e9), task, cancels)
+    assert len(crowd.late_s) == 20 and max(crowd.late_s) <= 60.0
+    assert crowd.refused_at == [] and all(crowd.told) and len(crowd.told) == 20
+
+
+@pytest.mark.parametrize("every_s", [4.0, 2.5, 1.5])
+def test_twenty_runs_share_a_token_and_are_refused_once_a_minute(every_s: float) -> None:
+    """Also where the runs were started on it a moment ago."""
+    crowd = followed_crowd(Shared(every_s), "fail", spread_s=300.0, rest_s=0.0)
+    assert len(crowd.late_s) == 20 and all(crowd.told)
+    at = crowd.refused_at
+    assert at and min([later - sooner for sooner, later in zip(at, at[1:])], default=60.0) >= 60.0
+
+
+@pytest.mark.parametrize("reserved, most", [(0, 52), (8, 52), (20, 40), (50, 10), (99, 10)])
+def test_a_budget_leaves_what_is_reserved(reserved: int, most: int) -> None:
+    budget = mogplex.Budget(0.0, metered=True)
+    budget.reserved = reserved
+    budget.answered(0.0)
+    sent: List[float] = []
+    while budget.free_at < 300.0:
+        sent.append(max(0.0, budget.free_at))
+        budget.spend(1, sent[-1], 0.0)
+    in_a_minute = [sum(at <= other < at + 60.0 for other in sent) for at in sent]
+    assert most - 4 <= max(in_a_minute) <= most and sent[:4] == [0.0] * 4
+
+
+def test_a_sign_in_has_a_wider_budget() -> None:
+    """The service refuses it nothing."""
+    budget = mogplex.Budget(0.0, metered=False)
+    budget.answered(0.0)
+    budget.spend(100, 0.0, 0.0)
+    assert budget.free_at < 30.0
+
+
+def test_a_budget_sends_one_request_ahead_and_again_after_a_429() -> None:
+    budget = mogplex.Budget(0.0, metered=True)
+    budget.spend(1, 0.0, 0.0)
+    assert budget.free_at == 2.0
+    budget.answered(0.5)
+    assert budget.free_at <= 0.5
+    budget.refused(1.0, until=61.0)
+    budget.answered(1.1)  # to what was sent before
+    assert budget.free_at == 61.0
+    budget.spend(1, 61.0, 0.0)
+    assert budget.free_at == 63.0
+
+
+def test_a_budget_slows_down_once_for_requests_that_were_refused_together() -> None:
+    alone = mogplex.Budget(0.0, metered=True)
+    together = mogplex.Budget(0.0, metered=True)
+    for budget in (alone, together):
+        for number in range(21):
+            budget.spend(1, float(number), 0.0)
+        budget.refused(21.0, until=81.0)
+    together.refused(21.1, until=82.0)
+    for budget in (alone, together):
+        budget.spend(10, 82.0, 0.0)
+    assert alone.free_at == together.free_at > 82.0 + 10 * 3.0 - 4 * 3.0
+
+
+def test_a_second_terminal_answer_that_comes_late_is_the_end() -> None:
+    """More than the 5 s for the event that says why have passed by then."""
+    story = mogplex.Story("R", 0.0)
+    story.hear_run({"status": "failed", "error": "boom"}, 0.0)
+    story.hear_run({"status": "failed", "error": "boom"}, 6.4)
+    assert story.verdict is None
+    story.hear_run({"status": "failed", "error": "boom"}, 6.5)
+    assert story.verdict is not None
+
+
+Answer = Callable[[int, str, socket.socket], Optional[bytes]]
+
+
+def run_asked(request: str) -> str:
+    """The id of the run that a request is about."""
+    found = re.search(r"/runs/([^/? ]+)", request)
+    return found.group(1) if found else ""
+
+
+def of_runs(**answers: Step) -> Answer:
+    """An ``answer`` for RawServer: one for each run, whatever is asked about it."""
+    def reply(number: int, request: str, connection: socket.socket) -> Optional[bytes]:
+        step = answers[run_asked(request)]
+        if isinstance(step, bytes):
+            return step
+        step(connection)
+        return None
+    return reply
+
+
+DONE = ok({"run": {"status": "success"}, "events": [FINISHED_EVENT]})
+GOES_ON = ok({"run": {"status": "streaming"}, "events": log(1)})
+
+
+def test_a_stream_and_an_answer_that_hangs_hold_up_no_other_run() -> None:
+    """The stream and the silence last until the verdict on the third run has come."""
+    over = threading.Event()
+
+    def stream(connection: socket.socket) -> None:
+        connection.sendall(streamed(1, 2))
+        assert over.wait(30)
+
+    def hang(connection: socket.socket) -> None:
+        assert over.wait(30)
+
+    with RawServer(of_runs(S=stream, H=hang, A=DONE)) as server:
+        with mogplex.Client(TOKEN, server.url) as one:
+            heard: List[Tuple[str, str]] = []
+            for run_id, item in mogplex.tail_many(one, ["S", "H", "A"]):
+                name = item["message"] if isinstance(item, dict) else type(item).__name__
+                heard.append((run_id, name))
+                if len(heard) == 4:
+                    break
+        over.set()
+    assert [name for run_id, name in heard if run_id == "S"] == ["m1", "m2"]
+    assert [name for run_id, name in heard if run_id == "A"] == ["done", "Verdict"]
+
+
+def test_a_run_that_is_given_up_does_not_end_the_others() -> None:
+    gone = refusal(404, "NOT_FOUND", "no such run")
+    clock = VirtualClock()
+    with RawServer(of_runs(A=gone, B=DONE)) as server, mogplex.Client(TOKEN, server.url) as one:
+        items = list(mogplex.tail_many(one, ["A", "B", "A"], clock=clock, sleep=clock.sleep))
+    ends = {run_id: item for run_id, item in items if not isinstance(item, dict)}
+    assert isinstance(ends["A"], mogplex.MogplexError) and ends["A"].status == 404
+    assert isinstance(ends["B"], mogplex.Verdict) and len(items) == 3
+
+
+def test_the_time_out_of_several_tails_is_for_all() -> None:
+    clock = VirtualClock()
+    with RawServer(of_runs(A=GOES_ON, B=GOES_ON)) as server, mogplex.Client(TOKEN, server.url) as one:
+        items = mogplex.tail_many(one, "AB", timeout_s=30, clock=clock, sleep=clock.sleep)
+        with pytest.raises(mogplex.TailTimeout, match="timed out after 30s"):
+            list(items)
+    assert clock.now == pytest.approx(1030.0)
+
+
+def test_an_outage_of_several_tails_is_ridden_out_for_300_s() -> None:
+    """The waits for the others' turns count too."""
+    clock = VirtualClock()
+    since: List[float] = []
+
+    def answer(number: int, request: str, connection: socket.socket) -> bytes:
+        if number <= 20:
+            since.append(clock.now)
+            return GOES_ON
+        return refusal(503, "SERVICE_UNAVAILABLE", "later")
+
+    names = [f"R{number}" for number in range(20)]
+    with RawServer(answer) as server, mogplex.Client(TOKEN, server.url) as one:
+        items = mogplex.tail_many(
+            one, names, clock=clock, sleep=clock.sleep, random=lambda: 0.0)
+        ends = [item for _, item in items if not isinstance(item, dict)]
+    assert {type(end) for end in ends} == {mogplex.UnavailableError} and len(ends) == 20
+    assert 300 <= clock.now - since[-1] < 360
+
+
+def test_what_on_progress_raises_ends_all_tails_and_their_threads() -> None:
+    def refuse(run_id: str, progress: mogplex.Progress) -> None:
+        if progress.status:
+            raise KeyboardInterrupt
+
+    hold = threading.Event()
+
+    def stream(connection: socket.socket) -> None:
+        connection.sendall(streamed(1))
+        connection.settimeout(20)
+        assert connection.recv(1) == b""  # the client leaves
+        hold.set()
+
+    with RawServer(of_runs(A=stream, B=GOES_ON)) as server:
+        with mogplex.Client(TOKEN, server.url) as one:
+            with pytest.raises(KeyboardInterrupt):
+                list(mogplex.tail_many(one, "AB", on_progress=refuse))
+            assert hold.wait(20)
+
+
+def test_a_reader_that_takes_nothing_is_waited_for() -> None:
+    """Events are not read into memory without a bound."""
+    sent = threading.Event()
+
+    def stream(connection: socket.socket) -> None:
+        connection.sendall(STREAM)
+        connection.settimeout(1.0)
+        with contextlib.suppress(OSError):
+            for number in range(200_000):
+                connection.sendall(streamed(number)[len(STREAM):] * 50)
+        sent.set()
+
+    with RawServer(of_runs(A=stream)) as server, mogplex.Client(TOKEN, server.url) as one:
+        tails = mogplex.Tails(one, "A", mogplex.Timing(), 200, mogplex.tell_nobody_of_many)
+        items = tails.items()
+        assert next(items)[0] == "A"
+        assert sent.wait(60) and tails.posted.qsize() <= mogplex.MOST_POSTED + 1
+        items.close()
+
+
 # ---------------------------------------------------------------- 6. Output
 
 RUN = {
