@@ -5277,7 +5277,7 @@ def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str
     output = ""
     column = -1  # where the cursor is, while that is certain
     worn = None  # the style that is in force
-    end = sum(width_of(text) for text, _ in row)
+    end = sum(width_of(text) for text, _ in row)  # of its last column
     for cell in rewritten(before, row):
         if cell.column != column:
             output += place(y, cell.column)
@@ -5889,12 +5889,6 @@ class Lapses(NamedTuple):
     at: Optional[float]
 
 
-class SignedOut(NamedTuple):
-    """There is no credential."""
-
-    text: str
-
-
 class Facts(NamedTuple):
     """What the desks work with, the same for all."""
 
@@ -5970,7 +5964,7 @@ class Desk:
         except MogplexError as error:
             has_own_words = ask.job in (Desk.try_token, Desk.sign_in, Desk.start)
             if isinstance(error, UnauthorizedError) and not self.connection and not has_own_words:
-                self.post(SignedOut(str(error)))
+                self.post(Fetched(Ask(Desk.sign_out), str(error), 0.0))
             else:
                 self.post(Failed(ask, error))
             return
@@ -6134,12 +6128,12 @@ class Desk:
     def tell_url(self, url: str) -> None:
         self.post(Announced(url))
 
-    def sign_out(self) -> None:
+    def sign_out(self) -> Optional[str]:
         self.facts.home.forget_sign_in()
-        if self.facts.overruled:
-            self.say(self.facts.overruled, "warn")
-        else:
-            self.post(SignedOut("Signed out: the stored sign-in is deleted."))
+        if not self.facts.overruled:
+            return "Signed out: the stored sign-in is deleted."
+        self.say(self.facts.overruled, "warn")
+        return None
 
 
 class Shell:
@@ -6540,13 +6534,32 @@ class Sign(NamedTuple):
     word: str
     style: str
 
+    def label(self) -> str:
+        return f"{self.glyph} {self.word}".strip()
 
-def local_time(value: object, form: str) -> str:
-    """A time of the service on the clock of this machine; "" for what is none."""
-    seconds = parse_time(value)
+
+def clock_text(seconds: Optional[float], form: str) -> str:
+    """A moment on the clock of this machine; "" for what is none."""
     if seconds is None or not 0 < seconds < 4e9:
         return ""
     return time.strftime(form, time.localtime(seconds))
+
+
+def local_time(value: object, form: str) -> str:
+    """The same of a time of the service."""
+    return clock_text(parse_time(value), form)
+
+
+def with_reason(status: str, error: str) -> str:
+    """``failed: Agent run exited with code 1.``."""
+    if error:
+        return f"{status}: {error}"
+    return status
+
+
+def columns_of(line: Iterable[Segment]) -> int:
+    """How wide a line is."""
+    return sum(width_of(text) for text, _ in line)
 
 
 def sign_of(status: object) -> Sign:
@@ -6833,14 +6846,11 @@ def run_items(state: State, drawer: Drawer) -> Items:
     items = []
     for run in state.rail.runs:
         sign = sign_of(run.status)
-        began = ""
-        if 0 < run.started_at < 4e9:
-            began = time.strftime("%b %d %H:%M", time.localtime(run.started_at))
         cells = (
             harmless(run.id, 8),
-            f"{sign.glyph} {sign.word}",
+            sign.label(),
             run.repo,
-            began,
+            clock_text(run.started_at, "%b %d %H:%M"),
             task_of(run),
         )
         present = run.id == state.shown.run_id
@@ -6854,7 +6864,7 @@ def sandbox_items(state: State, drawer: Drawer) -> Items:
         sign = sign_of(sandbox.status)
         cells = (
             harmless(sandbox.id, 8),
-            f"{sign.glyph} {sign.word}",
+            sign.label(),
             repo_named(state, sandbox.repo_id),
             sandbox.branch,
             sandbox.error or sandbox.preview_url,
@@ -6887,8 +6897,11 @@ def branch_items(state: State, drawer: Drawer) -> Items:
 
 
 def harness_items(state: State, drawer: Drawer) -> Items:
-    present = state.next.target.harness
-    return [Item((name, title), name, present=name == present) for name, title in HARNESSES.items()]
+    items = []
+    for name, title in HARNESSES.items():
+        present = name == state.next.target.harness
+        items.append(Item((name, title), name, present=present))
+    return items
 
 
 def export_items(state: State, drawer: Drawer) -> Items:
@@ -7455,9 +7468,12 @@ COMMANDS = {word.name: word for word in WORDS}
 
 def word_items(words: Iterable[Word]) -> Items:
     """Commands as rows: Enter on one performs it."""
-    return [
-        Item((f"/{word.name} {word.follows}".strip(), word.does), f"/{word.name}") for word in words
-    ]
+    items = []
+    for word in words:
+        command = f"/{word.name}"
+        usage = f"{command} {word.follows}".strip()
+        items.append(Item((usage, word.does), command))
+    return items
 
 
 class Binding(NamedTuple):
@@ -7559,9 +7575,9 @@ def show_palette(state: State) -> State:
     """Every command and run, to be found by a few letters."""
     items = word_items(COMMANDS.values())
     for run in state.rail.runs:
-        word = sign_of(run.status).word
-        cells = (f"/attach {harmless(run.id, 8)}", f"{word}  {task_of(run)}".strip())
-        items.append(Item(cells, f"/attach {run.id}"))
+        command = f"/attach {harmless(run.id, 8)}"
+        words = f"{sign_of(run.status).word}  {task_of(run)}".strip()
+        items.append(Item((command, words), f"/attach {run.id}"))
     return state.open(PALETTE, data=tuple(items))
 
 
@@ -7707,7 +7723,7 @@ def padded(lines: Iterable[Line], width: int, rows: int) -> List[Row]:
 
 def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Row:
     """``left`` cut and padded, and ``right`` at the end of the row, where there is room."""
-    room = width - sum(width_of(text) for text, _ in right)
+    room = width - columns_of(right)
     if room <= 0:
         return fill(left, width, style)
     return (*fill(left, room, style), *right)
@@ -7735,21 +7751,23 @@ def shown_place(state: State, room: int) -> List[Segment]:
     run = state.shown.run
     known = run_named(state, state.shown.run_id)
     repo = repo_named(state, text_of(run, "repoId")) or known.repo
-    branch = state.shown.branch or harmless(text_of(run, "branch", "working"), 200)
-    branch = branch or harmless(text_of(run, "branch", "base"), 200)
+    branch = state.shown.branch
+    for kind in ("working", "base"):
+        branch = branch or harmless(text_of(run, "branch", kind), 200)
     if not repo and not branch:
         return []
     name = fit(repo, 28)
     place = [BAR, (name, "bold")]
     if branch:
-        place.append((fit(f" ⎇ {branch}", max(0, room - 3 - width_of(name))), "accent"))
+        room = max(0, room - columns_of(place))
+        place.append((fit(f" ⎇ {branch}", room), "accent"))
     return place
 
 
 def header(state: State, width: int) -> Row:
     """The shown run, and how the service answers."""
-    sign = health_sign(state)
-    right: List[Segment] = [BAR, (f"{sign.glyph} {sign.word} ", sign.style)]
+    health = health_sign(state)
+    right: List[Segment] = [BAR, (f"{health.label()} ", health.style)]
     left: List[Segment] = []
     if width >= 40:
         left.append((" mogplex", "brand"))
@@ -7762,9 +7780,9 @@ def header(state: State, width: int) -> Row:
         facts += [BAR, (harness, "")]
     status = sign_of(run.get("status"))
     facts.append(BAR if left else (" ", ""))
-    facts.append((f"{status.glyph} {status.word.upper()}", status.style))
+    facts.append((status.label().upper(), status.style))
     clock = run_clock(state)
-    room = width - sum(width_of(text) for text, _ in (*left, *facts, *right))
+    room = width - columns_of([*left, *facts, *right])
     if len(clock) <= room:
         facts.append((clock, "dim"))
         room -= len(clock)
@@ -7803,54 +7821,57 @@ def run_age(state: State, run: KnownRun) -> str:
     return ""
 
 
+def short_repo(name: str) -> str:
+    """A repository's name without its owner, and a blank; "" for none."""
+    name = name.rpartition("/")[2]
+    if not name:
+        return ""
+    return fit(name, 14) + " "
+
+
 def run_line(state: State, run: KnownRun, width: int) -> Row:
     """A run in the rail. Where it is narrow the age goes first, then the repository, the word."""
     sign = sign_of(run.status)
-    shown = run.id == state.shown.run_id
-    repo = run.repo.rpartition("/")[2]
-    if repo:
-        repo = fit(repo, 14) + " "
-    word = sign.word
-    age = run_age(state, run)
-    lead = f"{sign.glyph} "
-    name = harmless(run.id, 4) + " "
+    name = f"{harmless(run.id, 4)} "
+    repo = short_repo(run.repo)
     task = task_of(run)
-    room = width - 2 - width_of(lead) - width_of(name) - min(12, width_of(task))
-    if width_of(repo) + len(word) + len(age) + 3 > room:
+    word = f" {sign.word}"
+    age = f" {run_age(state, run)}"
+    # The glyph, the marks and the blank at the end take five columns.
+    room = width - 5 - width_of(name) - min(12, width_of(task))
+    if columns_of([(repo, ""), (word, ""), (age, "")]) > room:
         age = ""
-    if width_of(repo) + len(word) + 2 > room:
+    if columns_of([(repo, ""), (word, "")]) > room:
         repo = ""
-    if len(word) + 2 > room:
+    if len(word) > room:
         word = ""
-    right: List[Segment] = []
-    if word:
-        right.append((f" {word}", sign.style))
-    if age:
-        right.append((f" {age}", "dim"))
-    right.append((" ", ""))
     mark = " "
     task_style = ""
-    if shown:
+    if run.id == state.shown.run_id:
         mark = "▸"
         task_style = "bold"
     left = [
         (f" {mark}", "accent"),
-        (lead, sign.style),
+        (f"{sign.glyph} ", sign.style),
         (name, "dim"),
         (repo, "dim"),
         (task, task_style),
     ]
-    return ends(left, right, width)
+    right = [(word, sign.style), (age.rstrip(), "dim"), (" ", "")]
+    return ends(left, [segment for segment in right if segment[0]], width)
 
 
 def sandbox_line(state: State, sandbox: Sandbox, width: int) -> Row:
     """A sandbox in the rail."""
     sign = sign_of(sandbox.status)
-    repo = repo_named(state, sandbox.repo_id).rpartition("/")[2]
-    if repo:
-        repo = fit(repo, 14) + " "
-    left = [(f"  {sign.glyph} ", sign.style), (repo, "dim"), (sandbox.branch, "")]
-    return ends(left, [(f" {sign.word} ", sign.style)], width)
+    repo = short_repo(repo_named(state, sandbox.repo_id))
+    left = [
+        (f"  {sign.glyph} ", sign.style),
+        (repo, "dim"),
+        (sandbox.branch, ""),
+    ]
+    right = (f" {sign.word} ", sign.style)
+    return ends(left, [right], width)
 
 
 def dotted(parts: Iterable[str]) -> str:
@@ -7908,22 +7929,18 @@ def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     at = selected_row(state)
     focused = state.window.focus == "rail" and not state.drawer
     title = title_style(focused)
-    pieces = folded(row_detail(state), width - 2)[:3]
-    detail = [f" {piece}" for piece in pieces]
-    if rows < 12:
-        detail = detail[:1]
+    most = 1 if rows < 12 else 3
+    detail = whole(row_detail(state), "dim", width, most)
     room = max(2, rows - len(detail) - 2)
     for_sandboxes = max(room // 3, room - len(runs))
     for_sandboxes = min(len(sandboxes), for_sandboxes)
     active = count_active(runs)
-    line = counted("RUNS", len(runs), active, "active", title)
-    lines = [PaneLine(line)]
+    lines = [PaneLine(counted("RUNS", len(runs), active, "active", title))]
     for position in around(at, len(runs), room - for_sandboxes):
         row = run_line(state, runs[position], width)
         lines.append(PaneLine(row, position))
     running = sum(sandbox.status == "running" for sandbox in sandboxes)
-    line = counted("SANDBOXES", len(sandboxes), running, "running", title)
-    lines.append(PaneLine(line))
+    lines.append(PaneLine(counted("SANDBOXES", len(sandboxes), running, "running", title)))
     at_sandbox = max(0, at - len(runs))
     for position in around(at_sandbox, len(sandboxes), for_sandboxes):
         row = sandbox_line(state, sandboxes[position], width)
@@ -7931,56 +7948,60 @@ def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     if focused:
         lines = [chosen(placed, at, width) for placed in lines]
     blank = [PaneLine([])] * (rows - len(lines) - len(detail))
-    return lines + blank + [PaneLine([(piece, "dim")]) for piece in detail]
+    return lines + blank + [PaneLine(line) for line in detail]
 
 
 def strip(state: State, width: int) -> Row:
     """The rail in one row, the shown run first."""
     row: List[Segment] = [(f" RUNS {len(state.rail.runs)} ", "bold")]
-    shown = [run for run in state.rail.runs if run.id == state.shown.run_id]
-    others = [run for run in state.rail.runs if run.id != state.shown.run_id]
-    for run in (shown + others)[:6]:
+    runs: List[KnownRun] = []
+    for run in state.rail.runs:
+        at = len(runs)
+        if run.id == state.shown.run_id:
+            at = 0
+        runs.insert(at, run)
+    for run in runs[:6]:
         sign = sign_of(run.status)
-        mark = "▸" if run in shown else " "
-        name = harmless(run.id, 4)
-        words = f"{sign.glyph} {name} {sign.word}".strip()
-        row.append((mark, "accent"))
-        row.append((f"{words} ", sign.style))
-        row.append((fit(task_of(run), 16) + " ", ""))
-    running = sum(sandbox.status == "running" for sandbox in state.rail.sandboxes)
+        mark = "▸" if run.id == state.shown.run_id else " "
+        label = f"{sign.glyph} {harmless(run.id, 4)} {sign.word}".strip()
+        task = fit(task_of(run), 16)
+        row += [(mark, "accent"), (f"{label} ", sign.style), (f"{task} ", "")]
     right: List[Segment] = []
     if width >= 60:
         right.append((f" SANDBOXES {len(state.rail.sandboxes)} ", "bold"))
-    if width >= 90:
-        right.append((f"· {running} running ", "dim"))
     return ends(row, right, width)
+
+
+def progress_text(state: State) -> str:
+    """What a run does that has not ended, as far as is known."""
+    shown = state.shown
+    if not shown.entries:
+        return "… waiting for the first event"
+    words = "… agent working"
+    if state.service.health.failures or state.service.health.refused or shown.feed.lost:
+        words = "… no news from the service"
+    heard_at = parse_time(shown.entries[-1].event.get("createdAt"))
+    if not heard_at:
+        return words
+    return f"{words}, last event {format_age(state.now - heard_at)} ago"
 
 
 def outcome(state: State) -> List[Segment]:
     """The line after the newest entry: that the run is at work, or how it ended and why."""
     shown = state.shown
+    feed = shown.feed
     status = text_of(shown.run, "status")
-    if shown.feed.lost and not shown.feed.again_at:
-        return [(f"✗ cannot be followed: {shown.feed.lost}", "bad")]
-    if not shown.feed.over and status not in TERMINAL_STATUSES:
-        if not shown.entries:
-            return [("… waiting for the first event", "dim")]
-        heard_at = parse_time(shown.entries[-1].event.get("createdAt"))
-        quiet = ""
-        if heard_at:
-            quiet = f", last event {format_age(state.now - heard_at)} ago"
-        health = state.service.health
-        words = "agent working"
-        if health.failures or health.refused or shown.feed.lost:
-            words = "no news from the service"
-        return [(f"… {words}{quiet}", "dim")]
+    if feed.lost and not feed.again_at:
+        return [(f"✗ cannot be followed: {feed.lost}", "bad")]
+    if not feed.over and status not in TERMINAL_STATUSES:
+        return [(progress_text(state), "dim")]
     sign = sign_of(status)
-    error = harmless(shown.run.get("error"))
-    reason = f": {error}" if error else ""
-    segments = [(f"{sign.glyph} {sign.word}{reason}", sign.style)]
-    if web_url(state) != state.service.base_url:
-        segments.append((f" · o opens {web_url(state)}", ""))
-    if shown.feed.truncated:
+    words = with_reason(sign.label(), harmless(shown.run.get("error")))
+    segments = [(words, sign.style)]
+    url = web_url(state)
+    if url != state.service.base_url:
+        segments.append((f" · o opens {url}", ""))
+    if feed.truncated:
         segments.append((" · the service lists no later events of this run", "warn"))
     return segments
 
@@ -7988,17 +8009,20 @@ def outcome(state: State) -> List[Segment]:
 def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
     """An event: one line, or as many as its text needs."""
     style, tag = EVENT_TYPES.get(entry.kind, ("", entry.kind))
-    loud = style if style in ("ok", "bad", "warn") else ""
+    loud = ""
+    if style in ("ok", "bad", "warn"):
+        loud = style
     lead: List[Segment] = [(f" {fit(tag, 6):6} ", style)]
     if width >= 60:
-        lead = [(f" {entry.time:8}  ", "dim"), (f"{fit(entry.kind, 17):17} ", style)]
-    indent = sum(width_of(text) for text, _ in lead)
-    pieces = [entry.text]
-    if wrap:
-        pieces = folded(entry.text, max(10, width - indent))
-    lines: List[Line] = [[*lead, (pieces[0], loud)]]
-    for piece in pieces[1:]:
-        lines.append([(" " * indent, ""), (piece, loud)])
+        kind = f"{fit(entry.kind, 17):17} "
+        lead = [(f" {entry.time:8}  ", "dim"), (kind, style)]
+    if not wrap:
+        return [[*lead, (entry.text, loud)]]
+    indent = columns_of(lead)
+    lines: List[Line] = []
+    for piece in folded(entry.text, max(10, width - indent)):
+        lines.append([*lead, (piece, loud)])
+        lead = [(" " * indent, "")]
     return lines
 
 
@@ -8045,7 +8069,7 @@ def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
     if count == 1:
         events = " · 1 event"
     for part in (kinds, events):
-        columns = sum(width_of(text) for text, _ in (*line, (part, "")))
+        columns = columns_of(line) + width_of(part)
         if columns <= width or timeline.filter:
             line.append((part, "dim"))
     return line
@@ -8153,39 +8177,42 @@ def nothing_found(drawer: Drawer) -> str:
     return "nothing here"
 
 
+def drawer_title(drawer: Drawer, width: int) -> Row:
+    """What it lists, what is searched for in it, and which row of how many is selected."""
+    name = harmless(" ".join([drawer.listing.title.upper(), *drawer.subject]), 60)
+    left = [(f" {name}  ", "key")]
+    row = min(drawer.at + 1, len(drawer.found))
+    count = f"{row}/{len(drawer.found)} · Esc closes "
+    hint = "type to search"
+    if drawer.query or drawer.searching:
+        left.append((f"/{drawer.query}", "accent"))
+    elif columns_of(left) + len(hint) + len(count) <= width:
+        left.append((hint, "dim"))
+    return ends(left, [(count, "dim")], width)
+
+
 def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> PaneLines:
     """Title, the columns' titles, and the rows around the selected one; the present is marked."""
     found = drawer.found
-    listing = drawer.listing
-    at = max(0, min(drawer.at, len(found) - 1))
-    about = harmless(" ".join(drawer.subject), 40)
-    sought = ("type to search", "dim")
-    if drawer.query or drawer.searching:
-        sought = (f"/{drawer.query}", "accent")
-    count = f"{min(at + 1, len(found))}/{len(found)} · Esc closes "
-    name = " ".join(filter(None, (listing.title.upper(), about)))
-    left = [(f" {name}  ", "key")]
-    if sought[1] == "accent" or width_of(left[0][0] + sought[0] + count) <= width:
-        left.append(sought)
-    title = ends(left, [(count, "dim")], width)
-    lines = [PaneLine(title)]
-    columns = fitting(listing.columns, width - 3)
+    lines = [PaneLine(drawer_title(drawer, width))]
+    columns = fitting(drawer.listing.columns, width - 3)
     titles = [column.title for column in columns]
     if any(titles):
-        text = "   " + cells_text(titles, columns)
-        lines.append(PaneLine([(text, "dim")]))
+        lines.append(PaneLine([("   " + cells_text(titles, columns), "dim")]))
     if drawer.error:
         lines.append(PaneLine([(f"   {drawer.error} · retrying", "bad")]))
     elif not found:
-        lines.append(PaneLine([(f"   {nothing_found(drawer)}", "dim")]))
-    for position in around(at, len(found), rows - len(lines)):
+        lines.append(PaneLine([("   " + nothing_found(drawer), "dim")]))
+    for position in around(drawer.at, len(found), rows - len(lines)):
         item = found[position]
-        mark = " ▸ " if item.present else "   "
-        if not listing.columns:
+        mark = "   "
+        if item.present:
+            mark = " ▸ "
+        elif not columns:
             mark = " "
         text = cells_text(item.cells, columns)
-        line = [(mark, "accent"), (text, item.style)]
-        lines.append(chosen(PaneLine(line, position), at, width))
+        placed = PaneLine([(mark, "accent"), (text, item.style)], position)
+        lines.append(chosen(placed, drawer.at, width))
     return lines
 
 
@@ -8251,25 +8278,31 @@ def question_lines(state: State, width: int) -> List[Line]:
     return whole(question, "alert", width, 5)
 
 
+def completion_hint(state: State, width: int) -> Line:
+    """What the composer's text may become; nothing where it is no command."""
+    found = completions(state)
+    if not found:
+        return []
+    name = state.composer.text[1:]
+    if name not in COMMANDS and len(found) == 1:
+        name = found[0][1:].partition(" ")[0]
+    word = COMMANDS.get(name)
+    if word:
+        return [(f" /{word.name} {word.follows}  ", "key"), (word.does, "dim")]
+    names = [one.strip() for one in found]
+    return [(" Tab", "dim"), (joined(names, width - 5), "key")]
+
+
 def hint_line(state: State, width: int) -> Line:
     """The last row: a start under way, what can be completed, else the keys."""
     if any(new.under_way and not new.run_id for new in state.next.starts):
         return [(" Starting a run…", "run")]
     if state.service.sign_in.checking:
         return [(" Trying the token…", "run")]
-    if state.window.focus != "composer" or state.drawer:
-        return [(joined(hints_of(state), width), "dim")]
-    found = completions(state)
-    word = COMMANDS.get(state.composer.text[1:])
-    if word is None and len(found) == 1:
-        name, _, _ = found[0][1:].partition(" ")
-        word = COMMANDS.get(name)
-    if found and word:
-        return [(f" /{word.name} {word.follows}  ", "key"), (word.does, "dim")]
-    if found:
-        names = [one.strip() for one in found]
-        return [(" Tab", "dim"), (joined(names, width - 5), "key")]
-    return [(joined(hints_of(state), width), "dim")]
+    hint: Line = []
+    if state.window.focus == "composer" and not state.drawer:
+        hint = completion_hint(state, width)
+    return hint or [(joined(hints_of(state), width), "dim")]
 
 
 def foot_lines(state: State, width: int, height: int) -> List[Line]:
@@ -8542,10 +8575,6 @@ def quit_pane(state: State) -> State:
     return leave(state)
 
 
-def keep_filter(state: State) -> State:
-    return state.look(focus="timeline")
-
-
 def drop_filter(state: State) -> State:
     return state.look(focus="composer").scroll(filter="")
 
@@ -8643,7 +8672,7 @@ RAIL_PANE = (
     *PANE,
 )
 FILTER_PANE = (
-    Binding("enter tab", "keep the filter", keep_filter),
+    Binding("enter tab", "keep the filter", State.go, ("timeline",)),
     Binding("esc", "clear the filter", drop_filter),
     Binding("backspace", "delete a letter", shorten_filter),
     *MOVES,  # whose letters are typed here
@@ -8855,8 +8884,8 @@ def heard(state: State, run_id: str, run: Json) -> State:
         was = was or text_of(state.shown.run, "status")
         state = state.show(run=run)
     if is_bad_end(status) and was and not is_bad_end(was):
-        reason = f": {error}" if error else ""
-        alert = Alert(f"run {harmless(run_id, 8)} {status}{reason}", run_id)
+        name = harmless(run_id, 8)
+        alert = Alert(f"run {name} {with_reason(status, error)}", run_id)
         others = [one for one in state.attention.alerts if one.run_id != run_id]
         state = state.attend(alerts=(*others, alert))
     if shown and before not in state.rail.runs:
@@ -8997,6 +9026,15 @@ def take_start(state: State, message: Fetched) -> State:
     return change_start(state, message.ask.arguments[0].key)
 
 
+def take_sign_out(state: State, message: Fetched) -> State:
+    """There is no credential: the composer takes a token now."""
+    if not state.service.sign_in.needed:
+        state = show_sign_in(state)
+    if message.data:
+        return state.say(message.data, "warn")
+    return state
+
+
 def take_sign_in(state: State, message: Fetched) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.service.sign_in.needed:
@@ -9014,6 +9052,7 @@ TAKEN = {
     Desk.try_token: take_sign_in,
     Desk.try_stored: take_sign_in,
     Desk.sign_in: take_sign_in,
+    Desk.sign_out: take_sign_out,
     Desk.run: take_run,
     Desk.find_run: take_found,
     Desk.sandboxes: take_sandboxes,
@@ -9162,15 +9201,6 @@ def on_lapses(state: State, message: Lapses) -> State:
     return state.feel(lapses_at=message.at)
 
 
-def on_signed_out(state: State, message: SignedOut) -> State:
-    """There is no credential: the composer takes a token now."""
-    if not state.service.sign_in.needed:
-        state = show_sign_in(state)
-    if message.text:
-        return state.say(message.text, "warn")
-    return state
-
-
 def on_tick(state: State, _: Tick) -> State:
     """Once a second: what is due is asked, but nothing during a wait that a 429 asked for."""
     drawer = state.drawer
@@ -9202,7 +9232,6 @@ HANDLERS: Dict[type, Callable[[State, Any], State]] = {
     Said: on_said,
     Announced: on_announced,
     Lapses: on_lapses,
-    SignedOut: on_signed_out,
 }
 
 

@@ -5285,9 +5285,9 @@ STATES = {
     "hostile": played(*NASTY),
     "hostile end": played(*NASTY, arrived(HOSTILE_DELIVERY, "nope\x1b"), mogplex.Verdict(
         "nope\x1b", "failed", "", "", "", False, 1.0, {"status": "failed", "error": "\x1b[2J"})),
-    "signed out": played(mogplex.SignedOut("not signed in"), mogplex.Text("mog_secret")),
+    "signed out": played(fetched(Desk.sign_out, "not signed in"), mogplex.Text("mog_secret")),
     "waiting": played(
-        mogplex.SignedOut(""), mogplex.Announced("https://www.mogplex.com/api/auth?" + "x" * 300)),
+        fetched(Desk.sign_out, ""), mogplex.Announced("https://www.mogplex.com/api/auth?" + "x" * 300)),
     "drawer": played(*BUSY, *keys("^p"), mogplex.Text("sbx"), rail=RAIL),
     "runs": played(*BUSY, *typed("/runs"), rail=RAIL),
     "event": played(*NASTY, *keys("tab", "up", "up", "enter")),
@@ -6169,7 +6169,7 @@ WRONG = mogplex.UnauthorizedError("Unauthorized", code="UNAUTHORIZED", status=40
 
 
 def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> None:
-    state = played(mogplex.SignedOut("not signed in"), *typed("mog_wrong"))
+    state = played(fetched(Desk.sign_out, "not signed in"), *typed("mog_wrong"))
     assert asked(state)[-1] == (Desk.try_token, "mog_wrong")
     assert "Trying the token" in drawn(state)
     for message in (failed(WRONG, Desk.try_token, "mog_wrong"), fetched(Desk.sandboxes, []),
@@ -6183,20 +6183,20 @@ def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> N
 
 
 def test_no_key_brings_a_token_back_after_the_sign_in() -> None:
-    state = played(*typed("/new"), mogplex.SignedOut(""), mogplex.Text("mog_secret"), *keys("up"))
+    state = played(*typed("/new"), fetched(Desk.sign_out, ""), mogplex.Text("mog_secret"), *keys("up"))
     state = then(state, fetched(Desk.try_stored, "Signed in."), *keys("down", "up", "down", "down"))
     assert "mog_secret" not in drawn(state)
 
 
 def test_a_token_that_was_refused_is_not_said() -> None:
-    state = played(mogplex.SignedOut(""), *typed("mog_wrong"))
+    state = played(fetched(Desk.sign_out, ""), *typed("mog_wrong"))
     state = then(state, failed(WRONG, Desk.try_token, "mog_wrong"))
     assert "mog_wrong" not in drawn(state) and "Not signed in" in drawn(state)
     assert state.composer.history == ()
 
 
 def test_what_was_typed_before_a_sign_in_is_no_token_and_comes_back() -> None:
-    state = played(*BUSY, mogplex.Text("half a task"), mogplex.SignedOut("expired"))
+    state = played(*BUSY, mogplex.Text("half a task"), fetched(Desk.sign_out, "expired"))
     assert state.composer.text == ""
     state = then(state, fetched(Desk.try_stored, "Signed in."))
     assert state.composer.text == "half a task"
