@@ -4280,6 +4280,8 @@ class Tails:
         elif isinstance(item, TailTimeout) or not isinstance(item, (MogplexError, tuple)):
             raise item
         elif isinstance(item, MogplexError):
+            if not isinstance(item, RateLimitedError):
+                self.budget.answered(self.timing.clock())
             del self.tails[run_id]
             yield run_id, item
         else:

@@ -8112,6 +8112,12 @@ NO_RUN = "no run is remembered for this service; give a run ID"
     (["runs", "get", " "], "the run ID is empty"),
     (["runs", "get", ""], "the run ID is empty"),
     (["runs", "events", "", "--follow"], "the run ID is empty"),
+    (["runs", "events", "a", "", "--follow"], "the run ID is empty"),
+    (["runs", "events", "a", "..", "--follow"], "invalid id '..'"),
+    (["runs", "events", "a", "@last", "--follow"], NO_RUN),
+    (["runs", "events", "-", "--follow"], "there is no run ID on stdin"),
+    (["runs", "events", "a", "b", "--follow", "--dotenv", "f"],
+     "runs events: --dotenv is for one run"),
     (["runs", "cancel", ""], "the run ID is empty"),
     (["runs", "get", "a", "b"], "runs get: unrecognized arguments: b"),
     (["runs", "get", "a", "--", "b"], "runs get: nothing can follow --"),
@@ -10162,6 +10168,243 @@ def test_a_git_that_hangs_is_given_up(
     result = run_demo("run", "--repo", ".", "x", PATH=false_git("exec /bin/sleep 60"))
     assert result == Result(
         2, "", f"error: repo '.': git does not answer within 0.2 s\n{CHECKOUT_HINT}")
+
+
+# Several runs at once
+
+ENDED_SO = ok({"run": {"status": "failed", "error": "boom"}, "events": [
+    {"id": "9", "type": "failed", "message": "boom", "createdAt": "2026-11-24T04:26:03.199Z"}]})
+THREE_RUNS = {"aaaaaaaa-1": DONE, "bbbbbbbb-2": ENDED_SO, "c": DONE}
+
+
+def test_several_runs_are_followed_to_their_ends(cli: Callable[..., Result]) -> None:
+    with RawServer(of_runs(**THREE_RUNS)) as server:
+        result = cli("runs", "events", *THREE_RUNS, "--follow", env=service(server.url))
+    lines = result.out.splitlines()
+    assert lines.pop() == "3 runs: 2 success, 1 failed"
+    assert sorted(lines) == [
+        "aaaaaaaa  --- run aaaaaaaa-1 success ---",
+        "aaaaaaaa  finished        done",
+        "bbbbbbbb  --- run bbbbbbbb-2 failed ---",
+        "bbbbbbbb  2026-11-24T04:26:03.199Z  failed          boom",
+        "c         --- run c success ---",
+        "c         finished        done",
+    ]
+    assert (result.code, result.err) == (1, "bbbbbbbb  run error: boom\n")
+
+
+def test_several_runs_as_json_have_a_run_id_in_each_line(cli: Callable[..., Result]) -> None:
+    with RawServer(of_runs(**THREE_RUNS)) as server:
+        argv = ["runs", "events", "--follow"]
+        result = cli(*argv, *THREE_RUNS, "--json", env=service(server.url))
+        ids = cli(*argv, "aaaaaaaa-1", "c", "--get", "runId", env=service(server.url))
+    records = [json.loads(line) for line in result.out.splitlines()]
+    assert len(records) == 6 and {record["runId"] for record in records} == set(THREE_RUNS)
+    assert {"runId": "c", "status": "success"} in records
+    assert {"runId": "c", **FINISHED_EVENT} in records
+    assert result.err.splitlines()[-1] == "3 runs: 2 success, 1 failed"
+    assert sorted(ids.out.splitlines()) == ["aaaaaaaa-1", "aaaaaaaa-1", "c", "c"]
+    assert (result.code, ids.code) == (1, 0)
+
+
+def test_a_run_id_of_an_event_is_not_taken_for_ours() -> None:
+    assert mogplex.with_run_id("R", {"id": "1", "runId": "other"}) == {"runId": "R", "id": "1"}
+
+
+def test_an_id_cannot_speak_to_a_terminal_or_to_ci() -> None:
+    assert mogplex.labelled("::error::x", "y").startswith(": :error")
+    assert "\x1b" not in mogplex.labelled("\x1b[2Jabc", "y")
+
+
+@pytest.mark.parametrize("argv, stdin, asked", [
+    (["R", "S", "R"], "", ["R", "S"]),
+    (["-"], "R\nS\n", ["R", "S"]),
+    (["-"], "R", ["R"]),
+    (["-", "S"], " R \r\nR\r\n", ["R", "S"]),
+    (["R", "@last"], "", ["R", "newest"]),
+])
+@pytest.mark.parametrize("follow", [["--follow"], []])
+def test_which_runs_are_meant(
+    cli: Callable[..., Result], tmp_path: Any, argv: List[str], stdin: str, asked: List[str],
+    follow: List[str],
+) -> None:
+    with one_answer(DONE) as server:
+        home = mogplex.Home(str(tmp_path / "home"))
+        home.record_run({"key": "k", "service": server.url}, {"runId": "newest"})
+        result = cli("runs", "events", *argv, *follow, stdin=stdin, env=service(server.url))
+        assert sorted(map(run_asked, server.requests)) == sorted(asked)
+    lines = result.out.splitlines()
+    if follow:
+        noun = "run" if len(asked) == 1 else "runs"
+        assert lines.pop() == f"{len(asked)} {noun}: {len(asked)} success"
+    assert result.code == 0 and {line[:8].strip() for line in lines} == set(asked)
+
+
+def test_an_empty_line_among_the_ids_on_stdin_is_an_error(cli: Callable[..., Result]) -> None:
+    """A script has lost an id."""
+    with one_answer(DONE) as server:
+        result = cli("runs", "events", "-", "--follow", stdin="R\n\nS\n", env=service(server.url))
+    assert (result.code, result.err, server.requests) == (2, "error: the run ID is empty\n", [])
+
+
+def test_ids_on_stdin_are_utf_8(cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    for stream, told in ((io.TextIOWrapper(io.BytesIO(b"\xff")), " is not valid UTF-8"), (None, ": cannot be read")):
+        ctx = mogplex.Context({}, stream, io.StringIO(), io.StringIO())
+        with pytest.raises(mogplex.UsageError, match=f"stdin{told}"):
+            mogplex.read_run_ids(ctx)
+
+
+UNKNOWN_RUN = refusal(404, "NOT_FOUND", "no such run")
+REFUSED = refusal(403, "FORBIDDEN", "no")
+TOO_MANY = limited(Retry_After="600")
+
+
+@pytest.mark.parametrize("answers, code, count", [
+    ([DONE, DONE], 0, "2 runs: 2 success"),
+    ([DONE, ENDED_SO], 1, "2 runs: 1 success, 1 failed"),
+    ([DONE, UNKNOWN_RUN], 1, "2 runs: 1 success, 1 given up"),
+    ([DONE, refusal(401, "UNAUTHORIZED", "no")], 64, "2 runs: 1 success, 1 given up"),
+    ([REFUSED, ENDED_SO], 65, "2 runs: 1 failed, 1 given up"),
+    ([REFUSED, TOO_MANY, DONE], 75, "3 runs: 1 success, 2 given up"),
+    ([REFUSED, refusal(501, "SERVICE_UNAVAILABLE", "no")], 69, "2 runs: 2 given up"),
+])
+def test_the_exit_code_of_several_runs_is_the_highest(
+    cli: Callable[..., Result], answers: List[bytes], code: int, count: str,
+) -> None:
+    runs = {f"R{number}": answer for number, answer in enumerate(answers)}
+    with RawServer(of_runs(**runs)) as server:
+        argv = ["runs", "events", *runs, "--follow", "--timeout", "30"]
+        result = cli(*argv, env=service(server.url))
+    assert (result.code, result.out.splitlines()[-1]) == (code, count)
+    given_up = re.findall("([0-9]) given up", count)
+    assert [str(result.err.count("  error: "))] == (given_up or ["0"])
+
+
+def test_a_run_that_is_given_up_says_why_and_what_to_do(cli: Callable[..., Result]) -> None:
+    with RawServer(of_runs(nope=refusal(500, "INTERNAL_ERROR", "oops"), R=DONE)) as server:
+        result = cli("runs", "events", "nope", "R", env=service(server.url))
+    assert result.code == 1 and result.out == "R         finished        done\n"
+    assert result.err == (
+        "nope      error: INTERNAL_ERROR: oops (HTTP 500)\n"
+        "nope      'nope' does not look like an id of the service\n")
+
+
+def test_lists_of_several_runs_say_where_they_end(cli: Callable[..., Result]) -> None:
+    empty = ok({"run": {"status": "pending"}, "events": []})
+    with RawServer(of_runs(R=DONE, S=empty)) as server:
+        result = cli("runs", "events", "R", "S", "--limit", "1", "--json", env=service(server.url))
+    assert json.loads(result.out) == {"runId": "R", **FINISHED_EVENT}
+    assert (result.code, result.err) == (0, (
+        "R         only the first 1 events are listed; there may be more\n"
+        "S         no events yet\n"))
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_the_time_out_of_several_runs(cli: Callable[..., Result], flags: List[str]) -> None:
+    with RawServer(of_runs(R=DONE, S=GOES_ON, T=GOES_ON)) as server:
+        argv = ["runs", "events", "R", "S", "T", "--follow", "--timeout", "0.5", *flags]
+        result = cli(*argv, env=service(server.url))
+    count = "3 runs: 1 success, 2 not over\n"
+    assert result.code == 1 and (result.err if flags else result.out).endswith(count)
+    assert (
+        "error: --follow timed out after 0.5s waiting for terminal status\n"
+        "run S is still running\n"
+        "run T is still running\n"
+        "follow: mogplex runs events S T --follow\n"
+        "cancel: mogplex runs cancel S\n"
+        "cancel: mogplex runs cancel T\n"
+    ) in result.err
+
+
+def interrupted_followers(server: RawServer, **options: Any) -> Tuple[mogplex.Context, List[str]]:
+    """A follow of R, S and T that SIGTERM ends as soon as R is over; and the runs cancelled."""
+    ctx = mogplex.Context(service(server.url), sys.stdin, io.StringIO(), io.StringIO())
+    following = mogplex.FollowOptions(follow=True, **options)
+    ctx.client = functools.partial(mogplex.Context.client, ctx)  # type: ignore[method-assign]
+    with ctx.client() as one:
+        followers = mogplex.Followers(ctx, one, ["R", "S", "T"], following)
+        finish = followers.finish
+
+        def finish_and_hear(run_id: str, verdict: mogplex.Verdict) -> None:
+            finish(run_id, verdict)
+            ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
+
+        followers.finish = finish_and_hear  # type: ignore[method-assign]
+        with pytest.raises(mogplex.Interrupted):
+            followers.run()
+    asked = [request for request in server.requests if "/cancel" in request.split("\r")[0]]
+    return ctx, sorted(map(run_asked, asked))
+
+
+def test_a_signal_cancels_all_runs_that_are_not_over() -> None:
+    with RawServer(of_runs(R=DONE, S=GOES_ON, T=GOES_ON)) as server:
+        ctx, cancelled = interrupted_followers(server, cancel_on_interrupt=True)
+    told = ctx.stderr.getvalue().splitlines()
+    assert cancelled == ["S", "T"] and told.pop() == "3 runs: 1 success, 2 not over"
+    assert sorted(told) == [
+        "cancellation requested for run S", "cancellation requested for run T"]
+
+
+def test_without_cancel_on_interrupt_a_signal_says_what_is_still_running() -> None:
+    with RawServer(of_runs(R=DONE, S=GOES_ON, T=GOES_ON)) as server:
+        ctx, cancelled = interrupted_followers(server)
+    assert cancelled == [] and "follow: mogplex runs events S T --follow\n" in ctx.stderr.getvalue()
+
+
+def test_cancelling_several_runs_takes_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each run is told of, also one whose cancellation is never answered."""
+    monkeypatch.setattr(mogplex, "GRACE_S", 0.1)
+    over = threading.Event()
+
+    def hang(connection: socket.socket) -> None:
+        assert over.wait(30)
+
+    with RawServer(of_runs(S=hang, T=hang, U=DONE)) as server:
+        ctx = mogplex.Context(service(server.url), sys.stdin, io.StringIO(), io.StringIO())
+        attendants = []
+        for run_id in "STU":
+            attendants.append(mogplex.Attendant(ctx, mogplex.CiReport(ctx), True))
+            attendants[-1].outcome = mogplex.Outcome(run_id)
+        began = time.monotonic()
+        told = mogplex.cancel_all(ctx, attendants)
+        took_s = time.monotonic() - began
+        over.set()
+    assert told == {
+        "S": "the run could not be cancelled",
+        "T": "the run could not be cancelled",
+        "U": "cancellation requested for run U",
+    }
+    assert took_s < 10.0 and ctx.stderr.getvalue().count("cannot cancel the run: ") == 2
+
+
+def test_github_is_told_of_each_run_and_gets_no_outputs_of_several(
+    cli: Callable[..., Result], tmp_path: Any,
+) -> None:
+    job = Job(tmp_path)
+    with RawServer(of_runs(R=DONE, S=ENDED_SO, T=REFUSED)) as server:
+        argv = ["runs", "events", "R", "S", "T", "--follow"]
+        result = cli(*argv, env={**service(server.url), **job.env})
+    assert re.findall("(?m)^::error title=(.*)$", result.err) == [
+        "Mogplex run no longer followed::run T (status unknown): FORBIDDEN: no (HTTP 403)",
+        "Mogplex run failed::boom",
+    ]
+    assert job.summary.read_text().count("### Mogplex run\n") == 3 and not job.output.exists()
+
+
+def test_the_sign_of_life_of_several_runs_counts_them() -> None:
+    ctx = mogplex.Context(service("http://127.0.0.1:9"), sys.stdin, io.StringIO(), io.StringIO())
+    now = [0.0]
+    with ctx.client() as one:
+        followers = mogplex.Followers(
+            ctx, one, "RST", mogplex.FollowOptions(follow=True), clock=lambda: now[0])
+        followers.ends["R"] = "success"
+        well = mogplex.Progress("connected", "streaming", 0.0, 0.0, None, 0, "", 1.0, {})
+        now[0] = 61.0
+        followers.progress("S", well._replace(last_event_at=1.0))
+        followers.progress("T", well._replace(connection="lost", status="", message="away"))
+        assert followers.together().connection == "lost"
+    assert ctx.stderr.getvalue() == (
+        "still 2 runs: 1 success, 1 streaming, last event 1m ago\nT         away\n")
 
 
 # ---------------------------------------------------------------- The contract

@@ -6,13 +6,15 @@
 The decoder alone is compared with the PyPI packages httpx-sse and sseclient-py, which are put into a directory
 of .ci/venv for that, on 4 KiB chunks of 300-byte events, in turns. The rest runs the program as a user does,
 with a server in another process: how many events a second go from a socket to ``--json`` on a pipe, and how long
-after its last byte an event is there.
+after its last byte an event is there. Last, in virtual time, how late twenty runs on one token are told, against
+the demo service with the limit of the real one: 60 requests in any 60 s.
 """
 from __future__ import annotations
 
 import codecs
 import json
 import os
+import random
 import socket
 import statistics
 import subprocess
@@ -166,8 +168,80 @@ def measure_latency() -> int:
                   f"median {statistics.median(late_ms):.2f} ms")
 
 
+class Clock:
+    """Time that passes only in ``sleep``, and then at once."""
+
+    def __init__(self) -> None:
+        self.now = 1.8e9
+
+    def __call__(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def limit_requests(server: Any) -> List[float]:
+    """Give the demo service the real one's limit; when it refused a request."""
+    import mogplex
+    service = server.service
+    admit = service.sign_in.admit
+    admitted: List[float] = []
+    refused: List[float] = []
+
+    def admit_within(token: str, scope: str) -> None:
+        now = service.clock()
+        if sum(at > now - 60 for at in admitted[-60:]) >= 60:
+            refused.append(now)
+            raise mogplex.DemoRefusal(429, "RATE_LIMITED", "Rate limit exceeded", "60")
+        admitted.append(now)
+        admit(token, scope)
+
+    service.sign_in.admit = admit_within
+    return refused
+
+
+def follow_twenty(task: str, spread_s: float, cancels: bool) -> Tuple[List[float], List[float]]:
+    """How late each verdict on twenty runs came that ended within ``spread_s``; and when a request was refused."""
+    import mogplex
+    clock = Clock()
+    dice = random.Random(1)
+    ends: Dict[str, float] = {}
+    late_s = []
+    with mogplex.DemoServer(clock=clock) as server, mogplex.Client(server.token, server.url) as client:
+        for number in range(20):
+            body = {"repoId": mogplex.DEMO_WEB, "prompt": task}
+            run_id = client.start_run(body, str(number))["runId"]
+            run = server.service.runs[run_id]
+            late = mogplex.demo_later(run.steps[2:], 200 + dice.random() * spread_s)
+            server.service.runs[run_id] = run._replace(steps=run.steps[:2] + late)
+            ends[run_id] = max(step.at_s for step in run.steps[:2] + late if step.status)
+        refused = limit_requests(server)
+        for run_id, item in mogplex.tail_many(
+                client, ends, clock=clock, sleep=clock.sleep, random=dice.random, cancels=cancels):
+            if isinstance(item, mogplex.Verdict):
+                late_s.append(clock.now - ends[run_id])
+    assert len(late_s) == 20
+    return late_s, refused
+
+
+def measure_twenty_runs() -> int:
+    """The worst of runs that end together or apart, well or badly, with and without room for cancellations."""
+    late_s: List[float] = []
+    in_a_minute = 0
+    for task in "x", "fail", "crash":
+        for spread_s in 0.0, 300.0:
+            for cancels in False, True:
+                late, refused = follow_twenty(task, spread_s, cancels)
+                late_s += late
+                in_a_minute = max([in_a_minute, *(sum(at <= other < at + 60 for other in refused) for at in refused)])
+    missed = figure("20 runs on one token, the latest verdict", max(late_s), 60, "s", False,
+                    f"median {statistics.median(late_s):.0f} s")
+    return missed + figure("20 runs on one token, 429s in a minute", in_a_minute, 1, "", False)
+
+
 def main() -> int:
-    return min(1, measure_decoders() + measure_throughput() + measure_latency())
+    return min(1, measure_decoders() + measure_throughput() + measure_latency() + measure_twenty_runs())
 
 
 if __name__ == "__main__":
