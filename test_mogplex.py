@@ -10109,6 +10109,17 @@ def test_a_git_in_the_checkout_itself_is_not_run(
     assert result.err.startswith("error: repo '.': git is not installed\n")
 
 
+@pytest.mark.posix
+def test_the_cockpit_opens_on_the_repo_of_the_checkout(
+    demo: mogplex.DemoServer, checkout: Callable[[str], None],
+) -> None:
+    checkout("https://github.com/acme/docs.git")
+    environ = {**service(demo.url, demo.token), "MOGPLEX_REPO": "."}
+    with Terminal([sys.executable, MODULE], **environ) as terminal:
+        terminal.until("next: acme/docs ").send("\x03\x03")
+        terminal.until(lambda: terminal.process.poll() is not None)
+
+
 @pytest.fixture
 def false_git(tmp_path: Any) -> Callable[[str], str]:
     """``false_git(script)``: a PATH where git is a shell script."""
