@@ -10876,7 +10876,7 @@ def repo_names(ctx: Context, repo_ids: Iterable[str]) -> Dict[str, str]:
 
     The service lists some 200 repos, but finds a single one among any number.
     """
-    asked = set(repo_ids)
+    asked = set(filter(None, repo_ids))
     if not asked:
         return {}
     one = asked.pop() if len(asked) == 1 else ""
@@ -11705,7 +11705,7 @@ def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
     names: Dict[str, str] = {}
     if not ctx.as_json:
         repos = [text_of(record, "repo") for record in records]
-        names = repo_names(ctx, [repo for repo in repos if repo and "/" not in repo])
+        names = repo_names(ctx, [repo for repo in repos if "/" not in repo])
     ctx.emit_list(
         records, "no runs started from here yet", HISTORY_COLUMNS, repo_names=names)
     if len(remembered) > limit:
