@@ -5154,7 +5154,8 @@ def modified_key(sequence: str) -> str:
 
 def mouse_messages(report: str) -> List[Message]:
     """What an SGR mouse report means: a turn of the wheel, a left click, or nothing."""
-    button, column, row = [int(number) for number in re.findall("[0-9]+", report)]
+    numbers = re.findall("[0-9]+", report)
+    button, column, row = map(int, numbers)
     button &= ~0b11100  # Shift, Alt and Ctrl
     if button not in MOUSE_STEPS or report.endswith("m"):
         return []
@@ -5197,7 +5198,8 @@ def part_messages(kind: str, part: str, resolve: Callable[[str], str]) -> List[M
     if kind == "text":
         return [Text(part)]
     if kind == "paste":
-        return [Paste(newlines(part[len(PASTE_START):-len(PASTE_END)]))]
+        text = part[len(PASTE_START):-len(PASTE_END)]
+        return [Paste(newlines(text))]
     if kind == "mouse":
         return mouse_messages(part)
     if kind == "ignored":
@@ -5235,12 +5237,7 @@ def sliced(
 # -- The terminal: what it shows
 
 
-class Placed(NamedTuple):
-    """A segment and the column that it begins at, from 0."""
-
-    column: int
-    text: str
-    style: str
+Placed = Tuple[int, str, str]  # a segment behind the column that it begins at, from 0
 
 
 def cells(row: Row) -> List[Placed]:
@@ -5248,7 +5245,7 @@ def cells(row: Row) -> List[Placed]:
     placed = []
     column = 0
     for text, style in row:
-        placed.append(Placed(column, text, style))
+        placed.append((column, text, style))
         column += width_of(text)
     return placed
 
@@ -5268,10 +5265,10 @@ def rewritten(before: Row, row: Row) -> List[Placed]:
     changed = set(new).symmetric_difference(cells(before))
     if not changed:  # but for what is cut off at the edge
         return []
-    if all(cell.text.isascii() for cell in changed):
+    if all(text.isascii() for _, text, _ in changed):
         return [cell for cell in new if cell in changed]
-    start = min(changed).column
-    return [cell for cell in new if cell in changed or cell.column > start]
+    start, _, _ = min(changed)
+    return [cell for cell in new if cell in changed or cell[0] > start]
 
 
 def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str:
@@ -5280,35 +5277,41 @@ def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str
     column = -1  # where the cursor is, while that is certain
     worn = None  # the style that is in force
     end = sum(width_of(text) for text, _ in row)  # of its last column
-    for cell in rewritten(before, row):
-        if cell.column != column:
-            output += place(y, cell.column)
-        if cell.style != worn:
-            output += styles[cell.style]
-            worn = cell.style
+    for start, text, style in rewritten(before, row):
+        if start != column:
+            output += place(y, start)
+        if style != worn:
+            output += styles[style]
+            worn = style
         column = -1
-        if cell.text.isascii():
-            column = cell.column + len(cell.text)
-        if column == end and cell.style in ("", "dim") and cell.text.endswith(" "):
-            output += cell.text.rstrip(" ") + "\x1b[K"  # shorter than the blanks
+        if text.isascii():
+            column = start + len(text)
+        is_last_blank = column == end and text.endswith(" ")
+        if is_last_blank and style in ("", "dim"):
+            output += text.rstrip(" ") + "\x1b[K"  # shorter than the blanks
         else:
-            output += cell.text
+            output += text
     return output
 
 
 def cursor_place(rows: Sequence[Row]) -> Optional[Tuple[int, int]]:
     """(row, column) of the cursor, which is an empty segment of style "cursor"."""
     for y, row in enumerate(rows):
-        if ("", "cursor") in row:
-            return y, next(cell.column for cell in cells(row) if cell.style == "cursor")
+        if ("", "cursor") not in row:
+            continue
+        for column, _, style in cells(row):
+            if style == "cursor":
+                return y, column
     return None
 
 
 def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -> str:
     """The characters that turn the screen ``old`` into ``new``; "" when nothing changed."""
     output = ""
-    nothing: Sequence[Row] = [()] * (len(new) - len(old))
-    for y, (before, row) in enumerate(zip([*old, *nothing], new)):
+    for y, row in enumerate(new):
+        before: Row = ()
+        if y < len(old):
+            before = old[y]
         if row != before:
             output += repaint_row(y, before, row, styles)
     cursor_before = cursor_place(old)
@@ -5334,6 +5337,10 @@ def to_ascii(text: str) -> str:
             sign = "?" * width_of(sign)
         output += sign
     return output
+
+
+def ascii_row(row: Row) -> Row:
+    return tuple((to_ascii(text), style) for text, style in row)
 
 
 def sgr_styles(colours: int) -> Dict[str, str]:
@@ -5372,7 +5379,7 @@ class Canvas:
     def frame(self, rows: Sequence[Row], clear: str) -> str:
         """What turns the last frame into ``rows``, all of it behind ``clear`` if there is none."""
         if self.ascii:
-            rows = [tuple((to_ascii(text), style) for text, style in row) for row in rows]
+            rows = list(map(ascii_row, rows))
         output = repaint(self.rows, rows, self.styles)
         if not self.rows:
             output = clear + output
@@ -5612,24 +5619,21 @@ class Keyboard:
         return not self.tty.has_more(ESCAPE_DELAY_S)
 
 
-class Controls(NamedTuple):
-    """What to write to take this kind of terminal, to give it back, and to clear it."""
+class Controls:
+    """What to write to take this kind of terminal, to give it back, and to clear it.
 
-    enter: str
-    leave: str
-    clear: str
+    From blessed, but for bracketed paste: it would ask the terminal, and some do not answer.
+    """
 
-
-def controls_of(terminal: Any) -> Controls:
-    """From blessed, but for bracketed paste: it would ask the terminal, and some do not answer."""
-    screen = terminal.exit_fullscreen or terminal.clear
-    return Controls(
-        enter=f"{terminal.enter_fullscreen}{terminal.smkx}\x1b[?2004h\x1b[?25l",
+    def __init__(self, terminal: Any) -> None:
+        screen = terminal.exit_fullscreen or terminal.clear
+        self.enter = f"{terminal.enter_fullscreen}{terminal.smkx}\x1b[?2004h\x1b[?25l"
         # CAN ends a sequence that was cut in two, by a crash or a terminal that takes no more.
-        leave=f"\x18\x1b[?2026l{MOUSE[False]}\x1b[?2004l{terminal.normal}{terminal.rmkx}"
-              f"{terminal.normal_cursor}{screen}",
-        clear=f"\x1b[0m{terminal.clear}\x1b[?25l",
-    )
+        self.leave = (
+            f"\x18\x1b[?2026l{MOUSE[False]}\x1b[?2004l{terminal.normal}{terminal.rmkx}"
+            f"{terminal.normal_cursor}{screen}"
+        )
+        self.clear = f"\x1b[0m{terminal.clear}\x1b[?25l"
 
 
 def passed(moment: float) -> bool:
@@ -5645,7 +5649,7 @@ class Screen:
         self.signals = signals
         self.tty = Tty()
         self.keyboard = Keyboard(self.tty, terminal)
-        self.controls = controls_of(terminal)
+        self.controls = Controls(terminal)
         self.canvas = Canvas(environ, terminal.number_of_colors)
         self.size = self.tty.size()  # columns, rows
         self.size_told = (0, 0)      # as the last Resize said
@@ -5787,6 +5791,9 @@ class Repo(NamedTuple):
     name: str = ""  # owner/name
     default_branch: str = "main"
 
+    def is_called(self, wanted: str) -> bool:
+        return wanted.lower() in (self.id.lower(), self.name.lower())
+
 
 class Sandbox(NamedTuple):
     """A sandbox in the same way."""
@@ -5910,7 +5917,11 @@ TAIL_INTERVAL_S = 2.5  # 24 requests a minute of the 60 that a token has
 
 def body_for(target: Target, task: str) -> Json:
     """The body of POST /runs."""
-    body: Json = {"repoId": target.repo.id, "prompt": task, "harness": target.harness}
+    body: Json = {
+        "repoId": target.repo.id,
+        "prompt": task,
+        "harness": target.harness,
+    }
     if target.base or target.branch:
         body["baseBranch"] = target.base or target.repo.default_branch
     if target.branch:
@@ -5971,7 +5982,8 @@ class Desk:
                 self.post(Failed(ask, error))
             return
         if data is not None:
-            self.post(Fetched(ask, data, (time.monotonic() - began) * 1000))
+            latency_ms = (time.monotonic() - began) * 1000
+            self.post(Fetched(ask, data, latency_ms))
 
     def client(self) -> Client:
         if self.connection is None:
@@ -6447,6 +6459,10 @@ class State(NamedTuple):
     attention: Attention = Attention()
     asks: Tuple[Ask, ...] = ()  # what the last message asks for
 
+    @property
+    def is_signed_out(self) -> bool:
+        return self.service.sign_in.needed
+
     def ask(
         self,
         job: Callable[Concatenate[Any, Given], object],
@@ -6689,7 +6705,7 @@ def health_sign(state: State) -> Sign:
     health = state.service.health
     wait_s = health.held_until - state.now
     latency = f"{health.latency_ms:.0f}ms"
-    if state.service.sign_in.needed:
+    if state.is_signed_out:
         return Sign("○", "signed out", "dim")
     if wait_s > 0:
         return Sign("◌", f"reconnect {wait_s:.0f}s", "warn")
@@ -6711,7 +6727,7 @@ def alerts_of(state: State) -> List[Alert]:
     health = state.service.health
     alerts = list(state.attention.alerts)
     wait_s = health.held_until - state.now
-    if state.service.sign_in.needed:
+    if state.is_signed_out:
         return alerts
     if wait_s > 0:
         wait = format_duration(wait_s)
@@ -6914,7 +6930,10 @@ def record_items(state: State, drawer: Drawer) -> Items:
     """The records that were read, in the cells of the columns."""
     items = []
     for record in drawer.data or ():
-        cells = [harmless(column.cell(record, Setting())) for column in drawer.listing.columns]
+        cells = []
+        for column in drawer.listing.columns:
+            text = column.cell(record, Setting())
+            cells.append(harmless(text))
         items.append(Item(tuple(cells)))
     return items
 
@@ -6986,8 +7005,9 @@ def page_items(state: State, text: str, most: int) -> Items:
     if len(text) > most or len(lines) > MOST_LINES:
         lines = [*lines[:MOST_LINES], "… cut here: /export writes all events to a file"]
         text = "\n".join(lines)
-    width = max(10, state.window.width - rail_width(state.window.width) - 3)
-    pieces = wrapped(sanitize(text, "\n"), width)
+    side = rail_width(state.window.width)
+    width = state.window.width - side - 3
+    pieces = wrapped(sanitize(text, "\n"), max(10, width))
     return [Item((piece,), piece) for piece in pieces]
 
 
@@ -7233,7 +7253,7 @@ def choose_repo(state: State, name: str) -> State:
     partial = []
     for repo in state.service.repos:
         full_name = repo.name.lower()
-        if wanted in (full_name, repo.id.lower()):
+        if repo.is_called(name):
             exact.append(repo.id)
         if wanted == full_name.rpartition("/")[2]:
             short.append(repo.id)
@@ -7269,7 +7289,8 @@ def choose_anew(state: State, _: str) -> State:
 def attach(state: State, wanted: str) -> State:
     """``/attach RUN``: watch a known run, or one that the service finds; else a picker."""
     start = wanted.lower()
-    found = [run.id for run in state.rail.runs if run.id.lower().startswith(start)]
+    ids = [run.id for run in state.rail.runs]
+    found = [run_id for run_id in ids if run_id.lower().startswith(start)]
     if wanted in found:
         found = [wanted]
     if not wanted or len(found) > 1:
@@ -7320,7 +7341,7 @@ def export(state: State, words: str) -> State:
 def show_sign_in(state: State, _: str = "") -> State:
     """``/login``: the sign-in on the screen, and the composer free for a token."""
     waiting = state.service.sign_in.waiting
-    if not state.service.sign_in.needed:
+    if not state.is_signed_out:
         waiting = state.composer.text
     state = state.know(sign_in=SigningIn(needed=True, waiting=waiting))
     return state.close().write("")
@@ -7364,7 +7385,8 @@ def due_runs(state: State) -> List[KnownRun]:
     """The runs whose status is to be asked now: the newest, and those around the selected one."""
     rail = state.rail
     runs = rail.runs[:50]
-    near = rail.runs[max(50, rail.at - 25):rail.at + 25]
+    first = max(50, rail.at - 25)
+    near = rail.runs[first:rail.at + 25]
     active = count_active(runs)
     due = []
     for run in (*near, *runs):
@@ -7397,7 +7419,15 @@ def poll(state: State, most: int) -> State:
     sent += (state.now,) * len(asks)
     polls = polls._replace(sent=sent, unanswered=polls.unanswered + len(asks))
     state = change_runs(state, ids, asked_at=state.now)
-    return state.know(polls=polls)._replace(asks=(*state.asks, *asks))
+    state = state.know(polls=polls)
+    return state._replace(asks=(*state.asks, *asks))
+
+
+def read_drawer(state: State, drawer: Drawer) -> State:
+    """Ask for what the drawer shows."""
+    if drawer.listing.reads:
+        return state.ask(drawer.listing.reads, *drawer.subject)
+    return state
 
 
 def refresh(state: State, _: str = "") -> State:
@@ -7410,8 +7440,8 @@ def refresh(state: State, _: str = "") -> State:
     state = state.know(polls=polls)
     if state.shown.feed.again_at:
         state = state.hear(again_at=state.now)
-    if state.drawer and state.drawer.listing.reads:
-        state = state.ask(state.drawer.listing.reads, *state.drawer.subject)
+    if state.drawer:
+        state = read_drawer(state, state.drawer)
     if state.shown.run_id:
         state = state.ask(Desk.run, state.shown.run_id)
     return poll(state, POLLS_A_MINUTE).say("Asking the service…", for_s=2.0)
@@ -7597,7 +7627,8 @@ def completions(state: State) -> List[str]:
         return []
     name, space, argument = text[1:].partition(" ")
     if not space:
-        return [command_text(word) for word in COMMANDS.values() if word.name.startswith(name)]
+        words = [word for word in COMMANDS.values() if word.name.startswith(name)]
+        return list(map(command_text, words))
     choices: List[str] = []
     if name == "repo":
         choices = [repo.name for repo in state.service.repos]
@@ -7682,7 +7713,7 @@ def hints_of(state: State) -> Sequence[str]:
     focus = state.window.focus
     if state.drawer:
         return drawer_hints(state.drawer)
-    if state.service.sign_in.needed and focus == "composer":
+    if state.is_signed_out and focus == "composer":
         return WAITING_HINTS if state.service.sign_in.url else SIGN_IN_HINTS
     if focus == "rail":
         return RUN_HINTS if selected(state)[0] is RUNS else SANDBOX_HINTS
@@ -7795,7 +7826,7 @@ def header(state: State, width: int) -> Row:
 
 def takes_alert_keys(state: State) -> bool:
     """Whether Enter and Esc are for the first alert."""
-    if state.drawer or state.service.sign_in.needed or state.attention.killing:
+    if state.drawer or state.is_signed_out or state.attention.killing:
         return False
     return state.window.focus == "composer" and not state.composer.text.strip()
 
@@ -7937,12 +7968,14 @@ def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     for_sandboxes = max(room // 3, room - len(runs))
     for_sandboxes = min(len(sandboxes), for_sandboxes)
     active = count_active(runs)
-    lines = [PaneLine(counted("RUNS", len(runs), active, "active", title))]
+    heading = counted("RUNS", len(runs), active, "active", title)
+    lines = [PaneLine(heading)]
     for position in around(at, len(runs), room - for_sandboxes):
         row = run_line(state, runs[position], width)
         lines.append(PaneLine(row, position))
     running = sum(sandbox.status == "running" for sandbox in sandboxes)
-    lines.append(PaneLine(counted("SANDBOXES", len(sandboxes), running, "running", title)))
+    heading = counted("SANDBOXES", len(sandboxes), running, "running", title)
+    lines.append(PaneLine(heading))
     at_sandbox = max(0, at - len(runs))
     for position in around(at_sandbox, len(sandboxes), for_sandboxes):
         row = sandbox_line(state, sandboxes[position], width)
@@ -7980,7 +8013,8 @@ def progress_text(state: State) -> str:
     if not shown.entries:
         return "… waiting for the first event"
     words = "… agent working"
-    if state.service.health.failures or state.service.health.refused or shown.feed.lost:
+    health = state.service.health
+    if health.failures or health.refused or shown.feed.lost:
         words = "… no news from the service"
     heard_at = parse_time(shown.entries[-1].event.get("createdAt"))
     if not heard_at:
@@ -8121,7 +8155,7 @@ def welcome(state: State, width: int) -> List[Segment]:
             blank,
             ("Esc gives up the wait.", "dim"),
         ]
-    if state.service.sign_in.needed:
+    if state.is_signed_out:
         return [
             ("Sign in to Mogplex", "bold"),
             (state.service.base_url, "accent"),
@@ -8181,7 +8215,8 @@ def nothing_found(drawer: Drawer) -> str:
 
 def drawer_title(drawer: Drawer, width: int) -> Row:
     """What it lists, what is searched for in it, and which row of how many is selected."""
-    name = harmless(" ".join([drawer.listing.title.upper(), *drawer.subject]), 60)
+    words = [drawer.listing.title.upper(), *drawer.subject]
+    name = harmless(" ".join(words), 60)
     left = [(f" {name}  ", "key")]
     row = min(drawer.at + 1, len(drawer.found))
     count = f"{row}/{len(drawer.found)} · Esc closes "
@@ -8222,14 +8257,14 @@ def body_lines(state: State, width: int, rows: int) -> PaneLines:
     """The drawer, the timeline, or what there is to do without them."""
     if state.drawer:
         return drawer_lines(state, state.drawer, width, rows)
-    if state.shown.run_id and not state.service.sign_in.needed:
+    if state.shown.run_id and not state.is_signed_out:
         return timeline_lines(state, width, rows)
     return welcome_lines(state, width, rows)
 
 
 def is_token_field(state: State) -> bool:
     """Whether what is typed into the composer is a token, never to be shown."""
-    return state.service.sign_in.needed and not state.composer.text.startswith("/")
+    return state.is_signed_out and not state.composer.text.startswith("/")
 
 
 def composer_lines(state: State, width: int, most: int) -> List[Line]:
@@ -8269,7 +8304,8 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
 
 def whole(text: str, style: str, width: int, most: int) -> List[Line]:
     """A text that is to be read to its end, in at most so many lines."""
-    return [[(f" {piece}", style)] for piece in folded(text, width - 2)[:most]]
+    pieces = folded(text, width - 2)[:most]
+    return [[(f" {piece}", style)] for piece in pieces]
 
 
 def question_lines(state: State, width: int) -> List[Line]:
@@ -8423,7 +8459,8 @@ def delete_to(state: State, place: Callable[[Composer], int]) -> State:
     """Without what is between the cursor and that place."""
     composer = state.composer
     start, end = sorted([composer.cursor, place(composer)])
-    return state.write(composer.text[:start] + composer.text[end:], start)
+    text = composer.text[:start] + composer.text[end:]
+    return state.write(text, start)
 
 
 def follow(state: State) -> State:
@@ -8456,8 +8493,7 @@ def move_in_rail(state: State, step: int) -> State:
 def move(state: State, step: int) -> State:
     """By so many lines in the drawer, else in the rail where that has the focus, else in time."""
     if state.drawer:
-        last = len(state.drawer.found) - 1
-        return state.shift(at=max(0, min(state.drawer.at + step, last)))
+        return state.shift(at=max(0, state.drawer.at + step))  # the last row at the most
     if state.window.focus == "rail":
         return move_in_rail(state, step)
     return select_entry(state, selected_entry(state) + step, step > 0)
@@ -8544,7 +8580,7 @@ def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
     if state.service.sign_in.url:
         return state.admit(url="").ask(Shell.stop_sign_in)
-    if state.service.sign_in.needed:
+    if state.is_signed_out:
         return state.write("").ask(Desk.try_stored)
     if state.attention.alerts:
         return state.attend(alerts=state.attention.alerts[1:])
@@ -8909,8 +8945,9 @@ def delivered(state: State, delivery: Delivery) -> State:
         return state
     if shown.origin != state.next.target:
         return state
-    if any(new.target == state.next.target and not new.run_id for new in state.next.starts):
-        return state  # sent again, that task has to ask for the same run
+    for new in state.next.starts:
+        if new.target == state.next.target and not new.run_id:
+            return state  # sent again, that task has to ask for the same run
     target = state.next.target._replace(branch=branch)
     return state.plan(target=target).show(origin=target)
 
@@ -9011,12 +9048,12 @@ def read_repo(record: Json) -> Repo:
 def take_repos(state: State, message: Fetched) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
     repos = tuple(map(read_repo, message.data))
-    wanted = state.service.wanted.lower()
+    wanted = state.service.wanted
     polls = state.service.polls._replace(repos_heard=True)
     state = state.know(repos=repos, polls=polls)
-    found = [repo for repo in repos if wanted in (repo.id.lower(), repo.name.lower())]
-    if len(repos) == 1:
-        found = [*found, repos[0]]
+    found = list(repos)
+    if len(repos) > 1:
+        found = [repo for repo in repos if repo.is_called(wanted)]
     if found and not state.next.target.repo.id:
         target = state.next.target._replace(repo=found[0])
         return state.plan(target=target)
@@ -9030,7 +9067,7 @@ def take_start(state: State, message: Fetched) -> State:
 
 def take_sign_out(state: State, message: Fetched) -> State:
     """There is no credential: the composer takes a token now."""
-    if not state.service.sign_in.needed:
+    if not state.is_signed_out:
         state = show_sign_in(state)
     if message.data:
         return state.say(message.data, "warn")
@@ -9039,7 +9076,7 @@ def take_sign_out(state: State, message: Fetched) -> State:
 
 def take_sign_in(state: State, message: Fetched) -> State:
     """The service accepted a credential: everything is asked for anew."""
-    if state.service.sign_in.needed:
+    if state.is_signed_out:
         composer = Composer(history=state.composer.history)  # no draft: it may hold a token
         state = state._replace(composer=composer).write(state.service.sign_in.waiting)
     state = state.know(sign_in=SigningIn()).ask(Shell.reconnect)
@@ -9124,8 +9161,9 @@ def run_refused(state: State, run_id: str, error: MogplexError) -> State:
 
 def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> State:
     """A start that failed: the task comes back, with its key where the run may have started."""
-    if any(one.key == new.key and one.run_id for one in state.next.starts):
-        return change_start(state, new.key)  # only the history failed
+    for one in state.next.starts:
+        if one.key == new.key and one.run_id:
+            return change_start(state, new.key)  # only the history failed
     if error.delivered:
         state = change_start(state, new.key, new._replace(under_way=False))
         text = f"The run may have started: {text}; press Enter to send the same request again"
@@ -9194,7 +9232,7 @@ def on_said(state: State, message: Said) -> State:
 
 
 def on_announced(state: State, message: Announced) -> State:
-    if not state.service.sign_in.needed:
+    if not state.is_signed_out:
         return state
     return state.admit(url=harmless(message.url, 4000))
 
@@ -9206,10 +9244,10 @@ def on_lapses(state: State, message: Lapses) -> State:
 def on_tick(state: State, _: Tick) -> State:
     """Once a second: what is due is asked, but nothing during a wait that a 429 asked for."""
     drawer = state.drawer
-    if state.service.health.held_until > state.now or state.service.sign_in.needed:
+    if state.service.health.held_until > state.now or state.is_signed_out:
         return state
-    if drawer and drawer.error and drawer.listing.reads and int(state.now) % 5 == 0:
-        state = state.ask(drawer.listing.reads, *drawer.subject)
+    if drawer and drawer.error and int(state.now) % 5 == 0:
+        state = read_drawer(state, drawer)
     if state.shown.feed.again_at and state.now >= state.shown.feed.again_at:
         state = state.hear(again_at=0.0, lost="", stale=True)
         state = state.ask(Desk.watch, state.shown.run_id)
@@ -9261,12 +9299,6 @@ def update(state: State, message: object) -> State:
 START_WAIT_S = 5.0  # how long leaving waits for the answer to a start
 
 
-def is_about_a_start(message: object) -> bool:
-    if isinstance(message, (Fetched, Failed)):
-        return message.ask.job is Desk.start
-    return isinstance(message, Started)
-
-
 def is_answered(new: NewRun) -> bool:
     return bool(new.run_id) or not new.under_way
 
@@ -9300,7 +9332,11 @@ class Cockpit:
         if isinstance(message, BaseException):  # a thread's crash ends the cockpit
             raise message
         self.perform()
-        self.state = update(self.state._replace(now=time.time()), message)
+        self.hear(message)
+
+    def hear(self, message: object) -> None:
+        now = self.state._replace(now=time.time())
+        self.state = update(now, message)
 
     def perform(self) -> None:
         asks = self.state.asks
@@ -9316,8 +9352,8 @@ class Cockpit:
                 return
             with contextlib.suppress(queue.Empty):
                 message = self.shell.inbox.get(timeout=left_s)
-                if is_about_a_start(message):
-                    self.state = update(self.state._replace(now=time.time()), message)
+                if not isinstance(message, BaseException):
+                    self.hear(message)  # what it asks for is no longer done
 
     def last_words(self) -> Iterator[str]:
         """What is left on the terminal: how to follow the runs on, and the keys of lost starts."""
@@ -9432,7 +9468,8 @@ def run_cockpit(
     ``connect`` builds a Client, from the credential given or the one in force; UnauthorizedError
     when there is none.
     """
-    if environ.get("TERM", "") in ("", "dumb") or not (os.isatty(0) and os.isatty(1)):
+    is_terminal = os.isatty(0) and os.isatty(1)
+    if environ.get("TERM", "") in ("", "dumb") or not is_terminal:
         raise UsageError(
             "the cockpit needs a terminal, and TERM that names its kind",
             hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands",
