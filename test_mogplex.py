@@ -5017,7 +5017,7 @@ NESTED = {
     ("branch.create", False), ("none", None), ("empty", ""), ("n", 1.5),
     ("lists.0.0.id", 7), ("lists.1.0", "x"), ("lists.1", ["x"]), ("lists.01.000", "x"),
     ("0.1", "digits"), ("a.c", "short"), ("a.b.c.d", None), ("\u00fc", "u"),
-    ("nope", None), ("runId.x", None), ("n.5", None), ("none.x", None), ("branch.0", None),
+    ("nope", None), ("x", None), ("runId.x", None), ("n.5", None), ("none.x", None), ("branch.0", None),
     ("lists.2", None), ("lists.-1", None), ("lists.x", None), ("lists.0.1", None),
     ("lists.\u0661", None), ("lists." + "9" * 5000, None), (".".join("x" * 9999), None),
     (" runId", None), ("RUNID", None), ("$.runId", None), ("lists[0]", None),
