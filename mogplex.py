@@ -77,7 +77,8 @@ Json = Dict[str, Any]  # an object of the service, as it came
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
 HARNESSES = {"codex": "Codex", "claude-code": "Claude Code"}  # agent programs, and their titles
-GROUPS = ("repos", "run", "runs", "sandboxes", "login", "logout")  # the first words of commands
+# The first words of commands.
+GROUPS = ("repos", "run", "runs", "sandboxes", "api", "login", "logout")
 MAX_LIMIT = 200  # the server lists no more of anything, and clamps silently
 MAX_PROMPT_UNITS = 100_000  # of UTF-16, in a task
 
@@ -1776,6 +1777,8 @@ JSON_TYPE = "application/json"
 STREAM_TYPE = "text/event-stream"
 FORM_TYPE = "application/x-www-form-urlencoded"
 REPEATABLE_METHODS = ("GET", "PUT", "DELETE")
+KEYED_PATH = re.compile(r"/runs|/automations/[^/]+/trigger")  # where the service honours a key
+LAUNCH_S = 600.0  # a sandbox is answered after its launch, which takes minutes
 SERVICE_HOSTS = {"www.mogplex.com", "mogplex.com"}  # which may redirect to each other
 
 
@@ -1784,7 +1787,8 @@ class Shape(NamedTuple):
 
     lists: Tuple[str, ...] = ()
     objects: Tuple[str, ...] = ()
-    run_id: str = ""  # the run that was asked for: another one's answer is not ours
+    run_id: str = ""        # the run that was asked for: another one's answer is not ours
+    any_data: bool = False  # it need be no object, and a 204 has none
 
 
 class Limits(NamedTuple):
@@ -1818,7 +1822,7 @@ class Request(NamedTuple):
         return "Idempotency-Key" in self.headers
 
 
-def misfit(data: Json, shape: Shape) -> str:
+def misfit(data: Any, shape: Shape) -> str:
     """Why ``data`` is not of that ``shape``; "" when it is."""
     for key in shape.lists:
         if not isinstance(data.get(key), list):
@@ -1853,6 +1857,18 @@ def path_segment(identifier: str) -> str:
     return urllib.parse.quote(identifier, safe="", errors="replace")
 
 
+def leaves_the_api(path: str) -> bool:
+    """Whether a part of ``path``, as often as it may be decoded, leads up, or is two parts."""
+    for part in path.split("/")[1:]:
+        decoded = urllib.parse.unquote(part)
+        while decoded != part:
+            part = decoded
+            decoded = urllib.parse.unquote(part)
+        if part in ("", ".", "..") or re.search(r"[/\\\x00-\x20\x7f]", part):
+            return True
+    return False
+
+
 def with_query(url: str, params: Params) -> str:
     """``url`` and those of ``params`` that are neither None nor empty.
 
@@ -1865,6 +1881,11 @@ def with_query(url: str, params: Params) -> str:
     if not given:
         return url
     return f"{url}?{urllib.parse.urlencode(given, errors='replace')}"
+
+
+def is_keyed(path: str, key: str) -> bool:
+    """Whether an idempotency key makes a POST to ``path`` repeatable."""
+    return key != "" and KEYED_PATH.fullmatch(path) is not None
 
 
 def json_body(body: object) -> bytes:
@@ -2449,25 +2470,36 @@ class Exchange:
 
     def data(self) -> Json:
         """The ``data`` of a good answer; the MogplexError that any other one means."""
+        data: Json = self.envelope()["data"]
+        return data
+
+    def envelope(self) -> Json:
+        """A good answer, whole: ``{"ok": true, "data": ...}``; else the MogplexError it means."""
         location = self.headers.get("Location") or ""
         url = self.clean(self.url)
         if 300 <= self.status < 400 and location:  # whose body nobody wants
             raise redirect_error(url, self.status, location)
         text = self.text()
-        answer = None
+        expected = self._request.expects
+        if expected.any_data and self.status == 204:
+            return {"ok": True, "data": None}
+        answer: Any = None
         with contextlib.suppress(ValueError, RecursionError):
             answer = self._clean_joined(parse_json(text), text)
         data = None
+        is_good = False
         if isinstance(answer, dict) and answer.get("ok") is True:
             data = answer.get("data")
-        if not 200 <= self.status < 300 or not isinstance(data, dict):
+            is_good = isinstance(data, dict) or (expected.any_data and "data" in answer)
+        if not 200 <= self.status < 300 or not is_good:
             raise answer_error(url, self.status, self.headers, answer, len(text))
-        problem = misfit(data, self._request.expects)
+        problem = misfit(data, expected)
         if problem:
             message = f"unexpected response: {problem}"
             raise InvalidResponseError(
                 message, status=self.status, delivered=True, transient=True)
-        return data
+        whole: Json = answer
+        return whole
 
     def clean_json(self, text: str) -> str:
         """JSON that has passed ``clean``, without a token that escapes hide; "" for nonsense."""
@@ -2806,10 +2838,29 @@ class Client:
     ) -> Json:
         """Any route, ``path`` being what follows ``/api/v1/mogplex``: the ``data`` of its answer.
 
-        Sent again after a fault where that does no harm: a GET, PUT or DELETE, or one with a key.
+        Sent again after a fault where that does no harm: a GET, PUT or DELETE, or a POST with a
+        key to one of the two routes that honour it, ``/runs`` and ``/automations/{id}/trigger``.
         """
         request = self._api_request(method, path, params, body, idempotency_key)
         return self._answered(request)
+
+    def envelope(
+        self,
+        method: str,
+        path: str,
+        *,
+        query: str = "",
+        body: Any = None,
+        idempotency_key: str = "",
+    ) -> Json:
+        """As ``request``, but the answer whole, ``{"ok": true, "data": ...}``, with any data.
+
+        ``query`` is percent-encoded already. ``data`` is None after a 204.
+        """
+        request = self._api_request(method, path, None, body, idempotency_key)
+        if query:
+            request = request._replace(url=f"{request.url}?{query}")
+        return self._answered_whole(request.expecting(any_data=True))
 
     def repos(
         self,
@@ -2969,12 +3020,15 @@ class Client:
         method: str,
         path: str,
         params: Optional[Params] = None,
-        body: Optional[Json] = None,
+        body: Any = None,
         key: str = "",
     ) -> Request:
         """A request to the API, and whether it is repeatable by its method or its key."""
-        if not path.startswith("/") or re.search(r"[\s?#\\]", path):
+        if not path.startswith("/") or re.search(r"[\s?#\\]", path) or leaves_the_api(path):
             raise UsageError(f"invalid path '{sanitize(path)}'")
+        limits = self._limits
+        if (method, path) == ("POST", "/sandboxes"):
+            limits = limits._replace(total_s=max(limits.total_s, LAUNCH_S))
         content = None
         content_type = ""
         if body is not None:
@@ -2984,9 +3038,9 @@ class Client:
             method,
             with_query(self.base_url + API_PATH + path, params or {}),
             request_headers(Content_Type=content_type, Idempotency_Key=key),
-            self._limits,
+            limits,
             body=content,
-            repeatable=bool(key) or method in REPEATABLE_METHODS,
+            repeatable=method in REPEATABLE_METHODS or is_keyed(path, key),
         )
 
     def _run_request(self, run_id: str) -> Request:
@@ -3054,7 +3108,16 @@ class Client:
         request: Request,
         refusal: Callable[[MogplexError], MogplexError] = as_it_is,
     ) -> Json:
-        """Rule 4, retries: the data of the first good answer; what is not repeatable is sent once.
+        """The data of the answer to ``request``, by rule 4."""
+        data: Json = self._answered_whole(request, refusal)["data"]
+        return data
+
+    def _answered_whole(
+        self,
+        request: Request,
+        refusal: Callable[[MogplexError], MogplexError] = as_it_is,
+    ) -> Json:
+        """Rule 4, retries: the first good answer; what is not repeatable is sent once.
 
         Errors are ``delivered`` when any try may have been. ``refusal`` may know a better error
         than that of the first try which may have arrived.
@@ -3065,7 +3128,7 @@ class Client:
         while True:
             try:
                 with self._open(request, attempt=attempt) as exchange:
-                    return exchange.data()
+                    return exchange.envelope()
             except MogplexError as error:
                 failure = error
             if not arrived:
@@ -3131,13 +3194,14 @@ class Client:
 def start_recorded(
     client: Client, home: Home, body: Json, key: str, repo: str, announce: Callable[[Json], None],
     before_sending: Callable[[], None] = do_nothing,
+    send: Optional[Callable[[], Json]] = None,
 ) -> Json:
     """Start a run so that no death of this process loses it.
 
     The start is written down, sent, told, and its id written down: ``announce`` gets the Run
     before anything that can wait or fail. A start that the service refuses for good is taken
     away again, and so is one that ``before_sending`` stops: writing it down may have taken 5 s.
-    Errors are those of ``Client.start_run``, and what ``announce`` and ``before_sending`` raise.
+    ``send`` stands in for ``Client.start_run``. Errors are those of what it calls.
     """
     start = start_record(client.base_url, body, key, repo)
     home.record_start(start)
@@ -3147,7 +3211,7 @@ def start_recorded(
         home.forget_start(start)
         raise
     try:
-        run = client.start_run(body, key)
+        run = send() if send else client.start_run(body, key)
     except MogplexError as error:
         if not error.delivered:
             home.forget_start(start)
@@ -9773,6 +9837,13 @@ def demo_time(moment: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f"{fraction}+00:00"
 
 
+DEMO_AUTOMATION = {
+    "id": "a1d0c7e2-64b5-4a90-8f13-2e7b9c05d6f8",
+    "name": "Nightly dependency update",
+    "status": "published",
+}
+
+
 class DemoAnswer(NamedTuple):
     """One HTTP answer; an object is sent as JSON, text as HTML."""
 
@@ -10000,6 +10071,7 @@ class DemoService:
         self.keys: Dict[str, Tuple[Json, str]] = {}  # idempotency key: the first body, the run's id
         self.runs: Dict[str, DemoRun] = {}
         self.sandboxes: Dict[str, Json] = {}
+        self.job_runs: Dict[str, float] = {}  # when each began
         now = clock()
         for box in DEMO_SANDBOXES:
             body = {"repoId": box.repo_id, "workingBranch": box.working_branch}
@@ -10176,6 +10248,39 @@ class DemoService:
             "alreadyTerminal": ended,
         })
 
+    def list_automations(self, request: DemoRequest) -> DemoAnswer:
+        """GET /automations: all, on one page."""
+        return demo_data({"automations": [DEMO_AUTOMATION], "nextCursor": None})
+
+    def trigger_automation(self, request: DemoRequest) -> DemoAnswer:
+        """POST /automations/{id}/trigger: a job run, or the one that the same key has started."""
+        self._find({DEMO_AUTOMATION["id"]: None}, request.id, "Automation")
+        self._find(DEMO_REPOS, text_of(request.body, "repoId").lower(), "Repo")
+        job_run_id = demo_id("job run " + request.key)
+        started = job_run_id not in self.job_runs
+        self.job_runs.setdefault(job_run_id, self.clock())
+        return demo_data({"run": {
+            "jobRunId": job_run_id,
+            "outcome": "started" if started else "duplicate",
+            "reason": None,
+            "started": started,
+            "status": "running",
+        }}, 202)
+
+    def list_job_runs(self, request: DemoRequest) -> DemoAnswer:
+        """GET /automations/{id}/runs, newest first: each takes as long as a run."""
+        self._find({DEMO_AUTOMATION["id"]: None}, request.id, "Automation")
+        records = []
+        for job_run_id, began in reversed(list(self.job_runs.items())):
+            is_over = self.clock() - began > 30 / self.speed
+            records.append({
+                "id": job_run_id,
+                "automation_id": request.id,
+                "status": "success" if is_over else "running",
+                "created_at": demo_time(began),
+            })
+        return demo_data({"runs": demo_first(records, request)})
+
     def list_agents(self, request: DemoRequest) -> DemoAnswer:
         """GET /agents."""
         return demo_data({"agents": DEMO_AGENTS})
@@ -10197,6 +10302,9 @@ class DemoService:
         DemoRoute("GET", "/runs/{id}", get_run),
         DemoRoute("GET", "/runs/{id}/events", run_events),
         DemoRoute("POST", "/runs/{id}/cancel", cancel_run, scope="write"),
+        DemoRoute("GET", "/automations", list_automations, scope="read"),
+        DemoRoute("POST", "/automations/{id}/trigger", trigger_automation, scope="write"),
+        DemoRoute("GET", "/automations/{id}/runs", list_job_runs, scope="read"),
         DemoRoute("GET", "/agents", list_agents, scope="read"),
         DemoRoute("GET", "/models", list_models, scope="read"),
         DemoRoute("GET", "/mcp/servers", list_mcp_servers, scope="read"),
@@ -11021,11 +11129,16 @@ def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "")
     return keys
 
 
+def random_key() -> str:
+    """A new idempotency key."""
+    import uuid  # which on Python 3.8 loads platform and subprocess
+    return str(uuid.uuid4())
+
+
 def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str]) -> List[str]:
     """The keys to try in turn: a random one, the one given, or those of the CI job."""
     if given is None:
-        import uuid  # which on Python 3.8 loads platform and subprocess
-        return [str(uuid.uuid4())]
+        return [random_key()]
     name, colon, label = given.strip().partition(":")
     if name != "ci":
         return [given.strip()]
@@ -11896,6 +12009,193 @@ def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
     return ctx.emit_record(answer, text)
 
 
+# -- Any route
+
+API_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+API_URL = re.compile(r"""
+    (?: /api/v1/mogplex (?=/) )?
+    (?P<path> (?:/ (?: [A-Za-z0-9._~!$&'()*+,;=:@-] | %[0-9A-Fa-f]{2} )+ )+ )
+    (?:\? (?P<query> [A-Za-z0-9._~!$&'()*+,;=:@%/?-]* ))?
+    \Z""", re.VERBOSE)
+
+
+class Field(NamedTuple):
+    """``--field NAME=VALUE``: a string, or NAME:=JSON."""
+
+    name: str
+    value: Any
+
+
+def read_field(text: str) -> Field:
+    """The value of a --field."""
+    name, equals, value = text.partition("=")
+    is_json = name.endswith(":")
+    name = name[:-1] if is_json else name
+    if not equals or not name:
+        raise UsageError(f"--field takes NAME=VALUE, or NAME:=JSON, not '{text}'")
+    if not is_json:
+        return Field(name, value)
+    try:
+        return Field(name, parse_json(value))
+    except ValueError:
+        raise UsageError(f"--field {name}: '{value}' is not JSON") from None
+
+
+def fields_body(fields: Sequence[Field]) -> Json:
+    """The JSON object that the fields of a request make."""
+    body: Json = {}
+    for field in fields:
+        if field.name in body:
+            raise UsageError(f"api: --field {field.name} is given twice")
+        body[field.name] = field.value
+    return body
+
+
+def fields_query(fields: Sequence[Field]) -> str:
+    """The query that the fields of a GET make; what is no string stands there as JSON."""
+    pairs = []
+    for name, value in fields:
+        text = value if isinstance(value, str) else compact_json(value)
+        pairs.append((name, text))
+    return urllib.parse.urlencode(pairs, errors="replace")
+
+
+def read_json_input(ctx: Context, source: str) -> Any:
+    """The JSON in a file, or in stdin for ``-``."""
+    try:
+        if source == "-":
+            data = read_all(ctx.stdin.buffer, MAX_BODY + 1)
+        else:
+            with open(source, "rb") as file:
+                data = file.read(MAX_BODY + 1)
+    except (OSError, AttributeError) as error:  # a stdin that is closed is None
+        reason = getattr(error, "strerror", "cannot be read")
+        raise UsageError(f"api: --input {source}: {reason}") from None
+    if len(data) > MAX_BODY:
+        raise UsageError(f"api: --input {source} is larger than {MAX_BODY >> 20} MiB")
+    try:
+        return parse_json(data.decode("utf-8-sig"))
+    except ValueError:
+        raise UsageError(f"api: --input {source} is not JSON") from None
+
+
+class ApiCall(NamedTuple):
+    """One request of ``mogplex api``."""
+
+    method: str
+    path: str  # below API_PATH
+    query: str = ""
+    body: Any = None
+    key: str = ""
+
+    @property
+    def starts_run(self) -> bool:
+        """Whether it may cost money, so that it must not be lost."""
+        return (self.method, self.path) == ("POST", "/runs")
+
+    @property
+    def holds_secrets(self) -> bool:
+        """Whether its answer has the configs of MCP servers, in which live secrets stand."""
+        return urllib.parse.unquote(self.path).lower().startswith("/mcp")
+
+
+def api_call(
+    method: str, url: str, fields: Sequence[Field], body: Any, key: Optional[str],
+) -> ApiCall:
+    """The request that the arguments and options of ``mogplex api`` describe."""
+    if url[:1] != "/":
+        url = "/" + url
+    parts = API_URL.match(url)
+    if not parts or parts["path"] == API_PATH or leaves_the_api(parts["path"]):
+        raise UsageError(
+            f"api: invalid path '{url}'",
+            hint=f"give one below {API_PATH}, such as /runs/ID, percent-encoded where it must be")
+    query = parts["query"] or ""
+    if method == "GET":
+        return ApiCall(method, parts["path"], "&".join(filter(None, [query, fields_query(fields)])))
+    if fields:
+        body = fields_body(fields)
+    if key is None and method == "POST":
+        key = random_key()
+    return ApiCall(method, parts["path"], query, body, key or "")
+
+
+def without_configs(data: Any) -> Any:
+    """``data`` with ``"[hidden]"`` for each config in it."""
+    if isinstance(data, list):
+        return [without_configs(item) for item in data]
+    if not isinstance(data, dict):
+        return data
+    shown = {}
+    for name, value in data.items():
+        shown[name] = "[hidden]" if name.lower() == "config" else without_configs(value)
+    return shown
+
+
+def note_of_api(call: ApiCall) -> str:
+    """What to do where the request may have been carried out, though it failed; "" for nothing."""
+    if is_keyed(call.path, call.key):
+        return ("the request may have been carried out; to find out without doing it twice, "
+                f"add --idempotency-key {call.key}")
+    if call.method in ("POST", "PATCH"):
+        return "the request may have been carried out: look before you send it again"
+    return ""
+
+
+def send_api(ctx: Context, client: Client, call: ApiCall, show: Callable[[Json], None]) -> None:
+    """Send a request and show its answer. A start is written down first, as by ``run``."""
+
+    def send() -> Json:
+        answers.append(client.envelope(
+            call.method, call.path, query=call.query, body=call.body, idempotency_key=call.key))
+        return dict_of(answers[0], "data")
+
+    def announce(_: Json) -> None:
+        show(answers[0])
+
+    answers: List[Json] = []
+    if call.starts_run:
+        body = call.body if isinstance(call.body, dict) else {}
+        start_recorded(client, ctx.home, body, call.key, "", announce, send=send)
+    else:
+        announce(send())
+
+
+def cmd_api(
+    ctx: Context, *words: str, field: Sequence[Field] = (), input: str = "",
+    idempotency_key: Optional[str] = None, envelope: bool = False,
+) -> int:
+    """Any route of the API."""
+    if field and input:
+        raise UsageError("api: give the body once: as --field, or as --input")
+    method = "POST" if field or input else "GET"
+    if len(words) > 1:
+        method = words[0].upper()
+    if method not in API_METHODS:
+        known = ", ".join(API_METHODS)
+        raise UsageError(f"api: the method is one of {known}, not '{words[0]}'")
+    if method == "GET" and (input or idempotency_key):
+        raise UsageError("api: a GET has neither --input nor --idempotency-key")
+    body = read_json_input(ctx, input) if input else None
+    call = api_call(method, words[-1], field, body, idempotency_key)
+
+    def show(answer: Json) -> None:
+        data = answer if envelope else answer["data"]
+        if call.holds_secrets and not envelope:
+            data = without_configs(data)
+        ctx.emit(ctx.json_line(data))
+
+    with ctx.client() as client:
+        try:
+            send_api(ctx, client, call, show)
+        except (MogplexError, KeyboardInterrupt) as error:
+            note = note_of_api(call)
+            if note and getattr(error, "delivered", True):
+                ctx.note(note)
+            raise
+    return Exit.OK
+
+
 def is_in_ci(environ: Mapping[str, str]) -> bool:
     """Whether this is a CI job, by the variable that GitHub, GitLab and nearly all others set."""
     value = environ.get("CI", "").lower()
@@ -12074,6 +12374,7 @@ class Option(NamedTuple):
     read: Callable[[str], Any] = str   # makes the value that the command gets; UsageError
     known: Tuple[str, ...] = ()        # the values that this version knows; others are passed on
     needs: str = ""                    # the flag without which it has no effect
+    repeats: bool = False              # it may be given again: the command gets a list
     may_be_empty: bool = True          # "", a script's unset variable, counts as not given
 
     @property
@@ -12230,6 +12531,29 @@ SUBCOMMANDS = {
         ('sandboxes stop "$ID"', 'sandboxes stop "$ID" --json'),
         (SANDBOX_ARGUMENT,),
     ),
+    "api": Subcommand(
+        cmd_api, "Send any request to the API.",
+        ("api /automations --get automations.0.id",
+         'api /automations/"$ID"/trigger --field repoId="$REPO_ID"'),
+        (
+            Argument("[METHOD]",
+                     "GET, POST, PUT, PATCH or DELETE (default: GET, or POST with a body)", "?"),
+            Argument("PATH", f"below {API_PATH}, with its query if any", 1),
+        ),
+        (
+            Option("--field", "NAME=VALUE",
+                   "add a string to the JSON body, or to the query of a GET; NAME:=JSON "
+                   "for other types; may be given again",
+                   read_field, repeats=True),
+            Option("--input", "FILE", "read the JSON body from FILE; - is stdin"),
+            Option("--idempotency-key", "KEY",
+                   "send this key with a POST (default: random); it makes a repeat safe for "
+                   "/runs and /automations/ID/trigger alone",
+                   may_be_empty=False),
+            Option("--envelope", "",
+                   "print the whole answer, unchanged, with the configs of MCP servers"),
+        ),
+    ),
     "login": Subcommand(
         cmd_login, "Sign in with a browser; in CI set MOGPLEX_API_KEY instead.",
         ("login", "login --with-token < token.txt"),
@@ -12343,7 +12667,10 @@ def command_parser(name: str) -> CommandParser:
             argument.name, metavar=argument.name.strip("[.]"),
             nargs=argument.number, help=argument.meaning)
     for option in options_of(name):
-        if option.value:
+        if option.repeats:
+            parser.add_argument(
+                option.flag, metavar=option.value, help=option.meaning, action="append")
+        elif option.value:
             parser.add_argument(option.flag, metavar=option.value, help=option.meaning)
         elif option is not HELP_OPTION:  # argparse has its own, where it is wanted
             parser.add_argument(option.flag, action="store_true", help=option.meaning)
@@ -12364,7 +12691,9 @@ def read_options(name: str, given: Mapping[str, Any]) -> Json:
     values: Json = {}
     for option in options_of(name):
         value = given.get(option.keyword)
-        if value is True:
+        if option.repeats and value:
+            values[option.keyword] = [read_option(name, option, text) for text in value]
+        elif value is True:
             values[option.keyword] = True
         elif value:
             values[option.keyword] = read_option(name, option, value)

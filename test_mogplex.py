@@ -2854,7 +2854,7 @@ def test_any_route_can_be_asked() -> None:
 
 @pytest.mark.parametrize("method, options, tries", [
     ("GET", {}, 3), ("PUT", {"body": {}}, 3), ("DELETE", {}, 3),
-    ("POST", {"body": {}}, 1), ("POST", {"body": {}, "idempotency_key": "k"}, 3),
+    ("POST", {"body": {}}, 1), ("PATCH", {"body": {}}, 1),
 ])
 def test_any_route_is_asked_again_where_that_does_no_harm(
     method: str, options: Dict[str, Any], tries: int,
@@ -2865,7 +2865,39 @@ def test_any_route_is_asked_again_where_that_does_no_harm(
     assert len(server.requests) == tries
 
 
-@pytest.mark.parametrize("path", ["", "x", "/a b", "/a?b", "/a#b", "/a\\b", "/a\nb", "@evil"])
+@pytest.mark.parametrize("path, tries", [
+    ("/runs", 3), ("/automations/a/trigger", 3),
+    ("/sandboxes", 1), ("/runs/r/cancel", 1), ("/automations", 1), ("/automations/a/b/trigger", 1),
+])
+def test_a_key_makes_a_post_repeatable_only_where_the_service_honours_it(
+    path: str, tries: int,
+) -> None:
+    with RawServer(steps(answer(502))) as server, client(server.url) as one:
+        with pytest.raises(mogplex.UnavailableError):
+            one.request("POST", path, body={}, idempotency_key="k")
+    assert len(server.requests) == tries
+
+
+@pytest.mark.parametrize("data", [None, [], [1], "x", {"a": 1}])
+def test_an_envelope_is_given_whole_whatever_its_data(data: Any) -> None:
+    whole = {"ok": True, "data": data, "more": 1}
+    with RawServer(lambda *_: answer(200, whole)) as server:
+        with client(server.url) as one:
+            assert one.envelope("GET", "/x", query="a=1&a=") == whole
+    assert server.requests[0].startswith("GET /api/v1/mogplex/x?a=1&a= HTTP")
+
+
+def test_an_envelope_may_be_missing_after_a_204_alone() -> None:
+    with one_answer(answer(204)) as server, client(server.url) as one:
+        assert one.envelope("DELETE", "/x") == {"ok": True, "data": None}
+    with one_answer(answer(200, {"ok": True})) as server, client(server.url, tries=1) as one:
+        with pytest.raises(mogplex.InvalidResponseError):
+            one.envelope("GET", "/x")
+
+
+@pytest.mark.parametrize("path", [
+    "", "x", "/a b", "/a?b", "/a#b", "/a\\b", "/a\nb", "@evil", "//evil", "/a/", "/..", "/a/../b",
+    "/a/.", "/a/%2e%2E/b", "/a/.%2e", "/%252e%252e/b", "/a%2fb", "/a%5Cb", "/a%0d%0ab", "/a%00"])
 def test_a_path_that_would_lead_elsewhere_is_refused(path: str) -> None:
     with RawServer(steps(GOOD)) as server, client(server.url) as one:
         with pytest.raises(mogplex.UsageError, match="invalid path"):
@@ -9606,6 +9638,151 @@ def test_without_tabulate_a_table_is_tab_separated(
     assert titles.startswith("ID\tREPO\t") and "\tacme/docs\ttrunk\twebsite" in row
     assert result.err == "the package 'tabulate' is missing: the table is tab-separated\n"
     assert run_demo("repos", "list", "--query", "zzz", "--json") == Result(0, "", "")
+
+
+API = "/api/v1/mogplex"
+
+
+def api(server: RawServer, *argv: str, cli: Callable[..., Result]) -> Result:
+    """``mogplex api`` with a service."""
+    return cli("api", *argv, env=service(server.url))
+
+
+@pytest.mark.parametrize("argv, line, body", [
+    (["/repos"], f"GET {API}/repos", ""),
+    (["repos"], f"GET {API}/repos", ""),
+    ([f"{API}/repos"], f"GET {API}/repos", ""),
+    (["get", "/repos?q=a%20b"], f"GET {API}/repos?q=a%20b", ""),
+    (["GET", "/x?a=1", "--field", "q=a b&c", "--field", "limit:=5", "--field", "b:=true"],
+     f"GET {API}/x?a=1&q=a+b%26c&limit=5&b=true", ""),
+    (["/x", "--field", "a=5", "--field", "b:=[1, null]", "--field", "c=x=:=y"],
+     f"POST {API}/x", '{"a": "5", "b": [1, null], "c": "x=:=y"}'),
+    (["POST", "/x?y=1"], f"POST {API}/x?y=1", ""),
+    (["PATCH", "/x", "--field", "a="], f"PATCH {API}/x", '{"a": ""}'),
+    (["delete", "/repos/r/env-vars"], f"DELETE {API}/repos/r/env-vars", ""),
+])
+def test_api_sends_what_it_is_told(
+    cli: Callable[..., Result], argv: List[str], line: str, body: str,
+) -> None:
+    with one_answer(ok({"b": 1, "a": "\x9b2J"})) as server:
+        result = api(server, *argv, cli=cli)
+    assert result == Result(0, '{"b":1,"a":"\\u009b2J"}\n', "")
+    head, _, sent = server.requests[0].partition("\r\n\r\n")
+    assert head.splitlines()[0] == f"{line} HTTP/1.1"
+    assert sent == body
+    key = re.search(r"(?m)^Idempotency-Key: (.*)\r$", head + "\r")
+    assert bool(key) is line.startswith("POST")
+    assert key is None or mogplex.is_uuid(key.group(1))
+
+
+@pytest.mark.parametrize("path", [
+    "https://evil.example/x", "//evil.example/x", "/../x", "/api/v1/other", "../x", "/x/%2e%2e/y",
+    "/x%2f..%2fy", "/x\\y", "/x#y", "/x y", "/x\ny", "/x?y#z", "", "/", "/x/", "/x?y z", "/caf\xe9",
+    f"{API}", f"{API}/", f"{API}/../other", "/x%0ay", "@evil.example/", "/x%"])
+def test_api_reaches_nothing_outside_the_api(cli: Callable[..., Result], path: str) -> None:
+    with one_answer(ok({})) as server:
+        result = api(server, path, cli=cli)
+    if path == "/api/v1/other":  # names a route below the prefix
+        assert server.requests[0].startswith(f"GET {API}/api/v1/other HTTP")
+        return
+    assert (result.code, result.out, server.requests) == (2, "", [])
+    assert result.err.startswith("error: api: invalid path '")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["/x", "--field", "a=1", "--input", "-"], "give the body once: as --field, or as --input"),
+    (["GET", "/x", "--input", "-"], "a GET has neither --input nor --idempotency-key"),
+    (["/x", "--idempotency-key", "k"], "a GET has neither --input nor --idempotency-key"),
+    (["/x", "--field", "a"], "--field takes NAME=VALUE, or NAME:=JSON, not 'a'"),
+    (["/x", "--field", "=a"], "--field takes NAME=VALUE, or NAME:=JSON, not '=a'"),
+    (["/x", "--field", ":=1"], "--field takes NAME=VALUE, or NAME:=JSON, not ':=1'"),
+    (["/x", "--field", "a:={"], "--field a: '{' is not JSON"),
+    (["/x", "--field", "a=1", "--field", "a=2"], "--field a is given twice"),
+    (["HEAD", "/x"], "the method is one of GET, POST, PUT, PATCH, DELETE, not 'HEAD'"),
+    (["/x", "--input", "no-such-file"], "--input no-such-file: No such file or directory"),
+])
+def test_api_refuses_what_it_cannot_send(
+    cli: Callable[..., Result], argv: List[str], words: str,
+) -> None:
+    with one_answer(ok({})) as server:
+        result = api(server, *argv, cli=cli)
+    assert (result.code, result.out, server.requests) == (2, "", [])
+    assert words in result.err.splitlines()[0]
+
+
+@pytest.mark.parametrize("text, code", [
+    ('\ufeff{"a": [1.5, "\\u00e9"]}\n', 0), ("", 2), ("{", 2), ("\udcff", 2), ("NaN", 2)])
+def test_api_sends_json_from_a_file(
+    cli: Callable[..., Result], tmp_path: Any, text: str, code: int,
+) -> None:
+    file = tmp_path / "body.json"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with one_answer(ok({})) as server:
+        result = api(server, "/x", "--input", str(file), cli=cli)
+    assert result.code == code
+    assert len(server.requests) == (code == 0)
+    assert code or server.requests[0].endswith('{"a": [1.5, "\\u00e9"]}')
+
+
+def test_api_hides_the_configs_of_mcp_servers_unless_the_envelope_is_asked_for(
+    cli: Callable[..., Result],
+) -> None:
+    data = {"servers": [{"name": "a", "config": {"token": "s3"}}, {"name": "b", "config": None}]}
+    hidden = '{"servers":[{"name":"a","config":"[hidden]"},{"name":"b","config":"[hidden]"}]}\n'
+    for path in ("/mcp/servers", "/%6dcp/servers", "/MCP/servers", "/mcp/servers?a=1"):
+        with one_answer(ok(data)) as server:
+            assert api(server, path, cli=cli) == Result(0, hidden, "")
+    with one_answer(ok(data)) as server:
+        result = api(server, "/mcp/servers", "--envelope", cli=cli)
+    assert json.loads(result.out) == {"ok": True, "data": data}
+
+
+@pytest.mark.parametrize("path, advice", [
+    ("/automations/a/trigger", "the request may have been carried out; to find out without doing "
+     "it twice, add --idempotency-key k\n"),
+    ("/sandboxes", "the request may have been carried out: look before you send it again\n"),
+])
+def test_api_says_what_to_do_when_a_post_may_have_been_carried_out(
+    cli: Callable[..., Result], path: str, advice: str,
+) -> None:
+    with RawServer(steps(b"")) as server:
+        result = api(server, "POST", path, "--idempotency-key", "k", cli=cli)
+    assert (result.code, result.out) == (69, "")
+    assert result.err.endswith(advice) or advice in result.err
+    with one_answer(refusal(403, "FORBIDDEN", "No scope")) as server:
+        result = api(server, "POST", path, cli=cli)
+    assert result.code == 65 and advice not in result.err
+
+
+def test_a_run_that_api_starts_is_remembered(cli: Callable[..., Result]) -> None:
+    argv = ["/runs", "--field", "repoId=r", "--field", "prompt=Do it", "--idempotency-key", "k-1"]
+    with RawServer(steps(b"")) as server:
+        assert api(server, *argv, cli=cli).code == 69
+        listed = cli("runs", "list", "--json", env=service(server.url))
+    assert json.loads(listed.out)["key"] == "k-1"
+    with one_answer(ok(RUN)) as server:
+        result = api(server, *argv, "--get", "runId", cli=cli)
+        assert result == Result(0, "run-uuid\n", "")
+        listed = cli("runs", "list", "--json", env=service(server.url))
+    assert json.loads(listed.out)["id"] == "run-uuid"
+
+
+def test_api_serves_automations_which_have_no_command_of_their_own(
+    cli: Callable[..., Result],
+) -> None:
+    with mogplex.DemoServer(speed=1e6) as demo:
+        env = service(demo.url, demo.token)
+        automation = cli("api", "/automations", "--get", "automations.0.id", env=env).out.strip()
+        repo = cli("repos", "list", "--get", "id", env=env).out.splitlines()[0]
+        trigger = ["api", f"/automations/{automation}/trigger", "--field", f"repoId={repo}",
+                   "--idempotency-key", "k"]
+        first, again = [json.loads(cli(*trigger, env=env).out)["run"] for _ in range(2)]
+        assert [first["started"], again["started"]] == [True, False]
+        runs = json.loads(cli("api", f"/automations/{automation}/runs?limit=1", env=env).out)
+        assert runs["runs"][0]["id"] == first["jobRunId"]
+        made = cli("api", "/sandboxes", "--field", f"repoId={repo}", "--get", "sandbox.status",
+                   env=env)
+        assert made == Result(0, "running\n", "")
 
 
 def test_a_real_bug_keeps_its_traceback(
