@@ -8005,6 +8005,12 @@ def chosen(placed: PaneLine, at: int, width: int) -> PaneLine:
     return PaneLine(fill(placed.line, width, "select"), at)
 
 
+def whole(text: str, style: str, width: int, most: int) -> List[Line]:
+    """A text that is to be read to its end, in at most so many lines."""
+    pieces = folded(text, width - 2)[:most]
+    return [[(f" {piece}", style)] for piece in pieces]
+
+
 def title_style(focused: bool) -> str:
     if focused:
         return "key"
@@ -8366,12 +8372,6 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     return output
 
 
-def whole(text: str, style: str, width: int, most: int) -> List[Line]:
-    """A text that is to be read to its end, in at most so many lines."""
-    pieces = folded(text, width - 2)[:most]
-    return [[(f" {piece}", style)] for piece in pieces]
-
-
 def question_lines(state: State, width: int) -> List[Line]:
     """The question before a run is cancelled; whole, however narrow the window is."""
     run = run_named(state, state.attention.killing)
@@ -8548,6 +8548,9 @@ def select_entry(state: State, at: int, may_follow: bool) -> State:
     top = scrolled(state, entries, at, top, width, rows)
     follow = may_follow and at >= len(entries) - 1
     return state.scroll(at=at, top=top, follow=follow)
+
+
+FAR = 10**9  # more rows than anything has
 
 
 def move_in_rail(state: State, step: int) -> State:
@@ -8729,7 +8732,6 @@ def switch_mouse(state: State) -> State:
     return state.look(mouse=mouse).ask(Screen.switch_mouse, mouse).say(words)
 
 
-FAR = 10**9
 ANYWHERE = (
     Binding("^c", "close or clear; twice: leave", interrupt),
     Binding("^p", "palette", show_palette),
