@@ -4812,6 +4812,7 @@ def of_runs(**answers: Step) -> Answer:
 
 DONE = ok({"run": {"status": "success"}, "events": [FINISHED_EVENT]})
 GOES_ON = ok({"run": {"status": "streaming"}, "events": log(1)})
+NO_CONTENT = answer(204)
 
 
 def test_a_stream_and_an_answer_that_hangs_hold_up_no_other_run() -> None:
@@ -4857,24 +4858,60 @@ def test_the_time_out_of_several_tails_is_for_all() -> None:
     assert clock.now == pytest.approx(1030.0)
 
 
+def many(one: mogplex.Client, run_ids: str, clock: VirtualClock, **options: Any) -> mogplex.Tails:
+    """Several tails in virtual time."""
+    timing = mogplex.Timing(timeout_s=120.0, clock=clock, sleep=clock.sleep, random=lambda: 0.0)
+    return mogplex.Tails(one, run_ids, timing, 200, mogplex.tell_nobody_of_many, **options)
+
+
+def test_every_request_of_several_tails_is_paid_for() -> None:
+    """After a 204 a look takes two."""
+    clock = VirtualClock()
+    asked_at: List[float] = []
+
+    def answer(number: int, request: str, connection: socket.socket) -> bytes:
+        asked_at.append(clock.now)
+        return NO_CONTENT if "/events?" in request else GOES_ON
+
+    with RawServer(answer) as server, mogplex.Client(TOKEN, server.url) as one:
+        with pytest.raises(mogplex.TailTimeout):
+            list(many(one, "ABCDE", clock).items())
+    assert 40 <= max(sum(at <= other < at + 60 for other in asked_at) for at in asked_at) <= 58
+
+
+def test_the_budget_of_several_tails_follows_the_credential_and_the_runs_left() -> None:
+    with RawServer(of_runs(A=DONE, B=GOES_ON)) as server, mogplex.Client(TOKEN, server.url) as one:
+        for cancels, reserved in ((True, 1), (False, 0)):
+            tails = many(one, "AB", VirtualClock(), cancels=cancels)
+            with pytest.raises(mogplex.TailTimeout):
+                list(tails.items())
+            assert tails.budget.reserved == reserved
+        signed_in = mogplex.Credential(TOKEN, refresh_token="r")
+        with mogplex.Client(signed_in, server.url) as other:
+            wider = many(other, "AB", VirtualClock()).budget
+        for budget in (wider, tails.budget):
+            budget.spend(100, 2000.0, 0.0)
+        assert wider.free_at < 2030.0 < tails.budget.free_at
+
+
 def test_an_outage_of_several_tails_is_ridden_out_for_300_s() -> None:
     """The waits for the others' turns count too."""
     clock = VirtualClock()
     since: List[float] = []
 
     def answer(number: int, request: str, connection: socket.socket) -> bytes:
-        if number <= 20:
+        if number <= 30:
             since.append(clock.now)
             return GOES_ON
         return refusal(503, "SERVICE_UNAVAILABLE", "later")
 
-    names = [f"R{number}" for number in range(20)]
+    names = [f"R{number}" for number in range(30)]
     with RawServer(answer) as server, mogplex.Client(TOKEN, server.url) as one:
         items = mogplex.tail_many(
             one, names, clock=clock, sleep=clock.sleep, random=lambda: 0.0)
         ends = [item for _, item in items if not isinstance(item, dict)]
-    assert {type(end) for end in ends} == {mogplex.UnavailableError} and len(ends) == 20
-    assert 300 <= clock.now - since[-1] < 360
+    assert {type(end) for end in ends} == {mogplex.UnavailableError} and len(ends) == 30
+    assert 300 <= clock.now - since[-1] < 400
 
 
 def test_what_on_progress_raises_ends_all_tails_and_their_threads() -> None:
