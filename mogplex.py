@@ -61,18 +61,19 @@ import urllib.parse
 from typing import (
     TYPE_CHECKING, Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator,
     List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
-    Union,
+    TypedDict, Union, cast,
 )
 
 __version__ = "1.1.0"
 __all__ = [
-    "Client", "Credential", "Exit", "ForbiddenError", "InvalidResponseError", "MogplexError",
-    "Progress", "RateLimitedError", "SSEDecoder", "ServerSentEvent", "TailTimeout",
-    "UnauthorizedError", "UnavailableError", "UsageError", "Verdict", "sanitize", "tail",
-    "tail_many",
+    "Client", "Credential", "Event", "Exit", "ForbiddenError", "InvalidResponseError",
+    "MogplexError", "Progress", "RateLimitedError", "Repo", "Run", "SSEDecoder", "Sandbox",
+    "ServerSentEvent", "TailTimeout", "UnauthorizedError", "UnavailableError", "UsageError",
+    "Verdict", "sanitize", "tail", "tail_many",
 ]
 
 Json = Dict[str, Any]  # an object of the service, as it came
+Record = Mapping[str, Any]  # an object that is only read; a TypedDict (Run, Repo, ...) is one too
 
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
@@ -1241,7 +1242,7 @@ class Home:
         """Write a start down before it is sent; where that fails, a warning is all."""
         self._change_history(with_start, start)
 
-    def record_run(self, start: Json, run: Json) -> None:
+    def record_run(self, start: Json, run: Record) -> None:
         """Add to a start what its answer says: the run's id, branch and time."""
         entry = {
             **start,
@@ -1780,6 +1781,101 @@ REPEATABLE_METHODS = ("GET", "PUT", "DELETE")
 KEYED_PATH = re.compile(r"/runs|/automations/[^/]+/trigger")  # where the service honours a key
 LAUNCH_S = 600.0  # a sandbox is answered after its launch, which takes minutes
 SERVICE_HOSTS = {"www.mogplex.com", "mogplex.com"}  # which may redirect to each other
+
+
+# -- What the service sends, for editors and type checkers. Any key may be missing, and others
+# may come. Code here reads it with text_of() and its like, as a value may be of an odd type.
+
+
+class Repo(TypedDict, total=False):
+    """A repository that is linked to the account."""
+
+    id: str
+    full_name: str  # owner/name
+    installation_id: Optional[int]
+    default_branch: Optional[str]
+    root_directory: Optional[str]
+
+
+class Sandbox(TypedDict, total=False):
+    """A machine in the cloud, with a checkout of a repo."""
+
+    id: str
+    sandbox_id: Optional[str]  # the provider's; "pending" while it starts
+    repo_id: str
+    status: str                # one of SANDBOX_STATUSES, or a new one
+    base_branch: str
+    working_branch: str
+    root_directory: Optional[str]
+    preview_url: Optional[str]
+    created_at: str            # ISO 8601, as are all times
+    last_active_at: str
+    error: Optional[str]
+
+
+class RunBranch(TypedDict, total=False):
+    """The branches that a run was asked for; its Verdict tells which one was pushed."""
+
+    base: str
+    working: str
+    createBranch: bool
+
+
+class RunRuntime(TypedDict, total=False):
+    """Where a run is carried out."""
+
+    provider: Optional[str]
+    runId: Optional[str]
+
+
+class Run(TypedDict, total=False):
+    """One task of an agent."""
+
+    runId: str
+    aiCallId: str
+    sandboxRecordId: Optional[str]  # the id of its Sandbox
+    sandboxId: Optional[str]        # the provider's; "pending" while it starts
+    repoId: str
+    harness: str
+    status: str                     # pending, streaming, success, failed, cancelled, or a new one
+    branch: RunBranch
+    rootDirectory: Optional[str]
+    eventsUrl: str
+    cancelUrl: str
+    createdAt: str
+    updatedAt: str
+    error: Optional[str]
+    runtime: RunRuntime
+    replayed: bool                  # in the answer to a start: its key had started this run before
+
+
+class Event(TypedDict, total=False):
+    """One thing that happened in a run. ``message`` and ``payload`` hold what an agent wrote."""
+
+    id: str
+    type: str  # an open set of words: started, log, status_changed, finished, failed ...
+    toolName: Optional[str]
+    message: Optional[str]
+    payload: Json
+    createdAt: str
+
+
+class RunEvents(TypedDict, total=False):
+    """The answer of ``Client.events``."""
+
+    run: Run
+    events: List[Event]
+
+
+class Cancellation(TypedDict, total=False):
+    """The answer of ``Client.cancel``; already_ended() reads it."""
+
+    run: Run
+    status: str
+    alreadyTerminal: bool
+
+
+# -- Requests
 
 
 class Shape(NamedTuple):
@@ -2867,20 +2963,20 @@ class Client:
         query: str = "",
         repo_id: str = "",
         limit: Optional[int] = None,
-    ) -> List[Json]:
+    ) -> List[Repo]:
         """GET /repos, by name; ``query`` is part of one, in which ``_`` and ``%`` are wildcards."""
         params = {"q": query, "id": repo_id, "limit": limit}
-        return self._listed("repos", "/repos", params)
+        return cast("List[Repo]", self._listed("repos", "/repos", params))
 
     def sandboxes(
         self,
         repo_id: str = "",
         status: str = "",
         limit: Optional[int] = None,
-    ) -> List[Json]:
+    ) -> List[Sandbox]:
         """GET /sandboxes, newest activity first."""
         params = {"repo_id": repo_id, "status": status, "limit": limit}
-        return self._listed("sandboxes", "/sandboxes", params)
+        return cast("List[Sandbox]", self._listed("sandboxes", "/sandboxes", params))
 
     def sandbox_logs(self, sandbox_id: str) -> Json:
         """GET /sandboxes/{id}/logs: ``{sandbox: {install_log, dev_log}, lifecycle_events}``."""
@@ -2888,7 +2984,7 @@ class Client:
         expected = request.expecting(objects=("sandbox",), lists=("lifecycle_events",))
         return self._answered(expected)
 
-    def create_sandbox(self, body: Json) -> Json:
+    def create_sandbox(self, body: Json) -> Sandbox:
         """POST /sandboxes: the sandbox.
 
         ``body`` holds repoId, baseBranch, workingBranch, createBranch, rootDirectory. Never
@@ -2896,14 +2992,14 @@ class Client:
         """
         request = self._api_request("POST", "/sandboxes", body=body)
         data = self._answered(request.expecting(objects=("sandbox",)))
-        return dict_of(data, "sandbox")
+        return cast(Sandbox, dict_of(data, "sandbox"))
 
     def stop_sandbox(self, sandbox_id: str) -> Json:
         """POST /sandboxes/{id}/stop, a route yet to come: InvalidResponse or 404 until then."""
         request = self._api_request("POST", f"/sandboxes/{path_segment(sandbox_id)}/stop")
         return self._answered(request._replace(repeatable=True))
 
-    def start_run(self, body: Json, idempotency_key: str) -> Json:
+    def start_run(self, body: Json, idempotency_key: str) -> Run:
         """POST /runs: the Run, and ``replayed``.
 
         ``body`` holds repoId and prompt, and harness, baseBranch, workingBranch, createBranch,
@@ -2918,21 +3014,21 @@ class Client:
         run = self._answered(request, refusal)
         if not text_of(run, "runId"):  # and asking again would not make one
             raise InvalidResponseError("unexpected response: no 'runId'", delivered=True)
-        return run
+        return cast(Run, run)
 
-    def run(self, run_id: str) -> Json:
+    def run(self, run_id: str) -> Run:
         """GET /runs/{id}: the Run."""
-        return dict_of(self._answered(self._run_request(run_id)), "run")
+        return cast(Run, dict_of(self._answered(self._run_request(run_id)), "run"))
 
-    def events(self, run_id: str, limit: Optional[int] = None) -> Json:
+    def events(self, run_id: str, limit: Optional[int] = None) -> RunEvents:
         """GET /runs/{id}/events: ``{run, events}``, the first ``limit`` (at most 200) events."""
-        return self._answered(self._events_request(run_id, limit))
+        return cast(RunEvents, self._answered(self._events_request(run_id, limit)))
 
-    def cancel(self, run_id: str) -> Json:
+    def cancel(self, run_id: str) -> Cancellation:
         """POST /runs/{id}/cancel, safe to repeat: ``{run, status, alreadyTerminal}``."""
         request = self._api_request("POST", f"/runs/{path_segment(run_id)}/cancel")
         repeatable = request._replace(repeatable=True)
-        return self._answered(repeatable.expecting(run_id=run_id.strip()))
+        return cast(Cancellation, self._answered(repeatable.expecting(run_id=run_id.strip())))
 
     def agents(self) -> List[Json]:
         """GET /agents."""
@@ -3192,10 +3288,10 @@ class Client:
 
 
 def start_recorded(
-    client: Client, home: Home, body: Json, key: str, repo: str, announce: Callable[[Json], None],
+    client: Client, home: Home, body: Json, key: str, repo: str, announce: Callable[[Run], None],
     before_sending: Callable[[], None] = do_nothing,
-    send: Optional[Callable[[], Json]] = None,
-) -> Json:
+    send: Optional[Callable[[], Run]] = None,
+) -> Run:
     """Start a run so that no death of this process loses it.
 
     The start is written down, sent, told, and its id written down: ``announce`` gets the Run
@@ -3349,7 +3445,7 @@ class Delivery(NamedTuple):
         )
 
 
-def delivery_of(event: Json) -> Optional[Delivery]:
+def delivery_of(event: Record) -> Optional[Delivery]:
     """The delivery told by a git_sync or git_delivery event; None for every other event."""
     payload = event.get("payload")
     if not isinstance(payload, dict) or "stage" not in payload:
@@ -3361,7 +3457,7 @@ def delivery_of(event: Json) -> Optional[Delivery]:
     return Delivery(text_of(payload, "working_branch"), url, changed)
 
 
-def failure_of(event: Json) -> str:
+def failure_of(event: Record) -> str:
     """Why a run failed, as a finished or failed event tells it; "" when it does not.
 
     The harness's error where there is one; else its failure code and exit code.
@@ -3379,7 +3475,7 @@ def failure_of(event: Json) -> str:
     return ", ".join(filter(None, reasons))
 
 
-def already_ended(answer: Json) -> bool:
+def already_ended(answer: Cancellation) -> bool:
     """Whether the answer to a cancel says that the run had ended before.
 
     The service says ``alreadyTerminal``; its documents promise a ``status`` instead.
@@ -3402,7 +3498,7 @@ class Progress(NamedTuple):
     failures: int
     message: str
     latency_ms: float
-    run: Json
+    run: Run
     branch: str = ""            # as of Delivery, so far
     pull_request_url: str = ""
 
@@ -3420,7 +3516,7 @@ class Verdict(NamedTuple):
     pull_request_url: str
     truncated: bool
     duration_s: Optional[float]
-    run: Json
+    run: Run
 
 
 # -- What is known of a run
@@ -3618,7 +3714,7 @@ class Story:
             pull_request_url=self.delivery.pull_request_url,
             truncated=self.truncated,
             duration_s=duration_s,
-            run=self.run,
+            run=cast(Run, self.run),
         )
 
 
@@ -4134,7 +4230,7 @@ class Tail:
             failures=link.failures,
             message=message,
             latency_ms=link.latency_ms,
-            run=story.run,
+            run=cast(Run, story.run),
             branch=story.delivery.branch,
             pull_request_url=story.delivery.pull_request_url,
         )
@@ -4157,7 +4253,7 @@ def tail(
     clock: Clock = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     random: Callable[[], float] = random_unit,
-) -> Iterator[Union[Json, Verdict]]:
+) -> Iterator[Union[Event, Verdict]]:
     """Each event of a run once, as it comes, and last of all the Verdict.
 
     Polls every ``interval_s``, or reads a stream where the service offers one; when a stream brings
@@ -4171,7 +4267,8 @@ def tail(
     """
     timing = Timing(timeout_s, interval_s, idle_s, clock, sleep, random)
     one = Tail(client, run_id, timing, limit, on_progress, just_started)
-    return (item for item, _ in one.items())
+    items = (item for item, _ in one.items())
+    return cast("Iterator[Union[Event, Verdict]]", items)
 
 
 # -- Several runs at once
@@ -4242,7 +4339,7 @@ class Budget:
         self._pace.succeeded(True, now)
 
 
-ManyItem = Tuple[str, Union[Json, Verdict, MogplexError]]
+ManyItem = Tuple[str, Union[Event, Verdict, MogplexError]]
 OnManyProgress = Callable[[str, Progress], None]
 
 
@@ -4549,7 +4646,7 @@ def value_line(record: object, path: str, encoding: Optional[str]) -> str:
     return ndjson(value)
 
 
-def shown(record: Json, *keys: str) -> str:
+def shown(record: Record, *keys: str) -> str:
     """The text at ``record[key][key]...``, harmless; "" for none."""
     return sanitize(text_of(record, *keys))
 
@@ -4567,8 +4664,8 @@ class Setting(NamedTuple):
     json_line: Callable[[object], str] = ndjson
 
 
-Cell = Callable[[Json, Setting], str]
-Listed = Sequence[Json]
+Cell = Callable[[Record, Setting], str]
+Listed = Sequence[Record]
 
 
 class Column(NamedTuple):
@@ -4581,14 +4678,14 @@ class Column(NamedTuple):
 
 def plain(*keys: str) -> Cell:
     """The cell with the text at ``record[key][key]...``, harmless."""
-    def cell(record: Json, setting: Setting) -> str:
+    def cell(record: Record, setting: Setting) -> str:
         return shown(record, *keys)
     return cell
 
 
 def when(key: str) -> Cell:
     """The cell with the time at ``key``, as an age where the setting says so."""
-    def cell(record: Json, setting: Setting) -> str:
+    def cell(record: Record, setting: Setting) -> str:
         moment = parse_time(record.get(key))
         if setting.now is None or moment is None:
             return format_time(record.get(key))
@@ -4598,23 +4695,23 @@ def when(key: str) -> Cell:
 
 def repo_at(key: str) -> Cell:
     """The cell with the name of the repo whose id is at ``key``; what is there if it has none."""
-    def cell(record: Json, setting: Setting) -> str:
+    def cell(record: Record, setting: Setting) -> str:
         repo = text_of(record, key)
         return sanitize(setting.repo_names.get(repo, repo))
     return cell
 
 
-def status_cell(record: Json, setting: Setting) -> str:
+def status_cell(record: Record, setting: Setting) -> str:
     """The record's status."""
     return paint(shown(record, "status"), setting.colour)
 
 
-def branch_cell(sandbox: Json, setting: Setting) -> str:
+def branch_cell(sandbox: Record, setting: Setting) -> str:
     """The branch that a sandbox works on."""
     return shown(sandbox, "working_branch") or shown(sandbox, "base_branch")
 
 
-def started_cell(record: Json, setting: Setting) -> str:
+def started_cell(record: Record, setting: Setting) -> str:
     """The id of a remembered run; for a start whose answer never came, the key that finds out."""
     return shown(record, "id") or f"in doubt: key {shown(record, 'key')}"
 
@@ -4646,7 +4743,7 @@ HISTORY_COLUMNS = (
 )
 
 
-def row_of(record: Json, columns: Columns, setting: Setting) -> List[str]:
+def row_of(record: Record, columns: Columns, setting: Setting) -> List[str]:
     """The cells of a record."""
     return [column.cell(record, setting) for column in columns]
 
@@ -4833,7 +4930,7 @@ def labelled(run_id: str, line: str) -> str:
     return f"{sanitize(run_id)[:8]:<8}  {line}"
 
 
-def with_run_id(run_id: str, event: Json) -> Json:
+def with_run_id(run_id: str, event: Record) -> Json:
     """An event of one of several runs."""
     record: Json = {"runId": run_id}
     record.update(event)
@@ -4854,7 +4951,7 @@ def tally(statuses: Sequence[str]) -> str:
 # -- Events and logs
 
 
-def event_text(event: Json, newline: str = " \u23ce ") -> str:
+def event_text(event: Record, newline: str = " \u23ce ") -> str:
     """The message, and what the payload adds to it: a pull request's URL, why a run failed."""
     message = sanitize(text_of(event, "message"), newline)
     reason = sanitize(failure_of(event), newline)
@@ -4866,7 +4963,7 @@ def event_text(event: Json, newline: str = " \u23ce ") -> str:
     return message
 
 
-def event_line(event: Json, newline: str = " \u23ce ") -> str:
+def event_line(event: Record, newline: str = " \u23ce ") -> str:
     """Time, type, tool and text, two spaces between."""
     kind = sanitize(text_of(event, "type"), newline)
     parts = [format_time(event.get("createdAt")), f"{kind:<14}"]
@@ -4928,7 +5025,7 @@ class Outcome(NamedTuple):
     left: str = ""              # why a command left it before its end
 
 
-def outcome_of_run(run: Json) -> Outcome:
+def outcome_of_run(run: Run) -> Outcome:
     """The Outcome of a run that has just been started."""
     return Outcome(
         run_id=text_of(run, "runId"),
@@ -5848,7 +5945,7 @@ class CrashGuard:
 # -- What the workers are asked, and what they say
 
 
-class Repo(NamedTuple):
+class KnownRepo(NamedTuple):
     """A repository as the service lists it, made harmless; its ``id`` is as it came."""
 
     id: str = ""
@@ -5859,7 +5956,7 @@ class Repo(NamedTuple):
         return wanted.lower() in (self.id.lower(), self.name.lower())
 
 
-class Sandbox(NamedTuple):
+class KnownSandbox(NamedTuple):
     """A sandbox in the same way."""
 
     id: str = ""
@@ -5873,7 +5970,7 @@ class Sandbox(NamedTuple):
 class Target(NamedTuple):
     """Where and with what the next task runs. Nothing but a choice or a delivery moves it."""
 
-    repo: Repo = Repo()
+    repo: KnownRepo = KnownRepo()
     branch: str = ""   # to continue on, which a run has delivered; "" lets the service make one
     base: str = ""     # to start from; "" is the repository's default
     harness: str = next(iter(HARNESSES))
@@ -5910,7 +6007,7 @@ class Arrived(NamedTuple):
     """An event of a run."""
 
     run_id: str
-    event: Json
+    event: Record
 
 
 class Progressed(NamedTuple):
@@ -5940,7 +6037,7 @@ class Started(NamedTuple):
     """The service's answer to a start."""
 
     new: NewRun
-    run: Json
+    run: Run
 
 
 class Said(NamedTuple):
@@ -6081,16 +6178,16 @@ class Desk:
         if not self.asks.empty():
             raise Left
 
-    def repos(self) -> List[Json]:
+    def repos(self) -> List[Repo]:
         return self.client().repos(limit=MAX_LIMIT)
 
-    def sandboxes(self) -> List[Json]:
+    def sandboxes(self) -> List[Sandbox]:
         return self.client().sandboxes()
 
-    def run(self, run_id: str) -> Json:
+    def run(self, run_id: str) -> Run:
         return self.client().run(run_id)
 
-    def find_run(self, run_id: str) -> Json:
+    def find_run(self, run_id: str) -> Run:
         """The same for a run that is shown once it is known to exist."""
         return self.client().run(run_id)
 
@@ -6106,7 +6203,7 @@ class Desk:
     def mcp_servers(self) -> List[Json]:
         return self.client().mcp_servers()
 
-    def start(self, new: NewRun) -> Json:
+    def start(self, new: NewRun) -> Run:
         """Started is posted as soon as the run exists, before its id is written down."""
         home = self.facts.home
         body = body_for(new.target, new.task)
@@ -6125,7 +6222,7 @@ class Desk:
             self.say(f"{words} use --idempotency-key {text_of(earlier, 'key')}", "bad")
         return run
 
-    def tell_started(self, new: NewRun, run: Json) -> None:
+    def tell_started(self, new: NewRun, run: Run) -> None:
         self.post(Started(new, run))
 
     def say(self, text: str, style: str = "") -> None:
@@ -6139,7 +6236,7 @@ class Desk:
         else:
             self.say(f"Cancellation of run {name} requested.", "warn")
 
-    def remember(self, repo: str, run: Json) -> None:
+    def remember(self, repo: str, run: Record) -> None:
         """Write a run that was started elsewhere to the history."""
         start = {"service": self.facts.base_url, "repo": repo, "task": ""}
         self.facts.home.record_run(start, run)
@@ -6284,7 +6381,7 @@ class Entry(NamedTuple):
     time: str
     kind: str
     text: str
-    event: Json
+    event: Record
 
 
 class Timeline(NamedTuple):
@@ -6311,7 +6408,7 @@ class Shown(NamedTuple):
     """The run in the header and the timeline."""
 
     run_id: str = ""
-    run: Json = {}
+    run: Record = {}
     origin: Optional[Target] = None  # of a run that was started here
     entries: Tuple[Entry, ...] = ()
     branch: str = ""                 # the one that it really works on
@@ -6337,7 +6434,7 @@ class Rail(NamedTuple):
     """The runs that are known, newest first, and the sandboxes after them."""
 
     runs: Tuple[KnownRun, ...] = ()
-    sandboxes: Tuple[Sandbox, ...] = ()
+    sandboxes: Tuple[KnownSandbox, ...] = ()
     at: int = 0          # the selected row, counted over both
 
 
@@ -6493,7 +6590,7 @@ class Service(NamedTuple):
     """What is known of the service, and of how it answers."""
 
     base_url: str = DEFAULT_URL
-    repos: Tuple[Repo, ...] = ()
+    repos: Tuple[KnownRepo, ...] = ()
     wanted: str = ""            # the repository to begin with, by its id or name
     polls: Polls = Polls()
     health: Health = Health()
@@ -6742,9 +6839,9 @@ def selected_row(state: State) -> int:
     return min(rail.at, count - 1)
 
 
-def row_in_rail(state: State) -> Union[KnownRun, Sandbox, None]:
+def row_in_rail(state: State) -> Union[KnownRun, KnownSandbox, None]:
     """The run or the sandbox that is selected in the rail."""
-    rows: List[Union[KnownRun, Sandbox]] = [*state.rail.runs, *state.rail.sandboxes]
+    rows: List[Union[KnownRun, KnownSandbox]] = [*state.rail.runs, *state.rail.sandboxes]
     if not rows:
         return None
     return rows[selected_row(state)]
@@ -6824,7 +6921,7 @@ def looked_at(state: State, run_id: str) -> State:
     return state.close().attend(alerts=tuple(alerts))
 
 
-def watch(state: State, run_id: str, run: Json, origin: Optional[Target] = None) -> State:
+def watch(state: State, run_id: str, run: Record, origin: Optional[Target] = None) -> State:
     """With this run shown, from its first event on."""
     timeline = Timeline(wrap=state.shown.timeline.wrap)
     shown = Shown(run_id, run, origin, timeline=timeline)
@@ -7004,14 +7101,14 @@ def record_items(state: State, drawer: Drawer) -> Items:
 
 def per_million(key: str) -> Cell:
     """The cell with a price per million tokens; the service gives it per token."""
-    def cell(model: Json, setting: Setting) -> str:
+    def cell(model: Record, setting: Setting) -> str:
         with contextlib.suppress(ValueError):
             return f"${float(text_of(model, 'pricing', key)) * 1e6:,.2f}"
         return ""
     return cell
 
 
-def context_cell(model: Json, setting: Setting) -> str:
+def context_cell(model: Record, setting: Setting) -> str:
     """The context length of a model, in tokens."""
     context = text_of(model, "contextLength")
     if context.isdigit():
@@ -7019,7 +7116,7 @@ def context_cell(model: Json, setting: Setting) -> str:
     return context
 
 
-def enabled_cell(server: Json, setting: Setting) -> str:
+def enabled_cell(server: Record, setting: Setting) -> str:
     if server.get("enabled") is True:
         return "● enabled"
     return "○ disabled"
@@ -7958,7 +8055,7 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
     return ends(left, [segment for segment in right if segment[0]], width)
 
 
-def sandbox_line(state: State, sandbox: Sandbox, width: int) -> Row:
+def sandbox_line(state: State, sandbox: KnownSandbox, width: int) -> Row:
     """A sandbox in the rail."""
     sign = sign_of(sandbox.status)
     repo = short_repo(repo_named(state, sandbox.repo_id))
@@ -8967,7 +9064,7 @@ def put_first(state: State, known: KnownRun) -> State:
     return state.with_rail(runs=(known, *state.rail.runs), at=at)
 
 
-def added(state: State, known: KnownRun, run: Json) -> State:
+def added(state: State, known: KnownRun, run: Record) -> State:
     """With a run that was started elsewhere in the rail, and written to the history."""
     repo = repo_named(state, text_of(run, "repoId"))
     began = parse_time(run.get("createdAt")) or 0.0
@@ -8975,7 +9072,7 @@ def added(state: State, known: KnownRun, run: Json) -> State:
     return state.ask(Desk.remember, repo, run)
 
 
-def heard(state: State, run_id: str, run: Json) -> State:
+def heard(state: State, run_id: str, run: Record) -> State:
     """With what an answer says of a run: in the header, in the rail, and as an alert."""
     status = harmless(run.get("status"), 20)
     error = harmless(run.get("error"), 200)
@@ -9084,13 +9181,13 @@ def take_found(state: State, message: Fetched) -> State:
     return heard(state, run_id, message.data)
 
 
-def read_sandbox(record: Json) -> Sandbox:
+def read_sandbox(record: Json) -> KnownSandbox:
     """A sandbox of the service."""
     branch = harmless(record.get("working_branch")) or harmless(record.get("base_branch"))
     url = harmless(record.get("preview_url"))
     if not url.startswith("https://"):
         url = ""
-    return Sandbox(
+    return KnownSandbox(
         text_of(record, "id"),
         text_of(record, "repo_id"),
         branch,
@@ -9104,11 +9201,11 @@ def take_sandboxes(state: State, message: Fetched) -> State:
     return state.with_rail(sandboxes=tuple(map(read_sandbox, message.data)))
 
 
-def read_repo(record: Json) -> Repo:
+def read_repo(record: Json) -> KnownRepo:
     """A repository of the service."""
     branch = harmless(record.get("default_branch")) or "main"
     name = harmless(record.get("full_name"))
-    return Repo(text_of(record, "id"), name, branch)
+    return KnownRepo(text_of(record, "id"), name, branch)
 
 
 def take_repos(state: State, message: Fetched) -> State:
@@ -10442,10 +10539,15 @@ def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
 class DemoServer:
     """A stand-in for the hosted service on 127.0.0.1, for people and tests: no account, no network.
 
-    ``clock`` gives seconds since the epoch; every duration is divided by ``speed``.
-    ``seeded_runs`` are its runs as Home.record_start takes them, oldest first. It answers to
-    the Hosts in ``hosts`` alone: another name may be a web page's, bound to this machine.
-    ``service`` has more for tests. UsageError when the port (0: any free one) cannot be had.
+    It serves from its construction on, to the end of its ``with`` statement. Give a Client its
+    ``url`` and ``token``; ``read_token`` lacks the scope ``write``. A run takes some 10 s, and
+    every duration is divided by ``speed``; ``clock`` gives seconds since the epoch. A run whose
+    task has the word fail, crash or refuse in it ends so. UsageError when the port (0: any free
+    one) cannot be had.
+
+    ``seeded_runs`` are the runs it begins with as Home.record_start takes them, oldest first. It
+    answers to the Hosts in ``hosts`` alone: another name may be a web page's, bound to this
+    machine. ``service`` has more for tests of this program.
     """
 
     token = DEMO_TOKEN
@@ -10492,6 +10594,9 @@ class DemoServer:
         """Accept no more; connections that are there end with their clients."""
         self._listener.shutdown()
         self._listener.server_close()
+
+
+__all__ += ["DemoServer"]  # here, as a copy of the upper half has none
 
 
 class DemoEnvironment(NamedTuple):
@@ -10590,13 +10695,13 @@ class Interrupts:
         finally:
             self.held = False
 
-    def outlast(self, work: Callable[[], Json], grace_s: float) -> Json:
+    def outlast(self, work: Callable[[], Run], grace_s: float) -> Run:
         """What ``work``, on a thread of its own, returns or raises.
 
         A signal does not cut it short: it is raised when the outcome is known, or ``grace_s``
         after it came.
         """
-        results: List[Json] = []
+        results: List[Run] = []
         errors: List[BaseException] = []
         ended = threading.Event()
 
@@ -10809,7 +10914,7 @@ class Context:
             return value_line(record, self.get_path, self.stdout and self.stdout.encoding)
         return ndjson(record)
 
-    def emit_record(self, record: Json, text: str) -> int:
+    def emit_record(self, record: Record, text: str) -> int:
         """A record, with --json as it came and else as ``text``; the exit code."""
         if self.as_json:
             self.emit(self.json_line(record))
@@ -10818,7 +10923,7 @@ class Context:
         return Exit.OK
 
     def emit_list(
-        self, records: Sequence[Json], empty: str, columns: Sequence[Column],
+        self, records: Listed, empty: str, columns: Sequence[Column],
         limit: Optional[int] = None, repo_names: Mapping[str, str] = {},
     ) -> int:
         """Records in the format in force, and for none the sentence ``empty``; the exit code.
@@ -10834,7 +10939,7 @@ class Context:
         return Exit.OK
 
     def list_text(
-        self, records: Sequence[Json], columns: Sequence[Column], repo_names: Mapping[str, str],
+        self, records: Listed, columns: Sequence[Column], repo_names: Mapping[str, str],
     ) -> str:
         """Records in the format in force; a table is tab-separated where tabulate is missing."""
         setting = Setting(self.colour, self.now, self.width, repo_names, self.json_line)
@@ -11005,7 +11110,7 @@ def resolve_run_ids(ctx: Context, given: Iterable[str]) -> List[str]:
     return list(dict.fromkeys(run_ids))
 
 
-def resolve_repo(client: Client, given: str) -> Json:
+def resolve_repo(client: Client, given: str) -> Repo:
     """The repo meant by an id or by owner/name; only the latter needs a request."""
     if "/" not in given:
         return {"id": given}
@@ -11028,7 +11133,7 @@ def repo_names(ctx: Context, repo_ids: Iterable[str]) -> Dict[str, str]:
         return {}
     one = asked.pop() if len(asked) == 1 else ""
     times = {"timeout_s": REPO_NAMES_S, "connect_timeout_s": REPO_NAMES_S}
-    found: List[Json] = []
+    found: List[Repo] = []
     with contextlib.suppress(MogplexError):
         with ctx.client(ctx.credential, tries=1, **times) as client:
             found = client.repos(repo_id=one, limit=MAX_LIMIT)
@@ -11163,7 +11268,7 @@ def ended_badly(status: str) -> bool:
     return status != "success" and status_named(status).terminal
 
 
-def is_spent(run: Json) -> bool:
+def is_spent(run: Run) -> bool:
     """Whether a start found a run of an earlier one that has failed or was cancelled."""
     status = text_of(run, "status")
     return run.get("replayed") is True and ended_badly(status)
@@ -11189,7 +11294,7 @@ class CiReport:
         self.has_outputs = has_outputs  # which can only be those of one run
         self.dotenv = dotenv
         self.in_github = ctx.environ.get("GITHUB_ACTIONS") == "true"
-        self.newest: List[Json] = []  # events
+        self.newest: List[Record] = []  # events
         if dotenv:
             self.empty_dotenv()
 
@@ -11201,7 +11306,7 @@ class CiReport:
         except OSError as error:
             raise UsageError(f"--dotenv {self.dotenv}: {error.strerror}") from None
 
-    def heard(self, event: Json) -> None:
+    def heard(self, event: Record) -> None:
         """Keep the last few events for the summary."""
         if self.in_github:
             self.newest = [*self.newest[-9:], event]
@@ -11249,7 +11354,7 @@ class CiReport:
             self.ctx.note(f"cannot write {name}: {error.strerror}")
 
 
-def cancel_text(run_id: str, answer: Json, colour: bool) -> List[str]:
+def cancel_text(run_id: str, answer: Cancellation, colour: bool) -> List[str]:
     """What the answer to a cancellation says, in one line or two."""
     run = sanitize(run_id)
     word = sanitize(text_of(answer, "run", "status") or text_of(answer, "status"))
@@ -11297,7 +11402,7 @@ class Attendant:
         if isinstance(error, (KeyboardInterrupt, MogplexError, OSError)):
             self.leave(error)
 
-    def announce(self, run: Json, replayed: bool) -> None:
+    def announce(self, run: Run, replayed: bool) -> None:
         """Tell the id of a run that was started: on stdout, then to CI."""
         self.outcome = outcome_of_run(run)
         self.started = True
@@ -11356,7 +11461,7 @@ class Attendant:
         tell_still_running(self.ctx, [self.outcome.run_id])
         return "the run could not be cancelled"
 
-    def cancelled(self, answer: Json) -> str:
+    def cancelled(self, answer: Cancellation) -> str:
         """Tell the service's answer."""
         status = text_of(answer, "run", "status") or self.outcome.status
         self.outcome = self.outcome._replace(status=status)
@@ -11364,7 +11469,7 @@ class Attendant:
         self.ctx.note(told)
         return told
 
-    def request_cancellation(self, deadline: float) -> Json:
+    def request_cancellation(self, deadline: float) -> Cancellation:
         """The service's answer. A sandbox that is not ready yet is a 409, and worth another try."""
         while True:
             left_s = max(0.5, deadline - time.monotonic())
@@ -11381,7 +11486,8 @@ class Attendant:
 def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> Dict[str, str]:
     """Request the cancellation of several runs at once, in the time of one; what came of each."""
     deadline = time.monotonic() + GRACE_S
-    answers: queue.SimpleQueue[Tuple[Attendant, Union[Json, MogplexError]]] = queue.SimpleQueue()
+    answered = Tuple[Attendant, Union[Cancellation, MogplexError]]
+    answers: queue.SimpleQueue[answered] = queue.SimpleQueue()
 
     def request(attendant: Attendant) -> None:
         try:
@@ -11424,13 +11530,13 @@ def warn_of_doubt(ctx: Context, client: Client, request: StartRequest, key: str)
 
 def start_once(
     ctx: Context, client: Client, request: StartRequest, key: str, attendant: Attendant,
-) -> Json:
+) -> Run:
     """Start a run under one key.
 
     Where that fails and the run may have started all the same, stderr says how to find out.
     """
 
-    def announce(run: Json) -> None:
+    def announce(run: Run) -> None:
         if key != request.keys[-1] and is_spent(run):
             return  # of an earlier attempt of this CI job; the next key starts another
         attendant.announce(run, run.get("replayed") is True and not request.key_is_ours)
@@ -11454,7 +11560,7 @@ def start_once(
         raise
 
 
-def start(ctx: Context, client: Client, request: StartRequest, attendant: Attendant) -> Json:
+def start(ctx: Context, client: Client, request: StartRequest, attendant: Attendant) -> Run:
     """Start a run, or find the one of an earlier attempt of this CI job that has not failed."""
     *earlier, last = request.keys
     for key in earlier:
@@ -11645,7 +11751,7 @@ class Follower:
         return Exit.OK if verdict.status == "success" else Exit.FAILURE
 
 
-def emit_event(ctx: Context, run_id: str, event: Json) -> None:
+def emit_event(ctx: Context, run_id: str, event: Record) -> None:
     """An event of one of several runs."""
     line = event_line(event, newline_mark(ctx.stdout and ctx.stdout.encoding))
     ctx.emit_record(with_run_id(run_id, event), labelled(run_id, line))
@@ -11705,7 +11811,7 @@ class Followers:
         """How many of them ended how."""
         return tally([self.ends.get(run_id, "not over") for run_id in self.attendants])
 
-    def show(self, run_id: str, item: Union[Json, Verdict, MogplexError]) -> None:
+    def show(self, run_id: str, item: Union[Event, Verdict, MogplexError]) -> None:
         """What came of a run."""
         if isinstance(item, Verdict):
             self.finish(run_id, item)
@@ -11868,7 +11974,7 @@ def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
     return Exit.OK
 
 
-def told_run_text(answer: Json, colour: bool) -> str:
+def told_run_text(answer: Record, colour: bool) -> str:
     """A run, and what its events tell: the branch pushed, the pull request, why it failed."""
     delivery = Delivery()
     failure = ""
@@ -11969,7 +12075,7 @@ def cmd_sandboxes_list(
     ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT,
 ) -> int:
     """``sandboxes list``."""
-    wanted: Json = {}
+    wanted: Repo = {}
     repo = repo_meant(ctx, repo)
     with ctx.client() as client:
         if repo:
@@ -12147,12 +12253,12 @@ def note_of_api(call: ApiCall) -> str:
 def send_api(ctx: Context, client: Client, call: ApiCall, show: Callable[[Json], None]) -> None:
     """Send a request and show its answer. A start is written down first, as by ``run``."""
 
-    def send() -> Json:
+    def send() -> Run:
         answers.append(client.envelope(
             call.method, call.path, query=call.query, body=call.body, idempotency_key=call.key))
-        return dict_of(answers[0], "data")
+        return cast(Run, dict_of(answers[0], "data"))
 
-    def announce(_: Json) -> None:
+    def announce(_: Run) -> None:
         show(answers[0])
 
     answers: List[Json] = []

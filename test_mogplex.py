@@ -6577,7 +6577,7 @@ def test_times_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("height", [16, 24, 40])
 def test_runs_and_sandboxes_each_keep_a_third_of_the_rail(height: int) -> None:
     runs = tuple(remembered(number, "task", "success") for number in range(500))
-    sandboxes = tuple(mogplex.Sandbox(f"{number}", "r1", f"b{number}", "running")
+    sandboxes = tuple(mogplex.KnownSandbox(f"{number}", "r1", f"b{number}", "running")
                       for number in range(500))
     for rail in (mogplex.Rail(runs, sandboxes[:2]), mogplex.Rail(runs, sandboxes)):
         lines = mogplex.rail_lines(played(rail=rail), 39, height - 5)
@@ -10919,6 +10919,8 @@ def public_names() -> Iterator[Tuple[str, str, Any]]:
             yield name, " ".join(f"{code.name}={code.value}" for code in thing), thing
         elif issubclass(thing, tuple):
             yield name, f"({', '.join(thing._fields)})", thing
+        elif issubclass(thing, dict):
+            yield name, f"{{{', '.join(typing.get_type_hints(thing))}}}", thing
         elif issubclass(thing, Exception) and thing is not mogplex.MogplexError:
             yield name, f"{thing.__mro__[1].__name__} exit {int(thing.exit)}", thing  # type: ignore[attr-defined]
         else:
@@ -10953,14 +10955,18 @@ Credential.anonymous ()
 Credential.current (self, post)
 Credential.renew (self, refused, post)
 Credential.settle (self, seconds=5.0)
+Event {id, type, toolName, message, payload, createdAt}
 Exit OK=0 FAILURE=1 USAGE=2 UNAUTHORIZED=64 FORBIDDEN=65 UNAVAILABLE=69 TEMPORARY=75 HANGUP=129 INTERRUPTED=130 BROKEN_PIPE=141 TERMINATED=143
 ForbiddenError MogplexError exit 65
 InvalidResponseError MogplexError exit 1
 MogplexError (message, *, code='', status=0, hint='', retry_after_s=None, delivered=False, transient=False)
 Progress (connection, status, started_at, last_event_at, retry_at, failures, message, latency_ms, run, branch, pull_request_url)
 RateLimitedError MogplexError exit 75
+Repo {id, full_name, installation_id, default_branch, root_directory}
+Run {runId, aiCallId, sandboxRecordId, sandboxId, repoId, harness, status, branch, rootDirectory, eventsUrl, cancelUrl, createdAt, updatedAt, error, runtime, replayed}
 SSEDecoder (last_event_id='')
 SSEDecoder.feed (self, chunk)
+Sandbox {id, sandbox_id, repo_id, status, base_branch, working_branch, root_directory, preview_url, created_at, last_active_at, error}
 ServerSentEvent (event, id, data, retry)
 TailTimeout MogplexError exit 1
 UnauthorizedError MogplexError exit 64
@@ -10970,6 +10976,8 @@ Verdict (run_id, status, error, working_branch, pull_request_url, truncated, dur
 sanitize (text, newline=' ⏎ ')
 tail (client, run_id, *, timeout_s=None, limit=200, on_progress=tell_nobody, interval_s=1.5, idle_s=30.0, just_started=False, clock=monotonic, sleep=sleep, random=random_unit)
 tail_many (client, run_ids, *, timeout_s=None, limit=200, on_progress=tell_nobody_of_many, interval_s=1.5, idle_s=30.0, cancels=False, clock=monotonic, sleep=sleep, random=random_unit)
+DemoServer (port=0, *, clock=time, speed=1.0)
+DemoServer.has_started_runs (self)
 """
 
 
@@ -11000,6 +11008,37 @@ def test_the_types_of_what_embedders_use_are_true_and_whole() -> None:
             assert {*parameters, "return"} <= set(hints), function
 
 
+def is_a(value: object, hint: Any) -> bool:
+    """Whether a value of JSON is of the type that an annotation tells; its keys are those told."""
+    if getattr(hint, "__origin__", None) is Union:
+        return any(is_a(value, one) for one in hint.__args__)
+    if hasattr(hint, "__total__"):
+        hints = typing.get_type_hints(hint)
+        return isinstance(value, dict) and all(
+            key in hints and is_a(one, hints[key]) for key, one in value.items())
+    if getattr(hint, "__origin__", None) is list:
+        return isinstance(value, list) and all(is_a(one, hint.__args__[0]) for one in value)
+    return isinstance(value, getattr(hint, "__origin__", hint))
+
+
+def test_what_the_service_sends_is_of_the_types_that_the_client_tells(
+    demo: mogplex.DemoServer,
+) -> None:
+    body = {"repoId": next(iter(mogplex.DEMO_REPOS)), "prompt": "p"}
+    with mogplex.Client(demo.token, demo.url) as client:
+        run = client.start_run(body, "k")
+        calls = [
+            (client.repos, ()), (client.sandboxes, ()), (client.start_run, (body, "k")),
+            (client.run, (FINISHED,)), (client.events, (FINISHED,)), (client.cancel, (run["runId"],)),
+        ]  # type: List[Tuple[Callable[..., Any], Tuple[Any, ...]]]
+        for call, arguments in calls:
+            answer = call(*arguments)
+            assert answer and is_a(answer, typing.get_type_hints(call)["return"]), call.__name__
+        assert set(client.repos()[0]) == set(typing.get_type_hints(mogplex.Repo))
+        assert set(client.sandboxes()[0]) == set(typing.get_type_hints(mogplex.Sandbox))
+        assert {*client.run(FINISHED), "replayed"} == set(typing.get_type_hints(mogplex.Run))
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with the module cut at its banner, in which only requests can be imported besides."""
@@ -11015,6 +11054,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_upper_half_is_a_library(library: str) -> None:
     code = """if True:
         import mogplex, typing
+        from mogplex import *
         for name in mogplex.__all__:
             typing.get_type_hints(getattr(mogplex, name))
         print(mogplex.__file__)
