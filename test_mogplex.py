@@ -4810,7 +4810,7 @@ def of_runs(**answers: Step) -> Answer:
     return reply
 
 
-DONE = ok({"run": {"status": "success"}, "events": [FINISHED_EVENT]})
+OVER = ok({"run": {"status": "success"}, "events": [FINISHED_EVENT]})
 GOES_ON = ok({"run": {"status": "streaming"}, "events": log(1)})
 NO_CONTENT = answer(204)
 
@@ -4826,7 +4826,7 @@ def test_a_stream_and_an_answer_that_hangs_hold_up_no_other_run() -> None:
     def hang(connection: socket.socket) -> None:
         assert over.wait(30)
 
-    with RawServer(of_runs(S=stream, H=hang, A=DONE)) as server:
+    with RawServer(of_runs(S=stream, H=hang, A=OVER)) as server:
         with mogplex.Client(TOKEN, server.url) as one:
             heard: List[Tuple[str, str]] = []
             for run_id, item in mogplex.tail_many(one, ["S", "H", "A"]):
@@ -4842,7 +4842,7 @@ def test_a_stream_and_an_answer_that_hangs_hold_up_no_other_run() -> None:
 def test_a_run_that_is_given_up_does_not_end_the_others() -> None:
     gone = refusal(404, "NOT_FOUND", "no such run")
     clock = VirtualClock()
-    with RawServer(of_runs(A=gone, B=DONE)) as server, mogplex.Client(TOKEN, server.url) as one:
+    with RawServer(of_runs(A=gone, B=OVER)) as server, mogplex.Client(TOKEN, server.url) as one:
         items = list(mogplex.tail_many(one, ["A", "B", "A"], clock=clock, sleep=clock.sleep))
     ends = {run_id: item for run_id, item in items if not isinstance(item, dict)}
     assert isinstance(ends["A"], mogplex.MogplexError) and ends["A"].status == 404
@@ -4880,7 +4880,7 @@ def test_every_request_of_several_tails_is_paid_for() -> None:
 
 
 def test_the_budget_of_several_tails_follows_the_credential_and_the_runs_left() -> None:
-    with RawServer(of_runs(A=DONE, B=GOES_ON)) as server, mogplex.Client(TOKEN, server.url) as one:
+    with RawServer(of_runs(A=OVER, B=GOES_ON)) as server, mogplex.Client(TOKEN, server.url) as one:
         for cancels, reserved in ((True, 1), (False, 0)):
             tails = many(one, "AB", VirtualClock(), cancels=cancels)
             with pytest.raises(mogplex.TailTimeout):
@@ -10404,7 +10404,17 @@ def test_git_gets_nothing_of_ours_and_cannot_ask(
 ) -> None:
     seen = tmp_path / "seen"
     path = false_git(f"{{ /usr/bin/env; /bin/cat; }} > '{seen}'; echo https://github.com/acme/web")
-    assert run_demo("run", "--repo", ".", "x", PATH=path, MOGPLEX_X="1", stdin="typed").code == 0
+    before = os.dup(0)
+    readable, writable = os.pipe()
+    os.write(writable, b"typed")
+    os.close(writable)
+    os.dup2(readable, 0)
+    try:
+        assert run_demo("run", "--repo", ".", "x", PATH=path, MOGPLEX_X="1").code == 0
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
+        os.close(readable)
     given = seen.read_text()
     assert "GIT_TERMINAL_PROMPT=0\n" in given and f"PATH={path}\n" in given
     assert "MOGPLEX_" not in given and "typed" not in given
@@ -10452,7 +10462,7 @@ def test_a_git_that_hangs_is_given_up(
 
 ENDED_SO = ok({"run": {"status": "failed", "error": "boom"}, "events": [
     {"id": "9", "type": "failed", "message": "boom", "createdAt": "2026-11-24T04:26:03.199Z"}]})
-THREE_RUNS = {"aaaaaaaa-1": DONE, "bbbbbbbb-2": ENDED_SO, "c": DONE}
+THREE_RUNS = {"aaaaaaaa-1": OVER, "bbbbbbbb-2": ENDED_SO, "c": OVER}
 
 
 def test_several_runs_are_followed_to_their_ends(cli: Callable[..., Result]) -> None:
@@ -10506,7 +10516,7 @@ def test_which_runs_are_meant(
     cli: Callable[..., Result], tmp_path: Any, argv: List[str], stdin: str, asked: List[str],
     follow: List[str],
 ) -> None:
-    with one_answer(DONE) as server:
+    with one_answer(OVER) as server:
         home = mogplex.Home(str(tmp_path / "home"))
         home.record_run({"key": "k", "service": server.url}, {"runId": "newest"})
         result = cli("runs", "events", *argv, *follow, stdin=stdin, env=service(server.url))
@@ -10520,7 +10530,7 @@ def test_which_runs_are_meant(
 
 def test_an_empty_line_among_the_ids_on_stdin_is_an_error(cli: Callable[..., Result]) -> None:
     """A script has lost an id."""
-    with one_answer(DONE) as server:
+    with one_answer(OVER) as server:
         result = cli("runs", "events", "-", "--follow", stdin="R\n\nS\n", env=service(server.url))
     assert (result.code, result.err, server.requests) == (2, "error: the run ID is empty\n", [])
 
@@ -10538,12 +10548,12 @@ TOO_MANY = limited(Retry_After="600")
 
 
 @pytest.mark.parametrize("answers, code, count", [
-    ([DONE, DONE], 0, "2 runs: 2 success"),
-    ([DONE, ENDED_SO], 1, "2 runs: 1 success, 1 failed"),
-    ([DONE, UNKNOWN_RUN], 1, "2 runs: 1 success, 1 given up"),
-    ([DONE, refusal(401, "UNAUTHORIZED", "no")], 64, "2 runs: 1 success, 1 given up"),
+    ([OVER, OVER], 0, "2 runs: 2 success"),
+    ([OVER, ENDED_SO], 1, "2 runs: 1 success, 1 failed"),
+    ([OVER, UNKNOWN_RUN], 1, "2 runs: 1 success, 1 given up"),
+    ([OVER, refusal(401, "UNAUTHORIZED", "no")], 64, "2 runs: 1 success, 1 given up"),
     ([REFUSED, ENDED_SO], 65, "2 runs: 1 failed, 1 given up"),
-    ([REFUSED, TOO_MANY, DONE], 75, "3 runs: 1 success, 2 given up"),
+    ([REFUSED, TOO_MANY, OVER], 75, "3 runs: 1 success, 2 given up"),
     ([REFUSED, refusal(501, "SERVICE_UNAVAILABLE", "no")], 69, "2 runs: 2 given up"),
 ])
 def test_the_exit_code_of_several_runs_is_the_highest(
@@ -10559,7 +10569,7 @@ def test_the_exit_code_of_several_runs_is_the_highest(
 
 
 def test_a_run_that_is_given_up_says_why_and_what_to_do(cli: Callable[..., Result]) -> None:
-    with RawServer(of_runs(nope=refusal(500, "INTERNAL_ERROR", "oops"), R=DONE)) as server:
+    with RawServer(of_runs(nope=refusal(500, "INTERNAL_ERROR", "oops"), R=OVER)) as server:
         result = cli("runs", "events", "nope", "R", env=service(server.url))
     assert result.code == 1 and result.out == "R         finished        done\n"
     assert result.err == (
@@ -10569,7 +10579,7 @@ def test_a_run_that_is_given_up_says_why_and_what_to_do(cli: Callable[..., Resul
 
 def test_lists_of_several_runs_say_where_they_end(cli: Callable[..., Result]) -> None:
     empty = ok({"run": {"status": "pending"}, "events": []})
-    with RawServer(of_runs(R=DONE, S=empty)) as server:
+    with RawServer(of_runs(R=OVER, S=empty)) as server:
         result = cli("runs", "events", "R", "S", "--limit", "1", "--json", env=service(server.url))
     assert json.loads(result.out) == {"runId": "R", **FINISHED_EVENT}
     assert (result.code, result.err) == (0, (
@@ -10579,7 +10589,7 @@ def test_lists_of_several_runs_say_where_they_end(cli: Callable[..., Result]) ->
 
 @pytest.mark.parametrize("flags", [[], ["--json"]])
 def test_the_time_out_of_several_runs(cli: Callable[..., Result], flags: List[str]) -> None:
-    with RawServer(of_runs(R=DONE, S=GOES_ON, T=GOES_ON)) as server:
+    with RawServer(of_runs(R=OVER, S=GOES_ON, T=GOES_ON)) as server:
         argv = ["runs", "events", "R", "S", "T", "--follow", "--timeout", "0.5", *flags]
         result = cli(*argv, env=service(server.url))
     count = "3 runs: 1 success, 2 not over\n"
@@ -10615,7 +10625,7 @@ def interrupted_followers(server: RawServer, **options: Any) -> Tuple[mogplex.Co
 
 
 def test_a_signal_cancels_all_runs_that_are_not_over() -> None:
-    with RawServer(of_runs(R=DONE, S=GOES_ON, T=GOES_ON)) as server:
+    with RawServer(of_runs(R=OVER, S=GOES_ON, T=GOES_ON)) as server:
         ctx, cancelled = interrupted_followers(server, cancel_on_interrupt=True)
     told = ctx.stderr.getvalue().splitlines()
     assert cancelled == ["S", "T"] and told.pop() == "3 runs: 1 success, 2 not over"
@@ -10624,7 +10634,7 @@ def test_a_signal_cancels_all_runs_that_are_not_over() -> None:
 
 
 def test_without_cancel_on_interrupt_a_signal_says_what_is_still_running() -> None:
-    with RawServer(of_runs(R=DONE, S=GOES_ON, T=GOES_ON)) as server:
+    with RawServer(of_runs(R=OVER, S=GOES_ON, T=GOES_ON)) as server:
         ctx, cancelled = interrupted_followers(server)
     assert cancelled == [] and "follow: mogplex runs events S T --follow\n" in ctx.stderr.getvalue()
 
@@ -10637,7 +10647,7 @@ def test_cancelling_several_runs_takes_the_time_of_one(monkeypatch: pytest.Monke
     def hang(connection: socket.socket) -> None:
         assert over.wait(30)
 
-    with RawServer(of_runs(S=hang, T=hang, U=DONE)) as server:
+    with RawServer(of_runs(S=hang, T=hang, U=OVER)) as server:
         ctx = mogplex.Context(service(server.url), sys.stdin, io.StringIO(), io.StringIO())
         attendants = []
         for run_id in "STU":
@@ -10659,7 +10669,7 @@ def test_github_is_told_of_each_run_and_gets_no_outputs_of_several(
     cli: Callable[..., Result], tmp_path: Any,
 ) -> None:
     job = Job(tmp_path)
-    with RawServer(of_runs(R=DONE, S=ENDED_SO, T=REFUSED)) as server:
+    with RawServer(of_runs(R=OVER, S=ENDED_SO, T=REFUSED)) as server:
         argv = ["runs", "events", "R", "S", "T", "--follow"]
         result = cli(*argv, env={**service(server.url), **job.env})
     assert re.findall("(?m)^::error title=(.*)$", result.err) == [
