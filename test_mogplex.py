@@ -1444,15 +1444,15 @@ def test_the_token_is_refreshed_a_minute_early(
         {"client_id": "mogplex-cli", "grant_type": "refresh_token", "refresh_token": "refresh-0"}]
 
 
-REFUSED = "the service refused the sign-in"
+SIGN_IN_REFUSED = "the service refused the sign-in"
 UNEXPECTED = "unexpected response from {url}: no token in it"
 ECHO = {"error": "invalid_grant", "error_description": "bad \x1b[31mrefresh-0\n::error::, c0dec0de"}
 
 
 @pytest.mark.parametrize("said, error, message", [
     (answer(401, ECHO), mogplex.UnauthorizedError,
-     f"{REFUSED}: invalid_grant: bad *** \u23ce : :error::, {{code}} (HTTP 401)"),
-    (answer(400, {}), mogplex.UnauthorizedError, f"{REFUSED}: no reason given (HTTP 400)"),
+     f"{SIGN_IN_REFUSED}: invalid_grant: bad *** \u23ce : :error::, {{code}} (HTTP 401)"),
+    (answer(400, {}), mogplex.UnauthorizedError, f"{SIGN_IN_REFUSED}: no reason given (HTTP 400)"),
     (answer(500, ""), mogplex.UnavailableError, "the sign-in service is unavailable (HTTP 500)"),
     (answer(200, {"access_token": []}), mogplex.InvalidResponseError, f"{UNEXPECTED} (HTTP 200)"),
     (answer(404, "<html>"), mogplex.InvalidResponseError, f"{UNEXPECTED} (HTTP 404)"),
@@ -4455,7 +4455,7 @@ def test_the_time_to_reconnect_is_the_server_s_within_bounds(retry: str, wait_s:
 
 
 IN_REAL_TIME: Dict[str, Any] = {"clock": time.monotonic, "sleep": time.sleep, "interval_s": 0.1}
-DONE = {"id": "9", "message": "done"}
+LAST_EVENT = {"id": "9", "message": "done"}
 
 
 @pytest.mark.parametrize("kind_of_event", ["finished", "log"])
@@ -4463,7 +4463,7 @@ DONE = {"id": "9", "message": "done"}
 def test_a_stream_that_brings_no_more_events_is_left_and_the_run_is_asked(
     kind_of_event: str, after: str,
 ) -> None:
-    sent = streamed({**DONE, "type": kind_of_event})
+    sent = streamed({**LAST_EVENT, "type": kind_of_event})
     speak = {"silence": then_silent(sent),
              "comments": dribble(sent, b": x\n\n", 0.01),
              "empty events": dribble(sent, b"data: {}\n\n", 0.01)}[after]
@@ -4474,7 +4474,7 @@ def test_a_stream_that_brings_no_more_events_is_left_and_the_run_is_asked(
 
 
 def test_a_last_event_that_is_repeated_delays_nothing() -> None:
-    again = streamed({**DONE, "type": "finished"})[len(STREAM):]
+    again = streamed({**LAST_EVENT, "type": "finished"})[len(STREAM):]
     speak = dribble(STREAM + again, again, 0.01)
     with streaming(["success"], speak, idle_s=30.0, **IN_REAL_TIME) as (items, *_):
         assert followed(items)[0] == ["done"]
@@ -4493,7 +4493,7 @@ def test_a_stream_is_left_after_30_s_without_an_event() -> None:
 
 
 def test_a_run_that_streams_is_over_with_the_first_answer_after_its_finished_event() -> None:
-    ending = streamed(1, {**DONE, "type": "finished"})
+    ending = streamed(1, {**LAST_EVENT, "type": "finished"})
     with streaming(["success"], ending) as (items, clock, server, asked):
         assert followed(items)[1].status == "success"
     assert len(server.requests) == 2 and clock.now == 1000.0
