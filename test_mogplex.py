@@ -10543,7 +10543,7 @@ def test_ids_on_stdin_are_utf_8(cli: Callable[..., Result], monkeypatch: pytest.
 
 
 UNKNOWN_RUN = refusal(404, "NOT_FOUND", "no such run")
-REFUSED = refusal(403, "FORBIDDEN", "no")
+WITHOUT_SCOPE = refusal(403, "FORBIDDEN", "no")
 TOO_MANY = limited(Retry_After="600")
 
 
@@ -10552,9 +10552,9 @@ TOO_MANY = limited(Retry_After="600")
     ([OVER, ENDED_SO], 1, "2 runs: 1 success, 1 failed"),
     ([OVER, UNKNOWN_RUN], 1, "2 runs: 1 success, 1 given up"),
     ([OVER, refusal(401, "UNAUTHORIZED", "no")], 64, "2 runs: 1 success, 1 given up"),
-    ([REFUSED, ENDED_SO], 65, "2 runs: 1 failed, 1 given up"),
-    ([REFUSED, TOO_MANY, OVER], 75, "3 runs: 1 success, 2 given up"),
-    ([REFUSED, refusal(501, "SERVICE_UNAVAILABLE", "no")], 69, "2 runs: 2 given up"),
+    ([WITHOUT_SCOPE, ENDED_SO], 65, "2 runs: 1 failed, 1 given up"),
+    ([WITHOUT_SCOPE, TOO_MANY, OVER], 75, "3 runs: 1 success, 2 given up"),
+    ([WITHOUT_SCOPE, refusal(501, "SERVICE_UNAVAILABLE", "no")], 69, "2 runs: 2 given up"),
 ])
 def test_the_exit_code_of_several_runs_is_the_highest(
     cli: Callable[..., Result], answers: List[bytes], code: int, count: str,
@@ -10669,7 +10669,7 @@ def test_github_is_told_of_each_run_and_gets_no_outputs_of_several(
     cli: Callable[..., Result], tmp_path: Any,
 ) -> None:
     job = Job(tmp_path)
-    with RawServer(of_runs(R=OVER, S=ENDED_SO, T=REFUSED)) as server:
+    with RawServer(of_runs(R=OVER, S=ENDED_SO, T=WITHOUT_SCOPE)) as server:
         argv = ["runs", "events", "R", "S", "T", "--follow"]
         result = cli(*argv, env={**service(server.url), **job.env})
     assert re.findall("(?m)^::error title=(.*)$", result.err) == [
