@@ -5,8 +5,8 @@
 # ///
 """mogplex: start, follow, inspect and stop cloud coding-agent runs on Mogplex.
 
-``mogplex repos|run|runs|sandboxes|login|logout`` are headless commands for CI, scripts and
-dashboards. ``mogplex`` alone, on a terminal, opens a full-screen cockpit.
+``mogplex repos|run|runs|sandboxes|login|logout|help|completion`` are headless commands for CI,
+scripts and dashboards. ``mogplex`` alone, on a terminal, opens a full-screen cockpit.
 
 Each section uses only those above it:
 
@@ -78,8 +78,9 @@ Record = Mapping[str, Any]  # an object that is only read; a TypedDict (Run, Rep
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
 HARNESSES = {"codex": "Codex", "claude-code": "Claude Code"}  # agent programs, and their titles
-# The first words of commands.
-GROUPS = ("repos", "run", "runs", "sandboxes", "api", "login", "logout")
+GROUPS = (  # the first words of commands
+    "repos", "run", "runs", "sandboxes", "api", "login", "logout", "help", "completion",
+)
 MAX_LIMIT = 200  # the server lists no more of anything, and clamps silently
 MAX_PROMPT_UNITS = 100_000  # of UTF-16, in a task
 
@@ -10625,6 +10626,8 @@ def demo_environment(port: int = 0) -> Iterator[DemoEnvironment]:
 
 DEFAULT_TIMEOUT_S = 1800.0
 GRACE_S = 5.0    # for a start or a cancellation that is under way when a signal comes
+# Set by GitHub Codespaces, VS Code's dev containers, Gitpod and DevPod.
+CONTAINER_VARIABLES = ("CODESPACES", "REMOTE_CONTAINERS", "GITPOD_WORKSPACE_ID", "DEVPOD")
 MAX_RERUNS = 8   # of a CI job, that are looked up: the service admits ten starts a minute
 
 
@@ -12310,6 +12313,21 @@ def is_in_ci(environ: Mapping[str, str]) -> bool:
     return value not in ("", "0", "false")
 
 
+def is_in_container(environ: Mapping[str, str]) -> bool:
+    """Whether this is a development container, whose ports its editor forwards."""
+    return any(environ.get(name) for name in CONTAINER_VARIABLES)
+
+
+def forwarding_hint(environ: Mapping[str, str], port: str) -> str:
+    """How the browser of a person who works in a container reaches a port of it."""
+    way = "in your editor's Ports view"
+    if environ.get("CODESPACES"):
+        way = f"with `gh codespace ports forward {port}:{port}` on your own machine"
+    return (
+        f"your browser needs this container's port {port} as its own 127.0.0.1:{port}: forward it "
+        f"{way}, or use `mogplex login --with-token`")
+
+
 def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
     """Sign in through the browser of this machine, or whichever one the URL is taken to."""
     is_remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
@@ -12317,8 +12335,10 @@ def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: flo
     def announce(url: str) -> None:
         ctx.note(f"to sign in to {ctx.base_url}, open this page:")
         ctx.note(url)
-        if no_browser or is_remote:
-            port = url.partition("127.0.0.1%3A")[2][:5]
+        port = url.partition("127.0.0.1%3A")[2][:5]
+        if is_in_container(ctx.environ):
+            ctx.note(forwarding_hint(ctx.environ, port))
+        elif no_browser or is_remote:
             forward = f"ssh -L {port}:127.0.0.1:{port} <this host>"
             tokens = f"{ctx.base_url}/settings/api-keys"
             ctx.note(f"if your browser is on another machine, first run this there: {forward}")
@@ -12471,6 +12491,7 @@ class Argument(NamedTuple):
     name: str                # RUN; [RUN] may be left out; [TASK...] is any number
     meaning: str
     number: Union[int, str]  # how many there are, as argparse spells it
+    known: Tuple[str, ...] = ()  # the values that completions offer
 
 
 class Option(NamedTuple):
@@ -12850,10 +12871,39 @@ def parse_command(name: str, argv: List[str]) -> Tuple[List[str], Json]:
 PURPOSE = """\
 Start, follow, inspect and stop cloud coding-agent runs.
 Without a command, on a terminal: the cockpit."""
-EXIT_CODES = """\
-exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,
-            69 unavailable, 75 rate limited (try again later), 129 SIGHUP,
-            130 SIGINT (Ctrl+C), 141 closed pipe, 143 SIGTERM"""
+EXIT_MEANINGS = {  # a word on each code, and what more there is to say
+    Exit.OK: ("success", "of the run too, with --follow"),
+    Exit.FAILURE: ("failure", "also a run that failed or was cancelled, or --timeout"),
+    Exit.USAGE: ("usage", "bad arguments, an unknown subcommand"),
+    Exit.UNAUTHORIZED: ("unauthorized", "no token, or one that the service refuses (401)"),
+    Exit.FORBIDDEN: ("forbidden", "the token lacks the scope (403)"),
+    Exit.UNAVAILABLE: ("unavailable", "the service is down (503), or there was no answer"),
+    Exit.TEMPORARY: ("rate limited", "the service asks to try again later (429)"),
+    Exit.HANGUP: ("SIGHUP", "the terminal was closed"),
+    Exit.INTERRUPTED: ("SIGINT", "Ctrl+C"),
+    Exit.BROKEN_PIPE: ("closed pipe", "the reader of the output left"),
+    Exit.TERMINATED: ("SIGTERM", "something asked the program to end"),
+}
+ENVIRONMENT = {  # what the program reads of it
+    "MOGPLEX_API_KEY": "the token; takes precedence over a stored sign-in",
+    "MOGPLEX_URL": f"the service's base URL, https (default: {DEFAULT_URL})",
+    "MOGPLEX_HOME": "the directory of auth.json and runs.jsonl (default: ~/.mogplex)",
+    "MOGPLEX_REPO": "the repo of run without --repo, and of the cockpit",
+    "MOGPLEX_RUN_ID": "the run of runs get and runs events without an ID",
+    "MOGPLEX_ATTACH_RUN_ID": "the run that the cockpit opens on",
+    "MOGPLEX_NO_HISTORY": "1: do not remember runs",
+    "MOGPLEX_DEBUG": "1: same as --debug",
+    "MOGPLEX_DEV": "1: allow http:// to localhost, 127.0.0.1 and [::1]",
+    "NODE_ENV": "production: MOGPLEX_DEV does not allow it",
+    "NO_COLOR": "print no colour",
+    "FORCE_COLOR": "print colour even where stdout is not a terminal",
+    "HTTPS_PROXY": "the proxy",
+    "NO_PROXY": "the hosts reached without it; this machine always is",
+    "REQUESTS_CA_BUNDLE": "the certificates to trust, a file or directory; before the next ones",
+    "CURL_CA_BUNDLE": "the same",
+    "SSL_CERT_FILE": "the same",
+    "SSL_CERT_DIR": "the same",
+}
 
 
 def purpose_of(name: str) -> str:
@@ -12898,6 +12948,30 @@ def help_block(title: str, rows: Sequence[str]) -> str:
     return "\n".join([f"{title}:", *rows])
 
 
+def exit_codes_summary() -> str:
+    """A word on each exit code, wrapped at 80 columns: the end of every help."""
+    import textwrap
+    codes = []
+    for code, (word, _) in EXIT_MEANINGS.items():
+        codes.append(f"{code:d} {word}".replace(" ", "\xa0"))  # they stay on one line
+    text = "exit codes: " + ", ".join(codes)
+    return textwrap.fill(text, 80, subsequent_indent=" " * 12).replace("\xa0", " ")
+
+
+def exit_codes_text() -> str:
+    """What each exit code means."""
+    rows = []
+    for code, (word, more) in EXIT_MEANINGS.items():
+        rows.append(help_row(f"{code:d} {word}", more))
+    return help_block("exit codes", rows)
+
+
+def environment_text() -> str:
+    """What each variable means."""
+    rows = [help_row(name, meaning) for name, meaning in ENVIRONMENT.items()]
+    return help_block("environment", rows)
+
+
 def command_rows(name: str) -> List[str]:
     """The rows on the commands of a group, or on all; none for a command."""
     if name in SUBCOMMANDS:
@@ -12930,21 +13004,54 @@ def help_text(name: str) -> str:
         help_block("arguments", argument_rows(name)),
         help_block("options", option_rows(name)),
         help_block("examples", [f"  mogplex {line}" for line in examples_of(name)]),
-        EXIT_CODES,
+        exit_codes_summary(),
     ]
     return "\n\n".join(part for part in parts if part)
 
 
+HELP_TOPICS = {"environment": environment_text, "exit-codes": exit_codes_text}
+
+
+def cmd_help(ctx: Context, *words: str) -> int:
+    """``help``: the help of the program, of a command or group of commands, or on a topic."""
+    name = " ".join(words)
+    known = [*GROUPS, *SUBCOMMANDS, *HELP_TOPICS]
+    if name in HELP_TOPICS:
+        text = HELP_TOPICS[name]()
+    elif not name or name in known:
+        text = help_text(name)
+    else:
+        raise unknown("help: unknown command", name, known, "help")
+    return ctx.emit_record({"help": name, "text": text}, text)
+
+
 # -- Completions
+
+COMPLETION_PLACES = {  # shell: what stands at the head of its script
+    "bash": """\
+# mkdir -p ~/.local/share/bash-completion/completions
+# mogplex completion bash > ~/.local/share/bash-completion/completions/mogplex
+""",
+    "zsh": """\
+# mkdir -p ~/.zfunc
+# mogplex completion zsh > ~/.zfunc/_mogplex
+# In ~/.zshrc, above compinit: fpath+=(~/.zfunc)
+""",
+    "fish": """\
+# mkdir -p ~/.config/fish/completions
+# mogplex completion fish > ~/.config/fish/completions/mogplex.fish
+""",
+}
+SHELLS = tuple(COMPLETION_PLACES)
 
 
 def offer_known_values(parser: argparse.ArgumentParser, name: str) -> None:
-    """Let completions offer the values that an option of the command ``name`` is known to take."""
-    known = {option.flag: option.known for option in options_of(name)}
+    """Let completions offer the known values of the arguments and options of a command."""
+    known = {argument.name: argument.known for argument in arguments_of(name)}
+    known.update({option.keyword: option.known for option in options_of(name)})
     for action in parser._actions:
-        for flag in action.option_strings:
-            if known.get(flag):
-                action.choices = known[flag]
+        if known.get(action.dest):
+            action.choices = known[action.dest]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -12962,6 +13069,49 @@ def make_parser() -> argparse.ArgumentParser:
         )
         offer_known_values(parsers[name], name)
     return root
+
+
+def completion_script(shell: str) -> str:
+    """The completions for a shell, with the place to put them; MogplexError without shtab."""
+    try:
+        import shtab
+    except ImportError:
+        install = "python3 -m pip install shtab"
+        raise MogplexError(f"completion needs the package 'shtab': {install}") from None
+    if shell not in shtab.SUPPORTED_SHELLS:  # fish, before its 1.9
+        hint = "upgrade it: python3 -m pip install --upgrade shtab, with Python 3.9 or newer"
+        raise MogplexError(f"shtab {shtab.__version__} makes no script for {shell}", hint=hint)
+    script = shtab.complete(make_parser(), shell).rstrip("\n")
+    tag, newline, rest = script.partition("\n")
+    if tag.startswith("#compdef"):  # zsh reads it in the first line alone
+        return f"{tag}{newline}{COMPLETION_PLACES[shell]}{rest}"
+    return f"{COMPLETION_PLACES[shell]}\n{script}"
+
+
+def cmd_completion(ctx: Context, shell: str) -> int:
+    """``completion``: the script for a shell."""
+    if shell not in SHELLS:
+        raise unknown("completion: unknown shell", shell, SHELLS, "completion")
+    script = completion_script(shell)
+    return ctx.emit_record({"shell": shell, "script": script}, script)
+
+
+SUBCOMMANDS.update({  # only here, for they speak of all the others
+    "help": Subcommand(
+        cmd_help, "Show the help of a command, or on: environment, exit-codes.",
+        ("help runs events", "help environment"),
+        (Argument("[COMMAND...]", "a command, or environment or exit-codes (default: mogplex)",
+                  "*", (*GROUPS, *HELP_TOPICS)),),
+    ),
+    "completion": Subcommand(
+        cmd_completion, "Print a script with which a shell completes commands.",
+        ("completion bash", "completion zsh > ~/.zfunc/_mogplex"),
+        (Argument("SHELL", "bash, zsh or fish; the script says where to put it", 1, SHELLS),),
+    ),
+})
+
+
+# -- The command line
 
 
 def demo_port(argv: List[str]) -> int:

@@ -244,6 +244,7 @@ def signals_as_on_a_terminal() -> Iterator[None]:
 
 PERSONAL = re.compile(
     "(?:MOGPLEX|GITHUB|GITLAB|CI)_.*|.*_proxy|CI|NO_COLOR|FORCE_COLOR|NODE_ENV|BROWSER|SSH_.*"
+    "|CODESPACES|REMOTE_CONTAINERS|GITPOD_.*|DEVPOD"
     "|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR", re.IGNORECASE)
 
 
@@ -8380,6 +8381,104 @@ def test_help_at_every_level(cli: Callable[..., Result], words: str) -> None:
     assert len(re.split("examples:\n", result.out)[1].split("\n\n")[0].splitlines()) == 2
 
 
+@pytest.mark.parametrize("name", ["", "repos", "runs", *mogplex.SUBCOMMANDS])
+def test_help_is_also_a_command(cli: Callable[..., Result], name: str) -> None:
+    assert cli("help", *name.split()) == cli(*name.split(), "--help")
+
+
+@pytest.mark.parametrize("topic", ["environment", "exit-codes"])
+def test_help_on_a_topic_is_text_on_stdout(cli: Callable[..., Result], topic: str) -> None:
+    result = cli("help", topic)
+    assert (result.code, result.err) == (0, "")
+    title, *rows = result.out.splitlines()
+    assert title == topic.replace("-", " ") + ":" and max(map(len, rows)) <= 80
+    assert all(re.match(r"  \S.{23}\S|  \S.* \S| {26}\S", row) for row in rows)
+    assert json.loads(cli("help", topic, "--json").out) == {"help": topic, "text": result.out[:-1]}
+
+
+@pytest.mark.parametrize("words, message", [
+    ("runs evnts", "help: unknown command 'runs evnts', did you mean 'runs events'?"),
+    ("environ", "help: unknown command 'environ', did you mean 'environment'?"),
+    ("me with this", "help: unknown command 'me with this'"),
+])
+def test_help_on_what_is_no_command_is_a_usage_error(
+    cli: Callable[..., Result], words: str, message: str,
+) -> None:
+    told = f"error: {message}\nsee: mogplex help --help\n"
+    assert cli("help", *words.split()) == Result(2, "", told)
+
+
+SHELL_FILES = [  # shell; where its completions go; what its script begins with
+    ("bash", ".local/share/bash-completion/completions/mogplex", "# mkdir -p "),
+    ("zsh", ".zfunc/_mogplex", "#compdef mogplex\n# mkdir -p "),
+    ("fish", ".config/fish/completions/mogplex.fish", "# mkdir -p "),
+]
+
+
+def shtab_or_skip(name: str) -> Any:
+    """shtab, of a version that knows the shell ``name``: 1.7, the last for Python 3.8, has no fish."""
+    import shtab
+    if name not in shtab.SUPPORTED_SHELLS:
+        assert sys.version_info < (3, 9)
+        pytest.skip(f"no shtab for this Python knows {name}")
+    return shtab
+
+
+@pytest.mark.parametrize("name, path, head", SHELL_FILES)
+def test_completion_prints_the_script(
+    cli: Callable[..., Result], name: str, path: str, head: str,
+) -> None:
+    script = shtab_or_skip(name).complete(mogplex.make_parser(), name)
+    result = cli("completion", name)
+    assert (result.code, result.err) == (0, "") and result.out.startswith(head)
+    added = re.sub(r"(?m)\A(#compdef.*\n)?((?:# .*\n){2,3})", r"\1", result.out, count=1)
+    assert added.split() == script.split()
+    assert cli("completion", name, "--get", "shell").out == f"{name}\n"
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize("name, path, head", SHELL_FILES)
+def test_what_stands_at_the_head_of_a_completion_script_installs_it(
+    cli: Callable[..., Result], shell_tools: str, tmp_path: Any, name: str, path: str, head: str,
+) -> None:
+    shtab_or_skip(name)
+    script = cli("completion", name).out
+    commands = re.findall(r"(?m)^# (mk.*|mogplex .*)$", script)[:2]
+    environ = {**os.environ, "HOME": str(tmp_path), "PATH": shell_tools + os.pathsep + os.environ["PATH"]}
+    subprocess.run(["bash", "-ec", "\n".join(commands)], env=environ, check=True, timeout=60)
+    assert (tmp_path / path).read_text(encoding="utf-8") == script
+
+
+def test_completion_without_shtab_says_how_to_install_it(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    told = "error: completion needs the package 'shtab': python3 -m pip install shtab\n"
+    assert cli("completion", "bash") == Result(1, "", told)
+
+
+def test_completion_for_a_shell_that_an_old_shtab_does_not_know(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import shtab
+    monkeypatch.setattr(shtab, "SUPPORTED_SHELLS", ["bash", "zsh"])
+    result = cli("completion", "fish")
+    assert (result.code, result.out) == (1, "")
+    assert re.fullmatch(r"error: shtab \S+ makes no script for fish\nupgrade it: .*\n", result.err)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["bsh"], "completion: unknown shell 'bsh', did you mean 'bash'?"),
+    (["powershell"], "completion: unknown shell 'powershell'"),
+    ([], "completion: the following arguments are required: SHELL"),
+])
+def test_completion_for_no_shell_that_it_knows_is_a_usage_error(
+    cli: Callable[..., Result], argv: List[str], message: str,
+) -> None:
+    told = f"error: {message}\nsee: mogplex completion --help\n"
+    assert cli("completion", *argv) == Result(2, "", told)
+
+
 def test_version(cli: Callable[..., Result]) -> None:
     assert cli("--version") == Result(0, f"mogplex {mogplex.__version__}\n", "")
 
@@ -10043,6 +10142,25 @@ def test_login_waits_for_a_browser_elsewhere(
 
 @pytest.mark.posix
 @pytest.mark.usefixtures("login_ports")
+@pytest.mark.parametrize("variable, way", [
+    ("CODESPACES", r"with `gh codespace ports forward (?P<p>2481[68]):(?P=p)` on your own machine"),
+    ("REMOTE_CONTAINERS", "in your editor's Ports view"),
+    ("GITPOD_WORKSPACE_ID", "in your editor's Ports view"),
+    ("DEVPOD", "in your editor's Ports view"),
+])
+@pytest.mark.parametrize("flags", [[], ["--no-browser"]])
+def test_login_in_a_container_says_in_one_line_which_port_to_forward(
+    cli: Callable[..., Result], tmp_path: Any, variable: str, way: str, flags: List[str],
+) -> None:
+    environ = {**service("http://127.0.0.1:9", ""), variable: "true", "PATH": str(tmp_path)}
+    said = cli("login", *flags, "--timeout", "0.1", env={"SSH_TTY": "/dev/tty", **environ}).err
+    hint = re.search(r"(?m)^your browser needs this container's port (2481[68]) .*$", said)
+    assert hint and re.search(f"forward it {way}, or use `mogplex login --with-token`$", hint[0])
+    assert "ssh -L" not in said and hint[1] in said.splitlines()[1]
+
+
+@pytest.mark.posix
+@pytest.mark.usefixtures("login_ports")
 def test_login_on_a_host_without_a_browser_says_so_and_waits(tmp_path: Any) -> None:
     environ = {**service("http://127.0.0.1:9", ""), "HOME": str(tmp_path), "PATH": str(tmp_path)}
     command = [sys.executable, MODULE, "login"]
@@ -10829,8 +10947,8 @@ def test_the_exit_codes_that_are_told_are_the_enum_s() -> None:
     codes = {int(code) for code in mogplex.Exit}
     told = re.search(r"Exit codes: ([^.]*)\.", mogplex.__doc__ or "")
     assert told
-    in_map, in_help = codes_in(told.group(1)), codes_in(mogplex.EXIT_CODES)
-    assert in_map == in_help and set(in_map) == codes
+    in_map, in_help = codes_in(told.group(1)), codes_in(mogplex.exit_codes_summary())
+    assert in_map == in_help == codes_in(mogplex.exit_codes_text()) and set(in_map) == codes
     assert codes == {int(row[0].strip("`")) for row in table_cells("code")}
 
 
@@ -10843,6 +10961,7 @@ def test_the_environment_that_is_told_is_the_code_s() -> None:
     libraries = {"HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "COLUMNS"}
     assert {name for name in rows if name.startswith("MOGPLEX_")} == ours
     assert ours <= set(re.findall(r"MOGPLEX_[A-Z_]+", mogplex.__doc__ or ""))
+    assert rows == set(mogplex.ENVIRONMENT)
     assert {name for name in rows if name not in strings | libraries} == set()
 
 
@@ -10903,6 +11022,9 @@ def test_completions_know_commands_flags_statuses_and_harnesses() -> None:
     assert flags["run", "--harness"].choices == tuple(mogplex.HARNESSES)
     assert flags["sandboxes list", "--status"].choices == tuple(mogplex.SANDBOX_STATUSES)
     assert ("runs events", "--follow") in flags
+    offered = {name: action.choices for name, action in actions if not action.option_strings}
+    assert set(offered["help"]) == {*mogplex.GROUPS, *mogplex.HELP_TOPICS}
+    assert offered["completion"] == ("bash", "zsh", "fish")
     for _, action in actions:  # shtab leaves out a word that has no help
         if hasattr(action, "_name_parser_map"):
             assert set(action.choices) == {shown.dest for shown in action._choices_actions}
