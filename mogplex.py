@@ -33,6 +33,14 @@ nothing, never exits, and does not read ``os.environ``; every failure is a Mogpl
 """
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 8):  # above all that an older one lacks
+    too_old = "mogplex needs Python 3.8 or newer; this is Python %d.%d" % sys.version_info[:2]
+    if __name__ == "__main__":
+        raise SystemExit(too_old)
+    raise ImportError(too_old)
+
 import _thread
 import argparse
 import atexit
@@ -54,7 +62,6 @@ import select
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 import urllib.parse

@@ -10924,6 +10924,75 @@ def test_the_module_compiles_without_a_warning() -> None:
         compile(SOURCE, MODULE, "exec", dont_inherit=True)
 
 
+NEEDS_38 = "mogplex needs Python 3.8 or newer; this is Python "
+AS_37 = "import runpy, sys; sys.version_info = (3, 7, 16, 'final', 0); "
+
+
+def zipapp_main() -> str:
+    """__main__.py of mogplex.pyz, which .ci/zipapp writes."""
+    with open(os.path.join(HERE, ".ci", "zipapp"), encoding="utf-8") as file:
+        body = ast.parse(file.read()).body
+    texts = {name: node.value for node in body if isinstance(node, ast.Assign) for name in names_defined(node)}
+    return ast.literal_eval(texts["MAIN"]).decode()
+
+
+def old_pythons() -> Dict[str, str]:
+    """The Pythons 3.6 and 3.7 of this machine, on PATH or of pyenv: version, program."""
+    import glob
+    found = {}
+    for version in ("3.6", "3.7"):
+        places = glob.glob(os.path.expanduser(f"~/.pyenv/versions/{version}.*/bin/python"))
+        for path in filter(None, [*places, shutil.which(f"python{version}")]):
+            said = subprocess.run([path, "-V"], capture_output=True, timeout=60).stdout
+            if said.startswith(f"Python {version}".encode()):  # a shim can be there without its Python
+                found[version] = path
+    return found
+
+
+def refused_by(*command: str) -> Tuple[int, str, str]:
+    """What a program says that is run with a Python too old for it."""
+    done = subprocess.run(command, capture_output=True, timeout=60)
+    return done.returncode, done.stdout.decode(), done.stderr.decode().rstrip()
+
+
+def test_python_37_reads_the_module_which_says_what_it_needs() -> None:
+    """What runs on any Python: its grammar of 3.7, and its word that it is one."""
+    ast.parse(SOURCE, feature_version=(3, 7))
+    script = f"{AS_37}runpy.run_path({MODULE!r}, run_name='__main__')"
+    assert refused_by(sys.executable, "-c", script) == (1, "", f"{NEEDS_38}3.7")
+    module = f"{AS_37}sys.path.insert(0, {HERE!r}); import mogplex"
+    code, _, error = refused_by(sys.executable, "-c", module)
+    assert code == 1 and error.splitlines()[-1] == f"ImportError: {NEEDS_38}3.7"
+
+
+def test_the_zipapp_says_what_it_needs_to_a_python_that_cannot_read_the_module(tmp_path: Any) -> None:
+    ast.parse(zipapp_main(), feature_version=(3, 4))
+    with zipfile.ZipFile(tmp_path / "mogplex.pyz", "w") as archive:
+        archive.writestr("__main__.py", zipapp_main())
+        archive.writestr("mogplex.py", "this is no Python")
+    script = f"{AS_37}runpy.run_path({str(tmp_path / 'mogplex.pyz')!r}, run_name='__main__')"
+    assert refused_by(sys.executable, "-c", script) == (1, "", f"{NEEDS_38}3.7")
+    for version, python in old_pythons().items():
+        answer = refused_by(python, str(tmp_path / "mogplex.pyz"), "--version")
+        assert answer == (1, "", NEEDS_38 + version)
+
+
+def test_a_real_python_37_says_what_the_module_needs() -> None:
+    for python in filter(None, [old_pythons().get("3.7")]):
+        assert refused_by(python, MODULE, "--version") == (1, "", f"{NEEDS_38}3.7")
+
+
+@pytest.mark.posix
+def test_the_file_itself_is_a_program(tmp_path: Any) -> None:
+    """As it is, and through a link in PATH."""
+    (tmp_path / "mogplex").symlink_to(MODULE)
+    (tmp_path / "python3").symlink_to(sys.executable)
+    environ = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    for name in (MODULE, "mogplex"):
+        done = subprocess.run([name, "--version"], env=environ, capture_output=True, timeout=60)
+        assert done.stdout.decode() == f"mogplex {mogplex.__version__}\n"
+
+
 def test_the_dependency_lists_agree() -> None:
     block = re.search(r"(?m)^# /// script\n((?:#(?: .*)?\n)+?)# ///$", SOURCE)
     assert block
