@@ -5,8 +5,8 @@
 # ///
 """mogplex: start, follow, inspect and stop cloud coding-agent runs on Mogplex.
 
-``mogplex repos|run|runs|sandboxes|login|logout|help|completion`` are headless commands for CI,
-scripts and dashboards. ``mogplex`` alone, on a terminal, opens a full-screen cockpit.
+``mogplex repos|run|runs|sandboxes|api|login|logout|help|completion`` are headless commands for
+CI, scripts and dashboards. ``mogplex`` alone, on a terminal, opens a full-screen cockpit.
 
 Each section uses only those above it:
 
