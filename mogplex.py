@@ -802,9 +802,26 @@ RENEWAL_ROOM = 64 << 10     # bytes that a new sign-in may need
 LOCK_NOTICE_S = 1.0         # a wait for a lock is mentioned after this,
 LOCK_WAIT_S = 5.0           # and given up after this
 LOCK_POLL_S = 0.05
+SWAP_WAIT_S = 2.0           # Windows swaps no file that another process has open, as for a moment
+LONGEST_PATH = 200          # characters of a directory of ours; with more, see long_path
 # Flags of os.open; each system lacks some of them.
 READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 LOCKING = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+# How a lock is refused that another has: by POSIX, by Windows, and by Wine, which gives no reason.
+BUSY = (errno.EAGAIN, errno.EACCES, 0)
+# What forbids to rename another file to the place of one, but not to write into it.
+UNSWAPPABLE = [errno.EBUSY]  # a file that is mounted by itself, as containers do
+if os.name == "nt":
+    UNSWAPPABLE.append(errno.EACCES)  # one that another process has open
+
+
+def long_path(path: str) -> str:
+    r"""An absolute path as Windows takes it beyond 260 characters: ``\\?\C:\...``."""
+    if os.name != "nt" or len(path) <= LONGEST_PATH or path.startswith("\\\\?\\"):
+        return path
+    if path.startswith("\\\\"):
+        return "\\\\?\\UNC" + path[1:]
+    return "\\\\?\\" + path
 
 
 def home_directory(environ: Mapping[str, str]) -> str:
@@ -813,7 +830,7 @@ def home_directory(environ: Mapping[str, str]) -> str:
     if not os.path.isabs(user):
         user = os.sep  # still "~": nothing names this user's home
     home = environ.get("MOGPLEX_HOME") or os.path.join(user, ".mogplex")
-    return os.path.abspath(os.path.expanduser(home))
+    return long_path(os.path.abspath(os.path.expanduser(home)))
 
 
 def make_private_directory(path: str) -> None:
@@ -838,11 +855,11 @@ def read_regular_file(path: str) -> Tuple[bytes, int]:
     OSError for anything but a regular file of at most 8 MiB. Opened without waiting: a fifo that
     nobody writes to would hold us for ever.
     """
+    if os.path.isdir(path):  # Windows calls it "Permission denied"
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     descriptor = os.open(path, READING)
     try:
         mode = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "Not a regular file")
         with open(descriptor, "rb", closefd=False) as stream:
@@ -856,6 +873,12 @@ def read_regular_file(path: str) -> Tuple[bytes, int]:
 
 def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _make_writable(path: str) -> None:
+    """Take the attribute "read-only" off a file: elsewhere such a file can be replaced as it is."""
+    with contextlib.suppress(OSError):
+        os.chmod(path, stat.S_IREAD | stat.S_IWRITE)
 
 
 class Replacement:
@@ -891,11 +914,11 @@ class Replacement:
         self._stream.truncate()
         self._stream.close()
         try:
-            os.replace(self._temporary, self._path)
+            self._swap()
         except OSError as error:
-            if error.errno != errno.EBUSY:
+            if error.errno not in UNSWAPPABLE:
                 raise
-            self._overwrite(data)  # a file that is mounted by itself, as containers do
+            self._overwrite(data)
 
     def discard(self) -> None:
         """Leave no temporary file."""
@@ -903,6 +926,19 @@ class Replacement:
             self._stream.close()
         with contextlib.suppress(OSError):
             os.unlink(self._temporary)
+
+    def _swap(self) -> None:
+        """Rename, on Windows as soon as no other process has the file open."""
+        until = time.monotonic() + SWAP_WAIT_S
+        while True:
+            try:
+                os.replace(self._temporary, self._path)
+                return
+            except PermissionError:
+                if os.name != "nt" or time.monotonic() >= until:
+                    raise
+            _make_writable(self._path)
+            time.sleep(LOCK_POLL_S)
 
     def _write(self, data: bytes) -> None:
         self._stream.write(data)
@@ -923,6 +959,13 @@ def replace_file(path: str, data: bytes) -> None:
         replacement.commit(data)
 
 
+def _open_lock(path: str) -> int:
+    """The descriptor of a lock file, which is made where it is missing; OSError for a link."""
+    if os.path.islink(path):  # Windows has no O_NOFOLLOW
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+    return os.open(path, LOCKING, 0o600)
+
+
 def _try_lock(descriptor: int) -> bool:
     """Whether the lock on an open file is ours now; OSError where there is no locking."""
     try:
@@ -932,7 +975,9 @@ def _try_lock(descriptor: int) -> bool:
         else:
             import fcntl
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):  # the first is POSIX's, the second Windows'
+    except OSError as error:
+        if error.errno not in BUSY:
+            raise
         return False
     return True
 
@@ -1117,7 +1162,7 @@ class Home:
         lock_path = os.path.realpath(path) + ".lock"
         with naming_file("write", lock_path):
             make_private_directory(os.path.dirname(lock_path))
-            descriptor = os.open(lock_path, LOCKING, 0o600)
+            descriptor = _open_lock(lock_path)
         try:
             self._take_lock(descriptor, lock_path)
             yield
@@ -2293,15 +2338,21 @@ class Answer:
         and lose at a reset what had come. http.client's ``read1`` has to be told where the body
         ends.
         """
-        left = self._length()
+        whole = self._length()
+        left = whole
         while left:
             piece = self._source.read1(min(READ_SIZE, left))
             if not piece:
                 break
             left -= len(piece)
             yield piece
-        if 0 < left < float("inf"):
+        if 0 < left < float("inf") or (left == whole and self._head_is_cut()):
             raise ConnectionResetError("the response was cut short")
+
+    def _head_is_cut(self) -> bool:
+        """Whether the head ends within a line: http.client takes that for the end of the head."""
+        head = getattr(self._source, "headers", None)
+        return bool(getattr(head, "defects", None))
 
     def _length(self) -> Any:
         """The bytes of the body as announced, infinity when they are not."""
@@ -10643,6 +10694,8 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__()
+        if number == getattr(signal, "SIGBREAK", 0):  # Ctrl+Break, or its window was closed
+            number = signal.SIGINT
         self.exit = Exit(128 + number)
 
 
@@ -10657,7 +10710,7 @@ class Interrupts:
     reference runs. So the first one is raised again by ``check``, and by a signal that comes later.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP")  # Windows has no SIGHUP
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the third POSIX's, the last Windows'
     AT_ONCE_S = 2.0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -10749,6 +10802,33 @@ def is_terminal(stream: Any) -> bool:
     return bool(stream.isatty())
 
 
+def prepare_stream(stream: Any, environ: Mapping[str, str]) -> None:
+    """Make an output stream able to take any text.
+
+    A console of Windows takes all of Unicode. A pipe or a file there gets UTF-8, as from git and
+    other programs, instead of the code page of the system; PYTHONIOENCODING says otherwise.
+    """
+    if not hasattr(stream, "reconfigure"):
+        return
+    stream.reconfigure(errors="replace")  # what the encoding lacks becomes ?
+    if os.name == "nt" and not is_terminal(stream) and not environ.get("PYTHONIOENCODING"):
+        stream.reconfigure(encoding="utf-8", errors="replace")
+
+
+def obeys_sequences(stream: Any) -> bool:
+    """Whether a terminal obeys escape sequences; a console of Windows is asked to begin with it."""
+    if sys.platform == "win32":
+        import ctypes
+        import msvcrt
+        mode = ctypes.c_ulong()
+        handle = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno()))
+        if not ctypes.windll.kernel32.GetConsoleMode(handle, ctypes.byref(mode)):
+            return False
+        # ENABLE_VIRTUAL_TERMINAL_PROCESSING
+        return bool(ctypes.windll.kernel32.SetConsoleMode(handle, mode.value | 4))
+    return True
+
+
 def write_all(stream: Any, text: str) -> None:
     """Write all of ``text``, at once, waiting for a stream that does not block.
 
@@ -10835,8 +10915,7 @@ class Context:
         self.credential: Optional[Credential] = None  # the one in use
         self.interrupts = Interrupts()
         for stream in (stdout, stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="replace")  # what the encoding lacks becomes ?
+            prepare_stream(stream, environ)
 
     @property
     def base_url(self) -> str:
@@ -10858,7 +10937,7 @@ class Context:
             return False
         if self.environ.get("FORCE_COLOR", "0") not in ("", "0"):
             return True
-        return is_terminal(self.stdout)
+        return is_terminal(self.stdout) and obeys_sequences(self.stdout)
 
     @property
     def on_terminal(self) -> bool:
