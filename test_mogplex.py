@@ -1050,8 +1050,8 @@ def full_disk(home: Any, most: int = 10) -> Iterator[None]:
 
 
 def test_a_file_that_may_not_be_written_is_replaced(tmp_path: Any) -> None:
-    path = put(tmp_path, {"token": "old"})
-    path.chmod(0o400)
+    with os.fdopen(os.open(tmp_path / "auth.json", os.O_CREAT | os.O_WRONLY, 0o400), "w") as file:
+        file.write("{}")
     home_of(tmp_path).store_sign_in({"token": "new"})
     assert resolve(tmp_path).token == "new"
     home_of(tmp_path).store_sign_in({"token": "newer"})
