@@ -318,7 +318,7 @@ def service(url: str, token: str = TOKEN) -> Dict[str, str]:
 
 WITHOUT_POSIX = """
 import os, signal, sys, time
-import http.client, mogplex, pyte, pytest, ssl, subprocess, trustme  # which ask where they are
+import ctypes, http.client, mogplex, pyte, pytest, ssl, subprocess, trustme  # which ask where they are
 for module in "fcntl", "pty", "resource", "termios":
     sys.modules[module] = None
 for name in "ALRM", "CONT", "HUP", "KILL", "QUIT", "TSTP", "WINCH":
