@@ -2006,16 +2006,24 @@ def path_segment(identifier: str) -> str:
     return urllib.parse.quote(identifier, safe="", errors="replace")
 
 
-def leaves_the_api(path: str) -> bool:
-    """Whether a part of ``path``, as often as it may be decoded, leads up, or is two parts."""
-    for part in path.split("/")[1:]:
-        decoded = urllib.parse.unquote(part)
-        while decoded != part:
-            part = decoded
-            decoded = urllib.parse.unquote(part)
-        if part in ("", ".", "..") or re.search(r"[/\\\x00-\x20\x7f]", part):
-            return True
-    return False
+def checked_path(path: str) -> str:
+    """A route's ``path``, in its one spelling; UsageError for what may lead out of the API.
+
+    No part of it is empty, begins with a dot, or is encoded twice, and none holds a slash, a
+    backslash, a space or a control character, encoded or not.
+    """
+    first, *parts = path.split("/")
+    spelled = first
+    for part in parts:
+        decoded = urllib.parse.unquote_to_bytes(part)
+        text = decoded.decode("utf-8", "replace")
+        odd = re.search(r"^(\.|$)|[/\\%\s]", text)
+        if odd or not text.isprintable() or re.search(r"[?#\\]", part):
+            raise UsageError(f"invalid path '{sanitize(path)}'")
+        spelled += "/" + urllib.parse.quote(decoded, safe="")
+    if first or not parts:
+        raise UsageError(f"invalid path '{sanitize(path)}'")
+    return spelled
 
 
 def with_query(url: str, params: Params) -> str:
@@ -2032,9 +2040,16 @@ def with_query(url: str, params: Params) -> str:
     return f"{url}?{urllib.parse.urlencode(given, errors='replace')}"
 
 
-def is_keyed(path: str, key: str) -> bool:
-    """Whether an idempotency key makes a POST to ``path`` repeatable."""
-    return key != "" and KEYED_PATH.fullmatch(path) is not None
+def checked_key(key: str) -> str:
+    """An idempotency key as the service sees it; UsageError for what can be none."""
+    if not 1 <= len(key.strip()) <= 200 or re.search(r"[^ -~]", key):
+        raise UsageError("an idempotency key has 1 to 200 printable ASCII characters")
+    return key.strip()
+
+
+def honours_key(method: str, path: str) -> bool:
+    """Whether an idempotency key makes the request repeatable."""
+    return method == "POST" and KEYED_PATH.fullmatch(path) is not None
 
 
 def json_body(body: object) -> bytes:
@@ -2996,7 +3011,7 @@ class Client:
         Sent again after a fault where that does no harm: a GET, PUT or DELETE, or a POST with a
         key to one of the two routes that honour it, ``/runs`` and ``/automations/{id}/trigger``.
         """
-        request = self._api_request(method, path, params, body, idempotency_key)
+        request = self._api_request(method, checked_path(path), params, body, idempotency_key)
         return self._answered(request)
 
     def envelope(
@@ -3005,14 +3020,15 @@ class Client:
         path: str,
         *,
         query: str = "",
-        body: Any = None,
+        body: Optional[Json] = None,
         idempotency_key: str = "",
     ) -> Json:
         """As ``request``, but the answer whole, ``{"ok": true, "data": ...}``, with any data.
 
         ``query`` is percent-encoded already. ``data`` is None after a 204.
         """
-        request = self._api_request(method, path, None, body, idempotency_key)
+        key = checked_key(idempotency_key) if idempotency_key else ""
+        request = self._api_request(method, checked_path(path), None, body, key)
         if query:
             request = request._replace(url=f"{request.url}?{query}")
         return self._answered_whole(request.expecting(any_data=True))
@@ -3065,9 +3081,7 @@ class Client:
         rootDirectory where wanted. What failed may be repeated under the same key, and must
         not be under another one when the error says ``delivered``.
         """
-        key = idempotency_key.strip()
-        if not 1 <= len(key) <= 200 or re.search(r"[^ -~]", idempotency_key):
-            raise UsageError("an idempotency key has 1 to 200 printable ASCII characters")
+        key = checked_key(idempotency_key)
         request = self._api_request("POST", "/runs", body=body, key=key)
         refusal = functools.partial(self._start_refusal, text_of(body, "repoId"))
         run = self._answered(request, refusal)
@@ -3179,8 +3193,6 @@ class Client:
         key: str = "",
     ) -> Request:
         """A request to the API, and whether it is repeatable by its method or its key."""
-        if not path.startswith("/") or re.search(r"[\s?#\\]", path) or leaves_the_api(path):
-            raise UsageError(f"invalid path '{sanitize(path)}'")
         limits = self._limits
         if (method, path) == ("POST", "/sandboxes"):
             limits = limits._replace(total_s=max(limits.total_s, LAUNCH_S))
@@ -3195,7 +3207,7 @@ class Client:
             request_headers(Content_Type=content_type, Idempotency_Key=key),
             limits,
             body=content,
-            repeatable=method in REPEATABLE_METHODS or is_keyed(path, key),
+            repeatable=method in REPEATABLE_METHODS or (key != "" and honours_key(method, path)),
         )
 
     def _run_request(self, run_id: str) -> Request:
@@ -10000,6 +10012,7 @@ DEMO_AUTOMATION = {
     "name": "Nightly dependency update",
     "status": "published",
 }
+DEMO_JOB_S = 8.0  # a run of it takes so long
 
 
 class DemoAnswer(NamedTuple):
@@ -10414,6 +10427,8 @@ class DemoService:
         """POST /automations/{id}/trigger: a job run, or the one that the same key has started."""
         self._find({DEMO_AUTOMATION["id"]: None}, request.id, "Automation")
         self._find(DEMO_REPOS, text_of(request.body, "repoId").lower(), "Repo")
+        if not request.key:
+            raise DemoRefusal(400, "BAD_REQUEST", "Idempotency-Key is required")
         job_run_id = demo_id("job run " + request.key)
         started = job_run_id not in self.job_runs
         self.job_runs.setdefault(job_run_id, self.clock())
@@ -10425,19 +10440,26 @@ class DemoService:
             "status": "running",
         }}, 202)
 
+    def _job_run(self, job_run_id: str) -> Json:
+        began = self.job_runs[job_run_id]
+        is_over = self.clock() - began > DEMO_JOB_S / self.speed
+        return {
+            "id": job_run_id,
+            "automation_id": DEMO_AUTOMATION["id"],
+            "status": "success" if is_over else "running",
+            "created_at": demo_time(began),
+        }
+
     def list_job_runs(self, request: DemoRequest) -> DemoAnswer:
-        """GET /automations/{id}/runs, newest first: each takes as long as a run."""
+        """GET /automations/{id}/runs, newest first."""
         self._find({DEMO_AUTOMATION["id"]: None}, request.id, "Automation")
-        records = []
-        for job_run_id, began in reversed(list(self.job_runs.items())):
-            is_over = self.clock() - began > 30 / self.speed
-            records.append({
-                "id": job_run_id,
-                "automation_id": request.id,
-                "status": "success" if is_over else "running",
-                "created_at": demo_time(began),
-            })
-        return demo_data({"runs": demo_first(records, request)})
+        newest_first = reversed(list(self.job_runs))
+        return demo_data({"runs": demo_first(map(self._job_run, newest_first), request)})
+
+    def get_job_run(self, request: DemoRequest) -> DemoAnswer:
+        """GET /automations/{id}/runs/{jobRunId}."""
+        self._find(self.job_runs, request.id, "Run")
+        return demo_data({"run": self._job_run(request.id)})
 
     def list_agents(self, request: DemoRequest) -> DemoAnswer:
         """GET /agents."""
@@ -10463,6 +10485,7 @@ class DemoService:
         DemoRoute("GET", "/automations", list_automations, scope="read"),
         DemoRoute("POST", "/automations/{id}/trigger", trigger_automation, scope="write"),
         DemoRoute("GET", "/automations/{id}/runs", list_job_runs, scope="read"),
+        DemoRoute("GET", "/automations/[^/]+/runs/{id}", get_job_run, scope="read"),
         DemoRoute("GET", "/agents", list_agents, scope="read"),
         DemoRoute("GET", "/models", list_models, scope="read"),
         DemoRoute("GET", "/mcp/servers", list_mcp_servers, scope="read"),
@@ -12209,15 +12232,16 @@ def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
 # -- Any route
 
 API_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-API_URL = re.compile(r"""
-    (?: /api/v1/mogplex (?=/) )?
-    (?P<path> (?:/ (?: [A-Za-z0-9._~!$&'()*+,;=:@-] | %[0-9A-Fa-f]{2} )+ )+ )
-    (?:\? (?P<query> [A-Za-z0-9._~!$&'()*+,;=:@%/?-]* ))?
+# What follows the prefix and its slash, if they are there; "api" first names another prefix.
+API_TARGET = re.compile(r"""
+    /? (?:api/v1/mogplex/)? (?! api (?:[/?]|\Z))
+    (?P<path> (?: [A-Za-z0-9._~!$&'()*+,;=:@/-] | %[0-9A-Fa-f]{2} )+ )
+    (?: \? (?P<query> (?: [A-Za-z0-9._~!$&'()*+,;=:@/?-] | %[0-9A-Fa-f]{2} )* ))?
     \Z""", re.VERBOSE)
 
 
 class Field(NamedTuple):
-    """``--field NAME=VALUE``: a string, or NAME:=JSON."""
+    """A ``--field``: of NAME=VALUE the text, of NAME:=JSON what the JSON says."""
 
     name: str
     value: Any
@@ -12227,9 +12251,10 @@ def read_field(text: str) -> Field:
     """The value of a --field."""
     name, equals, value = text.partition("=")
     is_json = name.endswith(":")
-    name = name[:-1] if is_json else name
+    if is_json:
+        name = name[:-1]
     if not equals or not name:
-        raise UsageError(f"--field takes NAME=VALUE, or NAME:=JSON, not '{text}'")
+        raise UsageError(f"--field takes NAME=VALUE or NAME:=JSON, not '{text}'")
     if not is_json:
         return Field(name, value)
     try:
@@ -12238,7 +12263,7 @@ def read_field(text: str) -> Field:
         raise UsageError(f"--field {name}: '{value}' is not JSON") from None
 
 
-def fields_body(fields: Sequence[Field]) -> Json:
+def body_of_fields(fields: Sequence[Field]) -> Json:
     """The JSON object that the fields of a request make."""
     body: Json = {}
     for field in fields:
@@ -12248,41 +12273,45 @@ def fields_body(fields: Sequence[Field]) -> Json:
     return body
 
 
-def fields_query(fields: Sequence[Field]) -> str:
+def query_of_fields(fields: Sequence[Field]) -> str:
     """The query that the fields of a GET make; what is no string stands there as JSON."""
     pairs = []
     for name, value in fields:
-        text = value if isinstance(value, str) else compact_json(value)
+        text = value
+        if not isinstance(value, str):
+            text = compact_json(value)
         pairs.append((name, text))
     return urllib.parse.urlencode(pairs, errors="replace")
 
 
-def read_json_input(ctx: Context, source: str) -> Any:
-    """The JSON in a file, or in stdin for ``-``."""
+def read_input(ctx: Context, source: str) -> Json:
+    """The JSON object in a file, or on stdin for ``-``."""
     try:
         if source == "-":
             data = read_all(ctx.stdin.buffer, MAX_BODY + 1)
         else:
             with open(source, "rb") as file:
                 data = file.read(MAX_BODY + 1)
-    except (OSError, AttributeError) as error:  # a stdin that is closed is None
+    except (OSError, ValueError, AttributeError) as error:  # a stdin that is closed is None
         reason = getattr(error, "strerror", "cannot be read")
         raise UsageError(f"api: --input {source}: {reason}") from None
     if len(data) > MAX_BODY:
         raise UsageError(f"api: --input {source} is larger than {MAX_BODY >> 20} MiB")
-    try:
-        return parse_json(data.decode("utf-8-sig"))
-    except ValueError:
-        raise UsageError(f"api: --input {source} is not JSON") from None
+    body = None
+    with contextlib.suppress(ValueError):
+        body = parse_json(data.decode("utf-8-sig"))
+    if not isinstance(body, dict):
+        raise UsageError(f"api: --input {source} is not a JSON object")
+    return body
 
 
 class ApiCall(NamedTuple):
     """One request of ``mogplex api``."""
 
     method: str
-    path: str  # below API_PATH
+    path: str  # what follows API_PATH
     query: str = ""
-    body: Any = None
+    body: Optional[Json] = None
     key: str = ""
 
     @property
@@ -12291,56 +12320,92 @@ class ApiCall(NamedTuple):
         return (self.method, self.path) == ("POST", "/runs")
 
     @property
-    def holds_secrets(self) -> bool:
-        """Whether its answer has the configs of MCP servers, in which live secrets stand."""
-        return urllib.parse.unquote(self.path).lower().startswith("/mcp")
+    def answers_secrets(self) -> bool:
+        """Whether its answer holds the configs of MCP servers, in which live secrets stand."""
+        return self.path.lower().startswith("/mcp")
+
+
+def api_method(words: Sequence[str], has_body: bool) -> str:
+    """The method that is given before the path, or the one that is meant."""
+    if len(words) == 1:
+        return "POST" if has_body else "GET"
+    method = words[0].upper()
+    if method not in API_METHODS:
+        known = ", ".join(API_METHODS)
+        raise UsageError(f"api: the method is one of {known}, not '{words[0]}'")
+    return method
+
+
+def api_target(text: str) -> Tuple[str, str]:
+    """The path below the API, and the query, that the argument PATH names."""
+    target = API_TARGET.match(text)
+    try:
+        if not target:
+            raise UsageError("no path")
+        return checked_path("/" + target["path"]), target["query"] or ""
+    except UsageError:
+        raise UsageError(
+            f"api: invalid path '{text}'",
+            hint=f"PATH is below {API_PATH}, such as runs/ID; percent-encode what is special",
+        ) from None
+
+
+def api_key(method: str, given: Optional[str]) -> str:
+    """The idempotency key of a request: a random one for a POST if none is given."""
+    if given is None:
+        return random_key() if method == "POST" else ""
+    if method == "GET":
+        raise UsageError("api: a GET has no --idempotency-key")
+    key = checked_key(given)
+    if key == "ci" or key.startswith("ci:"):  # sent as it is, it would be the same in each job
+        raise UsageError("api: --idempotency-key ci is for `mogplex run` alone")
+    return key
 
 
 def api_call(
-    method: str, url: str, fields: Sequence[Field], body: Any, key: Optional[str],
+    words: Sequence[str], fields: Sequence[Field], has_input: bool, key: Optional[str],
 ) -> ApiCall:
-    """The request that the arguments and options of ``mogplex api`` describe."""
-    if url[:1] != "/":
-        url = "/" + url
-    parts = API_URL.match(url)
-    if not parts or parts["path"] == API_PATH or leaves_the_api(parts["path"]):
-        raise UsageError(
-            f"api: invalid path '{url}'",
-            hint=f"give one below {API_PATH}, such as /runs/ID, percent-encoded where it must be")
-    query = parts["query"] or ""
-    if method == "GET":
-        return ApiCall(method, parts["path"], "&".join(filter(None, [query, fields_query(fields)])))
-    if fields:
-        body = fields_body(fields)
-    if key is None and method == "POST":
-        key = random_key()
-    return ApiCall(method, parts["path"], query, body, key or "")
+    """The request that the command line describes, without the body that is yet to be read."""
+    method = api_method(words, bool(fields) or has_input)
+    path, query = api_target(words[-1])
+    key = api_key(method, key)
+    if method != "GET":
+        body = body_of_fields(fields) if fields else None
+        return ApiCall(method, path, query, body, key)
+    if has_input:
+        raise UsageError("api: a GET has no --input")
+    queries = filter(None, [query, query_of_fields(fields)])
+    return ApiCall(method, path, "&".join(queries))
 
 
-def without_configs(data: Any) -> Any:
-    """``data`` with ``"[hidden]"`` for each config in it."""
-    if isinstance(data, list):
-        return [without_configs(item) for item in data]
-    if not isinstance(data, dict):
-        return data
-    shown = {}
-    for name, value in data.items():
-        shown[name] = "[hidden]" if name.lower() == "config" else without_configs(value)
-    return shown
+def hide_configs(data: Any) -> None:
+    """Put ``"[hidden]"`` in the place of each config in ``data``."""
+    pending = [data]
+    while pending:  # not recursive: the service decides how deep it is
+        value = pending.pop()
+        if isinstance(value, list):
+            pending.extend(value)
+        if isinstance(value, dict):
+            for name in value:
+                if name.lower() == "config":
+                    value[name] = "[hidden]"
+            pending.extend(value.values())
 
 
-def note_of_api(call: ApiCall) -> str:
+def api_advice(call: ApiCall) -> str:
     """What to do where the request may have been carried out, though it failed; "" for nothing."""
-    if is_keyed(call.path, call.key):
-        return ("the request may have been carried out; to find out without doing it twice, "
-                f"add --idempotency-key {call.key}")
+    if honours_key(call.method, call.path):
+        return ("the request may have been carried out: to find out without doing it twice, "
+                f"repeat it with --idempotency-key {call.key}")
     if call.method in ("POST", "PATCH"):
-        return "the request may have been carried out: look before you send it again"
+        key = f" (its idempotency key: {call.key})" if call.key else ""
+        return f"the request may have been carried out: look before you send it again{key}"
     return ""
 
 
 def send_api(ctx: Context, client: Client, call: ApiCall, show: Callable[[Json], None]) -> None:
     """Send a request and show its answer. A start is written down first, as by ``run``."""
+    answers: List[Json] = []
 
     def send() -> Run:
         answers.append(client.envelope(
@@ -12350,10 +12415,8 @@ def send_api(ctx: Context, client: Client, call: ApiCall, show: Callable[[Json],
     def announce(_: Run) -> None:
         show(answers[0])
 
-    answers: List[Json] = []
     if call.starts_run:
-        body = call.body if isinstance(call.body, dict) else {}
-        start_recorded(client, ctx.home, body, call.key, "", announce, send=send)
+        start_recorded(client, ctx.home, call.body or {}, call.key, "", announce, send=send)
     else:
         announce(send())
 
@@ -12362,33 +12425,28 @@ def cmd_api(
     ctx: Context, *words: str, field: Sequence[Field] = (), input: str = "",
     idempotency_key: Optional[str] = None, envelope: bool = False,
 ) -> int:
-    """Any route of the API."""
+    """Send any request, and show the data of its answer."""
     if field and input:
-        raise UsageError("api: give the body once: as --field, or as --input")
-    method = "POST" if field or input else "GET"
-    if len(words) > 1:
-        method = words[0].upper()
-    if method not in API_METHODS:
-        known = ", ".join(API_METHODS)
-        raise UsageError(f"api: the method is one of {known}, not '{words[0]}'")
-    if method == "GET" and (input or idempotency_key):
-        raise UsageError("api: a GET has neither --input nor --idempotency-key")
-    body = read_json_input(ctx, input) if input else None
-    call = api_call(method, words[-1], field, body, idempotency_key)
+        raise UsageError("api: the body is made of --field or read by --input, not both")
+    call = api_call(words, field, bool(input), idempotency_key)
+    if input:
+        call = call._replace(body=read_input(ctx, input))
 
     def show(answer: Json) -> None:
-        data = answer if envelope else answer["data"]
-        if call.holds_secrets and not envelope:
-            data = without_configs(data)
-        ctx.emit(ctx.json_line(data))
+        if envelope:
+            ctx.emit(ctx.json_line(answer))
+            return
+        if call.answers_secrets:
+            hide_configs(answer["data"])
+        ctx.emit(ctx.json_line(answer["data"]))
 
     with ctx.client() as client:
         try:
             send_api(ctx, client, call, show)
         except (MogplexError, KeyboardInterrupt) as error:
-            note = note_of_api(call)
-            if note and getattr(error, "delivered", True):
-                ctx.note(note)
+            advice = api_advice(call)
+            if advice and getattr(error, "delivered", True):
+                ctx.note(advice)
             raise
     return Exit.OK
 
@@ -12747,9 +12805,9 @@ SUBCOMMANDS = {
         (SANDBOX_ARGUMENT,),
     ),
     "api": Subcommand(
-        cmd_api, "Send any request to the API.",
-        ("api /automations --get automations.0.id",
-         'api /automations/"$ID"/trigger --field repoId="$REPO_ID"'),
+        cmd_api, "Send any request to the API; print its data as JSON.",
+        ("api automations --get automations.0.id",
+         'api automations/"$ID"/trigger --field repoId="$REPO_ID"'),
         (
             Argument("[METHOD]",
                      "GET, POST, PUT, PATCH or DELETE (default: GET, or POST with a body)", "?"),

@@ -2943,7 +2943,7 @@ def test_a_key_makes_a_post_repeatable_only_where_the_service_honours_it(
 @pytest.mark.parametrize("data", [None, [], [1], "x", {"a": 1}])
 def test_an_envelope_is_given_whole_whatever_its_data(data: Any) -> None:
     whole = {"ok": True, "data": data, "more": 1}
-    with RawServer(lambda *_: answer(200, whole)) as server:
+    with RawServer(lambda *_: answer(200, json.dumps(whole).encode())) as server:
         with client(server.url) as one:
             assert one.envelope("GET", "/x", query="a=1&a=") == whole
     assert server.requests[0].startswith("GET /api/v1/mogplex/x?a=1&a= HTTP")
@@ -2952,7 +2952,7 @@ def test_an_envelope_is_given_whole_whatever_its_data(data: Any) -> None:
 def test_an_envelope_may_be_missing_after_a_204_alone() -> None:
     with one_answer(answer(204)) as server, client(server.url) as one:
         assert one.envelope("DELETE", "/x") == {"ok": True, "data": None}
-    with one_answer(answer(200, {"ok": True})) as server, client(server.url, tries=1) as one:
+    with one_answer(answer(200, b'{"ok": true}')) as server, client(server.url, tries=1) as one:
         with pytest.raises(mogplex.InvalidResponseError):
             one.envelope("GET", "/x")
 
@@ -9901,26 +9901,32 @@ def test_api_sends_what_it_is_told(
 
 
 @pytest.mark.parametrize("path", [
-    "https://evil.example/x", "//evil.example/x", "/../x", "/api/v1/other", "../x", "/x/%2e%2e/y",
-    "/x%2f..%2fy", "/x\\y", "/x#y", "/x y", "/x\ny", "/x?y#z", "", "/", "/x/", "/x?y z", "/caf\xe9",
-    f"{API}", f"{API}/", f"{API}/../other", "/x%0ay", "@evil.example/", "/x%"])
+    "https://evil.example/x", "//evil.example/x", "///x", "/\\evil.example/x", "\\\\evil.example\\x",
+    "/../x", "../x", "..", "/x/..", "/x/../../../admin", "/x/./y", "/x/%2e%2e/y", "/x/.%2E/y", "/x/%2e",
+    "/x/%252e%252e/y", "/x/..;/y", "/x/%c0%ae%c0%ae/y%00", "/x%2f..%2fy", "/x%252fy", "/x%5Cy", "/x\\y",
+    "/x#y", "/x%23/../y", "/x?y#z", "/x y", "/x%20y", "/x?y z", "/x\ny", "/x%0ay", "/x%0d%0aHost:evil",
+    "/x?a=%0", "/x%zz", "/x%", "/x\x1by", "/x%c2%9by", "/x%e2%80%aey", "/caf\xe9", "/x\udcff",
+    "", "/", "/x/", "/x//y", "@evil.example/", "http:/x//y",
+    API, f"{API}/", f"{API}?a=1", f"{API}/../other", f"{API}//x", f"{API}x/y", "/api", "/api/v1/other",
+    "/api/auth/mcp/token", "api/v1/mogplex/api/v1", f"{API}{API}/x",
+])
 def test_api_reaches_nothing_outside_the_api(cli: Callable[..., Result], path: str) -> None:
     with one_answer(ok({})) as server:
         result = api(server, path, cli=cli)
-    if path == "/api/v1/other":  # names a route below the prefix
-        assert server.requests[0].startswith(f"GET {API}/api/v1/other HTTP")
-        return
     assert (result.code, result.out, server.requests) == (2, "", [])
     assert result.err.startswith("error: api: invalid path '")
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["/x", "--field", "a=1", "--input", "-"], "give the body once: as --field, or as --input"),
-    (["GET", "/x", "--input", "-"], "a GET has neither --input nor --idempotency-key"),
-    (["/x", "--idempotency-key", "k"], "a GET has neither --input nor --idempotency-key"),
-    (["/x", "--field", "a"], "--field takes NAME=VALUE, or NAME:=JSON, not 'a'"),
-    (["/x", "--field", "=a"], "--field takes NAME=VALUE, or NAME:=JSON, not '=a'"),
-    (["/x", "--field", ":=1"], "--field takes NAME=VALUE, or NAME:=JSON, not ':=1'"),
+    (["/x", "--field", "a=1", "--input", "-"], "the body is made of --field or read by --input, not both"),
+    (["GET", "/x", "--input", "-"], "a GET has no --input"),
+    (["/x", "--idempotency-key", "k"], "a GET has no --idempotency-key"),
+    (["POST", "/x", "--idempotency-key", " "], "an idempotency key has 1 to 200 printable ASCII characters"),
+    (["POST", "/x", "--idempotency-key", "k\n"], "an idempotency key has 1 to 200 printable ASCII characters"),
+    (["POST", "/x", "--idempotency-key", "ci:a"], "--idempotency-key ci is for `mogplex run` alone"),
+    (["/x", "--field", "a"], "--field takes NAME=VALUE or NAME:=JSON, not 'a'"),
+    (["/x", "--field", "=a"], "--field takes NAME=VALUE or NAME:=JSON, not '=a'"),
+    (["/x", "--field", ":=1"], "--field takes NAME=VALUE or NAME:=JSON, not ':=1'"),
     (["/x", "--field", "a:={"], "--field a: '{' is not JSON"),
     (["/x", "--field", "a=1", "--field", "a=2"], "--field a is given twice"),
     (["HEAD", "/x"], "the method is one of GET, POST, PUT, PATCH, DELETE, not 'HEAD'"),
@@ -9936,7 +9942,7 @@ def test_api_refuses_what_it_cannot_send(
 
 
 @pytest.mark.parametrize("text, code", [
-    ('\ufeff{"a": [1.5, "\\u00e9"]}\n', 0), ("", 2), ("{", 2), ("\udcff", 2), ("NaN", 2)])
+    ('\ufeff{"a": [1.5, "\\u00e9"]}\n', 0), ("", 2), ("{", 2), ("\udcff", 2), ('{"a": NaN}', 2), ("[1]", 2), ("null", 2)])
 def test_api_sends_json_from_a_file(
     cli: Callable[..., Result], tmp_path: Any, text: str, code: int,
 ) -> None:
@@ -9954,7 +9960,7 @@ def test_api_hides_the_configs_of_mcp_servers_unless_the_envelope_is_asked_for(
 ) -> None:
     data = {"servers": [{"name": "a", "config": {"token": "s3"}}, {"name": "b", "config": None}]}
     hidden = '{"servers":[{"name":"a","config":"[hidden]"},{"name":"b","config":"[hidden]"}]}\n'
-    for path in ("/mcp/servers", "/%6dcp/servers", "/MCP/servers", "/mcp/servers?a=1"):
+    for path in ("/mcp/servers", "/%6dcp/servers", "/MCP/servers", "mcp/servers?a=1"):
         with one_answer(ok(data)) as server:
             assert api(server, path, cli=cli) == Result(0, hidden, "")
     with one_answer(ok(data)) as server:
@@ -9962,21 +9968,148 @@ def test_api_hides_the_configs_of_mcp_servers_unless_the_envelope_is_asked_for(
     assert json.loads(result.out) == {"ok": True, "data": data}
 
 
-@pytest.mark.parametrize("path, advice", [
-    ("/automations/a/trigger", "the request may have been carried out; to find out without doing "
-     "it twice, add --idempotency-key k\n"),
-    ("/sandboxes", "the request may have been carried out: look before you send it again\n"),
+MAY_BE_DONE = "the request may have been carried out: "
+
+
+@pytest.mark.parametrize("path, tries, advice", [
+    ("/automations/a/trigger", 3,
+     "to find out without doing it twice, repeat it with --idempotency-key k-1"),
+    ("/sandboxes", 1, "look before you send it again (its idempotency key: k-1)"),
+    ("/automations/a/publish", 1, "look before you send it again (its idempotency key: k-1)"),
 ])
 def test_api_says_what_to_do_when_a_post_may_have_been_carried_out(
-    cli: Callable[..., Result], path: str, advice: str,
+    cli: Callable[..., Result], path: str, tries: int, advice: str,
 ) -> None:
     with RawServer(steps(b"")) as server:
-        result = api(server, "POST", path, "--idempotency-key", "k", cli=cli)
-    assert (result.code, result.out) == (69, "")
-    assert result.err.endswith(advice) or advice in result.err
+        result = api(server, "POST", path, "--idempotency-key", "k-1", cli=cli)
+    lost = "error: UNAVAILABLE: the connection was lost\n"
+    assert result == Result(69, "", f"{MAY_BE_DONE}{advice}\n{lost}")
+    assert len(server.requests) == tries
     with one_answer(refusal(403, "FORBIDDEN", "No scope")) as server:
         result = api(server, "POST", path, cli=cli)
-    assert result.code == 65 and advice not in result.err
+    assert result == Result(65, "", "error: FORBIDDEN: No scope (HTTP 403)\n")
+
+
+def test_api_repeats_a_trigger_under_the_random_key_of_its_first_try(
+    cli: Callable[..., Result],
+) -> None:
+    with RawServer(steps(b"", ok({"a": 1}))) as server:
+        assert api(server, "POST", "automations/a/trigger", cli=cli) == Result(0, '{"a":1}\n', "")
+    first, again = [re.findall(r"Idempotency-Key: (\S+)", text) for text in server.requests]
+    assert first == again and mogplex.is_uuid(first[0])
+
+
+def test_api_tells_the_random_key_of_a_start_whose_answer_is_lost(
+    cli: Callable[..., Result],
+) -> None:
+    with RawServer(steps(b"")) as server:
+        result = api(server, "runs", "--field", "repoId=r", "--field", "prompt=x", cli=cli)
+        listed = cli("runs", "list", "--get", "key", env=service(server.url))
+    (key,) = set(re.findall(r"Idempotency-Key: (\S+)", "".join(server.requests)))
+    assert f"--idempotency-key {key}\n" in result.err
+    assert (result.code, listed.out) == (69, f"{key}\n")
+
+
+@pytest.mark.posix
+def test_api_tells_the_key_of_a_start_that_is_interrupted() -> None:
+    asked = threading.Event()
+    ended = threading.Event()
+
+    def wait(_: socket.socket) -> None:
+        asked.set()
+        ended.wait(60)
+
+    with RawServer(steps(wait)) as server:
+        process = subprocess.Popen(
+            [sys.executable, MODULE, "api", "POST", "runs", "--idempotency-key", "k-1"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, **service(server.url)})
+        assert asked.wait(60)
+        process.send_signal(signal.SIGINT)
+        out, told = process.communicate(timeout=60)
+        ended.set()
+    assert (process.returncode, out) == (-signal.SIGINT, b"") or process.returncode == 130
+    assert b"--idempotency-key k-1\n" in told
+
+
+@pytest.mark.parametrize("path, is_in_time", [("sandboxes", True), ("x", False)])
+def test_api_waits_for_the_launch_of_a_sandbox_longer_than_for_anything_else(
+    path: str, is_in_time: bool,
+) -> None:
+    sent = threading.Event()
+
+    def late(connection: socket.socket) -> None:
+        sent.wait(0.5)
+        with contextlib.suppress(OSError):
+            connection.sendall(ok({"sandbox": {}}))
+
+    with RawServer(steps(late)) as server:
+        with client(server.url, timeout_s=0.2, tries=1) as one:
+            try:
+                one.envelope("POST", "/" + path, body={})
+            except mogplex.UnavailableError:
+                assert not is_in_time
+            else:
+                assert is_in_time
+            sent.set()
+
+
+@pytest.mark.parametrize("reply, code, message", [
+    (answer(307, b"", Location="/login?next=x"), 64, ""),
+    (answer(307, b"", Location="https://evil.example/x"), 1, "evil.example"),
+    (refusal(401, "UNAUTHORIZED", "Unauthorized"), 64, "Unauthorized"),
+    (refusal(404, "NOT_FOUND", "Gone"), 1, "NOT_FOUND: Gone (HTTP 404)"),
+    (refusal(429, "RATE_LIMITED", "Slow", Retry_After="60"), 75, "Slow"),
+    (refusal(501, "SERVICE_UNAVAILABLE", "Not yet"), 69, "Not yet"),
+    (answer(200, b"<html>"), 1, "unexpected response"),
+    (answer(200, b'{"ok": true}'), 1, "unexpected response"),
+    (answer(200, b'{"ok": true, "data": ' + b"[" * 99999), 1, "unexpected response"),
+])
+def test_api_ends_with_the_exit_codes_of_every_command(
+    cli: Callable[..., Result], reply: bytes, code: int, message: str,
+) -> None:
+    with one_answer(reply) as server:
+        result = api(server, "POST", "x", cli=cli)
+    assert (result.code, result.out) == (code, "")
+    assert message in result.err
+    assert len(server.requests) == 1
+
+
+def test_api_shows_an_answer_of_any_depth_or_says_that_it_is_none(
+    cli: Callable[..., Result],
+) -> None:
+    for depth in (800, 900, 1000, 2000, 5000):
+        deep = b'{"ok":true,"data":' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
+        with one_answer(answer(200, deep)) as server:
+            for path in ("mcp/servers", "x"):
+                result = api(server, "GET", path, cli=cli)
+                assert result.code in (0, 1)
+                assert result.out == "" or result.code == 0
+
+
+def test_api_hides_our_token_in_an_answer(cli: Callable[..., Result]) -> None:
+    with one_answer(ok({"echo": f"Bearer {TOKEN}"})) as server:
+        for options in ([], ["--envelope"]):
+            result = api(server, "x", *options, cli=cli)
+            assert result.code == 0 and TOKEN not in result.out and "***" in result.out
+
+
+@pytest.mark.posix
+def test_api_reads_the_whole_of_a_stdin_that_does_not_block(cli: Callable[..., Result]) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    with one_answer(ok({})) as server:
+        process = subprocess.Popen(
+            [sys.executable, MODULE, "api", "x", "--input", "-"], stdin=reading,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env={**os.environ, **service(server.url)})
+        os.close(reading)
+        text = json.dumps({"a": "x" * 200_000}).encode()
+        with os.fdopen(writing, "wb", buffering=0) as pipe:
+            while text:
+                text = text[pipe.write(text):]
+        assert process.communicate(timeout=60)[0] == b"{}\n"
+    assert len(server.requests[0].partition("\r\n\r\n")[2]) > 200_000
 
 
 def test_a_run_that_api_starts_is_remembered(cli: Callable[..., Result]) -> None:
@@ -10005,6 +10138,8 @@ def test_api_serves_automations_which_have_no_command_of_their_own(
         assert [first["started"], again["started"]] == [True, False]
         runs = json.loads(cli("api", f"/automations/{automation}/runs?limit=1", env=env).out)
         assert runs["runs"][0]["id"] == first["jobRunId"]
+        job = f"automations/{automation}/runs/{first['jobRunId']}"
+        assert cli("api", job, "--get", "run.status", env=env).out == "success\n"
         made = cli("api", "/sandboxes", "--field", f"repoId={repo}", "--get", "sandbox.status",
                    env=env)
         assert made == Result(0, "running\n", "")
