@@ -11242,7 +11242,8 @@ def test_the_exit_codes_that_are_told_are_the_enum_s() -> None:
     assert told
     in_map, in_help = codes_in(told.group(1)), codes_in(mogplex.exit_codes_summary())
     assert in_map == in_help == codes_in(mogplex.exit_codes_text()) and set(in_map) == codes
-    assert codes == {int(row[0].strip("`")) for row in table_cells("code")}
+    cells = ", ".join(row[0] for row in table_cells("code"))
+    assert codes == {int(code) for code in cells.split(", ")}
 
 
 def test_the_environment_that_is_told_is_the_code_s() -> None:
@@ -11490,27 +11491,76 @@ def test_the_upper_half_is_a_library(library: str) -> None:
     assert (done.returncode, done.stderr) == (0, b"") and done.stdout.decode().startswith(library)
 
 
+def readme_program(name: str, directory: Any) -> str:
+    """The path of a copy of the program of the README whose docstring begins with ``name``."""
+    (text,) = [text for text in fenced("python") if text.startswith(f'"""{name}')]
+    program = directory / name
+    program.write_text(text, encoding="utf-8")
+    return str(program)
+
+
 @pytest.mark.slow
 def test_the_readme_s_program_works_with_the_upper_half_and_requests_alone(library: str, tmp_path: Any) -> None:
-    program = tmp_path / "delegate.py"
-    program.write_text(fenced("python")[0], encoding="utf-8")
+    program = readme_program("delegate.py", tmp_path)
     cases = [
-        (["acme/web", "Fix the cookie test"], {}, 0,
+        (["Acme/WEB", "Fix the cookie test"], {}, 0,
          r"success https://github\.com/acme/web/pull/\d+\n", "Pull request ready"),
         (["acme/web", "fail at once"], {}, 1,
          re.escape(f"failed {mogplex.DEMO_ERROR}\n"), "Harness run failed"),
         (["acme/web", "Fix it", "0.01"], {}, 1, "cancelled: cancelled\n", ""),
-        (["acme/web", "Fix it"], {"MOGPLEX_API_KEY": TOKEN}, 64, "", "check the token: UNAUTHORIZED"),
+        (["acme/we", "Fix it"], {}, 1, "", "no repo named acme/we is linked to this account\n"),
+        (["acme/web", "Fix it"], {"MOGPLEX_API_KEY": TOKEN}, 64, "", "UNAUTHORIZED"),
         (["acme/web", ""], {}, 1, "", "BAD_REQUEST: Prompt is required (HTTP 400)"),
     ]
     with mogplex.DemoServer(speed=40.0) as demo:
         started = [subprocess.Popen(
-            [sys.executable, "-W", "error", str(program), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            [sys.executable, "-W", "error", program, *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, **service(demo.url, demo.token), "PYTHONPATH": library, **env})
             for argv, env, *_ in cases]
         for process, (argv, _, code, out, told) in zip(started, cases):
             stdout, stderr = (data.decode() for data in process.communicate(timeout=60))
             assert process.returncode == code and re.fullmatch(out, stdout) and told in stderr, (argv, stdout, stderr)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds, code, out, told", [
+    ("60", 0, "success failed\n", ""),
+    ("0.2", 1, "", "TimeoutError"),
+])
+def test_the_readme_s_asynchronous_program_ends_its_threads_at_a_time_out(
+    library: str, tmp_path: Any, seconds: str, code: int, out: str, told: str,
+) -> None:
+    program = tmp_path / readme_program("follow_async.py", tmp_path)
+    if sys.version_info < (3, 9):
+        text = program.read_text(encoding="utf-8")
+        in_executor = "asyncio.get_running_loop().run_in_executor(None, "
+        program.write_text(text.replace("asyncio.to_thread(", in_executor), encoding="utf-8")
+    with mogplex.DemoServer(speed=20.0 if code == 0 else 0.1) as demo:
+        with mogplex.Client(demo.token, demo.url) as client:
+            run_ids = [
+                client.start_run({"repoId": next(iter(mogplex.DEMO_REPOS)), "prompt": task}, task)["runId"]
+                for task in ("Fix it", "Please fail")]
+        done = subprocess.run(
+            [sys.executable, "-W", "error", str(program), seconds, *run_ids], capture_output=True, timeout=60,
+            env={**os.environ, **service(demo.url, demo.token), "PYTHONPATH": library})
+    assert (done.returncode, done.stdout.decode()) == (code, out) and told in done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_the_readme_s_test_passes_against_the_demo_server(tmp_path: Any) -> None:
+    readme_program("delegate.py", tmp_path)
+    test = readme_program("test_delegate.py", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test], capture_output=True,
+        timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": HERE})
+    assert done.returncode == 0 and b"1 passed" in done.stdout, done.stdout.decode()
+
+
+def test_the_readme_s_copy_of_the_upper_half_is_the_upper_half(tmp_path: Any) -> None:
+    pattern = re.search(r"`sed '/(.*)/,\$d' mogplex\.py > vendor/mogplex\.py`", readme())
+    assert pattern
+    kept = re.split(f"(?m){pattern.group(1)}", SOURCE)
+    assert len(kept) == 2 and kept[0] == EMBED_BANNER.split(SOURCE)[0]
 
 
 def test_a_client_with_a_session_of_the_embedder_s_on_two_threads(demo: mogplex.DemoServer) -> None:
