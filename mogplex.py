@@ -833,6 +833,13 @@ def home_directory(environ: Mapping[str, str]) -> str:
     return long_path(os.path.abspath(os.path.expanduser(home)))
 
 
+def link_target(path: str) -> str:
+    """Where a link leads in the end; a path that is none stays as it is, however long."""
+    if os.path.islink(path):
+        return os.path.realpath(path)
+    return path
+
+
 def make_private_directory(path: str) -> None:
     """Make ``path`` and its missing parents, each with mode 0700 whatever the umask is."""
     missing: List[str] = []
@@ -890,7 +897,7 @@ class Replacement:
     """
 
     def __init__(self, path: str, room: int = 0) -> None:
-        self._path = os.path.realpath(path)
+        self._path = link_target(path)
         self._temporary = self._path + ".tmp"
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._temporary)
@@ -1159,7 +1166,7 @@ class Home:
         UnwritableError when there can be no lock file. Where the file system has no locks it goes
         on without, with one warning.
         """
-        lock_path = os.path.realpath(path) + ".lock"
+        lock_path = link_target(path) + ".lock"
         with naming_file("write", lock_path):
             make_private_directory(os.path.dirname(lock_path))
             descriptor = _open_lock(lock_path)
