@@ -10918,12 +10918,16 @@ def open_browser(environ: Mapping[str, str], url: str) -> bool:
 
 def open_in_demo(base_url: str, url: str) -> bool:
     """Stand in for a browser, on the demo service's pages alone; whether this was one."""
+    import urllib.error
     import urllib.request
     if not url.startswith(base_url):
         return False
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    with contextlib.suppress(OSError):  # a page that is not there, which a browser would show
-        direct.open(url, timeout=10).close()
+    with contextlib.suppress(OSError):
+        try:
+            direct.open(url, timeout=10).close()
+        except urllib.error.HTTPError as page:  # one that is not there, which a browser would show
+            page.close()  # or Python 3.14 warns
     return True
 
 
