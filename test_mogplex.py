@@ -26,6 +26,7 @@ import os
 import pyte
 import random
 import re
+import select
 import shlex
 import shutil
 import signal
@@ -2941,6 +2942,16 @@ def test_a_key_makes_a_post_repeatable_only_where_the_service_honours_it(
         with pytest.raises(mogplex.UnavailableError):
             one.request("POST", path, body={}, idempotency_key="k")
     assert len(server.requests) == tries
+
+
+@pytest.mark.parametrize("method, key", [("PATCH", "k"), ("POST", "")])
+def test_what_is_no_post_with_a_key_is_sent_once_even_where_keys_are_honoured(
+    method: str, key: str,
+) -> None:
+    with RawServer(steps(answer(502))) as server, client(server.url) as one:
+        with pytest.raises(mogplex.UnavailableError):
+            one.request(method, "/runs", body={}, idempotency_key=key)
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("data", [None, [], [1], "x", {"a": 1}])
@@ -9935,6 +9946,7 @@ def test_api_reaches_nothing_outside_the_api(cli: Callable[..., Result], path: s
     (["/x", "--field", "a=1", "--field", "a=2"], "--field a is given twice"),
     (["HEAD", "/x"], "the method is one of GET, POST, PUT, PATCH, DELETE, not 'HEAD'"),
     (["/x", "--input", "no-such-file"], "--input no-such-file: No such file or directory"),
+    (["/x", "--input", "a\0b"], "cannot be read"),
 ])
 def test_api_refuses_what_it_cannot_send(
     cli: Callable[..., Result], argv: List[str], words: str,
@@ -10099,7 +10111,7 @@ def test_api_hides_our_token_in_an_answer(cli: Callable[..., Result]) -> None:
 
 
 @pytest.mark.posix
-def test_api_reads_the_whole_of_a_stdin_that_does_not_block(cli: Callable[..., Result]) -> None:
+def test_api_reads_the_whole_of_a_stdin_that_does_not_block() -> None:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with one_answer(ok({})) as server:
@@ -10107,13 +10119,23 @@ def test_api_reads_the_whole_of_a_stdin_that_does_not_block(cli: Callable[..., R
             [sys.executable, MODULE, "api", "x", "--input", "-"], stdin=reading,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, **service(server.url)})
+        for piece in (b'{"a":', b' "b"', b"}"):
+            os.write(writing, piece)
+            while select.select([reading], [], [], 0)[0]:  # until the program has taken it
+                time.sleep(0.01)
         os.close(reading)
-        text = json.dumps({"a": "x" * 200_000}).encode()
-        with os.fdopen(writing, "wb", buffering=0) as pipe:
-            while text:
-                text = text[pipe.write(text):]
+        os.close(writing)
         assert process.communicate(timeout=60)[0] == b"{}\n"
-    assert len(server.requests[0].partition("\r\n\r\n")[2]) > 200_000
+    assert server.requests[0].endswith('\r\n\r\n{"a": "b"}')
+
+
+def test_api_refuses_an_input_that_is_too_large(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mogplex, "MAX_BODY", 9)
+    result = cli("api", "x", "--input", "-", env=service("http://127.0.0.1:9"), stdin='{"a": 123}')
+    assert (result.code, result.out) == (2, "")
+    assert "api: --input - is larger than" in result.err
 
 
 def test_a_run_that_api_starts_is_remembered(cli: Callable[..., Result]) -> None:
