@@ -10125,7 +10125,7 @@ def test_api_reads_the_whole_of_a_stdin_that_does_not_block() -> None:
             env={**os.environ, **service(server.url)})
         for piece in (b'{"a":', b' "b"', b"}"):
             os.write(writing, piece)
-            while select.select([reading], [], [], 0)[0]:  # until the program has taken it
+            while select.select([reading], [], [], 0)[0] and process.poll() is None:  # not yet read
                 time.sleep(0.01)
         os.close(reading)
         os.close(writing)
