@@ -4519,13 +4519,22 @@ class Tails:
         elif isinstance(item, TailTimeout) or not isinstance(item, (MogplexError, tuple)):
             raise item
         elif isinstance(item, MogplexError):
-            if not isinstance(item, RateLimitedError):
-                self.budget.answered(self.timing.clock())
-            del self.tails[run_id]
-            yield run_id, item
+            yield from self._give_up(run_id, item)
         else:
             self.budget.answered(self.timing.clock())
             yield run_id, item[0]
+
+    def _give_up(self, run_id: str, error: MogplexError) -> Iterator[ManyItem]:
+        """A run is given up, and all that would be answered alike: 429, and too long a wait."""
+        given_up = [run_id]
+        if not isinstance(error, RateLimitedError):
+            self.budget.answered(self.timing.clock())
+        elif (error.retry_after_s or 0.0) > self.timing.left_s(self.started_at):
+            given_up += self.waiting
+            self.waiting.clear()
+        for one in given_up:
+            del self.tails[one]
+            yield one, error
 
     def _end_look(self, run_id: str, look: Look) -> Iterator[ManyItem]:
         """A look is over: the verdict, or a wait for the next."""
@@ -10765,8 +10774,12 @@ class Interrupts:
             raise self.first
 
     @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handle them here, and afterwards as before. Only the main thread can do that."""
+    def handled(self, to_the_end: bool = False) -> Iterator[None]:
+        """Handle them here, and afterwards as before. Only the main thread can do that.
+
+        Where the process ends afterwards, ``to_the_end``, they are ignored from then on: what
+        it exits with stands, and Python has no traceback of its own to show.
+        """
         before: Dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for name in self.NAMES:
@@ -10777,7 +10790,7 @@ class Interrupts:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_IGN if to_the_end else handler)
 
     @contextlib.contextmanager
     def postponed(self) -> Iterator[None]:
@@ -11270,6 +11283,8 @@ def resolve_sandbox(client: Client, given: str) -> str:
         return given
     for sandbox in client.sandboxes(limit=MAX_LIMIT):
         if text_of(sandbox, "sandbox_id") == given:
+            if not text_of(sandbox, "id"):
+                raise InvalidResponseError(f"the service lists no id of the sandbox '{given}'")
             return text_of(sandbox, "id")
     raise MogplexError(
         f"the service lists no sandbox '{given}'",
@@ -11891,10 +11906,12 @@ class Followers:
     """``--follow`` of several runs: their lines as they come, a trailer for each, and a count."""
 
     def __init__(
-        self, ctx: Context, client: Client, run_ids: Sequence[str], options: FollowOptions,
+        self, ctx: Context, run_ids: Sequence[str], options: FollowOptions,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ctx = ctx
+        self.options = options
+        self.clock = clock
         self.life = LifeSigns(ctx, options.quiet, clock)
         self.attendants: Dict[str, Attendant] = {}
         for run_id in run_ids:
@@ -11904,14 +11921,25 @@ class Followers:
         self.standing: Dict[str, Progress] = {}
         self.ends: Dict[str, str] = {}  # of those that are over: the status, or "given up"
         self.code = 0                   # the highest of all
-        self.items = tail_many(
-            client, run_ids, timeout_s=options.timeout, limit=options.limit,
-            on_progress=self.progress, cancels=options.cancel_on_interrupt, clock=clock)
 
-    def run(self) -> int:
+    def __enter__(self) -> Followers:
+        return self
+
+    def __exit__(self, kind: object, error: Optional[BaseException], trace: object) -> None:
+        if isinstance(error, (KeyboardInterrupt, MogplexError, OSError)):
+            self.life.erase()
+            self.leave(error)
+            if self.standing or isinstance(error, KeyboardInterrupt):  # else nothing was asked
+                self.ctx.note(self.count())
+
+    def run(self, client: Client) -> int:
         """Follow them all to the end; the highest of the exit codes that they deserve."""
+        options = self.options
+        items = tail_many(
+            client, list(self.attendants), timeout_s=options.timeout, limit=options.limit,
+            on_progress=self.progress, cancels=options.cancel_on_interrupt, clock=self.clock)
         try:
-            for run_id, item in self.items:
+            for run_id, item in items:
                 self.life.erase()
                 self.show(run_id, item)
         except TailTimeout as error:
@@ -11919,11 +11947,6 @@ class Followers:
             self.ctx.note(f"error: --follow {error.message}")
             self.code = max(self.code, error.exit)
             self.leave(error)
-        except (KeyboardInterrupt, MogplexError, OSError) as error:
-            self.life.erase()
-            self.leave(error)
-            self.ctx.note(self.count())
-            raise
         if self.ctx.as_json:
             self.ctx.note(self.count())
         else:
@@ -12164,8 +12187,8 @@ def several_events(ctx: Context, given: Sequence[str], following: FollowOptions)
     run_ids = resolve_run_ids(ctx, given)
     if not following.follow:
         return list_events(ctx, run_ids, following.limit)
-    with ctx.client() as client:
-        return Followers(ctx, client, run_ids, following).run()
+    with Followers(ctx, run_ids, following) as followers, ctx.client() as client:
+        return followers.run(client)
 
 
 def cmd_runs_events(ctx: Context, *given: str, **options: Any) -> int:
@@ -12829,7 +12852,8 @@ SUBCOMMANDS = {
                    "add a string to the JSON body, or to the query of a GET; NAME:=JSON "
                    "for other types; may be given again",
                    read_field, repeats=True),
-            Option("--input", "FILE", "read the JSON body from FILE; - is stdin"),
+            Option("--input", "FILE", "read the JSON body from FILE; - is stdin",
+                   may_be_empty=False),
             Option("--idempotency-key", "KEY",
                    "send this key with a POST (default: random); it makes a repeat safe for "
                    "/runs and /automations/ID/trigger alone",
@@ -13499,10 +13523,11 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """The command line, of ``argv`` or of this process; the exit code."""
+    is_process = argv is None
     if argv is None:
         argv = sys.argv[1:]
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    with ctx.interrupts.handled():  # around the rescue, which a second signal must not end
+    with ctx.interrupts.handled(is_process):  # around the rescue, which a second must not end
         return rescue(ctx, functools.partial(dispatch, ctx, list(argv)))
 
 

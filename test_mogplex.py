@@ -10982,7 +10982,7 @@ def interrupted_followers(server: RawServer, **options: Any) -> Tuple[mogplex.Co
     following = mogplex.FollowOptions(follow=True, **options)
     ctx.client = functools.partial(mogplex.Context.client, ctx)  # type: ignore[method-assign]
     with ctx.client() as one:
-        followers = mogplex.Followers(ctx, one, ["R", "S", "T"], following)
+        followers = mogplex.Followers(ctx, ["R", "S", "T"], following)
         finish = followers.finish
 
         def finish_and_hear(run_id: str, verdict: mogplex.Verdict) -> None:
@@ -10990,8 +10990,8 @@ def interrupted_followers(server: RawServer, **options: Any) -> Tuple[mogplex.Co
             ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
 
         followers.finish = finish_and_hear  # type: ignore[method-assign]
-        with pytest.raises(mogplex.Interrupted):
-            followers.run()
+        with pytest.raises(mogplex.Interrupted), followers:
+            followers.run(one)
     asked = [request for request in server.requests if "/cancel" in request.split("\r")[0]]
     return ctx, sorted(map(run_asked, asked))
 
@@ -11009,6 +11009,65 @@ def test_without_cancel_on_interrupt_a_signal_says_what_is_still_running() -> No
     with RawServer(of_runs(R=OVER, S=GOES_ON, T=GOES_ON)) as server:
         ctx, cancelled = interrupted_followers(server)
     assert cancelled == [] and "follow: mogplex runs events S T --follow\n" in ctx.stderr.getvalue()
+
+
+def test_a_signal_before_the_first_request_cancels_several_runs_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened = mogplex.Context.client
+    signals = [mogplex.Interrupted(signal.SIGTERM)]
+
+    def client(ctx: mogplex.Context, *args: Any, **settings: Any) -> mogplex.Client:
+        if signals:
+            raise signals.pop()
+        return opened(ctx, *args, **settings)
+
+    monkeypatch.setattr(mogplex.Context, "client", client)
+    with RawServer(of_runs(S=GOES_ON, T=GOES_ON)) as server:
+        ctx = mogplex.Context(service(server.url), sys.stdin, io.StringIO(), io.StringIO())
+        with pytest.raises(mogplex.Interrupted):
+            mogplex.cmd_runs_events(ctx, "S", "T", follow=True, cancel_on_interrupt=True)
+    told = ctx.stderr.getvalue().splitlines()
+    assert sorted(told[:2]) == [
+        "cancellation requested for run S", "cancellation requested for run T"]
+    assert told[2:] == ["2 runs: 2 not over"]
+
+
+def test_a_429_that_the_timeout_has_no_room_for_gives_up_several_runs_at_once(
+    cli: Callable[..., Result],
+) -> None:
+    with RawServer(of_runs(R=TOO_MANY, S=TOO_MANY, T=TOO_MANY)) as server:
+        argv = ["runs", "events", "R", "S", "T", "--follow", "--timeout", "50s"]
+        result = cli(*argv, env=service(server.url))
+    assert (result.code, result.out) == (75, "3 runs: 3 given up\n")
+    assert len(server.requests) == 1
+
+
+def test_signals_are_ignored_once_the_process_only_has_to_exit() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    interrupts = mogplex.Interrupts()
+    interrupts.NAMES = ("SIGTERM",)  # type: ignore[misc]
+    try:
+        with interrupts.handled(to_the_end=True):
+            assert signal.getsignal(signal.SIGTERM) == interrupts.arrived
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_api_refuses_an_empty_input(cli: Callable[..., Result]) -> None:
+    result = cli("api", "PUT", "/automations/A", "--input", "", env=service("http://127.0.0.1:9"))
+    assert (result.code, result.err.splitlines()[0]) == (2, "error: api: --input is empty")
+
+
+def test_a_sandbox_that_is_listed_without_its_id_is_an_odd_answer(
+    cli: Callable[..., Result],
+) -> None:
+    boxes = ok({"sandboxes": [{"sandbox_id": "sbx_1"}]})
+    with RawServer(lambda *_: boxes) as server:
+        result = cli("sandboxes", "logs", "sbx_1", env=service(server.url))
+    assert (result.code, result.err) == (
+        1, "error: the service lists no id of the sandbox 'sbx_1'\n")
 
 
 def test_cancelling_several_runs_takes_the_time_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -11054,15 +11113,14 @@ def test_github_is_told_of_each_run_and_gets_no_outputs_of_several(
 def test_the_sign_of_life_of_several_runs_counts_them() -> None:
     ctx = mogplex.Context(service("http://127.0.0.1:9"), sys.stdin, io.StringIO(), io.StringIO())
     now = [0.0]
-    with ctx.client() as one:
-        followers = mogplex.Followers(
-            ctx, one, "RST", mogplex.FollowOptions(follow=True), clock=lambda: now[0])
-        followers.ends["R"] = "success"
-        well = mogplex.Progress("connected", "streaming", 0.0, 0.0, None, 0, "", 1.0, {})
-        now[0] = 61.0
-        followers.progress("S", well._replace(last_event_at=1.0))
-        followers.progress("T", well._replace(connection="lost", status="", message="away"))
-        assert followers.together().connection == "lost"
+    followers = mogplex.Followers(
+        ctx, "RST", mogplex.FollowOptions(follow=True), clock=lambda: now[0])
+    followers.ends["R"] = "success"
+    well = mogplex.Progress("connected", "streaming", 0.0, 0.0, None, 0, "", 1.0, {})
+    now[0] = 61.0
+    followers.progress("S", well._replace(last_event_at=1.0))
+    followers.progress("T", well._replace(connection="lost", status="", message="away"))
+    assert followers.together().connection == "lost"
     assert ctx.stderr.getvalue() == (
         "still 2 runs: 1 success, 1 streaming, last event 1m ago\nT         away\n")
 
