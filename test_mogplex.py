@@ -78,6 +78,8 @@ ENDED_BY_SIGNAL = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]  # and the exit 
 if os.name != "nt":
     ENDED_BY_SIGNAL.append((signal.SIGHUP, 129))
 MODULE = os.path.abspath(mogplex.__file__)
+# What the system says of a directory that is opened as a file
+OPENED_DIRECTORY = "Permission denied" if os.name == "nt" else "Is a directory"
 TOKEN = "mog_" + "T0ken" * 6 + "xy"
 
 
@@ -4476,7 +4478,10 @@ def test_a_clean_end_is_never_success_and_json_may_come_between() -> None:
     assert asked == ["", "1", "2", "2", "2", "5", "5"] and clock.notes == []
 
 
-@pytest.mark.parametrize("cut", ["reset", "chunk", "half an event"])
+@pytest.mark.parametrize("cut", [
+    pytest.param("reset", marks=pytest.mark.skipif(UNDER_WINE, reason="Wine tells of a reset as of an end")),
+    "chunk", "half an event",
+])
 def test_a_broken_stream_is_resumed_and_its_half_event_dropped(cut: str) -> None:
     whole = streamed(1)
     body = whole[len(STREAM):]
@@ -8284,7 +8289,7 @@ NO_RUN = "no run is remembered for this service; give a run ID"
     ([*RUN_IT, " ", "\t"], "run: the task is empty"),
     ([*RUN_IT, "-"], "run: the task is empty"),
     ([*RUN_IT, "--prompt-file", "/nonexistent"], "run: /nonexistent: No such file or directory"),
-    ([*RUN_IT, "--prompt-file", os.sep], f"run: {os.sep}: Is a directory"),
+    ([*RUN_IT, "--prompt-file", os.sep], f"run: {os.sep}: {OPENED_DIRECTORY}"),
     ([*RUN_IT, "x" * 100_001], TOO_LONG),
     ([*RUN_IT, "\U0001f600" * 50_001], TOO_LONG),
     ([*RUN_IT, "\udcff"], "run: the task is not valid UTF-8"),
@@ -10640,6 +10645,9 @@ def test_an_empty_path_is_a_script_s_lost_variable(cli: Callable[..., Result]) -
 @pytest.fixture
 def checkout(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """``checkout(url)``: the current directory is one in a repo with that origin; "" for none."""
+    if UNDER_WINE:
+        pytest.skip("there is no git under Wine")
+
     def make(url: str) -> None:
         below = tmp_path / "checkout" / "below"
         below.mkdir(parents=True)
@@ -12122,7 +12130,7 @@ def test_a_report_that_cannot_be_written_is_a_line_on_stderr(
 ) -> None:
     env = {"GITHUB_ACTIONS": "true", name: str(tmp_path)}
     result = run_demo("runs", "events", FINISHED, "--follow", **env)
-    assert result.code == 0 and f"cannot write {name}: Is a directory\n" in result.err
+    assert result.code == 0 and f"cannot write {name}: {OPENED_DIRECTORY}\n" in result.err
 
 
 class Job:
@@ -12227,7 +12235,7 @@ def test_a_dotenv_file_that_cannot_be_written_is_known_before_a_run_is_paid_for(
 ) -> None:
     with one_answer(ok(RUN)) as server:
         result = cli("run", "--repo", "r", "x", "--dotenv", str(tmp_path), env=service(server.url))
-    assert (result.code, result.err) == (2, f"error: --dotenv {tmp_path}: Is a directory\n")
+    assert (result.code, result.err) == (2, f"error: --dotenv {tmp_path}: {OPENED_DIRECTORY}\n")
     assert server.requests == []
 
 
