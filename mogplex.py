@@ -13528,7 +13528,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         argv = sys.argv[1:]
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
     with ctx.interrupts.handled(is_process):  # around the rescue, which a second must not end
-        return rescue(ctx, functools.partial(dispatch, ctx, list(argv)))
+        try:
+            return rescue(ctx, functools.partial(dispatch, ctx, list(argv)))
+        except Interrupted as interrupt:  # while it told of an error
+            return interrupt.exit
 
 
 if __name__ == "__main__":

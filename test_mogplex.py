@@ -11051,6 +11051,17 @@ def test_a_429_that_the_timeout_has_no_room_for_gives_up_several_runs_at_once(
     assert len(server.requests) == 1
 
 
+def test_a_signal_while_an_error_is_told_ends_the_program_as_any_other(
+    cli: Callable[..., Result], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Telling it waits where stderr is a pipe that nobody reads."""
+    def be_interrupted(ctx: mogplex.Context, error: mogplex.MogplexError) -> None:
+        raise mogplex.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(mogplex, "note_error", be_interrupted)
+    assert cli("runs", "get", "..", env=service("http://127.0.0.1:9")) == Result(143, "", "")
+
+
 def test_signals_are_ignored_once_the_process_only_has_to_exit() -> None:
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     interrupts = mogplex.Interrupts()
