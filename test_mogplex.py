@@ -10731,6 +10731,7 @@ def test_an_origin_that_is_not_on_github(
         assert run_demo(*argv) == Result(2, "", f"error: repo '.': {problem}\n{CHECKOUT_HINT}")
 
 
+@pytest.mark.skipif(UNDER_WINE, reason="there is no git under Wine")
 def test_a_dot_outside_a_checkout(
     run_demo: Callable[..., Result], tmp_path: Any, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -11625,7 +11626,8 @@ def test_the_readme_s_program_works_with_the_upper_half_and_requests_alone(libra
             env={**os.environ, **service(demo.url, demo.token), "PYTHONPATH": library, **env})
             for argv, env, *_ in cases]
         for process, (argv, _, code, out, told) in zip(started, cases):
-            stdout, stderr = (data.decode() for data in process.communicate(timeout=60))
+            stdout, stderr = (
+                data.decode().replace(os.linesep, "\n") for data in process.communicate(timeout=60))
             assert process.returncode == code and re.fullmatch(out, stdout) and told in stderr, (argv, stdout, stderr)
 
 
