@@ -96,6 +96,12 @@ def ended_at_last(process: "subprocess.Popen[Any]") -> Iterator[None]:
             process.kill()
 
 
+def short(value: Any) -> Optional[str]:
+    """The part of a test's name for a parameter that is long; Windows takes no long variable."""
+    text = repr(value)
+    return None if len(text) < 200 else f"{text[:20]}..."
+
+
 class Result(NamedTuple):
     """What a command left behind."""
 
@@ -449,7 +455,7 @@ def test_sanitize_takes_everything_out_that_a_terminal_obeys() -> None:
     "".join(map(chr, range(0xE0000, 0xE1000))),    # tag characters, which can spell a hidden text
     "".join(map(chr, range(0xFE00, 0xFE10))),      # variation selectors
     "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180e\u200b\u2066\u3164\ufeff\uffa0\ufff9",
-])
+], ids=short)
 def test_sanitize_leaves_nothing_that_is_not_seen(invisible: str) -> None:
     assert mogplex.sanitize(f"a{invisible}b") == "ab"
 
@@ -740,7 +746,7 @@ def test_a_text_is_cut_where_a_terminal_can_cut_it(text: str, width: int, shown:
 
 @pytest.mark.parametrize("text", [
     "", "{", "{}x", "[" * 100_000, '{"a":' * 100_000, "NaN", "[Infinity]", '{"a": -Infinity}', "'a'",
-])
+], ids=short)
 def test_what_is_no_json_is_a_value_error(text: str) -> None:
     with pytest.raises(ValueError):
         mogplex.parse_json(text)
@@ -927,7 +933,7 @@ def test_nobody_s_credential_sends_no_token() -> None:
 
 
 @pytest.mark.parametrize("content", [
-    "", "s3cret", "[1]", '"s3cret"', b"\xff\xfe{", "[" * 100000, '{"token": "s3cret"'])
+    "", "s3cret", "[1]", '"s3cret"', b"\xff\xfe{", "[" * 100000, '{"token": "s3cret"'], ids=short)
 def test_a_senseless_file_is_an_error_that_names_it(
     tmp_path: Any, content: Union[str, bytes],
 ) -> None:
@@ -4662,7 +4668,7 @@ def test_what_is_no_event_is_said_once_and_left_out() -> None:
 
 
 @pytest.mark.parametrize("endless", [
-    b"data: " + b"x" * 200_000, b"data: x\n" * 30_000, b"data\n" * 30_000])
+    b"data: " + b"x" * 200_000, b"data: x\n" * 30_000, b"data\n" * 30_000], ids=short)
 def test_an_event_without_an_end_is_refused(
     endless: bytes, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -8628,7 +8634,7 @@ def test_a_token_that_the_service_echoes_is_not_shown(
     (["-"], "from stdin\nline 2\n", "from stdin\nline 2"), (["--prompt-file", "task.md"], "", "from a file"),
     (["--", "-x", "--follow"], "", "-x --follow"), (["a", "--", "-h", "--demo", "--debug"], "", "a -h --demo --debug"), (["a", "--branch", "b", "c"], "not read", "a c"),
     (["\U0001f600" * 50_000], "", "\U0001f600" * 50_000), (["-"], "\ufeffbom", "bom"),
-])
+], ids=short)
 def test_where_a_task_comes_from(
     cli: Callable[..., Result], tmp_path: Any, monkeypatch: pytest.MonkeyPatch, argv: List[str], stdin: str, prompt: str,
 ) -> None:
@@ -10089,7 +10095,7 @@ def test_api_waits_for_the_launch_of_a_sandbox_longer_than_for_anything_else(
     (answer(200, b"<html>"), 1, "unexpected response"),
     (answer(200, b'{"ok": true}'), 1, "unexpected response"),
     (answer(200, b'{"ok": true, "data": ' + b"[" * 99999), 1, "unexpected response"),
-])
+], ids=short)
 def test_api_ends_with_the_exit_codes_of_every_command(
     cli: Callable[..., Result], reply: bytes, code: int, message: str,
 ) -> None:
@@ -10671,7 +10677,7 @@ def checkout(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     ("https://github.com/o", None), ("https://github.com/o/r/x", None), ("/github.com/o/r", None),
     ("file:///github.com/o/r", None), ("https://github.com/o/r?x", None), ("git@github.com:o/\u00e9", None),
     ("@" * 100_000, None), ("https://" + "a@" * 100_000, None), ("github.com:o/" + ".git" * 50_000 + "!", None),
-])
+], ids=short)
 def test_the_repo_that_a_remote_names(url: str, name: Optional[str]) -> None:
     match = mogplex.GITHUB_URL.match(url)
     assert (match and match.group(1)) == name
@@ -11652,7 +11658,8 @@ def test_the_readme_s_asynchronous_program_ends_its_threads_at_a_time_out(
         done = subprocess.run(
             [sys.executable, "-W", "error", str(program), seconds, *run_ids], capture_output=True, timeout=60,
             env={**os.environ, **service(demo.url, demo.token), "PYTHONPATH": library})
-    assert (done.returncode, done.stdout.decode()) == (code, out) and told in done.stderr.decode()
+    said = done.stdout.decode().replace(os.linesep, "\n")
+    assert (done.returncode, said) == (code, out) and told in done.stderr.decode()
 
 
 @pytest.mark.slow
