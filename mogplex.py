@@ -1753,12 +1753,16 @@ def _listen(ports: Sequence[int]) -> socket.socket:
 
 
 def start_thread(function: Callable[..., object], *arguments: object) -> None:
-    """Run ``function`` on a daemon thread; MogplexError when there can be no further thread."""
-    thread = threading.Thread(target=function, args=arguments, daemon=True)
+    """Run ``function`` on a thread that ends with the process; MogplexError when there is none.
+
+    Whoever starts it may be interrupted at any instruction, by Ctrl+C for one. So it is none of
+    the module threading: an exception inside that can leave one of its locks locked for ever, or
+    is discarded, in the callback of the weak reference that it keeps of each Thread.
+    """
     try:
-        thread.start()
+        _thread.start_new_thread(function, arguments)
     except RuntimeError as error:
-        raise MogplexError(f"cannot start a thread: {error}") from None
+        raise MogplexError(f"cannot start a thread: {error}", transient=True) from None
 
 
 def never() -> bool:
@@ -2464,11 +2468,8 @@ WORKING = threading.local()  # its "worker" is the Worker whose thread this is
 class Worker:
     """The thread of one exchange: it sends the request, and reads a piece of the body when asked.
 
-    It posts the Answer, then pieces, then None; or an exception instead of any of them.
-
-    Whoever waits may be interrupted at any instruction, by Ctrl+C for one. So nothing here is made
-    of Python's own module threading: an exception inside it can leave one of its locks locked for
-    ever, or is discarded, in the callback of the weak reference that it keeps of each Thread.
+    It posts the Answer, then pieces, then None; or an exception instead of any of them. It shares
+    only what is written in C with whoever waits, for the reason that ``start_thread`` gives.
     """
 
     def __init__(
@@ -2486,10 +2487,7 @@ class Worker:
 
     def begin(self) -> None:
         """Start; MogplexError when the system has no thread to give."""
-        try:
-            _thread.start_new_thread(self.run, ())
-        except RuntimeError as error:
-            raise MogplexError(f"cannot start a thread: {error}", transient=True) from None
+        start_thread(self.run)
 
     def take(self, wait_s: float) -> Any:
         """What it posts next, waited for so long; queue.Empty when nothing came."""
@@ -4517,13 +4515,13 @@ class Tails:
             self.on_progress(run_id, item)
         elif isinstance(item, Look):
             yield from self._end_look(run_id, item)
-        elif isinstance(item, TailTimeout) or not isinstance(item, (MogplexError, tuple)):
-            raise item
-        elif isinstance(item, MogplexError):
-            yield from self._give_up(run_id, item)
-        else:
+        elif isinstance(item, tuple):
             self.budget.answered(self.timing.clock())
             yield run_id, item[0]
+        elif isinstance(item, MogplexError) and not isinstance(item, TailTimeout):
+            yield from self._give_up(run_id, item)
+        else:
+            raise item  # the time is up, or it is a bug
 
     def _give_up(self, run_id: str, error: MogplexError) -> Iterator[ManyItem]:
         """A run is given up, and all that would be answered alike: 429, and too long a wait."""
