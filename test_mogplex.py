@@ -9458,6 +9458,27 @@ def test_a_follower_notices_a_signal_that_python_discarded() -> None:
     assert ctx.stderr.getvalue() == "cancellation requested for run R\n"
 
 
+def test_a_signal_that_python_discarded_ends_the_following_of_several_runs_too() -> None:
+    with RawServer(lambda *_: STREAMING) as server:
+        environ = service(server.url, TOKEN)
+        ctx = mogplex.Context(environ, sys.stdin, io.StringIO(), io.StringIO())
+        ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
+        options = mogplex.FollowOptions(follow=True, cancel_on_interrupt=True)
+        with pytest.raises(mogplex.Interrupted):
+            mogplex.several_events(ctx, ["R", "S"], options)
+    assert paths(server).count("cancel") == 2
+
+
+def test_a_bug_in_the_look_at_one_of_several_runs_is_raised() -> None:
+    class Broken(mogplex.Client):
+        def open_events(self, *given: Any, **options: Any) -> Any:
+            raise ZeroDivisionError
+
+    with Broken(TOKEN, "https://mogplex.invalid") as one:
+        with pytest.raises(ZeroDivisionError):
+            list(mogplex.tail_many(one, ["R", "S"], timeout_s=60.0))
+
+
 @pytest.mark.posix
 @pytest.mark.slow
 def test_an_interrupted_start_without_an_answer_tells_its_key() -> None:
