@@ -11173,6 +11173,25 @@ def test_the_sign_of_life_of_several_runs_counts_them() -> None:
         "still 2 runs: 1 success, 1 streaming, last event 1m ago\nT         away\n")
 
 
+COLLECTOR = """
+import atexit, gc, sys
+import mogplex
+atexit.register(lambda: print(gc.get_threshold()[0], gc.get_freeze_count() > 0))
+{call}
+"""
+
+
+def test_a_process_keeps_the_collector_from_what_is_loaded() -> None:
+    out, _ = python(COLLECTOR.format(call="sys.exit(mogplex.main())"), "--version").communicate()
+    assert out.splitlines()[-1] == "10000 True"
+
+
+def test_a_command_in_the_process_of_another_leaves_its_collector_alone() -> None:
+    call = "gc.set_threshold(77); mogplex.main(['--version'])"
+    out, _ = python(COLLECTOR.format(call=call)).communicate()
+    assert out.splitlines()[-1] == "77 False"
+
+
 # ---------------------------------------------------------------- The contract
 
 HERE = os.path.dirname(MODULE)
