@@ -4061,7 +4061,7 @@ class Resumption:
 
 def cleaned(texts: List[str], exchange: Exchange) -> List[str]:
     """``texts`` without the token: looked for in one go, as hardly any holds it."""
-    together = "\n".join(texts)
+    together = " ".join(texts)  # a line break would look like something that hides a secret
     if exchange.clean(together) != together:
         texts = [exchange.clean(text) for text in texts]
     if may_hide_secrets(together):
