@@ -6106,11 +6106,11 @@ class Progressed(NamedTuple):
 
 
 class Fetched(NamedTuple):
-    """What a job has read, or come to."""
+    """What a job has read or come to, or what a Desk has to tell meanwhile."""
 
     ask: Ask
     data: Any
-    latency_ms: float
+    latency_ms: float = 0.0  # of the service's answer; 0 where it was not asked
 
 
 class Failed(NamedTuple):
@@ -6118,32 +6118,6 @@ class Failed(NamedTuple):
 
     ask: Ask
     error: MogplexError
-
-
-class Started(NamedTuple):
-    """The service's answer to a start."""
-
-    new: NewRun
-    run: Run
-
-
-class Said(NamedTuple):
-    """A line for the person."""
-
-    text: str
-    style: str = ""
-
-
-class Announced(NamedTuple):
-    """The URL that a browser has to open for a sign-in."""
-
-    url: str
-
-
-class Lapses(NamedTuple):
-    """When the sign-in ends, in epoch seconds; None when it renews itself."""
-
-    at: Optional[float]
 
 
 class Facts(NamedTuple):
@@ -6193,8 +6167,8 @@ def write_new_file(path: str, text: str) -> None:
 class Desk:
     """A worker thread and its jobs, one after another, with a Client of its own.
 
-    What a job returns is posted as Fetched, but for None. An exception that is no MogplexError
-    is a bug, and ends the cockpit.
+    A job is a method of it, or one of the Client that reads. What a job returns is posted as
+    Fetched, but for None. An exception that is no MogplexError is a bug, and ends the cockpit.
     """
 
     def __init__(self, post: Callable[[Any], None], facts: Facts) -> None:
@@ -6216,16 +6190,26 @@ class Desk:
         self.reconnect()
         self.closed = True
 
+    def tell(self, job: Callable[..., object], data: object, *arguments: object) -> None:
+        """Post what is known without an answer of the service, or before a job has ended."""
+        self.post(Fetched(Ask(job, arguments), data))
+
+    def call(self, ask: Ask) -> object:
+        """What a job comes to."""
+        if ask.job in vars(Desk).values():
+            return ask.job(self, *ask.arguments)
+        return ask.job(self.client(), *ask.arguments)
+
     def do(self, ask: Ask) -> None:
         began = time.monotonic()
         try:
-            data = ask.job(self, *ask.arguments)
+            data = self.call(ask)
         except Left:
             return
         except MogplexError as error:
             has_own_words = ask.job in (Desk.try_token, Desk.sign_in, Desk.start)
             if isinstance(error, UnauthorizedError) and not self.connection and not has_own_words:
-                self.post(Fetched(Ask(Desk.sign_out), str(error), 0.0))
+                self.tell(Desk.sign_out, str(error))
             else:
                 self.post(Failed(ask, error))
             return
@@ -6237,7 +6221,10 @@ class Desk:
         if self.connection is None:
             self.connection = self.facts.connect()
             credential = self.connection.credential
-            self.post(Lapses(None if credential.refreshable else credential.expires_at))
+            lapses_at = credential.expires_at
+            if credential.refreshable:
+                lapses_at = None
+            self.tell(Desk.client, lapses_at)
         return self.connection
 
     def reconnect(self) -> None:
@@ -6268,30 +6255,12 @@ class Desk:
     def repos(self) -> List[Repo]:
         return self.client().repos(limit=MAX_LIMIT)
 
-    def sandboxes(self) -> List[Sandbox]:
-        return self.client().sandboxes()
-
-    def run(self, run_id: str) -> Run:
-        return self.client().run(run_id)
-
     def find_run(self, run_id: str) -> Run:
-        """The same for a run that is shown once it is known to exist."""
+        """``Client.run`` for a run that is shown once it is known to exist."""
         return self.client().run(run_id)
-
-    def logs(self, sandbox_id: str) -> Json:
-        return self.client().sandbox_logs(sandbox_id)
-
-    def agents(self) -> List[Json]:
-        return self.client().agents()
-
-    def models(self) -> List[Json]:
-        return self.client().models()
-
-    def mcp_servers(self) -> List[Json]:
-        return self.client().mcp_servers()
 
     def start(self, new: NewRun) -> Run:
-        """Started is posted as soon as the run exists, before its id is written down."""
+        """The run is told as soon as it exists, before its id is written down."""
         home = self.facts.home
         body = body_for(new.target, new.task)
         start = start_record(self.facts.base_url, body, new.key, new.target.repo.name)
@@ -6310,10 +6279,10 @@ class Desk:
         return run
 
     def tell_started(self, new: NewRun, run: Run) -> None:
-        self.post(Started(new, run))
+        self.tell(Desk.tell_started, run, new)
 
     def say(self, text: str, style: str = "") -> None:
-        self.post(Said(text, style))
+        self.tell(Desk.say, text, style)
 
     def cancel(self, run_id: str) -> None:
         answer = self.client().cancel(run_id)
@@ -6388,7 +6357,7 @@ class Desk:
         return f"Signed in. {self.facts.overruled}"
 
     def tell_url(self, url: str) -> None:
-        self.post(Announced(url))
+        self.tell(Desk.tell_url, url)
 
     def sign_out(self) -> Optional[str]:
         self.facts.home.forget_sign_in()
@@ -6414,8 +6383,8 @@ class Shell:
             Desk.watch: Desk(self.post, facts),
             Desk.cancel: Desk(self.post, facts),
             Desk.repos: polling,
-            Desk.sandboxes: polling,
-            Desk.run: polling,
+            Client.sandboxes: polling,
+            Client.run: polling,
             Desk.remember: filing,
             Desk.export: filing,
             Desk.open: filing,
@@ -6432,7 +6401,7 @@ class Shell:
 
     def warn(self, line: str) -> None:
         """What the home has to say."""
-        self.post(Said(line, "warn"))
+        self.post(Fetched(Ask(Desk.say, ("warn",)), line))
 
     def perform(self, ask: Ask) -> None:
         """Do what a state asks for: here, with the terminal, or at a desk."""
@@ -7293,7 +7262,7 @@ def copied(state: State, text: str) -> State:
     return state.ask(Screen.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
 
 
-LOGS = Listing("logs", (), log_items, {"y": copied}, Desk.logs)
+LOGS = Listing("logs", (), log_items, {"y": copied}, Client.sandbox_logs)
 
 
 def show_logs(state: State, sandbox_id: str) -> State:
@@ -7329,7 +7298,7 @@ SANDBOXES = Listing(
     ),
     sandbox_items,
     {"enter": show_logs, "o": open_preview, "y": copied},
-    Desk.sandboxes,
+    Client.sandboxes,
     word="sandboxes",
     does="the sandboxes in the cloud",
 )
@@ -7358,7 +7327,7 @@ AGENTS = Listing(
         Heading("DOES", 90, plain("description")),
     ),
     record_items,
-    reads=Desk.agents,
+    reads=Client.agents,
     word="agents",
     does="the agents of the account",
 )
@@ -7372,7 +7341,7 @@ MODELS = Listing(
         Heading("OUT $/M", 9, per_million("output")),
     ),
     record_items,
-    reads=Desk.models,
+    reads=Client.models,
     word="model",
     does="the models, their context length and prices",
 )
@@ -7384,7 +7353,7 @@ SERVERS = Listing(
         Heading("KIND", 20, plain("kind")),
     ),
     record_items,
-    reads=Desk.mcp_servers,
+    reads=Client.mcp_servers,
     word="mcp",
     does="the MCP servers: name, whether enabled, kind",
 )
@@ -7652,7 +7621,7 @@ def poll(state: State, most: int) -> State:
         asks.append(Ask(Desk.repos))
         polls = polls._replace(repos_at=state.now)
     if state.now - polls.sandboxes_at >= 30:
-        asks.append(Ask(Desk.sandboxes))
+        asks.append(Ask(Client.sandboxes))
         polls = polls._replace(sandboxes_at=state.now)
     sent = tuple(at for at in polls.sent if state.now - at < 60)
     for_unknown = max(18, 3 * count_active(state.rail.runs) + 6)  # the rest is for known ones
@@ -7662,7 +7631,7 @@ def poll(state: State, most: int) -> State:
         if not run.status:
             limit = min(limit, for_unknown)
         if len(asks) < most and len(sent) + len(asks) < limit:
-            asks.append(Ask(Desk.run, (run.id,)))
+            asks.append(Ask(Client.run, (run.id,)))
             ids.append(run.id)
     sent += (state.now,) * len(asks)
     polls = polls._replace(sent=sent, unanswered=polls.unanswered + len(asks))
@@ -7691,7 +7660,7 @@ def refresh(state: State, _: str = "") -> State:
     if state.drawer:
         state = read_drawer(state, state.drawer)
     if state.shown.run_id:
-        state = state.ask(Desk.run, state.shown.run_id)
+        state = state.ask(Client.run, state.shown.run_id)
     return poll(state, POLLS_A_MINUTE).say("Asking the service…", for_s=2.0)
 
 
@@ -9310,7 +9279,45 @@ def take_repos(state: State, message: Fetched) -> State:
     return state
 
 
-def take_start(state: State, message: Fetched) -> State:
+def take_line(state: State, message: Fetched) -> State:
+    """Something to say to the person."""
+    return state.say(message.data, *message.ask.arguments)
+
+
+def take_url(state: State, message: Fetched) -> State:
+    """The URL that a browser has to open for a sign-in."""
+    if not state.is_signed_out:
+        return state
+    return state.admit(url=harmless(message.data, 4000))
+
+
+def take_lapse(state: State, message: Fetched) -> State:
+    """When the credential in force ends, in epoch seconds; None when it renews itself."""
+    return state.feel(lapses_at=message.data)
+
+
+def take_started(state: State, message: Fetched) -> State:
+    """A run that was just started: it is shown, and its delivery may move the target."""
+    run = message.data
+    new = message.ask.arguments[0]
+    run_id = text_of(run, "runId")
+    state = change_start(state, new.key, new._replace(run_id=run_id))
+    state = watch(state, run_id, run, new.target)
+    if run_named(state, run_id) not in state.rail.runs:
+        began = parse_time(run.get("createdAt")) or state.now
+        repo = new.target.repo.name
+        task = harmless(new.task.replace("\n", " "), 200)
+        state = put_first(state, KnownRun(run_id, repo, task, began))
+    state = heard(state, run_id, run)
+    error = harmless(run.get("error"), 200)
+    if is_bad_end(text_of(run, "status")):
+        return state.say(f"The run failed to start: {error}", "bad")
+    if run.get("replayed") is True:
+        return state.say("That run had already been started.", "ok")
+    return state.say("Run started.", "ok")
+
+
+def take_recorded(state: State, message: Fetched) -> State:
     """A started run has been written to the history."""
     return change_start(state, message.ask.arguments[0].key)
 
@@ -9337,17 +9344,21 @@ def take_sign_in(state: State, message: Fetched) -> State:
 
 
 TAKEN = {
-    Desk.start: take_start,
+    Desk.say: take_line,
+    Desk.client: take_lapse,
+    Desk.tell_started: take_started,
+    Desk.tell_url: take_url,
+    Desk.start: take_recorded,
     Desk.try_token: take_sign_in,
     Desk.try_stored: take_sign_in,
     Desk.sign_in: take_sign_in,
     Desk.sign_out: take_sign_out,
-    Desk.run: take_run,
     Desk.find_run: take_found,
-    Desk.sandboxes: take_sandboxes,
     Desk.repos: take_repos,
+    Client.run: take_run,
+    Client.sandboxes: take_sandboxes,
 }
-POLLED = (Desk.run, Desk.sandboxes, Desk.repos)
+POLLED = (Client.run, Client.sandboxes, Desk.repos)
 
 
 def answered_poll(state: State, job: Callable[..., object]) -> State:
@@ -9366,9 +9377,10 @@ def is_for_drawer(state: State, ask: Ask) -> bool:
 
 
 def on_fetched(state: State, message: Fetched) -> State:
-    """The answer to a read: to the rail, and to the drawer that waits for it."""
+    """What a desk has to tell: to the state, and to the drawer that waits for it."""
     job = message.ask.job
-    state = good_answer(state, message.latency_ms)
+    if message.latency_ms:
+        state = good_answer(state, message.latency_ms)
     state = answered_poll(state, job)
     take = TAKEN.get(job)
     if take:
@@ -9384,7 +9396,7 @@ def felt(state: State, job: Callable[..., object], error: MogplexError, text: st
         return state.feel(held_until=state.now + (error.retry_after_s or 60.0))
     if isinstance(error, (UnauthorizedError, ForbiddenError)):
         return state.feel(refused=text)
-    if isinstance(error, UnavailableError) or job in (Desk.repos, Desk.sandboxes):
+    if isinstance(error, UnavailableError) or job in (Desk.repos, Client.sandboxes):
         return state.feel(failures=state.service.health.failures + 1, trouble=text)
     return state
 
@@ -9449,46 +9461,11 @@ def on_failed(state: State, message: Failed) -> State:
         return watch_failed(state, error, text)
     if is_for_drawer(state, message.ask):
         return state.shift(error=text)
-    if job is Desk.run:
+    if job is Client.run:
         return run_refused(state, message.ask.arguments[0], error)
     if job in POLLED:
         return state
     return state.say(text, "bad")
-
-
-def on_started(state: State, message: Started) -> State:
-    """A run that was just started: it is shown, and its delivery may move the target."""
-    run = message.run
-    new = message.new
-    run_id = text_of(run, "runId")
-    state = change_start(state, new.key, new._replace(run_id=run_id))
-    state = watch(state, run_id, run, new.target)
-    if run_named(state, run_id) not in state.rail.runs:
-        began = parse_time(run.get("createdAt")) or state.now
-        repo = new.target.repo.name
-        task = harmless(new.task.replace("\n", " "), 200)
-        state = put_first(state, KnownRun(run_id, repo, task, began))
-    state = heard(state, run_id, run)
-    error = harmless(run.get("error"), 200)
-    if is_bad_end(text_of(run, "status")):
-        return state.say(f"The run failed to start: {error}", "bad")
-    if run.get("replayed") is True:
-        return state.say("That run had already been started.", "ok")
-    return state.say("Run started.", "ok")
-
-
-def on_said(state: State, message: Said) -> State:
-    return state.say(message.text, message.style)
-
-
-def on_announced(state: State, message: Announced) -> State:
-    if not state.is_signed_out:
-        return state
-    return state.admit(url=harmless(message.url, 4000))
-
-
-def on_lapses(state: State, message: Lapses) -> State:
-    return state.feel(lapses_at=message.at)
 
 
 def on_tick(state: State, _: Tick) -> State:
@@ -9518,10 +9495,6 @@ HANDLERS: Dict[type, Callable[[State, Any], State]] = {
     Verdict: on_verdict,
     Fetched: on_fetched,
     Failed: on_failed,
-    Started: on_started,
-    Said: on_said,
-    Announced: on_announced,
-    Lapses: on_lapses,
 }
 
 

@@ -5402,6 +5402,7 @@ DELIVERY = {
         "stage": "git_delivery", "changed": True, "working_branch": "mogplex/a",
         "pull_request_url": "https://github.com/acme/web/pull/1"},
 }
+Client = mogplex.Client
 Desk = mogplex.Desk
 Shell = mogplex.Shell
 WIDE = mogplex.Window(120, 40)
@@ -5470,7 +5471,7 @@ def jobs(state: mogplex.State) -> List[Any]:
     return [ask.job for ask in state.asks]
 
 
-FIRST_LISTS = [fetched(Desk.repos, TWO_REPOS), fetched(Desk.sandboxes, SANDBOXES)]
+FIRST_LISTS = [fetched(Desk.repos, TWO_REPOS), fetched(Client.sandboxes, SANDBOXES)]
 AIMED = [*FIRST_LISTS, *typed("/repo web")]
 ATTACHED = [*AIMED, *typed(f"/attach {RUN_ID}"), fetched(Desk.find_run, SHOWN, RUN_ID)]
 BUSY = [
@@ -5483,7 +5484,7 @@ ENDED_BADLY = [
 NASTY = [
     fetched(Desk.repos, [{"id": 7, "full_name": "acme/\x1b[31mweb\x07", "default_branch": None},
                          {"x": []}]),
-    fetched(Desk.sandboxes, [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}]),
+    fetched(Client.sandboxes, [{"status": {}}, {"id": None, "status": "\x1b[5mnew", "error": ["?"]}]),
     fetched(Desk.find_run, {"status": "\x1b[2Jodd"}, "nope\x1b"),
     *(arrived(event, "nope\x1b") for event in (
         HOSTILE_EVENT, {}, {**HOSTILE_EVENT, "type": 7, "message": ["no", "text"]})),
@@ -5493,7 +5494,7 @@ RUNS = (
     remembered(0x7e9a, "bump deps", "streaming"), remembered(0x7d10, "docs", "success"),
     remembered(0x7c02, "e2e tests for the checkout", "failed"), remembered(0x7b01, "not asked"))
 RAIL = mogplex.Rail(RUNS)
-LIMITED = failed(mogplex.RateLimitedError("slow down", retry_after_s=43.0), Desk.sandboxes)
+LIMITED = failed(mogplex.RateLimitedError("slow down", retry_after_s=43.0), Client.sandboxes)
 STATES = {
     "empty": played(),
     "busy": played(*BUSY, rail=RAIL),
@@ -5503,7 +5504,7 @@ STATES = {
         "nope\x1b", "failed", "", "", "", False, 1.0, {"status": "failed", "error": "\x1b[2J"})),
     "signed out": played(fetched(Desk.sign_out, "not signed in"), mogplex.Text("mog_secret")),
     "waiting": played(
-        fetched(Desk.sign_out, ""), mogplex.Announced("https://www.mogplex.com/api/auth?" + "x" * 300)),
+        fetched(Desk.sign_out, ""), fetched(Desk.tell_url, "https://www.mogplex.com/api/auth?" + "x" * 300)),
     "drawer": played(*BUSY, *keys("^p"), mogplex.Text("sbx"), rail=RAIL),
     "runs": played(*BUSY, *typed("/runs"), rail=RAIL),
     "event": played(*NASTY, *keys("tab", "up", "up", "enter")),
@@ -5867,8 +5868,8 @@ def any_message(chance: random.Random, width: int, height: int) -> Any:
     return chance.choice([
         mogplex.Key(chance.choice(ANY_KEYS)), mogplex.Text(chance.choice("jkfwxoyr?/日a ")),
         mogplex.Tick(), arrived(chance.choice(EVENTS)), mogplex.Mouse(chance.choice([3, -3]), *cell),
-        mogplex.Mouse(0, *cell), fetched(Desk.sandboxes, sandboxes),
-        fetched(Desk.run, run, RUNS[0].id), fetched(Desk.repos, TWO_REPOS), LIMITED,
+        mogplex.Mouse(0, *cell), fetched(Client.sandboxes, sandboxes),
+        fetched(Client.run, run, RUNS[0].id), fetched(Desk.repos, TWO_REPOS), LIMITED,
         mogplex.Paste("two\nlines\t日本語"), progressed(failures=chance.randrange(4))])
 
 
@@ -5904,7 +5905,7 @@ SCROLLED = then(FULL, *keys("tab"), *[mogplex.Text("k")] * 50, *[mogplex.Text("j
 
 
 @pytest.mark.parametrize("state, most, message, seconds", [
-    (FULL, 0, mogplex.Lapses(None), 0), (FULL, 250, mogplex.Tick(), 1),
+    (FULL, 0, fetched(Desk.client, None), 0), (FULL, 250, mogplex.Tick(), 1),
     (FULL, 400, mogplex.Text("w"), 0), (FULL, 6000, arrived(EVENTS[0]), 0),
     (SCROLLED, 400, mogplex.Text("k"), 0), (SCROLLED, 400, mogplex.Text("j"), 0)])
 def test_a_frame_writes_only_what_differs(
@@ -5934,7 +5935,7 @@ def started(state: mogplex.State, **facts: Any) -> mogplex.State:
     """After the service's answer to the start that is under way."""
     new = state.next.starts[-1]
     run = {**SHOWN, "runId": "b" * 8, "status": "pending", **facts}
-    return then(state, mogplex.Started(new, run), fetched(Desk.start, run, new))
+    return then(state, fetched(Desk.tell_started, run, new), fetched(Desk.start, run, new))
 
 
 def delivered(state: mogplex.State) -> mogplex.State:
@@ -6022,13 +6023,13 @@ def test_a_start_that_an_earlier_cockpit_lost_is_told(tmp_path: Any) -> None:
         desk = Desk(posted.append, mogplex.Facts(connect, server.url, home, None, ""))
         desk.start(new)
         desk.reconnect()
-    (said,) = [message for message in posted if isinstance(message, mogplex.Said)]
-    assert "--idempotency-key lost-key" in said.text
+    (said,) = [message.data for message in posted if message.ask.job is Desk.say]
+    assert "--idempotency-key lost-key" in said
 
 
 def test_a_delivery_in_the_meantime_does_not_move_a_start_whose_answer_was_lost() -> None:
     first = played(*AIMED, *typed("one"))
-    state = then(first, mogplex.Started(first.next.starts[0], SHOWN))
+    state = then(first, fetched(Desk.tell_started, SHOWN, first.next.starts[0]))
     state = then(state, fetched(Desk.start, SHOWN, first.next.starts[0]), *typed("two"))
     (ask,) = state.asks
     lost = mogplex.UnavailableError("the connection was lost", delivered=True)
@@ -6122,7 +6123,7 @@ PANE = [*BUSY, *keys("tab")]
     (keys("^c", "^c"), [(Shell.leave,)]),
     ([mogplex.Key("^c"), mogplex.Text("a"), mogplex.Key("^c")], [(Shell.stop_sign_in,)]),
     ([mogplex.Key("tab"), mogplex.Text("q")], [(Shell.leave,)]),
-    ([mogplex.Key("tab"), mogplex.Text("quit")], [(Desk.run, RUN_ID)][:0]),
+    ([mogplex.Key("tab"), mogplex.Text("quit")], [(Client.run, RUN_ID)][:0]),
     ([mogplex.Text("half"), mogplex.Key("tab"), mogplex.Text("q")], []),
     ([mogplex.Key("f1"), mogplex.Text("q")], []),
     ([mogplex.Paste("/quit\n/kill\ny\n")], []),
@@ -6130,7 +6131,7 @@ PANE = [*BUSY, *keys("tab")]
     ([mogplex.Key("tab"), mogplex.Paste("q")], []),
     ([mogplex.Key("tab"), mogplex.Text("y")],
      [(mogplex.Screen.write, "\x1b]52;c;YXBwbHlfcGF0Y2ggIHNyYy9zZXNzaW9uLnRz\x07")]),
-    (typed("/mcp"), [(Desk.mcp_servers,)]),
+    (typed("/mcp"), [(Client.mcp_servers,)]),
     (keys("^z"), [(mogplex.Screen.suspend,)]),
     (keys("^t"), [(mogplex.Screen.switch_mouse, False)]),
     (keys("^l"), [(mogplex.Screen.repaint,)]),
@@ -6252,7 +6253,7 @@ def test_x_o_y_and_enter_act_on_the_selected_row_of_the_rail() -> None:
     assert "Enter shows this run" in drawn(then(state, mogplex.Text("o")))
     sandbox = then(state, mogplex.Text("G"), *keys("up"))
     assert asked(then(sandbox, mogplex.Text("o"))) == [(Desk.open, "https://s1.preview.example")]
-    assert asked(then(sandbox, *keys("enter"))) == [(Desk.logs, "s1000000-1")]
+    assert asked(then(sandbox, *keys("enter"))) == [(Client.sandbox_logs, "s1000000-1")]
     assert not then(sandbox, mogplex.Text("x")).attention.killing
 
 
@@ -6388,8 +6389,8 @@ def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> N
     state = played(fetched(Desk.sign_out, "not signed in"), *typed("mog_wrong"))
     assert asked(state)[-1] == (Desk.try_token, "mog_wrong")
     assert "Trying the token" in drawn(state)
-    for message in (failed(WRONG, Desk.try_token, "mog_wrong"), fetched(Desk.sandboxes, []),
-                    progressed(), mogplex.Lapses(None), *keys("esc")):
+    for message in (failed(WRONG, Desk.try_token, "mog_wrong"), fetched(Client.sandboxes, []),
+                    progressed(), fetched(Desk.client, None), *keys("esc")):
         state = then(state, message)
         text = drawn(then(state, mogplex.Text("mog_right")))
         assert "mog_" not in text and "•••••••••" in text and "Signed in" not in text
@@ -6424,17 +6425,17 @@ def test_what_was_typed_before_a_sign_in_is_no_token_and_comes_back() -> None:
 
 @pytest.mark.parametrize("status, kind", [
     (401, mogplex.UnauthorizedError), (403, mogplex.ForbiddenError)])
-@pytest.mark.parametrize("job", [Desk.sandboxes, Desk.watch])
+@pytest.mark.parametrize("job", [Client.sandboxes, Desk.watch])
 def test_a_refusal_is_never_nominal(status: int, kind: Any, job: Any) -> None:
     error = kind("Unauthorized", status=status)
     arguments = [RUN_ID] if job is Desk.watch else []
     state = played(*BUSY, failed(error, job, *arguments))
     assert "nominal" not in drawn(state) and "Unauthorized" in drawn(state)
-    state = then(state, fetched(Desk.sandboxes, SANDBOXES))
+    state = then(state, fetched(Client.sandboxes, SANDBOXES))
     assert "nominal" in drawn(state) and "!!" not in drawn(state)
 
 
-@pytest.mark.parametrize("job", [Desk.repos, Desk.sandboxes])
+@pytest.mark.parametrize("job", [Desk.repos, Client.sandboxes])
 def test_an_answer_that_is_an_error_is_not_nominal(job: Any) -> None:
     broken = mogplex.MogplexError("Internal server error", status=500)
     state = played(*BUSY, failed(broken, job))
@@ -6466,7 +6467,7 @@ def test_a_run_that_cannot_be_followed_does_not_seem_to_work() -> None:
     assert "agent working" not in drawn(state)
     refused = mogplex.UnauthorizedError("Unauthorized", status=401)
     lost = mogplex.UnavailableError("no route", delivered=False)
-    for message in (failed(refused, Desk.watch, RUN_ID), failed(lost, Desk.sandboxes)):
+    for message in (failed(refused, Desk.watch, RUN_ID), failed(lost, Client.sandboxes)):
         assert "… no news from the service, last event" in drawn(played(*BUSY, message))
 
 
@@ -6487,7 +6488,7 @@ def good(ask: mogplex.Ask) -> Any:
     data: Any = SANDBOXES
     if ask.job is Desk.repos:
         data = TWO_REPOS
-    elif ask.job is Desk.run:
+    elif ask.job is Client.run:
         data = {**SHOWN, "runId": ask.arguments[0]}
     return mogplex.Fetched(ask, data, 84.0)
 
@@ -6495,11 +6496,11 @@ def good(ask: mogplex.Ask) -> Any:
 def test_what_could_not_be_fetched_at_the_start_is_fetched_again() -> None:
     away = mogplex.UnavailableError("no answer", transient=True)
     state = mogplex.poll(played(), 2)
-    assert jobs(state) == [Desk.repos, Desk.sandboxes]
-    state = then(state, failed(away, Desk.repos), failed(away, Desk.sandboxes))
+    assert jobs(state) == [Desk.repos, Client.sandboxes]
+    state = then(state, failed(away, Desk.repos), failed(away, Client.sandboxes))
     assert not state.attention.notice.text
     asks = [job for _, job, *_ in ticked(state, 31)]
-    assert asks.count(Desk.repos) >= 2 and Desk.sandboxes in asks
+    assert asks.count(Desk.repos) >= 2 and Client.sandboxes in asks
     assert "!!" not in drawn(then(state, fetched(Desk.repos, TWO_REPOS)))
 
 
@@ -6509,13 +6510,13 @@ def test_active_runs_are_asked_at_least_every_30_s_within_the_budget(count: int)
     state = played(*BUSY, rail=mogplex.Rail(runs))
     seen = ticked(state, 240, good)
     for run in runs:
-        moments = [second for second, *ask in seen if ask == [Desk.run, run.id]]
+        moments = [second for second, *ask in seen if ask == [Client.run, run.id]]
         gaps = [after - before for before, after in zip([0, *moments], moments)]
         assert max(gaps) <= 30
     for start in range(0, 180, 7):
         within = [second for second, *_ in seen if start < second <= start + 60]
         assert len(within) <= 30
-    assert (Desk.run, RUN_ID) not in [tuple(ask) for _, *ask in seen]  # which its tail says
+    assert (Client.run, RUN_ID) not in [tuple(ask) for _, *ask in seen]  # which its tail says
 
 
 def test_runs_that_nobody_knows_delay_none_that_is_known_to_be_active() -> None:
@@ -6529,7 +6530,7 @@ def test_runs_that_nobody_knows_delay_none_that_is_known_to_be_active() -> None:
         return mogplex.Failed(ask, mogplex.ForbiddenError("no", status=403))
 
     seen = ticked(state, 120, refused)
-    moments = [second for second, *ask in seen if ask == [Desk.run, active.id]]
+    moments = [second for second, *ask in seen if ask == [Client.run, active.id]]
     gaps = [after - before for before, after in zip([0, *moments], moments)]
     assert moments and max(gaps) <= 30
 
@@ -6538,8 +6539,8 @@ def test_runs_that_nobody_knows_delay_none_that_is_known_to_be_active() -> None:
 def test_a_cancelled_run_that_comes_back_is_followed_again(status: str, again: bool) -> None:
     state = played(*BUSY, run_over({**SHOWN, "status": status}))
     seen = [ask for _, *ask in ticked(state, 31, good)]
-    assert ([Desk.run, RUN_ID] in seen) == again
-    state = then(state, fetched(Desk.run, SHOWN, RUN_ID))
+    assert ([Client.run, RUN_ID] in seen) == again
+    state = then(state, fetched(Client.run, SHOWN, RUN_ID))
     assert asked(state) == [(Desk.watch, RUN_ID)] and not state.shown.feed.over
 
 
@@ -6549,7 +6550,7 @@ def test_the_tail_takes_24_requests_a_minute() -> None:
 
 def test_unknown_statuses_are_asked_and_known_ends_are_not() -> None:
     seen = [ask for _, *ask in ticked(played(*BUSY, rail=RAIL), 60, good)]
-    assert [Desk.run, RUNS[3].id] in seen and [Desk.run, RUNS[1].id] not in seen
+    assert [Client.run, RUNS[3].id] in seen and [Client.run, RUNS[1].id] not in seen
 
 
 def test_of_500_runs_those_around_the_selected_one_are_asked_as_well() -> None:
@@ -6558,7 +6559,7 @@ def test_of_500_runs_those_around_the_selected_one_are_asked_as_well() -> None:
     new = tuple(remembered(number, "task") for number in range(500, 550))
     state = played(rail=mogplex.Rail((*new, *runs, *old), at=450))
     seen = [ask for _, *ask in ticked(state, 20, good)]
-    assert [Desk.run, old[100].id] in seen
+    assert [Client.run, old[100].id] in seen
 
 
 def test_nothing_is_asked_during_the_wait_of_a_429() -> None:
@@ -6577,7 +6578,7 @@ def test_a_service_that_hangs_is_not_asked_more_and_more() -> None:
 def test_refresh_asks_now(messages: List[Any]) -> None:
     state = played(*BUSY, rail=RAIL)
     state = then(state, *messages)
-    for ask in ((Desk.repos,), (Desk.sandboxes,), (Desk.run, RUN_ID), (Desk.run, RUNS[0].id)):
+    for ask in ((Desk.repos,), (Client.sandboxes,), (Client.run, RUN_ID), (Client.run, RUNS[0].id)):
         assert ask in asked(state)
 
 
@@ -6593,10 +6594,10 @@ def test_a_status_that_is_old_says_so() -> None:
     mogplex.MogplexError("broken", status=500, transient=True)])
 def test_a_poll_that_is_refused_takes_no_status_away(error: Any) -> None:
     done = {**SHOWN, "status": "success"}
-    state = played(*BUSY, run_over(done), failed(error, Desk.run, RUN_ID))
+    state = played(*BUSY, run_over(done), failed(error, Client.run, RUN_ID))
     assert "SUCCESS" in drawn(state) and "UNKNOWN" not in drawn(state)
     state = played(rail=RAIL)
-    state = then(state, failed(error, Desk.run, RUNS[0].id))
+    state = then(state, failed(error, Client.run, RUNS[0].id))
     assert state.rail.runs[0].status == "streaming"
 
 
@@ -6610,11 +6611,11 @@ def test_why_a_run_failed_is_said_also_when_it_is_attached_later() -> None:
 def test_a_run_in_the_background_that_fails_is_an_alert_that_leads_to_it() -> None:
     state = played(*BUSY, rail=RAIL)
     broken = {"runId": RUNS[0].id, "status": "failed", "error": "Sandbox launch failed"}
-    state = then(state, fetched(Desk.run, broken, RUNS[0].id))
+    state = then(state, fetched(Client.run, broken, RUNS[0].id))
     assert "!! run 7e9a0000 failed: Sandbox launch failed" in drawn(state)
     assert "!!" not in drawn(then(state, *keys("esc")))
     assert asked(then(state, *keys("enter"))) == [(Desk.watch, RUNS[0].id)]
-    assert "!!" not in drawn(played(fetched(Desk.run, broken, RUNS[3].id), rail=RAIL))
+    assert "!!" not in drawn(played(fetched(Client.run, broken, RUNS[3].id), rail=RAIL))
 
 
 def test_an_alert_says_its_keys_only_where_they_are_its_own() -> None:
@@ -6639,7 +6640,7 @@ def test_alerts_leave_with_their_cause() -> None:
     assert "Offline, retrying: no route" in drawn(lost)
     found = then(lost, progressed())
     assert "!!" not in drawn(found) and "Connected again." in drawn(found)
-    assert "lapses in 5m" in drawn(played(mogplex.Lapses(NOW + 300)))
+    assert "lapses in 5m" in drawn(played(fetched(Desk.client, NOW + 300)))
 
 
 def test_tool_names_are_in_the_timeline_and_found_by_the_filter() -> None:
@@ -6660,7 +6661,7 @@ def test_times_are_local(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "Nov 25 20:52" in drawn(played(*typed("/runs"), rail=RAIL))
         assert "Nov 25 20:58:00" in drawn(played(*PANE, *keys("enter")))
         logs = {"lifecycle_events": [{"created_at": "2026-11-25T11:00:00Z", "event_type": "made"}]}
-        state = played(*BUSY, *typed("/logs s1"), fetched(Desk.logs, logs, "s1000000-1"))
+        state = played(*BUSY, *typed("/logs s1"), fetched(Client.sandbox_logs, logs, "s1000000-1"))
         assert "Nov 25 20:00:00  made" in drawn(state)
     finally:
         monkeypatch.setenv("TZ", "UTC")
@@ -6734,16 +6735,16 @@ def test_the_details_of_an_event_begin_with_its_message() -> None:
 
 def test_a_drawer_says_that_the_network_is_dead_and_recovers() -> None:
     away = mogplex.UnavailableError("no answer")
-    state = played(*typed("/agents"), failed(away, Desk.agents))
+    state = played(*typed("/agents"), failed(away, Client.agents))
     assert "no answer · retrying" in drawn(state, 80, 24)
-    assert (Desk.agents,) in asked(later(state, 5, mogplex.Tick()))
-    state = then(state, fetched(Desk.agents, [{"name": "Reviewer", "model": "gpt"}]))
+    assert (Client.agents,) in asked(later(state, 5, mogplex.Tick()))
+    state = then(state, fetched(Client.agents, [{"name": "Reviewer", "model": "gpt"}]))
     assert "Reviewer" in drawn(state, 80, 24) and "no answer" not in drawn(state, 80, 24)
 
 
 def test_a_drawer_of_mcp_servers_never_shows_a_config() -> None:
     servers = [{"name": "db", "enabled": True, "kind": "stdio", "config": {"k": "s3cret"}}]
-    state = played(*typed("/mcp"), fetched(Desk.mcp_servers, servers))
+    state = played(*typed("/mcp"), fetched(Client.mcp_servers, servers))
     assert "● enabled" in drawn(state) and "stdio" in drawn(state)
     assert state.drawer and "s3cret" not in repr(state.drawer.lines)
 
@@ -6752,7 +6753,7 @@ def test_models_have_their_context_and_their_prices_per_million() -> None:
     models = [{"id": "gpt", "provider": "openai", "contextLength": 400000,
                "pricing": {"input": 0.00001, "output": 0.0000125}},
               {"id": "odd", "contextLength": "?", "pricing": {"input": [], "output": "x"}}]
-    text = drawn(played(*typed("/model"), fetched(Desk.models, models)))
+    text = drawn(played(*typed("/model"), fetched(Client.models, models)))
     assert "400,000" in text and "$10.00" in text and "$12.50" in text and "IN $/M" in text
 
 
@@ -6765,10 +6766,10 @@ def test_a_picker_marks_the_present_choice_under_a_title(messages: List[Any], pr
 
 def test_a_list_that_shrinks_keeps_a_row_selected() -> None:
     many = [{"id": f"{number:04}-s", "status": "running"} for number in range(60)]
-    state = played(fetched(Desk.sandboxes, many), *typed("/sandboxes"), *keys("end"),
-                   fetched(Desk.sandboxes, many[:1]))
+    state = played(fetched(Client.sandboxes, many), *typed("/sandboxes"), *keys("end"),
+                   fetched(Client.sandboxes, many[:1]))
     assert "0000-s" in drawn(state)
-    assert (Desk.logs, "0000-s") in asked(then(state, *keys("enter")))
+    assert (Client.sandbox_logs, "0000-s") in asked(then(state, *keys("enter")))
 
 
 def test_a_rail_that_a_narrower_window_hides_keeps_no_focus() -> None:
