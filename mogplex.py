@@ -1465,8 +1465,13 @@ class Credential:
         self._sign_in = SignIn(check_token(token, "given token"), refresh_token, expires_at)
         self._base_url = base_url
         self._home = home
-        self._renewing = threading.Lock()
         self._seen = {token}  # a file that cannot be written holds an old one, which is no news
+        self._begin_in_this_process()
+
+    def _begin_in_this_process(self) -> None:
+        """No refresh is under way here: not even in a fork's child, whose parent may have one."""
+        self._pid = os.getpid()
+        self._renewing = threading.Lock()
         self._settled = threading.Event()
         self._settled.set()
 
@@ -1517,6 +1522,8 @@ class Credential:
         UnauthorizedError when only a new sign-in helps, or when none could be stored here;
         UnavailableError in an outage, or while another process holds the lock; the file stays.
         """
+        if self._pid != os.getpid():
+            self._begin_in_this_process()
         with self._renewing:
             if self._home is None:
                 if self._needs_refresh(refused):
@@ -1530,6 +1537,8 @@ class Credential:
 
     def settle(self, seconds: float = SETTLE_S) -> bool:
         """Wait for a refresh that is under way: its answer is the only copy of the new tokens."""
+        if self._pid != os.getpid():
+            return True  # it is the parent's
         return self._settled.wait(seconds)
 
     def _is_due(self) -> bool:

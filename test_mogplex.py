@@ -377,6 +377,9 @@ def test_a_test_that_hangs_fails() -> None:
             threading.Event().wait(30)
 
 
+forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
 # ---------------------------------------------------------------- 1. Errors
 
 
@@ -1313,6 +1316,7 @@ def test_a_command_waits_for_a_busy_lock_once(
 
 
 @pytest.mark.posix
+@forks
 def test_a_fork_s_child_does_not_keep_its_parent_s_lock(tmp_path: Any) -> None:
     home, (reading, writing) = home_of(tmp_path), os.pipe()
     with home.sign_in_lock():
@@ -3140,9 +3144,6 @@ def test_a_thread_that_cannot_be_started_is_one_clear_line() -> None:
     assert type(error.value) is mogplex.MogplexError and not error.value.delivered
 
 
-forks = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-
-
 def forked(child: Callable[[], object]) -> int:
     """Run ``child`` in a fork, which ends within 60 s; its process id."""
     process = os.fork()
@@ -3201,6 +3202,27 @@ def test_a_fork_while_a_thread_holds_the_client_s_lock_holds_up_nobody() -> None
         one.transport.clock = clock
         assert one.repos() == REPOS["repos"]
         assert os.waitpid(children[0], 0)[1] == 0
+
+
+@pytest.mark.posix
+@forks
+def test_a_fork_during_a_refresh_holds_up_nobody() -> None:
+    """Nor does the child wait at its end for a refresh that is its parent's."""
+    children: List[int] = []
+
+    def post(url: str, form: Dict[str, str]) -> Tuple[int, Dict[str, Any]]:
+        if not children:  # called while the credential is locked
+            children.append(-1)
+            children[0] = forked(renew_and_settle)
+        return 200, {"access_token": "t" * 20, "refresh_token": "r" * 20, "expires_in": 3600}
+
+    def renew_and_settle() -> None:
+        assert credential.settle(0.0)
+        assert credential.renew("old token", post)
+
+    credential = mogplex.Credential("o" * 20, refresh_token="r" * 20, base_url="https://www.mogplex.com", expires_at=1.0)
+    assert credential.renew("o" * 20, post)
+    assert os.waitpid(children[0], 0)[1] == 0
 
 
 @pytest.mark.posix
