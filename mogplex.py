@@ -6449,37 +6449,18 @@ class Entry(NamedTuple):
     event: Record
 
 
-class Timeline(NamedTuple):
-    """What of the events is on the screen."""
-
-    at: int = 0          # the selected entry, counted among those that pass the filter
-    top: int = 0         # the first on the screen, while the newest are not followed
-    follow: bool = True
-    filter: str = ""
-    wrap: bool = False
-
-
-class Feed(NamedTuple):
-    """How the events of the shown run come in."""
-
-    over: bool = False       # the verdict is in
-    truncated: bool = False  # the service listed only the first
-    lost: str = ""           # why the tail gave up
-    again_at: float = 0.0    # when it is begun again; 0 for never
-    stale: bool = False      # it was begun again: the next event is the first once more
-
-
 class Shown(NamedTuple):
-    """The run in the header and the timeline."""
+    """The run in the header and the timeline, and how its events come in."""
 
     run_id: str = ""
     run: Record = {}
     origin: Optional[Target] = None  # of a run that was started here
     entries: Tuple[Entry, ...] = ()
-    branch: str = ""                 # the one that it really works on
-    pull_request_url: str = ""
-    timeline: Timeline = Timeline()
-    feed: Feed = Feed()
+    delivery: Delivery = Delivery()  # made harmless
+    verdict: Optional[Verdict] = None
+    lost: str = ""           # why the tail gave up
+    again_at: float = 0.0    # when it is begun again; 0 for never
+    stale: bool = False      # it was begun again: the next event is the first once more
 
 
 class KnownRun(NamedTuple):
@@ -6508,9 +6489,8 @@ class Polls(NamedTuple):
 
     sent: Tuple[float, ...] = ()  # within the last minute
     unanswered: int = 0
-    repos_heard: bool = False
-    repos_at: float = 0.0
-    sandboxes_at: float = 0.0
+    repos_due: float = 0.0
+    sandboxes_due: float = 0.0
 
 
 class Composer(NamedTuple):
@@ -6598,17 +6578,6 @@ class Drawer(NamedTuple):
     found: Tuple[Item, ...] = ()    # those that the query finds
 
 
-class Health(NamedTuple):
-    """How the service answers."""
-
-    failures: int = 0       # in a row
-    latency_ms: float = 0.0  # 0: nothing was answered yet
-    trouble: str = ""       # why the last request failed
-    refused: str = ""       # what a 401 or 403 said
-    held_until: float = 0.0  # after a 429 nothing is asked before
-    lapses_at: Optional[float] = None  # when the sign-in ends
-
-
 class SigningIn(NamedTuple):
     """The sign-in, on the screen until the service has accepted a credential."""
 
@@ -6616,30 +6585,29 @@ class SigningIn(NamedTuple):
     checking: bool = False
     url: str = ""       # while a browser is open for it
     waiting: str = ""   # what stood in the composer when it came up: no token
-
-
-class Alert(NamedTuple):
-    """A line at the top, as long as its cause is there."""
-
-    text: str
-    run_id: str = ""
+    lapses_at: Optional[float] = None
 
 
 class Notice(NamedTuple):
-    """A line at the bottom, until the next key or ``until``."""
+    """A line for the person, and the run that it is about, if any."""
 
     text: str = ""
     style: str = ""
-    until: float = 0.0
+    run_id: str = ""
 
 
 class Window(NamedTuple):
-    """The terminal's window, and what has its keys and mouse."""
+    """The terminal's window, what has its keys and mouse, and what it shows of the timeline."""
 
     width: int = 80
     height: int = 24
     focus: str = "composer"  # or "timeline", "rail", "filter"
     mouse: bool = True
+    at: int = 0          # the selected entry, counted among those that pass the filter
+    top: int = 0         # the first on the screen, while the newest are not followed
+    follow: bool = True
+    filter: str = ""
+    wrap: bool = False
 
 
 class Next(NamedTuple):
@@ -6652,23 +6620,29 @@ class Next(NamedTuple):
 
 
 class Service(NamedTuple):
-    """What is known of the service, and of how it answers."""
+    """What is known of the service, and how it answers."""
 
     base_url: str = DEFAULT_URL
     repos: Tuple[KnownRepo, ...] = ()
-    wanted: str = ""            # the repository to begin with, by its id or name
     polls: Polls = Polls()
-    health: Health = Health()
-    sign_in: SigningIn = SigningIn()
+    failures: int = 0        # in a row
+    latency_ms: float = 0.0  # 0: nothing was answered yet
+    trouble: str = ""        # why the last request failed
+    refused: str = ""        # what a 401 or 403 said
+    held_until: float = 0.0  # after a 429 nothing is asked before
 
 
 class Attention(NamedTuple):
     """What is said to the person, and asked."""
 
-    notice: Notice = Notice()
-    alerts: Tuple[Alert, ...] = ()  # of runs that ended badly, until looked at
-    killing: str = ""               # the run that is cancelled if the next key is y
-    armed_until: float = 0.0        # a second Ctrl+C before this leaves
+    notice: Notice = Notice()        # a line at the bottom, until the next key
+    notice_until: float = 0.0      # or until this
+    alerts: Tuple[Notice, ...] = ()  # of runs that ended badly, until looked at
+    killing: str = ""              # the run that is cancelled if the next key is y
+    armed_until: float = 0.0       # a second Ctrl+C before this leaves
+
+
+NEVER = 9e9  # later than any other time
 
 
 class State(NamedTuple):
@@ -6682,12 +6656,13 @@ class State(NamedTuple):
     rail: Rail = Rail()
     drawer: Optional[Drawer] = None
     service: Service = Service()
+    sign_in: SigningIn = SigningIn()
     attention: Attention = Attention()
     asks: Tuple[Ask, ...] = ()  # what the last message asks for
 
     @property
     def is_signed_out(self) -> bool:
-        return self.service.sign_in.needed
+        return self.sign_in.needed
 
     def ask(
         self,
@@ -6700,10 +6675,11 @@ class State(NamedTuple):
 
     def say(self, text: str, style: str = "", for_s: float = 8.0) -> State:
         """With a line at the bottom for a while, until the next key; an error stays."""
+        notice = Notice(harmless(text), style)
+        until = self.now + for_s
         if style == "bad":
-            for_s = 9e9
-        notice = Notice(harmless(text), style, self.now + for_s)
-        return self.attend(notice=notice)
+            until = NEVER
+        return self.attend(notice=notice, notice_until=until)
 
     def write(self, text: str, cursor: int = -1) -> State:
         """With ``text`` in the composer, the cursor at its end if nothing else is said."""
@@ -6742,25 +6718,16 @@ class State(NamedTuple):
     def show(self, **changes: Any) -> State:
         return self._replace(shown=self.shown._replace(**changes))
 
-    def scroll(self, **changes: Any) -> State:
-        return self.show(timeline=self.shown.timeline._replace(**changes))
-
-    def hear(self, **changes: Any) -> State:
-        return self.show(feed=self.shown.feed._replace(**changes))
-
     def shift(self, **changes: Any) -> State:
         if self.drawer is None:
             return self
         return self._replace(drawer=self.drawer._replace(**changes))
 
-    def feel(self, **changes: Any) -> State:
-        return self.know(health=self.service.health._replace(**changes))
-
     def with_rail(self, **changes: Any) -> State:
         return self._replace(rail=self.rail._replace(**changes))
 
     def admit(self, **changes: Any) -> State:
-        return self.know(sign_in=self.service.sign_in._replace(**changes))
+        return self._replace(sign_in=self.sign_in._replace(**changes))
 
     def close(self) -> State:
         """Without a drawer."""
@@ -6878,7 +6845,7 @@ def target_text(target: Target, width: int) -> str:
 
 def passing(state: State) -> Sequence[Entry]:
     """The entries that have every word of the filter in their type or text."""
-    words = state.shown.timeline.filter.lower().split()
+    words = state.window.filter.lower().split()
     if not words:
         return state.shown.entries
     found = []
@@ -6892,9 +6859,9 @@ def passing(state: State) -> Sequence[Entry]:
 def selected_entry(state: State) -> int:
     """The position of the selected entry among those that pass; -1 when there is none."""
     last = len(passing(state)) - 1
-    if state.shown.timeline.follow:
+    if state.window.follow:
         return last
-    return min(state.shown.timeline.at, last)
+    return min(state.window.at, last)
 
 
 def selected_row(state: State) -> int:
@@ -6915,10 +6882,10 @@ def row_in_rail(state: State) -> Union[KnownRun, KnownSandbox, None]:
 def web_url(state: State) -> str:
     """The pull request of the shown run, else the preview of its sandbox, else the web page."""
     run = state.shown.run
-    ids = {text_of(run, "sandboxRecordId"), text_of(run, "sandboxId")} - {"", "pending"}
-    urls = [state.shown.pull_request_url]
+    ids = (text_of(run, "sandboxRecordId"), text_of(run, "sandboxId"))
+    urls = [state.shown.delivery.pull_request_url]
     for sandbox in state.rail.sandboxes:
-        if sandbox.id in ids:
+        if sandbox.id and sandbox.id in ids:
             urls.append(sandbox.preview_url)
     for url in urls:
         if url.startswith("https://"):
@@ -6926,45 +6893,52 @@ def web_url(state: State) -> str:
     return state.service.base_url
 
 
-def health_sign(state: State) -> Sign:
+def is_offline(service: Service) -> bool:
+    return service.failures >= 3 or "host name" in service.trouble
+
+
+def health(state: State) -> Segment:
     """How well the service answers."""
-    health = state.service.health
-    wait_s = health.held_until - state.now
-    latency = f"{health.latency_ms:.0f}ms"
+    service = state.service
+    wait_s = service.held_until - state.now
+    latency = f"{service.latency_ms:.0f}ms"
+    verdict = state.shown.verdict
     if state.is_signed_out:
-        return Sign("○", "signed out", "dim")
+        return "○ signed out", "dim"
     if wait_s > 0:
-        return Sign("◌", f"reconnect {wait_s:.0f}s", "warn")
-    if health.failures >= 3 or "host name" in health.trouble:
-        return Sign("✗", "offline", "bad")
-    if health.refused:
-        return Sign("○", "degraded refused", "warn")
-    if health.failures:
-        return Sign("◌", "reconnect", "warn")
-    if not health.latency_ms:
-        return Sign("◌", "connecting", "dim")
-    if state.shown.feed.truncated or health.latency_ms > 2000:
-        return Sign("○", f"degraded {latency}", "warn")
-    return Sign("●", f"nominal {latency}", "ok")
+        return f"◌ reconnect {wait_s:.0f}s", "warn"
+    if is_offline(service):
+        return "✗ offline", "bad"
+    if service.refused:
+        return "○ degraded refused", "warn"
+    if service.failures:
+        return "◌ reconnect", "warn"
+    if not service.latency_ms:
+        return "◌ connecting", "dim"
+    is_partial = verdict is not None and verdict.truncated
+    if is_partial or service.latency_ms > 2000:
+        return f"○ degraded {latency}", "warn"
+    return f"● nominal {latency}", "ok"
 
 
-def alerts_of(state: State) -> List[Alert]:
+def alerts_of(state: State) -> List[Notice]:
     """What is wrong, the gravest first."""
-    health = state.service.health
+    service = state.service
     alerts = list(state.attention.alerts)
-    wait_s = health.held_until - state.now
     if state.is_signed_out:
         return alerts
+    wait_s = service.held_until - state.now
     if wait_s > 0:
         wait = format_duration(wait_s)
-        alerts.append(Alert(f"Rate limited: no requests for {wait}; runs continue in the cloud"))
-    elif health_sign(state).word == "offline":
-        alerts.append(Alert(f"Offline, retrying: {health.trouble}"))
-    if health.refused:
-        alerts.append(Alert(f"{health.refused} · retrying; /login signs in again"))
-    if health.lapses_at is not None and health.lapses_at - state.now < 600:
-        left = format_duration(health.lapses_at - state.now)
-        alerts.append(Alert(f"The sign-in lapses in {left} · /login renews it"))
+        alerts.append(Notice(f"Rate limited: no requests for {wait}; runs continue in the cloud"))
+    elif is_offline(service):
+        alerts.append(Notice(f"Offline, retrying: {service.trouble}"))
+    if service.refused:
+        alerts.append(Notice(f"{service.refused} · retrying; /login signs in again"))
+    left_s = (state.sign_in.lapses_at or NEVER) - state.now
+    if left_s < 600:
+        left = format_duration(left_s)
+        alerts.append(Notice(f"The sign-in lapses in {left} · /login renews it"))
     return alerts
 
 
@@ -6988,16 +6962,15 @@ def looked_at(state: State, run_id: str) -> State:
 
 def watch(state: State, run_id: str, run: Record, origin: Optional[Target] = None) -> State:
     """With this run shown, from its first event on."""
-    timeline = Timeline(wrap=state.shown.timeline.wrap)
-    shown = Shown(run_id, run, origin, timeline=timeline)
-    state = looked_at(state, run_id)._replace(shown=shown)
+    state = looked_at(state, run_id)._replace(shown=Shown(run_id, run, origin))
+    state = state.look(at=0, top=0, follow=True, filter="")
     return state.ask(Desk.watch, run_id)
 
 
 def watch_known(state: State, run_id: str) -> State:
     """Watch a run of the rail: what is known of it is shown at once."""
-    if run_id == state.shown.run_id and not state.shown.feed.lost:
-        return looked_at(state, run_id).scroll(follow=True)
+    if run_id == state.shown.run_id and not state.shown.lost:
+        return looked_at(state, run_id).look(follow=True)
     known = run_named(state, run_id)
     run = {"runId": run_id, "status": known.status, "error": known.error}
     return watch(state, run_id, run)
@@ -7566,11 +7539,11 @@ def export(state: State, words: str) -> State:
 
 def show_sign_in(state: State, _: str = "") -> State:
     """``/login``: the sign-in on the screen, and the composer free for a token."""
-    waiting = state.service.sign_in.waiting
+    waiting = state.sign_in.waiting
     if not state.is_signed_out:
         waiting = state.composer.text
-    state = state.know(sign_in=SigningIn(needed=True, waiting=waiting))
-    return state.close().write("")
+    sign_in = SigningIn(needed=True, waiting=waiting)
+    return state._replace(sign_in=sign_in).close().write("")
 
 
 def sign_out(state: State, _: str) -> State:
@@ -7591,7 +7564,7 @@ def run_interval_s(state: State, run: KnownRun, active: int) -> float:
     Up to 13 active runs are asked at most 30 s apart.
     """
     is_shown = run.id == state.shown.run_id
-    if is_shown and not state.shown.feed.over:
+    if is_shown and not state.shown.verdict:
         return 0.0  # its tail says it
     if run.status and is_active(run):
         return max(20.0, 2.2 * active)
@@ -7626,12 +7599,12 @@ def poll(state: State, most: int) -> State:
     """Ask what is due, at most so much of it, within what is left of the minute's budget."""
     polls = state.service.polls
     asks = []
-    if not polls.repos_heard and state.now - polls.repos_at >= 10:
+    if state.now >= polls.repos_due:
         asks.append(Ask(Desk.repos))
-        polls = polls._replace(repos_at=state.now)
-    if state.now - polls.sandboxes_at >= 30:
+        polls = polls._replace(repos_due=state.now + 10)
+    if state.now >= polls.sandboxes_due:
         asks.append(Ask(Client.sandboxes))
-        polls = polls._replace(sandboxes_at=state.now)
+        polls = polls._replace(sandboxes_due=state.now + 30)
     sent = tuple(at for at in polls.sent if state.now - at < 60)
     for_unknown = max(18, 3 * count_active(state.rail.runs) + 6)  # the rest is for known ones
     ids = []
@@ -7658,14 +7631,14 @@ def read_drawer(state: State, drawer: Drawer) -> State:
 
 def refresh(state: State, _: str = "") -> State:
     """``/refresh`` and r: ask everything now that may have changed."""
-    if state.service.health.held_until > state.now:
+    if state.service.held_until > state.now:
         return state.say("Rate limited: no requests until the wait is over.", "warn")
     ids = [run.id for run in state.rail.runs]
     state = change_runs(state, ids, asked_at=0.0)
-    polls = state.service.polls._replace(repos_heard=False, repos_at=0.0, sandboxes_at=0.0)
+    polls = state.service.polls._replace(repos_due=0.0, sandboxes_due=0.0)
     state = state.know(polls=polls)
-    if state.shown.feed.again_at:
-        state = state.hear(again_at=state.now)
+    if state.shown.again_at:
+        state = state.show(again_at=state.now)
     if state.drawer:
         state = read_drawer(state, state.drawer)
     if state.shown.run_id:
@@ -7674,7 +7647,7 @@ def refresh(state: State, _: str = "") -> State:
 
 
 def clear(state: State, _: str) -> State:
-    return state.scroll(filter="").attend(alerts=())
+    return state.look(filter="").attend(alerts=())
 
 
 def leave(state: State, _: str = "") -> State:
@@ -7940,7 +7913,7 @@ def hints_of(state: State) -> Sequence[str]:
     if state.drawer:
         return drawer_hints(state.drawer)
     if state.is_signed_out and focus == "composer":
-        return WAITING_HINTS if state.service.sign_in.url else SIGN_IN_HINTS
+        return WAITING_HINTS if state.sign_in.url else SIGN_IN_HINTS
     if focus == "rail":
         return RUN_HINTS if selected(state)[0] is RUNS else SANDBOX_HINTS
     if focus == "timeline":
@@ -8010,7 +7983,7 @@ def shown_place(state: State, room: int) -> List[Segment]:
     run = state.shown.run
     known = run_named(state, state.shown.run_id)
     repo = repo_named(state, text_of(run, "repoId")) or known.repo
-    branch = state.shown.branch
+    branch = state.shown.delivery.branch
     for kind in ("working", "base"):
         branch = branch or harmless(text_of(run, "branch", kind), 200)
     if not repo and not branch:
@@ -8025,8 +7998,8 @@ def shown_place(state: State, room: int) -> List[Segment]:
 
 def header(state: State, width: int) -> Row:
     """The shown run, and how the service answers."""
-    health = health_sign(state)
-    right: List[Segment] = [BAR, (f"{health.label()} ", health.style)]
+    words, style = health(state)
+    right: List[Segment] = [BAR, (f"{words} ", style)]
     left: List[Segment] = []
     if width >= 40:
         left.append((" mogplex", "brand"))
@@ -8057,7 +8030,7 @@ def takes_alert_keys(state: State) -> bool:
     return state.window.focus == "composer" and not state.composer.text.strip()
 
 
-def alert_row(state: State, alerts: Sequence[Alert], width: int) -> Row:
+def alert_row(state: State, alerts: Sequence[Notice], width: int) -> Row:
     """The first alert, and how many there are beside it."""
     more = ""
     if len(alerts) > 1:
@@ -8245,8 +8218,8 @@ def progress_text(state: State) -> str:
     if not shown.entries:
         return "… waiting for the first event"
     words = "… agent working"
-    health = state.service.health
-    if health.failures or health.refused or shown.feed.lost:
+    service = state.service
+    if service.failures or service.refused or shown.lost:
         words = "… no news from the service"
     heard_at = parse_time(shown.entries[-1].event.get("createdAt"))
     if not heard_at:
@@ -8257,11 +8230,10 @@ def progress_text(state: State) -> str:
 def outcome(state: State) -> List[Segment]:
     """The line after the newest entry: that the run is at work, or how it ended and why."""
     shown = state.shown
-    feed = shown.feed
     status = text_of(shown.run, "status")
-    if feed.lost and not feed.again_at:
-        return [(f"✗ cannot be followed: {feed.lost}", "bad")]
-    if not feed.over and status not in TERMINAL_STATUSES:
+    if shown.lost and not shown.again_at:
+        return [(f"✗ cannot be followed: {shown.lost}", "bad")]
+    if not shown.verdict and status not in TERMINAL_STATUSES:
         return [(progress_text(state), "dim")]
     sign = sign_of(status)
     words = with_reason(sign.label(), harmless(shown.run.get("error")))
@@ -8269,7 +8241,7 @@ def outcome(state: State) -> List[Segment]:
     url = web_url(state)
     if url != state.service.base_url:
         segments.append((f" · o opens {url}", ""))
-    if feed.truncated:
+    if shown.verdict and shown.verdict.truncated:
         segments.append((" · the service lists no later events of this run", "warn"))
     return segments
 
@@ -8306,7 +8278,7 @@ def scrolled(
     lowest = at
     height = 0
     for position in range(at, -1, -1):
-        if state.shown.timeline.wrap:
+        if state.window.wrap:
             height += len(entry_lines(entries[position], width, True))
         else:
             height += 1
@@ -8321,9 +8293,9 @@ def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
 
     What does not fit is left out, but for the filter.
     """
-    timeline = state.shown.timeline
+    window = state.window
     mode = ("PAUSED", "warn")
-    if timeline.follow:
+    if window.follow:
         mode = ("FOLLOW", "ok")
     line = [
         (" TIMELINE ", title_style(focused)),
@@ -8331,14 +8303,14 @@ def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
         mode,
     ]
     kinds = " · all types"
-    if timeline.filter:
-        kinds = f" · filter: {timeline.filter}"
+    if window.filter:
+        kinds = f" · filter: {window.filter}"
     events = f" · {count} events"
     if count == 1:
         events = " · 1 event"
     for part in (kinds, events):
         columns = columns_of(line) + width_of(part)
-        if columns <= width or timeline.filter:
+        if columns <= width or window.filter:
             line.append((part, "dim"))
     return line
 
@@ -8347,16 +8319,16 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     """Title, entries, and a last line: the state of the run, or how many are newer."""
     entries = passing(state)
     at = selected_entry(state)
-    timeline = state.shown.timeline
-    focused = state.window.focus == "timeline"
+    window = state.window
+    focused = window.focus == "timeline"
     lines = [PaneLine(timeline_title(state, len(entries), focused, width))]
-    top = timeline.top
-    if timeline.follow:
+    top = window.top
+    if window.follow:
         top = 0
     top = scrolled(state, entries, at, top, width, rows - 2)
     end = top
     while end < len(entries):
-        rows_of_it = entry_lines(entries[end], width, timeline.wrap)
+        rows_of_it = entry_lines(entries[end], width, window.wrap)
         if len(lines) > 1 and len(lines) + len(rows_of_it) > rows - 1:
             break
         lines += [PaneLine(line, end) for line in rows_of_it]
@@ -8364,7 +8336,7 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     lines = lines[:rows - 1]
     if focused:
         lines = [chosen(placed, at, width) for placed in lines]
-    if timeline.follow:
+    if window.follow:
         indent = 11 if width >= 60 else 1
         line = [(" " * indent, ""), *outcome(state)]
         return lines + [PaneLine(line)]
@@ -8378,8 +8350,8 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
 def welcome(state: State, width: int) -> List[Segment]:
     """What the body says without a run, or while nobody is signed in; a segment a line."""
     blank = ("", "")
-    if state.service.sign_in.url:
-        pieces = wrapped(state.service.sign_in.url, width - 6)
+    if state.sign_in.url:
+        pieces = wrapped(state.sign_in.url, width - 6)
         return [
             ("Waiting for the browser. If none opened, open this address yourself:", "bold"),
             blank,
@@ -8506,7 +8478,7 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     mark = "› "
     focus = state.window.focus
     if focus == "filter":
-        text = state.shown.timeline.filter
+        text = state.window.filter
         cursor = len(text)
         mark = "/ "
     elif is_token_field(state):
@@ -8561,7 +8533,7 @@ def hint_line(state: State, width: int) -> Line:
     """The last row: a start under way, what can be completed, else the keys."""
     if any(new.under_way and not new.run_id for new in state.next.starts):
         return [(" Starting a run…", "run")]
-    if state.service.sign_in.checking:
+    if state.sign_in.checking:
         return [(" Trying the token…", "run")]
     hint: Line = []
     if state.window.focus == "composer" and not state.drawer:
@@ -8576,7 +8548,7 @@ def foot_lines(state: State, width: int, height: int) -> List[Line]:
         return composer_lines(state, width, 1) + question_lines(state, width)
     lines = composer_lines(state, width, most)
     notice = state.attention.notice
-    if notice.until > state.now:
+    if state.attention.notice_until > state.now:
         return lines + whole(notice.text, notice.style, width, 3)
     return lines + [hint_line(state, width)]
 
@@ -8659,8 +8631,8 @@ def insert(state: State, text: str) -> State:
         query = state.drawer.query + sanitize(text, " ")
         return state.shift(query=query[:200], searching=True, at=0)
     if state.window.focus == "filter":
-        words = state.shown.timeline.filter + sanitize(text, " ")
-        return state.scroll(filter=words[:200])
+        words = state.window.filter + sanitize(text, " ")
+        return state.look(filter=words[:200])
     lines = []
     for line in text.split("\n"):
         cells = map(sanitize, line.split("\t"))
@@ -8692,7 +8664,7 @@ def delete_to(state: State, place: Callable[[Composer], int]) -> State:
 def follow(state: State) -> State:
     """Follow the newest event, or stay at the selected one."""
     at = max(0, selected_entry(state))
-    return state.scroll(follow=not state.shown.timeline.follow, at=at)
+    return state.look(follow=not state.window.follow, at=at)
 
 
 def select_entry(state: State, at: int, may_follow: bool) -> State:
@@ -8702,14 +8674,14 @@ def select_entry(state: State, at: int, may_follow: bool) -> State:
     layout = layout_of(state, state.window.width, state.window.height)
     width = state.window.width - layout.side
     rows = layout.rows - 2
-    top = state.shown.timeline.top
-    if state.shown.timeline.follow:
+    top = state.window.top
+    if state.window.follow:
         top = 0
     top = scrolled(state, entries, before, top, width, rows)
     at = max(0, min(at, len(entries) - 1))
     top = scrolled(state, entries, at, top, width, rows)
     follow = may_follow and at >= len(entries) - 1
-    return state.scroll(at=at, top=top, follow=follow)
+    return state.look(at=at, top=top, follow=follow)
 
 
 FAR = 10**9  # more rows than anything has
@@ -8807,17 +8779,17 @@ def send(state: State) -> State:
 
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
-    if state.service.sign_in.url:
+    if state.sign_in.url:
         return state.admit(url="").ask(Shell.stop_sign_in)
     if state.is_signed_out:
         return state.write("").ask(Desk.try_stored)
     if state.attention.alerts:
         return state.attend(alerts=state.attention.alerts[1:])
-    return state.scroll(filter="")
+    return state.look(filter="")
 
 
 def wrap(state: State) -> State:
-    return state.scroll(wrap=not state.shown.timeline.wrap)
+    return state.look(wrap=not state.window.wrap)
 
 
 def open_event(state: State) -> State:
@@ -8843,11 +8815,11 @@ def quit_pane(state: State) -> State:
 
 
 def drop_filter(state: State) -> State:
-    return state.look(focus="composer").scroll(filter="")
+    return state.look(focus="composer", filter="")
 
 
 def shorten_filter(state: State) -> State:
-    return state.scroll(filter=state.shown.timeline.filter[:-1])
+    return state.look(filter=state.window.filter[:-1])
 
 
 def panes(state: State) -> List[str]:
@@ -8995,7 +8967,7 @@ def touched(state: State, name: str = "") -> State:
     """What every key does besides: the notice goes, and the second Ctrl+C is disarmed."""
     if name != "^c":
         state = state.attend(armed_until=0.0)
-    return state.attend(notice=Notice())
+    return state.attend(notice_until=0.0)
 
 
 def answered(state: State, name: str) -> State:
@@ -9151,7 +9123,7 @@ def heard(state: State, run_id: str, run: Record) -> State:
         state = state.show(run=run)
     if is_bad_end(status) and was and not is_bad_end(was):
         name = harmless(run_id, 8)
-        alert = Alert(f"run {name} {with_reason(status, error)}", run_id)
+        alert = Notice(f"run {name} {with_reason(status, error)}", run_id=run_id)
         others = [one for one in state.attention.alerts if one.run_id != run_id]
         state = state.attend(alerts=(*others, alert))
     if shown and before not in state.rail.runs:
@@ -9166,17 +9138,18 @@ def delivered(state: State, delivery: Delivery) -> State:
     continues on the branch. No other run moves the target, live or replayed.
     """
     shown = state.shown
-    branch = harmless(delivery.branch, 200) or shown.branch
-    url = harmless(delivery.pull_request_url, 2000) or shown.pull_request_url
-    state = state.show(branch=branch, pull_request_url=url)
-    if not delivery.changed or not branch or shown.origin is None:
+    branch = harmless(delivery.branch, 200)
+    url = harmless(delivery.pull_request_url, 2000)
+    known = shown.delivery.then(Delivery(branch, url))
+    state = state.show(delivery=known)
+    if not delivery.changed or not known.branch or shown.origin is None:
         return state
     if shown.origin != state.next.target:
         return state
     for new in state.next.starts:
         if new.target == state.next.target and not new.run_id:
             return state  # sent again, that task has to ask for the same run
-    target = state.next.target._replace(branch=branch)
+    target = state.next.target._replace(branch=known.branch)
     return state.plan(target=target).show(origin=target)
 
 
@@ -9190,9 +9163,9 @@ def on_event(state: State, message: Arrived) -> State:
     kind = harmless(event.get("type"), 40) or "event"
     entry = Entry(clock, kind, text, event)
     entries = state.shown.entries
-    if state.shown.feed.stale:
+    if state.shown.stale:
         entries = ()
-        state = state.hear(stale=False)
+        state = state.show(stale=False)
     state = state.show(entries=(*entries, entry))
     delivery = delivery_of(event)
     if delivery:
@@ -9202,9 +9175,9 @@ def on_event(state: State, message: Arrived) -> State:
 
 def good_answer(state: State, latency_ms: float) -> State:
     """What failed before is forgotten."""
-    was_offline = state.service.health.failures >= 3
-    latency_ms = latency_ms or state.service.health.latency_ms
-    state = state.feel(failures=0, trouble="", refused="", latency_ms=latency_ms)
+    was_offline = state.service.failures >= 3
+    latency_ms = latency_ms or state.service.latency_ms
+    state = state.know(failures=0, trouble="", refused="", latency_ms=latency_ms)
     if was_offline:
         return state.say("Connected again.", "ok")
     return state
@@ -9214,18 +9187,18 @@ def on_progress(state: State, message: Progressed) -> State:
     """How the tail of the shown run gets on."""
     progress = message.progress
     if progress.failures:
-        state = state.feel(failures=progress.failures)
+        state = state.know(failures=progress.failures)
         if progress.message:
-            state = state.feel(trouble=harmless(progress.message))
+            state = state.know(trouble=harmless(progress.message))
     elif progress.connection == "connected":
         state = good_answer(state, progress.latency_ms)
     if progress.connection == "limited":
-        state = state.feel(held_until=state.now + message.wait_s)
+        state = state.know(held_until=state.now + message.wait_s)
     return heard(state, message.run_id, progress.run)
 
 
 def on_verdict(state: State, verdict: Verdict) -> State:
-    state = state.hear(over=True, lost="", again_at=0.0, truncated=verdict.truncated)
+    state = state.show(verdict=verdict, lost="", again_at=0.0)
     return heard(state, verdict.run_id, verdict.run)
 
 
@@ -9234,7 +9207,7 @@ def take_run(state: State, message: Fetched) -> State:
     run_id = message.ask.arguments[0]
     state = heard(state, run_id, message.data)
     ended = text_of(message.data, "status") in TERMINAL_STATUSES
-    if run_id == state.shown.run_id and state.shown.feed.over and not ended:
+    if run_id == state.shown.run_id and state.shown.verdict and not ended:
         return watch(state, run_id, message.data, state.shown.origin)  # a cancelled one came back
     return state
 
@@ -9242,7 +9215,7 @@ def take_run(state: State, message: Fetched) -> State:
 def take_found(state: State, message: Fetched) -> State:
     """A run that was looked for: it is shown now."""
     run_id = text_of(message.data, "runId") or message.ask.arguments[0]
-    state = watch(state.attend(notice=Notice()), run_id, message.data)
+    state = watch(state.attend(notice_until=0.0), run_id, message.data)
     return heard(state, run_id, message.data)
 
 
@@ -9276,8 +9249,8 @@ def read_repo(record: Json) -> KnownRepo:
 def take_repos(state: State, message: Fetched) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
     repos = tuple(map(read_repo, message.data))
-    wanted = state.service.wanted
-    polls = state.service.polls._replace(repos_heard=True)
+    wanted = state.next.target.repo.name
+    polls = state.service.polls._replace(repos_due=NEVER)
     state = state.know(repos=repos, polls=polls)
     found = list(repos)
     if len(repos) > 1:
@@ -9302,7 +9275,7 @@ def take_url(state: State, message: Fetched) -> State:
 
 def take_lapse(state: State, message: Fetched) -> State:
     """When the credential in force ends, in epoch seconds; None when it renews itself."""
-    return state.feel(lapses_at=message.data)
+    return state.admit(lapses_at=message.data)
 
 
 def take_started(state: State, message: Fetched) -> State:
@@ -9344,10 +9317,10 @@ def take_sign_in(state: State, message: Fetched) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.is_signed_out:
         composer = Composer(history=state.composer.history)  # no draft: it may hold a token
-        state = state._replace(composer=composer).write(state.service.sign_in.waiting)
-    state = state.know(sign_in=SigningIn()).ask(Shell.reconnect)
+        state = state._replace(composer=composer).write(state.sign_in.waiting)
+    state = state._replace(sign_in=SigningIn()).ask(Shell.reconnect)
     if state.shown.run_id:
-        state = state.hear(stale=True, lost="", again_at=0.0)
+        state = state.show(stale=True, lost="", again_at=0.0)
         state = state.ask(Desk.watch, state.shown.run_id)
     return refresh(state).say(message.data, "ok", 60.0)
 
@@ -9402,11 +9375,11 @@ def on_fetched(state: State, message: Fetched) -> State:
 def felt(state: State, job: Callable[..., object], error: MogplexError, text: str) -> State:
     """What an error says of the service; of a run it may say only that its id is wrong."""
     if isinstance(error, RateLimitedError):
-        return state.feel(held_until=state.now + (error.retry_after_s or 60.0))
+        return state.know(held_until=state.now + (error.retry_after_s or 60.0))
     if isinstance(error, (UnauthorizedError, ForbiddenError)):
-        return state.feel(refused=text)
+        return state.know(refused=text)
     if isinstance(error, UnavailableError) or job in (Desk.repos, Client.sandboxes):
-        return state.feel(failures=state.service.health.failures + 1, trouble=text)
+        return state.know(failures=state.service.failures + 1, trouble=text)
     return state
 
 
@@ -9416,7 +9389,7 @@ def watch_failed(state: State, error: MogplexError, text: str) -> State:
     passing_errors = (UnavailableError, RateLimitedError, UnauthorizedError, ForbiddenError)
     if error.transient or isinstance(error, passing_errors):
         again_at = state.now + 10
-    state = state.hear(lost=text, again_at=again_at)
+    state = state.show(lost=text, again_at=again_at)
     if again_at:
         return state
     return state.say(text, "bad")
@@ -9480,12 +9453,12 @@ def on_failed(state: State, message: Failed) -> State:
 def on_tick(state: State, _: Tick) -> State:
     """Once a second: what is due is asked, but nothing during a wait that a 429 asked for."""
     drawer = state.drawer
-    if state.service.health.held_until > state.now or state.is_signed_out:
+    if state.service.held_until > state.now or state.is_signed_out:
         return state
     if drawer and drawer.error and int(state.now) % 5 == 0:
         state = read_drawer(state, drawer)
-    if state.shown.feed.again_at and state.now >= state.shown.feed.again_at:
-        state = state.hear(again_at=0.0, lost="", stale=True)
+    if state.shown.again_at and state.now >= state.shown.again_at:
+        state = state.show(again_at=0.0, lost="", stale=True)
         state = state.ask(Desk.watch, state.shown.run_id)
     if state.service.polls.unanswered >= 6:
         return state
@@ -9625,7 +9598,7 @@ def attach_first(state: State, wanted: str) -> State:
     state = attach(state, wanted)
     if state.shown.run_id or state.drawer:
         return state
-    state = state._replace(asks=()).attend(notice=Notice())
+    state = state._replace(asks=()).attend(notice_until=0.0)
     return watch(state, wanted, {"runId": wanted})
 
 
@@ -9653,12 +9626,13 @@ def first_state(
     if not wanted and runs:
         wanted = runs[0].repo
     tasks = dict.fromkeys(run.task for run in reversed(runs) if run.task)
+    target = Target(KnownRepo(name=wanted))
     state = State(
         now=time.time(),
-        next=Next(session=str(uuid.uuid4())),
+        next=Next(target, session=str(uuid.uuid4())),
         rail=Rail(tuple(runs)),
         composer=Composer(history=tuple(tasks)),
-        service=Service(base_url, wanted=wanted),
+        service=Service(base_url),
     )
     state = insert(state, text)
     if run_id == "@last" and runs:

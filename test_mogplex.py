@@ -6003,7 +6003,7 @@ def test_a_run_that_was_attached_moves_no_target(replay: bool) -> None:
     if replay:
         state = then(state, *typed("/repo api"))
     after = delivered(state)
-    assert after.shown.branch == "mogplex/a" and after.next.target == state.next.target
+    assert after.shown.delivery.branch == "mogplex/a" and after.next.target == state.next.target
     assert "workingBranch" not in body_of(after)
 
 
@@ -6217,7 +6217,7 @@ def test_tab_completes(typed_text: str, expected: str) -> None:
 
 def test_what_comes_in_one_read_means_what_it_means_apart() -> None:
     watching = played(*PANE)
-    assert then(watching, mogplex.Text("/log")).shown.timeline.filter == "log"
+    assert then(watching, mogplex.Text("/log")).window.filter == "log"
     palette = then(watching, mogplex.Text(":rep")).drawer
     assert palette and palette.listing is mogplex.PALETTE and palette.query == "rep"
     assert then(played(), *keys("esc"), mogplex.Text("/kill")).composer.text == "/kill"
@@ -6241,7 +6241,7 @@ def test_the_question_names_the_run_and_its_task_at_every_size() -> None:
     state = played(*BUSY, *keys("btab"), window=WIDE, rail=mogplex.Rail(runs))
     state = then(state, *keys("down"), mogplex.Text("x"))
     assert state.attention.killing == runs[0].id
-    alert = mogplex.Alert("run 7c02f9d4 failed", "7c02f9d4")
+    alert = mogplex.Notice("run 7c02f9d4 failed", run_id="7c02f9d4")
     alarmed = state.attend(alerts=(alert,))._replace(composer=mogplex.Composer("half a task " * 30))
     for width, height in ((120, 40), (80, 24), (59, 20), (30, 8)):
         for asking in (state, alarmed):
@@ -6418,7 +6418,7 @@ def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> N
         assert "mog_" not in text and "•••••••••" in text and "Signed in" not in text
     assert asked(then(state, *typed("mog_right")))[-1] == (Desk.try_token, "mog_right")
     state = then(state, fetched(Desk.try_stored, "Signed in."))
-    assert "Signed in." in drawn(state) and not state.service.sign_in.needed
+    assert "Signed in." in drawn(state) and not state.is_signed_out
 
 
 def test_no_key_brings_a_token_back_after_the_sign_in() -> None:
@@ -6520,7 +6520,7 @@ def test_what_could_not_be_fetched_at_the_start_is_fetched_again() -> None:
     state = mogplex.poll(played(), 2)
     assert jobs(state) == [Desk.repos, Client.sandboxes]
     state = then(state, failed(away, Desk.repos), failed(away, Client.sandboxes))
-    assert not state.attention.notice.text
+    assert not state.attention.notice_until
     asks = [job for _, job, *_ in ticked(state, 31)]
     assert asks.count(Desk.repos) >= 2 and Client.sandboxes in asks
     assert "!!" not in drawn(then(state, fetched(Desk.repos, TWO_REPOS)))
@@ -6563,7 +6563,7 @@ def test_a_cancelled_run_that_comes_back_is_followed_again(status: str, again: b
     seen = [ask for _, *ask in ticked(state, 31, good)]
     assert ([Client.run, RUN_ID] in seen) == again
     state = then(state, fetched(Client.run, SHOWN, RUN_ID))
-    assert asked(state) == [(Desk.watch, RUN_ID)] and not state.shown.feed.over
+    assert asked(state) == [(Desk.watch, RUN_ID)] and not state.shown.verdict
 
 
 def test_the_tail_takes_24_requests_a_minute() -> None:
@@ -6641,7 +6641,7 @@ def test_a_run_in_the_background_that_fails_is_an_alert_that_leads_to_it() -> No
 
 
 def test_an_alert_says_its_keys_only_where_they_are_its_own() -> None:
-    alert = mogplex.Alert("run 7c02f9d4 failed", "7c02f9d4")
+    alert = mogplex.Notice("run 7c02f9d4 failed", run_id="7c02f9d4")
     state = played(*BUSY).attend(alerts=(alert,))
     assert "[Enter] open  [Esc] dismiss" in drawn(state)
     for message in (mogplex.Text("half"), mogplex.Key("tab"), mogplex.Key("f1")):
