@@ -5283,8 +5283,8 @@ fitted = functools.lru_cache(8192)(fit)
 
 def harmless(value: object, most: int = 500) -> str:
     """One short line of API text."""
-    text = value if isinstance(value, str) else text_of({"": value}, "")
-    return sanitize(text[:most * 4])[:most]
+    text = text_of(value)[:most * 4]
+    return sanitize(text)[:most]
 
 
 class Key(NamedTuple):
@@ -5323,7 +5323,7 @@ class Resize(NamedTuple):
     height: int
 
 
-Message = Union[Key, Text, Paste, Mouse, Resize]  # what a terminal sends
+Message = Union[Key, Text, Paste, Mouse]  # what a terminal sends
 
 
 # -- The terminal: what it sends
@@ -5401,12 +5401,13 @@ def unmodified(code: int, modifiers: int) -> str:
 
 def modified_key(sequence: str) -> str:
     """``unmodified`` of a sequence ``ESC[code;modifiersu`` or ``ESC[27;modifiers;code~``."""
-    numbers = [int(number) for number in re.findall("[0-9]+", sequence)]
+    code, *others = map(int, re.findall("[0-9]+", sequence))
+    modifiers = 1
+    if others:
+        modifiers = others[0]
     if sequence.endswith("~"):
-        return unmodified(code=numbers[2], modifiers=numbers[1])
-    if len(numbers) == 1:
-        return unmodified(code=numbers[0], modifiers=1)
-    return unmodified(code=numbers[0], modifiers=numbers[1])
+        code = others[1]
+    return unmodified(code, modifiers)
 
 
 def mouse_messages(report: str) -> List[Message]:
@@ -5609,8 +5610,7 @@ def sgr_styles(colours: int) -> Dict[str, str]:
         depth = 1
     styles = {"cursor": ""}
     for name, parameters in STYLES.items():
-        sgr = ";".join(filter(None, ("0", parameters[depth])))
-        styles[name] = f"\x1b[{sgr}m"
+        styles[name] = f"\x1b[0;{parameters[depth]}m"  # where none follow it, that means 0 too
     return styles
 
 
@@ -5686,16 +5686,12 @@ class Signals:
         self.heard: List[int] = []  # the other signals
         self.previous: Dict[int, Any] = {}
         self.previous_wake = -1
+        self.fatal = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
         self.wake_in, self.wake_out = os.pipe()
-        os.set_blocking(self.wake_in, False)
         os.set_blocking(self.wake_out, False)
 
-    @staticmethod
-    def fatal() -> Tuple[int, ...]:
-        return signal.SIGTERM, signal.SIGHUP, signal.SIGINT
-
     def __enter__(self) -> Signals:
-        for number in self.fatal():
+        for number in self.fatal:
             if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and `&` leave them
                 self.previous[number] = signal.signal(number, self.end)
         for other in (signal.SIGWINCH, signal.SIGCONT, signal.SIGTSTP):
@@ -5724,11 +5720,8 @@ class Signals:
 
     def ignore_fatal(self) -> None:
         """From now on no signal cuts the end short."""
-        for number in self.fatal():
+        for number in self.fatal:
             signal.signal(number, signal.SIG_IGN)
-
-    def is_ending(self) -> bool:
-        return self.ending != 0
 
     def take(self) -> List[int]:
         """The other signals since the last call."""
@@ -5796,16 +5789,17 @@ class Tty:
         except OSError:  # a terminal without job control
             return True
 
-    def write(self, text: str, give_up: Callable[[], bool]) -> None:
-        """Write all of ``text``; while the terminal takes nothing, ``give_up`` is asked."""
+    def writing(self, text: str) -> Iterator[None]:
+        """Write all of ``text``. Yields while the terminal takes nothing."""
         data = text.encode("utf-8", "replace")
         while data:
             try:
-                data = data[on_terminal(os.write, self.output, data):]
+                written = on_terminal(os.write, self.output, data)
             except BlockingIOError:
-                if give_up():
-                    return
+                yield
                 select.select([], [self.output], [], 0.05)
+            else:
+                data = data[written:]
 
     def read(self) -> str:
         """What was sent, as much as there is."""
@@ -5827,8 +5821,10 @@ def blessed_terminal(kind: str) -> Any:
     It does neither if its stream is not sys.__stdout__. NO_COLOR is hidden from it, because it
     would drop every capability, cursor moves too.
     """
-    names = [name for name in ("NO_COLOR", "FORCE_COLOR") if name in os.environ]
-    hidden = {name: os.environ.pop(name) for name in names}
+    hidden = {}
+    for name in ("NO_COLOR", "FORCE_COLOR"):
+        if name in os.environ:
+            hidden[name] = os.environ.pop(name)
     try:
         import blessed
         return blessed.Terminal(kind, os.fdopen(os.dup(1), "w"), True)
@@ -5853,9 +5849,10 @@ class Keyboard:
         key = self.terminal.inkey(timeout=0, esc_delay=0)
         while self.terminal.inkey(timeout=0, esc_delay=0):
             pass
-        if key != sequence:
+        if key != sequence or not key.name:
             return ""
-        return str(key.name or "").replace("KEY_", "").lower()
+        name = str(key.name).lower()
+        return name.replace("key_", "")
 
     def read(self) -> List[Message]:
         """The messages that are complete. Esc is a key of its own if nothing follows it."""
@@ -5893,13 +5890,8 @@ class Controls:
         self.clear = f"\x1b[0m{terminal.clear}\x1b[?25l"
 
 
-def passed(moment: float) -> bool:
-    """Whether a moment of the monotonic clock has passed."""
-    return time.monotonic() >= moment
-
-
 class Screen:
-    """The terminal while the cockpit uses it. For one thread alone, except wake()."""
+    """The terminal while the cockpit uses it, from one thread alone."""
 
     def __init__(self, environ: Mapping[str, str], signals: Signals) -> None:
         terminal = blessed_terminal(environ["TERM"])
@@ -5909,7 +5901,6 @@ class Screen:
         self.controls = Controls(terminal)
         self.canvas = Canvas(environ, terminal.number_of_colors)
         self.size = self.tty.size()  # columns, rows
-        self.size_told = (0, 0)      # as the last Resize said
         self.mouse = True            # it is reported to this program; else the terminal selects
         self.active = False          # between enter() and restore()
 
@@ -5952,24 +5943,26 @@ class Screen:
 
     def write(self, text: str) -> None:
         """Write sequences of this program's own; waits for a stuck terminal until a signal."""
-        if self.active:
-            self.tty.write(text, self.signals.is_ending)
+        if not self.active:
+            return
+        for _ in self.tty.writing(text):
+            if self.signals.ending:
+                return
 
     def write_last(self, text: str) -> None:
         """Write at the end: a terminal that is stuck or gone must not hold it up."""
         patience_s = 2.0  # a slow connection that misses it would keep the mouse's mode
         if self.signals.ending:
             patience_s = 0.1
+        until = time.monotonic() + patience_s
         with contextlib.suppress(TerminalGone):
-            self.tty.write(text, functools.partial(passed, time.monotonic() + patience_s))
+            for _ in self.tty.writing(text):
+                if time.monotonic() >= until:
+                    return
 
     def draw(self, rows: Sequence[Row]) -> None:
         """One frame, in one write: what differs from the last."""
         self.write(self.canvas.frame(rows, self.controls.clear))
-
-    def wake(self) -> None:
-        """End the wait. From any thread."""
-        self.signals.wake()
 
     def wait(self, seconds: float) -> List[Message]:
         """What was typed and what signals ask for; waits for it at most so many seconds.
@@ -5977,9 +5970,7 @@ class Screen:
         Raises SystemExit with the exit code after a signal that ends the program, and
         TerminalGone.
         """
-        if self.size != self.size_told:
-            seconds = 0.0  # the Resize is due
-        ready = select.select([0, self.signals.wake_in], [], [], seconds)[0]
+        ready, _, _ = select.select([0, self.signals.wake_in], [], [], seconds)
         if self.signals.wake_in in ready:
             os.read(self.signals.wake_in, 1 << 16)
         if self.signals.ending:
@@ -5996,46 +5987,38 @@ class Screen:
             self.enter()
         elif signal.SIGWINCH in heard:
             self.repaint()
-        messages: List[Message] = []
-        if self.size != self.size_told:
-            self.size_told = self.size
-            messages.append(Resize(*self.size))
         if signal.SIGTSTP in heard:
-            messages.append(Key("^z"))
-        return messages
+            return [Key("^z")]
+        return []
 
 
-class CrashGuard:
-    """Inside the ``with`` statement, an uncaught exception leaves the screen before it is printed.
+@contextlib.contextmanager
+def crash_guard(screen: Screen, on_crash: Callable[[BaseException], None]) -> Iterator[None]:
+    """While it lasts, an uncaught exception leaves the screen before it is printed.
 
     One from another thread goes to ``on_crash``, because the screen is for one thread alone.
     """
+    import atexit
 
-    def __init__(self, screen: Screen, on_crash: Callable[[BaseException], None]) -> None:
-        self.screen = screen
-        self.on_crash = on_crash
-        self.excepthook = sys.excepthook
-        self.thread_excepthook = threading.excepthook
+    excepthook = sys.excepthook
+    thread_excepthook = threading.excepthook
 
-    def __enter__(self) -> None:
-        import atexit
-        atexit.register(self.screen.restore)
-        sys.excepthook = self.uncaught
-        threading.excepthook = self.uncaught_in_thread
+    def uncaught(*error: Any) -> None:
+        screen.restore()
+        excepthook(*error)
 
-    def __exit__(self, *_: object) -> None:
-        import atexit
-        self.screen.restore()
-        atexit.unregister(self.screen.restore)
-        sys.excepthook = self.excepthook
-        threading.excepthook = self.thread_excepthook
+    def uncaught_in_thread(failure: Any) -> None:
+        on_crash(failure.exc_value)
 
-    def uncaught(self, *error: Any) -> None:
-        self.screen.restore()
-        self.excepthook(*error)
-
-    def uncaught_in_thread(self, failure: Any) -> None:
-        self.on_crash(failure.exc_value)
+    atexit.register(screen.restore)
+    sys.excepthook = uncaught
+    threading.excepthook = uncaught_in_thread
+    try:
+        yield
+    finally:
+        atexit.unregister(screen.restore)
+        sys.excepthook = excepthook
+        threading.excepthook = thread_excepthook
 
 
 # -- What the workers are asked, and what they say
@@ -6049,7 +6032,8 @@ class KnownRepo(NamedTuple):
     default_branch: str = "main"
 
     def is_called(self, wanted: str) -> bool:
-        return wanted.lower() in (self.id.lower(), self.name.lower())
+        names = (self.id.lower(), self.name.lower())
+        return wanted.lower() in names
 
 
 class KnownSandbox(NamedTuple):
@@ -6216,8 +6200,9 @@ class Desk:
         except Left:
             return
         except MogplexError as error:
+            is_signed_out = isinstance(error, UnauthorizedError) and not self.connection
             has_own_words = ask.job in (Desk.try_token, Desk.sign_in, Desk.start)
-            if isinstance(error, UnauthorizedError) and not self.connection and not has_own_words:
+            if is_signed_out and not has_own_words:
                 self.tell(Desk.sign_out, str(error))
             else:
                 self.post(Failed(ask, error))
@@ -6271,17 +6256,12 @@ class Desk:
     def start(self, new: NewRun) -> Run:
         """The run is told as soon as it exists, before its id is written down."""
         home = self.facts.home
+        repo = new.target.repo.name
         body = body_for(new.target, new.task)
-        start = start_record(self.facts.base_url, body, new.key, new.target.repo.name)
+        start = start_record(self.facts.base_url, body, new.key, repo)
         earlier = home.start_in_doubt(start, time.time())
-        run = start_recorded(
-            self.client(),
-            home,
-            body,
-            new.key,
-            new.target.repo.name,
-            functools.partial(self.tell_started, new),
-        )
+        announce = functools.partial(self.tell_started, new)
+        run = start_recorded(self.client(), home, body, new.key, repo, announce)
         if earlier:
             words = "An earlier start of this task may have gone through as well; to find out,"
             self.say(f"{words} use --idempotency-key {text_of(earlier, 'key')}", "bad")
@@ -6406,7 +6386,7 @@ class Shell:
     def post(self, message: Any) -> None:
         """Hand in a message, from any thread."""
         self.inbox.put(message)
-        self.screen.wake()
+        self.screen.signals.wake()
 
     def warn(self, line: str) -> None:
         """What the home has to say."""
@@ -9526,6 +9506,10 @@ class Cockpit:
         while True:
             screen.draw(view(self.state, *screen.size))
             self.perform()  # after the frame: a desk's first job imports what takes longer
+            window = self.state.window
+            if screen.size != (window.width, window.height):
+                self.take(Resize(*screen.size))
+                continue
             for message in screen.wait(1.0 - time.time() % 1.0):
                 self.take(message)
             if int(time.time()) != int(self.state.now):
@@ -9689,7 +9673,7 @@ def run_cockpit(
         shell = Shell(screen, Facts(connect, base_url, home, run_browser, overruled))
         home.warn = shell.warn  # standard error is the screen now
         cockpit = Cockpit(shell, first_state(home, environ, base_url, text, attach))
-        with CrashGuard(screen, shell.post):
+        with crash_guard(screen, shell.post):
             try:
                 return stay(screen, cockpit)
             finally:
