@@ -1643,6 +1643,12 @@ MAX_CALLBACK = 65536                  # bytes of a request
 CALLBACK_REQUEST = re.compile(r"GET ([^\r\n?]*)\?([^\r\n]*) HTTP/1\.[01]\Z")
 
 
+def pkce_challenge(verifier: str) -> str:
+    """What is told of a verifier before it is sent itself: its SHA-256 (PKCE's method S256)."""
+    digest = hashlib.sha256(verifier.encode()).digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip("=")
+
+
 class Attempt(NamedTuple):
     """One sign-in that waits for its browser."""
 
@@ -1657,14 +1663,13 @@ class Attempt(NamedTuple):
 
     def authorize_url(self, base_url: str) -> str:
         """The page that the person opens."""
-        digest = hashlib.sha256(self.verifier.encode()).digest()
         query = {
             "response_type": "code",
             "client_id": CLIENT_ID,
             "redirect_uri": self.redirect_uri,
             "scope": SCOPES,
             "state": self.state,
-            "code_challenge": base64.urlsafe_b64encode(digest).decode().rstrip("="),
+            "code_challenge": pkce_challenge(self.verifier),
             "code_challenge_method": "S256",
         }
         return f"{base_url}{AUTHORIZE_PATH}?{urllib.parse.urlencode(query)}"
@@ -9698,37 +9703,9 @@ DEMO_WEB = "8f3a2b1c-1234-4abc-9def-1234567890ab"
 DEMO_BARE = "5a7b9c1d-3e2f-4a80-91b4-d7c6b5a49382"
 
 
-class DemoRepo(NamedTuple):
-    """A linked repository, with the fields that the service gives it."""
-
-    id: str
-    full_name: str
-    installation_id: Optional[int] = None
-    default_branch: Optional[str] = None
-    root_directory: Optional[str] = None
-
-
-class DemoSandbox(NamedTuple):
-    """A sandbox that is there from the start."""
-
-    id: str
-    sandbox_id: Optional[str]
-    repo_id: str
-    status: str
-    working_branch: str
-    age_s: float
-    error: Optional[str] = None
-
-
-class DemoSeed(NamedTuple):
-    """A run that is there from the start."""
-
-    id: str
-    repo_id: str
-    harness: str
-    ending: str  # a key of DEMO_ENDINGS
-    age_s: float
-    task: str
+def demo_table(names: str, *rows: Sequence[Any]) -> List[Json]:
+    """Objects with these fields, one a row."""
+    return [dict(zip(names.split(), row)) for row in rows]
 
 
 class DemoStep(NamedTuple):
@@ -9744,38 +9721,43 @@ class DemoStep(NamedTuple):
     harness: str = ""    # the only harness with this step; "" for all
 
 
-DEMO_REPOS = {repo.id: repo for repo in [  # by name, as the service lists them
-    DemoRepo(DEMO_API, "acme/api", 51423907, "main"),
-    DemoRepo(DEMO_DOCS, "acme/docs", 51423907, "trunk", "website"),
-    DemoRepo(DEMO_WEB, "acme/web", 51423907, "main"),
-    DemoRepo(DEMO_BARE, "acme/web-legacy"),
-]}
+# fmt: off
+DEMO_REPOS = {repo["id"]: repo for repo in demo_table(  # by name, as the service lists them
+    "id full_name installation_id default_branch root_directory",
+    (DEMO_API, "acme/api", 51423907, "main", None),
+    (DEMO_DOCS, "acme/docs", 51423907, "trunk", "website"),
+    (DEMO_WEB, "acme/web", 51423907, "main", None),
+    (DEMO_BARE, "acme/web-legacy", None, None, None),
+)}
 
-DEMO_SANDBOXES = [
-    DemoSandbox("b1c2d3e4-5f60-4718-829a-3b4c5d6e7f80", "sbx_w3bR7nq0",
-                DEMO_WEB, "running", "main", 40),
-    DemoSandbox("b2d3e4f5-6071-4829-93ab-4c5d6e7f8091", "sbx_d0c5Kx2p",
-                DEMO_DOCS, "paused", "trunk", 5400),
-    DemoSandbox("b3e4f506-7182-493a-a4bc-5d6e7f8091a2", None,
-                DEMO_WEB, "error", "fix/tax", 7200, "npm ci exited with 1"),
-    DemoSandbox("b4f50617-8293-4a4b-b5cd-6e7f8091a2b3", "sbx_4p1Zt8vL",
-                DEMO_API, "stopped", "feat/queue", 90000),
-]
+DEMO_SANDBOXES = demo_table(
+    "id repoId workingBranch age_s sandbox_id status error",
+    ("b1c2d3e4-5f60-4718-829a-3b4c5d6e7f80", DEMO_WEB, "main", 40,
+     "sbx_w3bR7nq0", "running", None),
+    ("b2d3e4f5-6071-4829-93ab-4c5d6e7f8091", DEMO_DOCS, "trunk", 5400,
+     "sbx_d0c5Kx2p", "paused", None),
+    ("b3e4f506-7182-493a-a4bc-5d6e7f8091a2", DEMO_WEB, "fix/tax", 7200,
+     None, "error", "npm ci exited with 1"),
+    ("b4f50617-8293-4a4b-b5cd-6e7f8091a2b3", DEMO_API, "feat/queue", 90000,
+     "sbx_4p1Zt8vL", "stopped", None),
+)
 
-DEMO_RUNS = [  # oldest first
-    DemoSeed("79f0d3c7-6a2e-4b91-8c5d-1f3e5a7b9c0d",
-             DEMO_WEB, "codex", "delivered", 259200, "Use bearer tokens"),
-    DemoSeed("7a44c0be-1d9f-4e37-a2b8-c6d4e2f0a1b3",
-             DEMO_API, "codex", "long", 172800, "Give every handler types"),
-    DemoSeed("7b8e1a35-f0c2-4d64-9e7a-3b5c7d9e1f20",
-             DEMO_API, "claude-code", "cancelled", 86400, "Move to Redis"),
-    DemoSeed("7c02f9d4-2e8b-4a15-b6c3-9d7f5e3c1a0b",
-             DEMO_WEB, "codex", "failed", 18000, "Repair the e2e suite"),
-    DemoSeed("7d10b6e2-9c4a-4f83-8d1e-5a3b1c9f7e6d",
-             DEMO_DOCS, "claude-code", "unchanged", 10800, "Look for dead links"),
-    DemoSeed("7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04",
-             DEMO_WEB, "codex", "running", 761, "Fix the login redirect loop"),
-]
+DEMO_RUNS = demo_table(  # oldest first; "ending" is a key of DEMO_ENDINGS
+    "id repoId harness ending age_s task",
+    ("79f0d3c7-6a2e-4b91-8c5d-1f3e5a7b9c0d", DEMO_WEB,
+     "codex", "delivered", 259200, "Use bearer tokens"),
+    ("7a44c0be-1d9f-4e37-a2b8-c6d4e2f0a1b3", DEMO_API,
+     "codex", "long", 172800, "Give every handler types"),
+    ("7b8e1a35-f0c2-4d64-9e7a-3b5c7d9e1f20", DEMO_API,
+     "claude-code", "cancelled", 86400, "Move to Redis"),
+    ("7c02f9d4-2e8b-4a15-b6c3-9d7f5e3c1a0b", DEMO_WEB,
+     "codex", "failed", 18000, "Repair the e2e suite"),
+    ("7d10b6e2-9c4a-4f83-8d1e-5a3b1c9f7e6d", DEMO_DOCS,
+     "claude-code", "unchanged", 10800, "Look for dead links"),
+    ("7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04", DEMO_WEB,
+     "codex", "running", 761, "Fix the login redirect loop"),
+)
+# fmt: on
 
 DEMO_AGENTS = [
     {
@@ -9825,6 +9807,16 @@ DEMO_SERVERS = [
     },
 ]
 
+DEMO_AUTOMATION_ID = "a1d0c7e2-64b5-4a90-8f13-2e7b9c05d6f8"
+DEMO_AUTOMATIONS = {
+    DEMO_AUTOMATION_ID: {
+        "id": DEMO_AUTOMATION_ID,
+        "name": "Nightly dependency update",
+        "status": "published",
+    },
+}
+DEMO_JOB_S = 8.0  # a run of it takes so long
+
 DEMO_ACCEPTED = [
     DemoStep(0.0, "started", "External Mogplex run accepted", {
         "external_run_id": "$id",
@@ -9861,6 +9853,14 @@ DEMO_AT_WORK = [
     }),
     DemoStep(4.0, "log", "I read the code around it first."),
 ]
+DEMO_UNCHANGED = {
+    "stage": "git_delivery",
+    "changed": False,
+    "pull_request_url": None,
+    "base_branch": "$base",
+    "working_branch": "$pushed",
+    "auto_committed_files": [],
+}
 DEMO_FINISHED = [
     DemoStep(9.0, "finished", "Harness run finished", {"exit_code": 0}),
     DemoStep(9.6, status="success"),
@@ -9889,25 +9889,15 @@ DEMO_ENDINGS: Dict[str, List[DemoStep]] = {
         DemoStep(7.0, "tool_finished", "1 file changed, 148 tests pass \u2713", {"exit_code": 0},
                  tool="apply_patch"),
         DemoStep(8.2, "log", "Pull request ready", {
-            "stage": "git_delivery",
+            **DEMO_UNCHANGED,
             "changed": True,
             "pull_request_url": "https://github.com/$repo/pull/$number",
-            "base_branch": "$base",
-            "working_branch": "$pushed",
-            "auto_committed_files": [],
         }),
         *DEMO_FINISHED,
     ],
     "unchanged": [
         *DEMO_AT_WORK,
-        DemoStep(8.2, "log", "No code changes to deliver", {
-            "stage": "git_delivery",
-            "changed": False,
-            "pull_request_url": None,
-            "base_branch": "$base",
-            "working_branch": "$pushed",
-            "auto_committed_files": [],
-        }),
+        DemoStep(8.2, "log", "No code changes to deliver", DEMO_UNCHANGED),
         *DEMO_FINISHED,
     ],
     "failed": [
@@ -9945,6 +9935,11 @@ DEMO_ENDINGS: Dict[str, List[DemoStep]] = {
 }
 DEMO_TASK_WORDS = {"fail": "failed", "crash": "crashed", "refuse": "refused"}
 DEMO_PACKAGES = {"codex": "openai/codex", "claude-code": "anthropic-ai/claude-code"}
+DEMO_BRANCH = re.compile(r"[A-Za-z0-9_./-]+\Z")
+DEMO_PAGES = {
+    404: "<!DOCTYPE html><title>404: This page could not be found.</title>",
+    405: "",
+}
 
 
 # The service: what it answers to a request, without a socket.
@@ -9956,67 +9951,112 @@ def demo_id(name: str) -> str:
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
+def demo_body(data: bytes) -> Json:
+    """The object in a request's body, be it JSON or a form; one without fields for anything else.
+
+    It has a "repoId", in lower case, in any case.
+    """
+    text = data.decode("utf-8", "replace")
+    try:
+        body = parse_json(text)
+    except ValueError:
+        body = dict(urllib.parse.parse_qsl(text))
+    if not isinstance(body, dict):
+        body = {}
+    body["repoId"] = text_of(body, "repoId").lower()
+    return body
+
+
 def demo_time(moment: float) -> str:
     """Seconds since the epoch as the service writes most times: no zeros end the fraction."""
     second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
     fraction = f".{microseconds:06d}".rstrip(".0")
-    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f"{fraction}+00:00"
+    to_the_second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    return f"{to_the_second}{fraction}+00:00"
 
 
-DEMO_AUTOMATION = {
-    "id": "a1d0c7e2-64b5-4a90-8f13-2e7b9c05d6f8",
-    "name": "Nightly dependency update",
-    "status": "published",
-}
-DEMO_JOB_S = 8.0  # a run of it takes so long
-
-
-class DemoAnswer(NamedTuple):
-    """One HTTP answer; an object is sent as JSON, text as HTML."""
-
-    status: int
-    body: Union[Json, str] = ""
-    headers: Mapping[str, str] = {}
+# An HTTP answer: its status; an object, sent as JSON, or text, sent as HTML; its headers.
+DemoAnswer = Tuple[int, Union[Json, str], Dict[str, str]]
 
 
 class DemoRefusal(Exception):
     """Raised by a route for an answer in the error envelope."""
 
-    def __init__(
-        self, status: int, code: str, message: str, retry_after: Optional[str] = None,
-    ) -> None:
-        super().__init__(message)
-        body = {"ok": False, "error": {"code": code, "message": message}}
-        headers = {"Retry-After": retry_after} if retry_after else {}
-        self.answer = DemoAnswer(status, body, headers)
+    def __init__(self, status: int, code: str, message: str, retry_after: str = "") -> None:
+        headers = {}
+        if retry_after:
+            headers["Retry-After"] = retry_after
+        error = {"code": code, "message": message}
+        self.answer: DemoAnswer = (status, {"ok": False, "error": error}, headers)
 
 
-class DemoRequest(NamedTuple):
-    """What a route is told of a request."""
+class DemoRequest:
+    """What a route is told of a request; the names of ``headers`` are in lower case."""
 
-    id: str  # the one in the path, or ""
-    token: str
-    query: Dict[str, str]
-    body: Json  # a JSON object or a form; {} for anything else
-    key: str  # idempotency key
-
-
-class DemoRoute(NamedTuple):
-    """Who answers a method and a path of the API, and which scope a token must have for it."""
-
-    method: str
-    path: str  # below API_PATH
-    handler: Callable[[DemoService, DemoRequest], DemoAnswer]
-    scope: str = ""  # "": any token will do
+    def __init__(self, target: str, headers: Mapping[str, str], data: bytes) -> None:
+        self.path, _, query = target.partition("?")
+        self.query = dict(urllib.parse.parse_qsl(query))
+        self.id = ""                 # the one in the path
+        self.body = demo_body(data)
+        self.key = headers.get("idempotency-key", "").strip()
+        self.token = ""
+        authorization = re.fullmatch(r"Bearer (\S+)", headers.get("authorization", ""))
+        if authorization:
+            self.token = authorization[1]
 
 
-class DemoRun(NamedTuple):
+class DemoRun:
     """A run that has begun."""
 
-    accepted: Json  # the run as it was accepted
-    sandbox: Json
-    words: Dict[str, str]
-    steps: List[DemoStep]  # with times since the epoch
+    def __init__(self, run_id: str, body: Json, sandbox: Json) -> None:
+        harness = body.get("harness", "codex")
+        base = sandbox["base_branch"]
+        working = sandbox["working_branch"]
+        pushed = working
+        if pushed == base:
+            pushed = f"mogplex/agent-{run_id[:8]}"
+        self.sandbox = sandbox
+        self.steps: List[DemoStep] = []  # with times since the epoch
+        self.words = {                   # what the steps' ``$words`` stand for
+            "id": run_id,
+            "harness": harness,
+            "package": DEMO_PACKAGES[harness],
+            "repo": DEMO_REPOS[sandbox["repo_id"]]["full_name"],
+            "base": base,
+            "working": working,
+            "pushed": pushed,
+            "number": str(100 + int(run_id[:4], 16) % 900),
+        }
+        self.accepted = {
+            "runId": run_id,
+            "aiCallId": demo_id("call " + run_id),
+            "sandboxRecordId": None,
+            "sandboxId": None,
+            "repoId": sandbox["repo_id"],
+            "harness": harness,
+            "status": "pending",
+            "branch": {
+                "base": base,
+                "working": working,
+                "createBranch": bool(body.get("createBranch")),
+            },
+            "rootDirectory": sandbox["root_directory"],
+            "eventsUrl": f"{API_PATH}/runs/{run_id}/events",
+            "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel",
+            "createdAt": sandbox["created_at"],
+            "updatedAt": sandbox["created_at"],
+            "error": None,
+            "runtime": {"provider": "trigger", "runId": None},
+        }
+
+    def play(self, script: Sequence[DemoStep], began: float, speed: float) -> None:
+        """Add the steps of a script that begins at ``began``, in the run's own words."""
+        import string
+        text = string.Template(to_json(script)).substitute(self.words)
+        for at_s, *fields in parse_json(text):
+            step = DemoStep(began + at_s / speed, *fields)
+            if step.harness in ("", self.words["harness"]):
+                self.steps.append(step)
 
     def shown(self, now: float) -> List[DemoStep]:
         """The steps that have come about by ``now``."""
@@ -10024,21 +10064,17 @@ class DemoRun(NamedTuple):
 
     def record(self, now: float) -> Json:
         """The run as the service tells it at ``now``."""
-        run = dict(self.accepted)
+        run: Json = dict(self.accepted)
         for step in self.shown(now):
             run["status"] = step.status or run["status"]
             run["error"] = step.error or run["error"]
             run["updatedAt"] = demo_time(step.at_s)
             if step.status == "streaming":
+                sandbox_id = self.sandbox["sandbox_id"]
                 run["sandboxRecordId"] = self.sandbox["id"]
-                run["sandboxId"] = self.sandbox["sandbox_id"]
-                run["runtime"] = {"provider": "vercel", "runId": self.sandbox["sandbox_id"]}
+                run["sandboxId"] = sandbox_id
+                run["runtime"] = {"provider": "vercel", "runId": sandbox_id}
         return run
-
-
-def demo_data(data: Json, status: int = 200) -> DemoAnswer:
-    """A success in the envelope."""
-    return DemoAnswer(status, {"ok": True, "data": data})
 
 
 def demo_ending(prompt: str) -> str:
@@ -10049,58 +10085,42 @@ def demo_ending(prompt: str) -> str:
     return "delivered"
 
 
-def demo_play(
-    script: Iterable[DemoStep], words: Dict[str, str], began: float, speed: float,
-) -> List[DemoStep]:
-    """The steps of a run that began at ``began``, with its own words."""
-    import string
-    text = string.Template(to_json(list(script))).substitute(words)
-    steps = [DemoStep(*fields) for fields in parse_json(text)]
-    return [step._replace(at_s=began + step.at_s / speed) for step in steps]
-
-
-def demo_body(data: bytes) -> Json:
-    """The object in a request's body, be it JSON or a form; {} for anything else."""
-    text = data.decode("utf-8", "replace")
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return dict(urllib.parse.parse_qsl(text))
-    return value if isinstance(value, dict) else {}
-
-
-def demo_like(text: str) -> Pattern[str]:
-    """What SQL's ILIKE finds for a part of a name: ``%`` and ``_`` are wildcards."""
-    wildcards = {"%": ".*", "_": "."}
-    parts = [wildcards.get(char, re.escape(char)) for char in text]
-    return re.compile("".join(parts), re.IGNORECASE)
+def demo_find(records: Mapping[str, Any], record_id: str, name: str) -> Any:
+    """The record with this id; the refusals are the service's."""
+    if not is_uuid(record_id):  # the database refuses it, and nobody catches that
+        raise DemoRefusal(500, "INTERNAL_ERROR", "Internal server error")
+    if record_id not in records:
+        raise DemoRefusal(404, "NOT_FOUND", f"{name} not found")
+    return records[record_id]
 
 
 def demo_first(records: Iterable[Any], request: DemoRequest) -> List[Any]:
     """As many as ``limit`` asks for: it is clamped and never refused."""
     limit = request.query.get("limit", "")
-    count = int(limit) if re.match(r"-?\d{1,9}\Z", limit) else 100
-    return list(records)[:max(1, min(MAX_LIMIT, count))]
+    count = 100
+    if re.fullmatch(r"-?\d{1,9}", limit):
+        count = max(1, min(MAX_LIMIT, int(limit)))
+    return list(records)[:count]
 
 
-def demo_branches(body: Json, repo: Optional[DemoRepo], name: str) -> Json:
-    """The branches of a StartRun: where it starts from, and where it works."""
-    base = text_of(body, "baseBranch") or (repo and repo.default_branch) or "main"
-    create = bool(body.get("createBranch"))
+def demo_branches(body: Json, name: str = "") -> Tuple[str, str]:
+    """The branch that a StartRun starts from, and the one that it works on."""
+    repo = DEMO_REPOS.get(body["repoId"])
+    base = text_of(body, "baseBranch") or text_of(repo, "default_branch") or "main"
     working = text_of(body, "workingBranch")
-    if create and not working:
+    if body.get("createBranch") and not working:
         working = f"mogplex/external/{name}"
-    return {"base": base, "working": working or base, "createBranch": create}
+    return base, working or base
 
 
 def demo_start_problem(key: str, body: Json) -> str:
-    """What the service has against the key and the task of a StartRun; "" for nothing."""
+    """What the service has against a StartRun; "" for nothing."""
     prompt = text_of(body, "prompt")
     if not key:
         return "Idempotency-Key is required"
     if len(key) > 200:
         return "Idempotency-Key exceeds maximum length of 200 characters"
-    if not text_of(body, "repoId"):
+    if not body["repoId"]:
         return "repoId is required"
     if not prompt.strip():
         return "Prompt is required"
@@ -10108,19 +10128,14 @@ def demo_start_problem(key: str, body: Json) -> str:
         return "Prompt is too long"
     if body.get("harness", "codex") not in HARNESSES:
         return "Invalid harness"
-    return ""
-
-
-def demo_place_problem(body: Json, branches: Json) -> str:
-    """What the service has against the branches and the directory of a StartRun; "" for nothing."""
-    name = re.compile(r"[A-Za-z0-9_./-]+\Z")
-    if not name.match(branches["base"]):
+    base, working = demo_branches(body)
+    if not DEMO_BRANCH.match(base):
         return "Invalid base branch"
-    if not name.match(branches["working"]):
+    if not DEMO_BRANCH.match(working):
         return "Invalid working branch"
     if ".." in text_of(body, "rootDirectory").split("/"):
         return "Invalid root directory"
-    if branches["createBranch"] and branches["working"] == branches["base"]:
+    if body.get("createBranch") and working == base:
         return "Working branch must differ from base branch when createBranch is true"
     return ""
 
@@ -10142,28 +10157,25 @@ class DemoSignIn:
                 f"Issue a new token with the '{scope}' scope at /settings/api-keys."
             ))
 
-    def authorize(self, request: DemoRequest) -> DemoAnswer:
+    def authorize(self, query: Json) -> DemoAnswer:
         """The page that a browser opens: whoever asks is signed in, and is sent back at once."""
         import secrets
-        target = request.query.get("redirect_uri", "")
-        if not re.match(r"http://127\.0\.0\.1:2481[68]/auth/callback\Z", target):
+        target = query.get("redirect_uri", "")
+        if not re.fullmatch(r"http://127\.0\.0\.1:2481[68]/auth/callback", target):
             return self._error("invalid_client", "invalid redirect")
         code = secrets.token_urlsafe(24)
-        self.grants[code] = request.query
-        fields = {"code": code, "state": request.query.get("state", "")}
-        return DemoAnswer(302, headers={"Location": f"{target}?{urllib.parse.urlencode(fields)}"})
+        self.grants[code] = query
+        fields = urllib.parse.urlencode({"code": code, "state": query.get("state", "")})
+        return 302, "", {"Location": f"{target}?{fields}"}
 
-    def exchange(self, request: DemoRequest) -> DemoAnswer:
+    def exchange(self, form: Json) -> DemoAnswer:
         """Tokens for a code, whose verifier must fit, or for a refresh token; either works once."""
         import secrets
-        form = request.body
         grant = form.get("code") or form.get("refresh_token", "")
         asked = self.grants.pop(grant, None)
         if asked is None:
             return self._error("invalid_grant", "invalid grant")
-        verifier = form.get("code_verifier", "")
-        digest = hashlib.sha256(verifier.encode()).digest()
-        challenge = base64.urlsafe_b64encode(digest).decode().rstrip("=")
+        challenge = pkce_challenge(form.get("code_verifier", ""))
         if "code" in form and asked.get("code_challenge") != challenge:
             return self._error("invalid_request", "the code verifier does not fit")
         access = secrets.token_hex(24)
@@ -10171,16 +10183,16 @@ class DemoSignIn:
         scope = asked.get("scope", "")
         self.tokens[access] = scope
         self.grants[refresh] = {"scope": scope}
-        return DemoAnswer(200, {
+        return 200, {
             "access_token": access,
             "token_type": "Bearer",
             "expires_in": 3600,
             "refresh_token": refresh,
             "scope": scope,
-        })
+        }, {}
 
     def _error(self, error: str, description: str) -> DemoAnswer:
-        return DemoAnswer(401, {"error": error, "error_description": description})
+        return 401, {"error": error, "error_description": description}, {}
 
 
 class DemoService:
@@ -10201,101 +10213,79 @@ class DemoService:
         self.job_runs: Dict[str, float] = {}  # when each began
         now = clock()
         for box in DEMO_SANDBOXES:
-            body = {"repoId": box.repo_id, "workingBranch": box.working_branch}
-            sandbox = self._add_sandbox(body, now - box.age_s / speed, box.status, box.id)
-            sandbox.update(sandbox_id=box.sandbox_id, error=box.error)
+            sandbox = self._add_sandbox(box, now - box["age_s"] / speed, box["id"], box["status"])
+            sandbox.update(sandbox_id=box["sandbox_id"], error=box["error"])
         for seed in DEMO_RUNS:
-            body = {"repoId": seed.repo_id, "harness": seed.harness}
-            self._add_run(seed.id, body, seed.ending, now - seed.age_s / speed)
-            if seed.ending != "running":
-                self.runs[seed.id].sandbox.update(status="stopped", preview_url=None)
+            run = self._add_run(seed["id"], seed, seed["ending"], now - seed["age_s"] / speed)
+            if seed["ending"] != "running":
+                run.sandbox.update(status="stopped", preview_url=None)
 
     def answer(
         self, method: str, target: str, headers: Mapping[str, str], data: bytes,
     ) -> DemoAnswer:
         """The answer to a request; the names of ``headers`` in lower case."""
-        path, _, query = target.partition("?")
-        authorization = headers.get("authorization", "")
-        if path.startswith(API_PATH) and not re.match(r"Bearer \S+\Z", authorization):
-            return DemoAnswer(307, headers={
-                "Location": "/login?next=" + urllib.parse.quote(path, safe=""),
-            })
-        request = DemoRequest(
-            id="",
-            token=authorization[len("Bearer "):],
-            query=dict(urllib.parse.parse_qsl(query)),
-            body=demo_body(data),
-            key=headers.get("idempotency-key", "").strip(),
-        )
+        request = DemoRequest(target, headers, data)
+        if request.path.startswith(API_PATH) and not request.token:
+            login = "/login?next=" + urllib.parse.quote(request.path, safe="")
+            return 307, "", {"Location": login}
         with self.lock:
             self.requests += 1
             try:
-                return self._route(method, path, request)
+                return self._route(method, request)
             except DemoRefusal as refusal:
                 return refusal.answer
 
-    def _route(self, method: str, path: str, request: DemoRequest) -> DemoAnswer:
-        if path == AUTHORIZE_PATH:
-            return self.sign_in.authorize(request)
-        if path == TOKEN_PATH:
-            return self.sign_in.exchange(request)
-        answer = DemoAnswer(404, "<!DOCTYPE html><title>404: This page could not be found.</title>")
-        for route in self.ROUTES:
-            pattern = API_PATH + route.path.replace("{id}", "([^/]+)")
-            match = re.match(pattern + r"\Z", path)
-            if match and route.method == method:
-                self.sign_in.admit(request.token, route.scope)
-                record_id = "".join(match.groups()).lower()
-                return route.handler(self, request._replace(id=record_id))
+    def _route(self, method: str, request: DemoRequest) -> DemoAnswer:
+        if request.path == AUTHORIZE_PATH:
+            return self.sign_in.authorize(request.query)
+        if request.path == TOKEN_PATH:
+            return self.sign_in.exchange(request.body)
+        error = 404
+        for route_method, path, scope, status, handler in self.ROUTES:
+            pattern = API_PATH + path.replace("{id}", "([^/]+)")
+            match = re.fullmatch(pattern, request.path)
+            if match and route_method == method:
+                self.sign_in.admit(request.token, scope)
+                request.id = "".join(match.groups()).lower()
+                return status, {"ok": True, "data": handler(self, request)}, {}
             if match:
-                answer = DemoAnswer(405)
-        return answer
+                error = 405
+        return error, DEMO_PAGES[error], {}
 
-    def _find(self, records: Mapping[str, Any], record_id: str, name: str) -> Any:
-        """The record with this id; the refusals are the service's."""
-        if not is_uuid(record_id):  # the database refuses it, and nobody catches that
-            raise DemoRefusal(500, "INTERNAL_ERROR", "Internal server error")
-        if record_id not in records:
-            raise DemoRefusal(404, "NOT_FOUND", f"{name} not found")
-        return records[record_id]
-
-    def list_repos(self, request: DemoRequest) -> DemoAnswer:
+    def list_repos(self, request: DemoRequest) -> Json:
         """GET /repos: those with ``q`` in their name, or the one with the ``id``."""
-        found = list(DEMO_REPOS.values())
+        repos = DEMO_REPOS.values()
         wanted = request.query.get("id", "").lower()
         if wanted:
-            found = [repo for repo in found if repo.id == wanted]
+            found = [repo for repo in repos if repo["id"] == wanted]
         else:
-            name = demo_like(request.query.get("q", ""))
-            found = [repo for repo in found if name.search(repo.full_name)]
-        repos = [repo._asdict() for repo in demo_first(found, request)]
-        return demo_data({"repos": repos})
+            part = re.escape(request.query.get("q", ""))
+            name = part.replace("%", ".*").replace("_", ".")  # SQL's wildcards
+            found = [repo for repo in repos if re.search(name, repo["full_name"], re.IGNORECASE)]
+        return {"repos": demo_first(found, request)}
 
-    def list_sandboxes(self, request: DemoRequest) -> DemoAnswer:
+    def list_sandboxes(self, request: DemoRequest) -> Json:
         """GET /sandboxes: those of ``repo_id`` and with ``status``, newest activity first."""
         repo_id = request.query.get("repo_id", "").lower()
         status = request.query.get("status", "")
         if repo_id:
-            self._find({repo_id: None}, repo_id, "Repo")
+            demo_find({repo_id: None}, repo_id, "Repo")
         found = [
             box for box in self.sandboxes.values()
             if repo_id in ("", box["repo_id"]) and status in ("", box["status"])
         ]
         by_time = operator.itemgetter("last_active_at")  # of one zone: text sorts as time does
-        newest = sorted(found, key=by_time, reverse=True)
-        return demo_data({"sandboxes": demo_first(newest, request)})
+        found.sort(key=by_time, reverse=True)
+        return {"sandboxes": demo_first(found, request)}
 
-    def create_sandbox(self, request: DemoRequest) -> DemoAnswer:
+    def create_sandbox(self, request: DemoRequest) -> Json:
         """POST /sandboxes: a sandbox that runs."""
-        repo_id = text_of(request.body, "repoId").lower()
-        self._find(DEMO_REPOS, repo_id, "Repo")
-        body = {**request.body, "repoId": repo_id}
-        sandbox = self._add_sandbox(body, self.clock())
-        return demo_data({"sandbox": sandbox}, 202)
+        demo_find(DEMO_REPOS, request.body["repoId"], "Repo")
+        return {"sandbox": self._add_sandbox(request.body, self.clock())}
 
-    def sandbox_logs(self, request: DemoRequest) -> DemoAnswer:
+    def sandbox_logs(self, request: DemoRequest) -> Json:
         """GET /sandboxes/{id}/logs: what its commands wrote, and what became of it."""
-        sandbox = self._find(self.sandboxes, request.id, "Sandbox")
+        sandbox = demo_find(self.sandboxes, request.id, "Sandbox")
         created = {
             "id": demo_id("event " + request.id),
             "event_type": "sandbox_created",
@@ -10309,24 +10299,21 @@ class DemoService:
             "install_log": "added 1208 packages in 31s\n",
             "dev_log": sandbox["error"],
         }
-        return demo_data({"sandbox": logs, "lifecycle_events": [created]})
+        return {"sandbox": logs, "lifecycle_events": [created]}
 
-    def start_run(self, request: DemoRequest) -> DemoAnswer:
+    def start_run(self, request: DemoRequest) -> Json:
         """POST /runs: a new run, or the one that was started with the same key."""
         body = request.body
-        repo_id = text_of(body, "repoId").lower()
-        branches = demo_branches(body, DEMO_REPOS.get(repo_id), "")
-        problem = demo_start_problem(request.key, body) or demo_place_problem(body, branches)
+        problem = demo_start_problem(request.key, body)
         if problem:
             raise DemoRefusal(400, "BAD_REQUEST", problem)
-        if repo_id not in DEMO_REPOS:
+        if body["repoId"] not in DEMO_REPOS:
             raise DemoRefusal(
                 503, "SERVICE_UNAVAILABLE", "External Mogplex run rate limit unavailable", "60")
         replayed = request.key in self.keys
         if not replayed:
             run_id = demo_id(f"run {len(self.runs)}")
-            ending = demo_ending(text_of(body, "prompt"))
-            self._add_run(run_id, {**body, "repoId": repo_id}, ending, self.clock())
+            self._add_run(run_id, body, demo_ending(text_of(body, "prompt")), self.clock())
             self.keys[request.key] = (body, run_id)
         first_body, run_id = self.keys[request.key]
         if body != first_body:
@@ -10335,16 +10322,16 @@ class DemoService:
         run = self.runs[run_id].record(self.clock())
         if run["error"] == DEMO_QUEUE_ERROR and not replayed:
             raise DemoRefusal(500, "INTERNAL_ERROR", "Internal server error")
-        return demo_data({**run, "replayed": replayed}, 202)
+        return {**run, "replayed": replayed}
 
-    def get_run(self, request: DemoRequest) -> DemoAnswer:
+    def get_run(self, request: DemoRequest) -> Json:
         """GET /runs/{id}."""
-        run = self._find(self.runs, request.id, "Run")
-        return demo_data({"run": run.record(self.clock())})
+        run = demo_find(self.runs, request.id, "Run")
+        return {"run": run.record(self.clock())}
 
-    def run_events(self, request: DemoRequest) -> DemoAnswer:
+    def run_events(self, request: DemoRequest) -> Json:
         """GET /runs/{id}/events: always the first ones."""
-        run = self._find(self.runs, request.id, "Run")
+        run = demo_find(self.runs, request.id, "Run")
         now = self.clock()
         steps = [step for step in run.shown(now) if step.type]
         events = [
@@ -10358,111 +10345,112 @@ class DemoService:
             }
             for number, step in enumerate(steps)
         ]
-        return demo_data({"run": run.record(now), "events": demo_first(events, request)})
+        return {"run": run.record(now), "events": demo_first(events, request)}
 
-    def cancel_run(self, request: DemoRequest) -> DemoAnswer:
+    def cancel_run(self, request: DemoRequest) -> Json:
         """POST /runs/{id}/cancel: its agent does no more."""
-        run = self._find(self.runs, request.id, "Run")
+        run = demo_find(self.runs, request.id, "Run")
         now = self.clock()
-        ended = run.record(now)["status"] in TERMINAL_STATUSES
-        if not ended:
-            steps = run.shown(now) + demo_play(DEMO_CANCEL, run.words, now, self.speed)
-            run = self.runs[request.id] = run._replace(steps=steps)
+        had_ended = run.record(now)["status"] in TERMINAL_STATUSES
+        if not had_ended:
+            run.steps = run.shown(now)
+            run.play(DEMO_CANCEL, now, self.speed)
         record = run.record(now)
-        return demo_data({
-            "run": record,
-            "status": record["status"],
-            "alreadyTerminal": ended,
-        })
+        return {"run": record, "status": record["status"], "alreadyTerminal": had_ended}
 
-    def list_automations(self, request: DemoRequest) -> DemoAnswer:
+    def list_automations(self, request: DemoRequest) -> Json:
         """GET /automations: all, on one page."""
-        return demo_data({"automations": [DEMO_AUTOMATION], "nextCursor": None})
+        return {"automations": list(DEMO_AUTOMATIONS.values()), "nextCursor": None}
 
-    def trigger_automation(self, request: DemoRequest) -> DemoAnswer:
+    def trigger_automation(self, request: DemoRequest) -> Json:
         """POST /automations/{id}/trigger: a job run, or the one that the same key has started."""
-        self._find({DEMO_AUTOMATION["id"]: None}, request.id, "Automation")
-        self._find(DEMO_REPOS, text_of(request.body, "repoId").lower(), "Repo")
+        demo_find(DEMO_AUTOMATIONS, request.id, "Automation")
+        demo_find(DEMO_REPOS, request.body["repoId"], "Repo")
         if not request.key:
             raise DemoRefusal(400, "BAD_REQUEST", "Idempotency-Key is required")
         job_run_id = demo_id("job run " + request.key)
         started = job_run_id not in self.job_runs
-        self.job_runs.setdefault(job_run_id, self.clock())
-        return demo_data({"run": {
+        outcome = "duplicate"
+        if started:
+            outcome = "started"
+            self.job_runs[job_run_id] = self.clock()
+        return {"run": {
             "jobRunId": job_run_id,
-            "outcome": "started" if started else "duplicate",
+            "outcome": outcome,
             "reason": None,
             "started": started,
             "status": "running",
-        }}, 202)
+        }}
 
     def _job_run(self, job_run_id: str) -> Json:
         began = self.job_runs[job_run_id]
-        is_over = self.clock() - began > DEMO_JOB_S / self.speed
+        status = "running"
+        if self.clock() - began > DEMO_JOB_S / self.speed:
+            status = "success"
         return {
             "id": job_run_id,
-            "automation_id": DEMO_AUTOMATION["id"],
-            "status": "success" if is_over else "running",
+            "automation_id": DEMO_AUTOMATION_ID,
+            "status": status,
             "created_at": demo_time(began),
         }
 
-    def list_job_runs(self, request: DemoRequest) -> DemoAnswer:
+    def list_job_runs(self, request: DemoRequest) -> Json:
         """GET /automations/{id}/runs, newest first."""
-        self._find({DEMO_AUTOMATION["id"]: None}, request.id, "Automation")
+        demo_find(DEMO_AUTOMATIONS, request.id, "Automation")
         newest_first = reversed(list(self.job_runs))
-        return demo_data({"runs": demo_first(map(self._job_run, newest_first), request)})
+        return {"runs": demo_first(map(self._job_run, newest_first), request)}
 
-    def get_job_run(self, request: DemoRequest) -> DemoAnswer:
+    def get_job_run(self, request: DemoRequest) -> Json:
         """GET /automations/{id}/runs/{jobRunId}."""
-        self._find(self.job_runs, request.id, "Run")
-        return demo_data({"run": self._job_run(request.id)})
+        demo_find(self.job_runs, request.id, "Run")
+        return {"run": self._job_run(request.id)}
 
-    def list_agents(self, request: DemoRequest) -> DemoAnswer:
+    def list_agents(self, request: DemoRequest) -> Json:
         """GET /agents."""
-        return demo_data({"agents": DEMO_AGENTS})
+        return {"agents": DEMO_AGENTS}
 
-    def list_models(self, request: DemoRequest) -> DemoAnswer:
+    def list_models(self, request: DemoRequest) -> Json:
         """GET /models."""
-        return demo_data({"models": DEMO_MODELS})
+        return {"models": DEMO_MODELS}
 
-    def list_mcp_servers(self, request: DemoRequest) -> DemoAnswer:
+    def list_mcp_servers(self, request: DemoRequest) -> Json:
         """GET /mcp/servers: with their secrets, as the service does."""
-        return demo_data({"servers": DEMO_SERVERS})
+        return {"servers": DEMO_SERVERS}
 
-    ROUTES = (
-        DemoRoute("GET", "/repos", list_repos),
-        DemoRoute("GET", "/sandboxes", list_sandboxes),
-        DemoRoute("POST", "/sandboxes", create_sandbox, scope="write"),
-        DemoRoute("GET", "/sandboxes/{id}/logs", sandbox_logs, scope="read"),
-        DemoRoute("POST", "/runs", start_run, scope="write"),
-        DemoRoute("GET", "/runs/{id}", get_run),
-        DemoRoute("GET", "/runs/{id}/events", run_events),
-        DemoRoute("POST", "/runs/{id}/cancel", cancel_run, scope="write"),
-        DemoRoute("GET", "/automations", list_automations, scope="read"),
-        DemoRoute("POST", "/automations/{id}/trigger", trigger_automation, scope="write"),
-        DemoRoute("GET", "/automations/{id}/runs", list_job_runs, scope="read"),
-        DemoRoute("GET", "/automations/[^/]+/runs/{id}", get_job_run, scope="read"),
-        DemoRoute("GET", "/agents", list_agents, scope="read"),
-        DemoRoute("GET", "/models", list_models, scope="read"),
-        DemoRoute("GET", "/mcp/servers", list_mcp_servers, scope="read"),
+    ROUTES = (  # method, path below API_PATH, scope ("": any token will do), status, handler
+        ("GET", "/repos", "", 200, list_repos),
+        ("GET", "/sandboxes", "", 200, list_sandboxes),
+        ("POST", "/sandboxes", "write", 202, create_sandbox),
+        ("GET", "/sandboxes/{id}/logs", "read", 200, sandbox_logs),
+        ("POST", "/runs", "write", 202, start_run),
+        ("GET", "/runs/{id}", "", 200, get_run),
+        ("GET", "/runs/{id}/events", "", 200, run_events),
+        ("POST", "/runs/{id}/cancel", "write", 200, cancel_run),
+        ("GET", "/automations", "read", 200, list_automations),
+        ("POST", "/automations/{id}/trigger", "write", 202, trigger_automation),
+        ("GET", "/automations/{id}/runs", "read", 200, list_job_runs),
+        ("GET", "/automations/[^/]+/runs/{id}", "read", 200, get_job_run),
+        ("GET", "/agents", "read", 200, list_agents),
+        ("GET", "/models", "read", 200, list_models),
+        ("GET", "/mcp/servers", "read", 200, list_mcp_servers),
     )
 
     def _add_sandbox(
-        self, body: Json, created: float, status: str = "running", record_id: str = "",
+        self, body: Json, created: float, record_id: str = "", status: str = "running",
     ) -> Json:
         """A sandbox as a StartRun or a POST /sandboxes asks for it."""
-        repo = DEMO_REPOS[body["repoId"]]
         name = record_id or demo_id(f"sandbox {len(self.sandboxes)}")
-        branches = demo_branches(body, repo, name[:8])
+        base, working = demo_branches(body, name[:8])
+        repo = DEMO_REPOS[body["repoId"]]
         created_at = demo_time(created)
         sandbox = {
             "id": name,
             "sandbox_id": f"sbx_{name[:8]}",
-            "repo_id": repo.id,
+            "repo_id": repo["id"],
             "status": status,
-            "base_branch": branches["base"],
-            "working_branch": branches["working"],
-            "root_directory": body.get("rootDirectory", repo.root_directory),
+            "base_branch": base,
+            "working_branch": working,
+            "root_directory": body.get("rootDirectory", repo["root_directory"]),
             "preview_url": None,
             "created_at": created_at,
             "last_active_at": created_at,
@@ -10473,69 +10461,17 @@ class DemoService:
         self.sandboxes[name] = sandbox
         return sandbox
 
-    def _add_run(self, run_id: str, body: Json, ending: str, began: float) -> None:
-        """A run that was accepted at ``began``."""
-        repo = DEMO_REPOS[body["repoId"]]
-        harness = body.get("harness", "codex")
-        branches = demo_branches(body, repo, run_id[:8])
-        body = {**body, "workingBranch": branches["working"]}
-        sandbox = self._add_sandbox(body, began)
-        pushed = branches["working"]
-        if pushed == branches["base"]:
-            pushed = f"mogplex/agent-{run_id[:8]}"
-        words = {
-            "id": run_id,
-            "harness": harness,
-            "package": DEMO_PACKAGES.get(harness, harness),
-            "repo": repo.full_name,
-            "base": branches["base"],
-            "working": branches["working"],
-            "pushed": pushed,
-            "number": str(100 + int(run_id[:4], 16) % 900),
-        }
-        accepted = {
-            "runId": run_id,
-            "aiCallId": demo_id("call " + run_id),
-            "sandboxRecordId": None,
-            "sandboxId": None,
-            "repoId": repo.id,
-            "harness": harness,
-            "status": "pending",
-            "branch": branches,
-            "rootDirectory": sandbox["root_directory"],
-            "eventsUrl": f"{API_PATH}/runs/{run_id}/events",
-            "cancelUrl": f"{API_PATH}/runs/{run_id}/cancel",
-            "createdAt": sandbox["created_at"],
-            "updatedAt": sandbox["created_at"],
-            "error": None,
-            "runtime": {"provider": "trigger", "runId": None},
-        }
-        script = [step for step in DEMO_ENDINGS[ending] if step.harness in ("", harness)]
-        steps = demo_play(script, words, began, self.speed)
-        self.runs[run_id] = DemoRun(accepted, sandbox, words, steps)
+    def _add_run(self, run_id: str, body: Json, ending: str, began: float) -> DemoRun:
+        """A run that was accepted at ``began``, in a sandbox of its own."""
+        working = demo_branches(body, run_id[:8])[1]
+        sandbox = self._add_sandbox({**body, "workingBranch": working}, began)
+        run = DemoRun(run_id, body, sandbox)
+        run.play(DEMO_ENDINGS[ending], began, self.speed)
+        self.runs[run_id] = run
+        return run
 
 
 # The server: the same on a socket.
-
-
-def demo_wire(answer: DemoAnswer) -> bytes:
-    """An answer as it is sent: in chunks, as the service does."""
-    import http.client
-    text = answer.body
-    kind = "text/html; charset=utf-8"
-    if not isinstance(text, str):
-        text = to_json(text, ensure_ascii=False)
-        kind = "application/json"
-    headers = {**answer.headers, "Content-Type": kind, "Transfer-Encoding": "chunked"}
-    reason = http.client.responses[answer.status]
-    lines = [f"HTTP/1.1 {answer.status} {reason}"]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    head = "\r\n".join(lines) + "\r\n\r\n"
-    data = text.encode("utf-8", "replace")
-    chunk = b"%x\r\n%b\r\n" % (len(data), data)
-    if not data:
-        chunk = b""  # an empty one would end the answer early
-    return head.encode("ascii") + chunk + b"0\r\n\r\n"
 
 
 def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
@@ -10546,6 +10482,7 @@ def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 5.0  # an idle connection is closed, as the service does
+        wbufsize = -1  # head and body leave in one packet
 
         def log_message(self, *_: Any) -> None:
             """Print nothing."""
@@ -10555,10 +10492,27 @@ def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
             length = int(self.headers.get("Content-Length") or 0)
             data = self.rfile.read(length)
             headers = {name.lower(): value for name, value in self.headers.items()}
-            answer = DemoAnswer(421, "This demo service answers to its own address alone.")
             if headers.get("host", "").lower() in hosts:
-                answer = service.answer(self.command, self.path, headers, data)
-            self.wfile.write(demo_wire(answer))
+                self.send(*service.answer(self.command, self.path, headers, data))
+            else:
+                self.send(421, "This demo service answers to its own address alone.", {})
+
+        def send(self, status: int, body: Union[Json, str], headers: Dict[str, str]) -> None:
+            """Send an answer in chunks, as the service does."""
+            kind = "text/html; charset=utf-8"
+            if not isinstance(body, str):
+                body = to_json(body, ensure_ascii=False)
+                kind = "application/json"
+            self.send_response_only(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.send_header("Content-Type", kind)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            data = body.encode("utf-8", "replace")
+            if data:  # an empty chunk would end the answer early
+                self.wfile.write(b"%x\r\n%b\r\n" % (len(data), data))
+            self.wfile.write(b"0\r\n\r\n")
 
         do_GET = do_POST = do_PUT = do_DELETE = converse
 
@@ -10609,16 +10563,16 @@ class DemoServer:
         serve = self._listener.serve_forever
         threading.Thread(target=serve, args=(0.05,), daemon=True).start()
 
-    def _remembered(self, seed: DemoSeed) -> Json:
+    def _remembered(self, seed: Json) -> Json:
         """A run of the start as the program remembers those that it started."""
-        run = self.service.runs[seed.id].accepted
+        run = self.service.runs[seed["id"]]
         return {
-            "id": seed.id,
+            "id": seed["id"],
             "service": self.url,
-            "repo": DEMO_REPOS[seed.repo_id].full_name,
-            "branch": run["branch"]["working"],
-            "time": run["createdAt"],
-            "task": seed.task,
+            "repo": run.words["repo"],
+            "branch": run.words["working"],
+            "time": run.accepted["createdAt"],
+            "task": seed["task"],
         }
 
     def has_started_runs(self) -> bool:
@@ -10637,26 +10591,22 @@ class DemoServer:
 __all__ += ["DemoServer"]  # here, as a copy of the upper half has none
 
 
-class DemoEnvironment(NamedTuple):
-    """A demo service of one's own, and the variables that lead the program to it."""
-
-    server: DemoServer
-    variables: Dict[str, str]
-
-
 @contextlib.contextmanager
-def demo_environment(port: int = 0) -> Iterator[DemoEnvironment]:
-    """A demo service, and a home that remembers its runs; both end with the block."""
+def demo_environment(port: int = 0) -> Iterator[Tuple[DemoServer, Dict[str, str]]]:
+    """A demo service of one's own, and the variables that lead the program to it.
+
+    Among them is a home that remembers its runs. Both end with the block.
+    """
     import tempfile
     with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as server:
         for record in server.seeded_runs:
             Home(home).record_start(record)
-        yield DemoEnvironment(server, {
+        yield server, {
             "MOGPLEX_URL": server.url,
             "MOGPLEX_API_KEY": server.token,
             "MOGPLEX_DEV": "1",
             "MOGPLEX_HOME": home,
-        })
+        }
 
 
 # ---------------------------------------------------------------- 9. Commands and main
@@ -13244,8 +13194,8 @@ def demo_port(argv: List[str]) -> int:
 
 def serve_demo(ctx: Context, argv: List[str]) -> int:
     """``mogplex --demo-server [PORT]``: keep a demo service running until a signal ends it."""
-    with demo_environment(demo_port(argv)) as demo:
-        for name, value in demo.variables.items():
+    with demo_environment(demo_port(argv)) as (_, variables):
+        for name, value in variables.items():
             ctx.emit(f"export {name}={value}")
         ctx.emit("unset NODE_ENV")
         paste = "paste the lines above into another shell"
@@ -13385,17 +13335,17 @@ def run(ctx: Context, argv: List[str]) -> int:
 
 def with_demo(ctx: Context, argv: List[str]) -> int:
     """Run a command line with a demo service in place of the caller's service, token and files."""
-    with demo_environment() as demo:
+    with demo_environment() as (server, variables):
         outer = {
             name: value for name, value in ctx.environ.items()
             if name != "NODE_ENV" and not name.startswith("MOGPLEX_")
         }
-        ctx.environ = {**outer, **demo.variables}
+        ctx.environ = {**outer, **variables}
         ctx.in_demo = True
         try:
             return run(ctx, argv)
         finally:
-            if demo.server.has_started_runs():
+            if server.has_started_runs():
                 ctx.note("this demo service and its runs end with the command; "
                          "use `mogplex --demo-server` to keep one running")
 

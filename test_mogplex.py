@@ -4031,7 +4031,7 @@ def test_ten_tails_on_one_token(seed: int, task: str) -> None:
         run = server.service.runs[run_id]  # two minutes, of which the agent says nothing for most
         began = run.steps[0].at_s
         late = mogplex.demo_later(run.steps[6:], 110.0)
-        server.service.runs[run_id] = run._replace(steps=run.steps[:6] + late)
+        run.steps = run.steps[:6] + late
 
         def follow(who: int) -> None:
             dice = random.Random(seed * 100 + who)
@@ -4806,8 +4806,8 @@ def followed_crowd(
                 run_id = starting.start_run({**WEB, "prompt": task}, str(number))["runId"]
                 run = runs[run_id]
                 late = mogplex.demo_later(run.steps[2:], 150.0 + dice.random() * spread_s)
-                runs[run_id] = run._replace(steps=run.steps[:2] + late)
-                ends[run_id] = max(step.at_s for step in runs[run_id].steps if step.status)
+                run.steps = run.steps[:2] + late
+                ends[run_id] = max(step.at_s for step in run.steps if step.status)
         clock.now += rest_s
         clock.spent_at = clock.now
         clock.spend = functools.partial(server.service.sign_in.admit, server.token, "")
@@ -5342,7 +5342,7 @@ def test_colour(
     flags: List[str], coloured: bool,
 ) -> None:
     env = {"TERM": "xterm", **service(demo.url, demo.token), **environment}
-    result = cli("runs", "get", mogplex.DEMO_RUNS[0][0], *flags, env=env)
+    result = cli("runs", "get", mogplex.DEMO_RUNS[0]["id"], *flags, env=env)
     assert ("\x1b[32msuccess\x1b[0m" in result.out) is coloured and result.code == 0
     assert result.out.count("\x1b") == (2 if coloured else 0)
 
@@ -7632,7 +7632,7 @@ def test_an_export_goes_to_the_home_directory(
 
 # ---------------------------------------------------------------- 8. Demo
 
-FINISHED, LONG, CANCELLED, FAILED, UNCHANGED, RUNNING = (seed.id for seed in mogplex.DEMO_RUNS)
+FINISHED, LONG, CANCELLED, FAILED, UNCHANGED, RUNNING = (seed["id"] for seed in mogplex.DEMO_RUNS)
 NOWHERE = "00000000-0000-4000-8000-000000000000"
 DEMO_CALLBACK = "http://127.0.0.1:24816/auth/callback"
 WEB = {"repoId": mogplex.DEMO_WEB, "prompt": "x"}
@@ -7752,7 +7752,7 @@ def test_demo_refuses(
     ("GET", "/sandboxes", ""),
     ("GET", f"/runs/{RUNNING}", ""),
     ("GET", f"/runs/{RUNNING}/events", ""),
-    ("GET", f"/sandboxes/{mogplex.DEMO_SANDBOXES[0].id}/logs", "read"),
+    ("GET", "/sandboxes/" + mogplex.DEMO_SANDBOXES[0]["id"] + "/logs", "read"),
     ("GET", "/agents", "read"),
     ("GET", "/models", "read"),
     ("GET", "/mcp/servers", "read"),
@@ -8229,10 +8229,10 @@ def test_demo_starts_one_run_for_twenty_threads_with_one_key(still: Still) -> No
     headers = {"authorization": f"Bearer {mogplex.DEMO_TOKEN}", "idempotency-key": "k"}
 
     def start(_: int) -> str:
-        answered = still.server.service.answer(
+        _, answered, _ = still.server.service.answer(
             "POST", mogplex.API_PATH + "/runs", headers, json.dumps(WEB).encode())
-        assert isinstance(answered.body, dict)
-        return str(answered.body["data"]["runId"])
+        assert isinstance(answered, dict)
+        return str(answered["data"]["runId"])
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         assert len(set(pool.map(start, range(20)))) == 1
 
@@ -9092,8 +9092,8 @@ def test_the_provider_s_id_of_a_sandbox_is_looked_up(
     run_demo: Callable[..., Result], demo: mogplex.DemoServer,
 ) -> None:
     box = mogplex.DEMO_SANDBOXES[0]
-    by_record = run_demo("sandboxes", "logs", box.id)
-    assert run_demo("sandboxes", "logs", str(box.sandbox_id)) == by_record and by_record.code == 0
+    by_record = run_demo("sandboxes", "logs", box["id"])
+    assert run_demo("sandboxes", "logs", box["sandbox_id"]) == by_record and by_record.code == 0
 
 
 def test_the_provider_s_id_of_a_sandbox_to_stop_is_looked_up(cli: Callable[..., Result]) -> None:
@@ -9133,7 +9133,7 @@ def test_a_sandbox_to_stop_that_does_not_exist(cli: Callable[..., Result]) -> No
 
 
 def test_sandbox_logs(run_demo: Callable[..., Result]) -> None:
-    sandbox_id = mogplex.DEMO_SANDBOXES[0][0]
+    sandbox_id = mogplex.DEMO_SANDBOXES[0]["id"]
     shown = run_demo("sandboxes", "logs", sandbox_id)
     assert shown.code == 0 and shown.out.startswith("--- install_log ---\n")
     assert "sandbox_created" in shown.out
@@ -9289,7 +9289,7 @@ def test_what_the_cockpit_opens_on(
     with Terminal([sys.executable, MODULE, *argv], **environ) as terminal:
         terminal.until(sight).send("\x03\x03")
         terminal.until(lambda: terminal.process.poll() is not None)
-    assert demo.service.runs.keys() <= {seed.id for seed in mogplex.DEMO_RUNS}
+    assert demo.service.runs.keys() <= {seed["id"] for seed in mogplex.DEMO_RUNS}
 
 
 @pytest.mark.posix
@@ -9302,7 +9302,7 @@ def test_a_table_on_a_terminal_has_ages_and_colours_and_keeps_its_ids(
     assert "\x1b[32mrunning\x1b[0m" in shown
     assert re.search(r" \d+[smhd] ago", plain) and "\u2026" in plain
     assert max(map(len, plain.splitlines())) <= 100
-    assert mogplex.DEMO_SANDBOXES[0][0] in plain
+    assert mogplex.DEMO_SANDBOXES[0]["id"] in plain
 
 
 @pytest.mark.posix
@@ -10590,10 +10590,10 @@ def test_every_command_with_json_has_get(name: str) -> None:
 
 
 @pytest.mark.parametrize("argv", [
-    ["repos", "list"], ["runs", "list"], ["runs", "get", mogplex.DEMO_RUNS[0].id],
-    ["runs", "events", mogplex.DEMO_RUNS[0].id], ["runs", "cancel", mogplex.DEMO_RUNS[0].id],
-    ["runs", "events", mogplex.DEMO_RUNS[0].id, "--follow"],
-    ["sandboxes", "list"], ["sandboxes", "logs", mogplex.DEMO_SANDBOXES[0].id],
+    ["repos", "list"], ["runs", "list"], ["runs", "get", mogplex.DEMO_RUNS[0]["id"]],
+    ["runs", "events", mogplex.DEMO_RUNS[0]["id"]], ["runs", "cancel", mogplex.DEMO_RUNS[0]["id"]],
+    ["runs", "events", mogplex.DEMO_RUNS[0]["id"], "--follow"],
+    ["sandboxes", "list"], ["sandboxes", "logs", mogplex.DEMO_SANDBOXES[0]["id"]],
     ["login", "status"], ["logout"],
 ])
 def test_a_value_that_is_missing_is_an_empty_line_for_each_record(
@@ -10609,10 +10609,10 @@ def test_a_value_that_is_missing_is_an_empty_line_for_each_record(
     (["repos", "list", "--query", "acme/docs"], "root_directory", "website\n"),
     (["repos", "list", "--query", "acme/"], "root_directory", "\n" "website\n" "\n\n"),
     (["repos", "list", "--query", "acme/api"], "installation_id", "51423907\n"),
-    (["runs", "get", mogplex.DEMO_RUNS[0].id, "--json"], "status", "success\n"),
-    (["runs", "get", mogplex.DEMO_RUNS[0].id], "branch.createBranch", "false\n"),
-    (["runs", "cancel", mogplex.DEMO_RUNS[0].id], "run.status", "success\n"),
-    (["sandboxes", "logs", mogplex.DEMO_SANDBOXES[0].id], "lifecycle_events.0.event_type", "sandbox_created\n"),
+    (["runs", "get", mogplex.DEMO_RUNS[0]["id"], "--json"], "status", "success\n"),
+    (["runs", "get", mogplex.DEMO_RUNS[0]["id"]], "branch.createBranch", "false\n"),
+    (["runs", "cancel", mogplex.DEMO_RUNS[0]["id"]], "run.status", "success\n"),
+    (["sandboxes", "logs", mogplex.DEMO_SANDBOXES[0]["id"]], "lifecycle_events.0.event_type", "sandbox_created\n"),
     (["login", "status"], "state", "accepted\n"),
 ])
 def test_get_prints_one_value_of_each_record(
@@ -10622,7 +10622,7 @@ def test_get_prints_one_value_of_each_record(
 
 
 def test_get_goes_before_json_wherever_it_stands(run_demo: Callable[..., Result]) -> None:
-    argv = ["runs", "get", mogplex.DEMO_RUNS[0].id]
+    argv = ["runs", "get", mogplex.DEMO_RUNS[0]["id"]]
     for flags in (["--json", "--get", "status"], ["--get=status", "--json"]):
         assert run_demo(*argv, *flags).out == "success\n"
 
