@@ -10241,10 +10241,11 @@ class DemoService:
         if request.path == TOKEN_PATH:
             return self.sign_in.exchange(request.body)
         error = 404
-        for route_method, path, scope, status, handler in self.ROUTES:
+        for route, scope, status, handler in self.ROUTES:
+            allowed, path = route.split()
             pattern = API_PATH + path.replace("{id}", "([^/]+)")
             match = re.fullmatch(pattern, request.path)
-            if match and route_method == method:
+            if match and method == allowed:
                 self.sign_in.admit(request.token, scope)
                 request.id = "".join(match.groups()).lower()
                 return status, {"ok": True, "data": handler(self, request)}, {}
@@ -10269,7 +10270,7 @@ class DemoService:
         repo_id = request.query.get("repo_id", "").lower()
         status = request.query.get("status", "")
         if repo_id:
-            demo_find({repo_id: None}, repo_id, "Repo")
+            demo_find({repo_id: None}, repo_id, "Repo")  # which refuses an id that is no UUID
         found = [
             box for box in self.sandboxes.values()
             if repo_id in ("", box["repo_id"]) and status in ("", box["status"])
@@ -10417,22 +10418,22 @@ class DemoService:
         """GET /mcp/servers: with their secrets, as the service does."""
         return {"servers": DEMO_SERVERS}
 
-    ROUTES = (  # method, path below API_PATH, scope ("": any token will do), status, handler
-        ("GET", "/repos", "", 200, list_repos),
-        ("GET", "/sandboxes", "", 200, list_sandboxes),
-        ("POST", "/sandboxes", "write", 202, create_sandbox),
-        ("GET", "/sandboxes/{id}/logs", "read", 200, sandbox_logs),
-        ("POST", "/runs", "write", 202, start_run),
-        ("GET", "/runs/{id}", "", 200, get_run),
-        ("GET", "/runs/{id}/events", "", 200, run_events),
-        ("POST", "/runs/{id}/cancel", "write", 200, cancel_run),
-        ("GET", "/automations", "read", 200, list_automations),
-        ("POST", "/automations/{id}/trigger", "write", 202, trigger_automation),
-        ("GET", "/automations/{id}/runs", "read", 200, list_job_runs),
-        ("GET", "/automations/[^/]+/runs/{id}", "read", 200, get_job_run),
-        ("GET", "/agents", "read", 200, list_agents),
-        ("GET", "/models", "read", 200, list_models),
-        ("GET", "/mcp/servers", "read", 200, list_mcp_servers),
+    ROUTES = (  # method and path below API_PATH, scope ("": any token will do), status, handler
+        ("GET /repos", "", 200, list_repos),
+        ("GET /sandboxes", "", 200, list_sandboxes),
+        ("POST /sandboxes", "write", 202, create_sandbox),
+        ("GET /sandboxes/{id}/logs", "read", 200, sandbox_logs),
+        ("POST /runs", "write", 202, start_run),
+        ("GET /runs/{id}", "", 200, get_run),
+        ("GET /runs/{id}/events", "", 200, run_events),
+        ("POST /runs/{id}/cancel", "write", 200, cancel_run),
+        ("GET /automations", "read", 200, list_automations),
+        ("POST /automations/{id}/trigger", "write", 202, trigger_automation),
+        ("GET /automations/{id}/runs", "read", 200, list_job_runs),
+        ("GET /automations/[^/]+/runs/{id}", "read", 200, get_job_run),
+        ("GET /agents", "read", 200, list_agents),
+        ("GET /models", "read", 200, list_models),
+        ("GET /mcp/servers", "read", 200, list_mcp_servers),
     )
 
     def _add_sandbox(
