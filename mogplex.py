@@ -6678,9 +6678,14 @@ class State(NamedTuple):
         state = self._replace(drawer=Drawer(listing, subject, data, query))
         if state.window.focus == "filter":
             state = state.look(focus="composer")
-        if listing.reads:
-            return state.ask(listing.reads, *subject)
-        return state
+        return state.read()
+
+    def read(self) -> State:
+        """With what the drawer shows asked for."""
+        drawer = self.drawer
+        if drawer and drawer.listing.reads:
+            return self.ask(drawer.listing.reads, *drawer.subject)
+        return self
 
     def choose(self, **changes: Any) -> State:
         """With another target, which no run moves that was started before."""
@@ -6950,6 +6955,12 @@ def watch(state: State, run_id: str, run: Record, origin: Optional[Target] = Non
     state = looked_at(state, run_id)._replace(shown=Shown(run_id, run, origin))
     state = state.look(at=0, top=0, follow=True, filter="")
     return state.ask(Desk.watch, run_id)
+
+
+def watch_again(state: State) -> State:
+    """Begin the tail of the shown run anew: its next event is the first once more."""
+    state = state.show(verdict=None, lost="", again_at=0.0, stale=True)
+    return state.ask(Desk.watch, state.shown.run_id)
 
 
 def watch_known(state: State, run_id: str) -> State:
@@ -7409,42 +7420,43 @@ def begin(state: State, task: str) -> State:
     if not task:
         return state.say("A run needs a task: /run fix the flaky cookie test", "bad")
     if utf16_units(task) > MAX_PROMPT_UNITS:
-        limit = f"{MAX_PROMPT_UNITS:,}"
-        return state.write(task).say(f"A task has at most {limit} characters.", "bad")
-    if not state.next.target.repo.id:
+        state = state.write(task)
+        return state.say(f"A task has at most {MAX_PROMPT_UNITS:,} characters.", "bad")
+    target = state.next.target
+    if not target.repo.id:
         state = state.write(task).open(REPOS)
         return state.say("Choose the repository first; the task is kept.", "warn")
     number = state.next.made + 1
-    new = NewRun(task, state.next.target, f"{state.next.session}-{number}")
-    others = []
-    for known in state.next.starts:
-        same = body_for(known.target, known.task) == body_for(new.target, task)
-        if known.run_id or not same:
-            others.append(known)
-        elif known.under_way:
+    key = f"{state.next.session}-{number}"
+    body = body_for(target, task)
+    for earlier in state.next.starts:
+        if earlier.run_id or body_for(earlier.target, earlier.task) != body:
+            continue
+        if earlier.under_way:
             return state.write(task).say("This start is still under way.", "warn")
-        else:
-            new = new._replace(key=known.key)
-    state = state.plan(starts=(*others, new), made=number)
-    return state.ask(Desk.start, new)
+        key = earlier.key
+    new = NewRun(task, target, key)
+    state = change_start(state, key, new)
+    return state.plan(made=number).ask(Desk.start, new)
 
 
 def choose_repo(state: State, name: str) -> State:
     """``/repo [NAME]``: a name, an id, or what only one name has in it; else a picker."""
+    if not name:
+        return state.open(REPOS)
     wanted = name.lower()
-    exact = []
-    short = []
+    without_owner = []
     partial = []
     for repo in state.service.repos:
         full_name = repo.name.lower()
         if repo.is_called(name):
-            exact.append(repo.id)
-        if wanted == full_name.rpartition("/")[2]:
-            short.append(repo.id)
+            return take_repo(state, repo.id)
+        if full_name.endswith("/" + wanted):
+            without_owner.append(repo.id)
         if wanted in full_name:
             partial.append(repo.id)
-    found = exact or short or partial
-    if not name or len(found) != 1:
+    found = without_owner or partial
+    if len(found) != 1:
         return state.open(REPOS, query=name)
     return take_repo(state, found[0])
 
@@ -7465,7 +7477,7 @@ def choose_harness(state: State, name: str) -> State:
     return take_harness(state, name.lower())
 
 
-def choose_anew(state: State, _: str) -> State:
+def choose_anew(state: State) -> State:
     """``/new``: the next task starts from the base branch again."""
     return state.choose(branch="")
 
@@ -7473,19 +7485,22 @@ def choose_anew(state: State, _: str) -> State:
 def attach(state: State, wanted: str) -> State:
     """``/attach RUN``: watch a known run, or one that the service finds; else a picker."""
     start = wanted.lower()
-    ids = [run.id for run in state.rail.runs]
-    found = [run_id for run_id in ids if run_id.lower().startswith(start)]
-    if wanted in found:
-        found = [wanted]
+    found = []
+    for run in state.rail.runs:
+        if run.id == wanted:
+            return watch_known(state, wanted)
+        if run.id.lower().startswith(start):
+            found.append(run.id)
     if not wanted or len(found) > 1:
         return state.open(RUNS, query=wanted)
     if found:
         return watch_known(state, found[0])
-    state = state.say(f"Looking for run {harmless(wanted, 40)}…", for_s=60.0)
+    name = harmless(wanted, 40)
+    state = state.say(f"Looking for run {name}…", for_s=60.0)
     return state.ask(Desk.find_run, wanted)
 
 
-def kill(state: State, _: str = "") -> State:
+def kill(state: State) -> State:
     """``/kill`` and x: cancel the shown run, after a yes."""
     if not state.shown.run_id:
         return state.say("No run is shown.", "warn")
@@ -7494,45 +7509,46 @@ def kill(state: State, _: str = "") -> State:
 
 def choose_logs(state: State, name: str) -> State:
     """``/logs [SANDBOX]``: the only known one whose id begins so; else a picker."""
-    ids = [sandbox.id for sandbox in state.rail.sandboxes]
-    found = [one for one in ids if one.startswith(name)]
+    found = []
+    for sandbox in state.rail.sandboxes:
+        if sandbox.id.startswith(name):
+            found.append(sandbox.id)
     if not name or len(found) > 1:
         return state.open(SANDBOXES, query=name)
-    return show_logs(state, "".join(found) or name)
+    if found:
+        name = found[0]
+    return show_logs(state, name)
 
 
-def open_web(state: State, _: str = "") -> State:
+def open_web(state: State) -> State:
     """``/open`` and o: what there is to see of the shown run."""
-    return state.ask(Desk.open, web_url(state))
+    url = web_url(state)
+    return state.ask(Desk.open, url)
 
 
 def export(state: State, words: str) -> State:
     """``/export [FORMAT] [FILE]``: a picker without a format, which keeps the file's name."""
-    form, _, path = words.partition(" ")
-    path = path.strip()
     if not state.shown.run_id:
         return state.say("No run is shown.", "warn")
+    form, _, path = words.partition(" ")
+    path = path.strip()
     if form.lower() in EXPORTS:
         return export_as(state, form.lower(), path)
-    if form and not path:
+    if not form:
+        return state.open(EXPORT_PICKER, "")
+    if not path:
         return state.open(EXPORT_PICKER, form).say(f"Choose the format of {form}.")
     state = state.open(EXPORT_PICKER, path)
-    if form:
-        return state.say(f"unknown format '{form}': choose one for {path}", "bad")
-    return state
+    return state.say(f"unknown format '{form}': choose one for {path}", "bad")
 
 
-def show_sign_in(state: State, _: str = "") -> State:
+def show_sign_in(state: State) -> State:
     """``/login``: the sign-in on the screen, and the composer free for a token."""
-    waiting = state.sign_in.waiting
-    if not state.is_signed_out:
-        waiting = state.composer.text
+    waiting = state.composer.text
+    if state.is_signed_out:
+        waiting = state.sign_in.waiting
     sign_in = SigningIn(needed=True, waiting=waiting)
     return state._replace(sign_in=sign_in).close().write("")
-
-
-def sign_out(state: State, _: str) -> State:
-    return state.ask(Desk.sign_out)
 
 
 POLLS_A_MINUTE = 30  # with the tail's 24, six are left of a token's 60 for what somebody asks for
@@ -7562,7 +7578,11 @@ def run_interval_s(state: State, run: KnownRun, active: int) -> float:
 
 def count_active(runs: Iterable[KnownRun]) -> int:
     """How many runs are known to be active."""
-    return sum(bool(run.status) and is_active(run) for run in runs)
+    count = 0
+    for run in runs:
+        if run.status and is_active(run):
+            count += 1
+    return count
 
 
 def due_runs(state: State) -> List[KnownRun]:
@@ -7575,7 +7595,8 @@ def due_runs(state: State) -> List[KnownRun]:
     due = []
     for run in (*near, *runs):
         interval_s = run_interval_s(state, run, active)
-        if interval_s and state.now - run.asked_at >= interval_s:
+        age_s = state.now - run.asked_at
+        if interval_s and age_s >= interval_s:
             due.append(run)
     return sorted(due, key=poll_order)
 
@@ -7583,122 +7604,114 @@ def due_runs(state: State) -> List[KnownRun]:
 def poll(state: State, most: int) -> State:
     """Ask what is due, at most so much of it, within what is left of the minute's budget."""
     polls = state.service.polls
+    now = state.now
     asks = []
-    if state.now >= polls.repos_due:
+    if now >= polls.repos_due:
         asks.append(Ask(Desk.repos))
-        polls = polls._replace(repos_due=state.now + 10)
-    if state.now >= polls.sandboxes_due:
+        polls = polls._replace(repos_due=now + 10)
+    if now >= polls.sandboxes_due:
         asks.append(Ask(Client.sandboxes))
-        polls = polls._replace(sandboxes_due=state.now + 30)
-    sent = tuple(at for at in polls.sent if state.now - at < 60)
-    for_unknown = max(18, 3 * count_active(state.rail.runs) + 6)  # the rest is for known ones
+        polls = polls._replace(sandboxes_due=now + 30)
+    sent = [at for at in polls.sent if now - at < 60]
+    active = count_active(state.rail.runs)
+    for_unknown = max(18, 3 * active + 6)  # the rest is for known ones
     ids = []
     for run in due_runs(state):
         limit = POLLS_A_MINUTE
         if not run.status:
             limit = min(limit, for_unknown)
-        if len(asks) < most and len(sent) + len(asks) < limit:
+        left = limit - len(sent) - len(asks)
+        if left > 0 and len(asks) < most:
             asks.append(Ask(Client.run, (run.id,)))
             ids.append(run.id)
-    sent += (state.now,) * len(asks)
-    polls = polls._replace(sent=sent, unanswered=polls.unanswered + len(asks))
-    state = change_runs(state, ids, asked_at=state.now)
-    state = state.know(polls=polls)
+    polls = polls._replace(
+        sent=(*sent, *[now] * len(asks)),
+        unanswered=polls.unanswered + len(asks),
+    )
+    state = change_runs(state, ids, asked_at=now).know(polls=polls)
     return state._replace(asks=(*state.asks, *asks))
 
 
-def read_drawer(state: State, drawer: Drawer) -> State:
-    """Ask for what the drawer shows."""
-    if drawer.listing.reads:
-        return state.ask(drawer.listing.reads, *drawer.subject)
-    return state
-
-
-def refresh(state: State, _: str = "") -> State:
+def refresh(state: State) -> State:
     """``/refresh`` and r: ask everything now that may have changed."""
     if state.service.held_until > state.now:
         return state.say("Rate limited: no requests until the wait is over.", "warn")
     ids = [run.id for run in state.rail.runs]
     state = change_runs(state, ids, asked_at=0.0)
     polls = state.service.polls._replace(repos_due=0.0, sandboxes_due=0.0)
-    state = state.know(polls=polls)
+    state = state.know(polls=polls).read()
     if state.shown.again_at:
-        state = state.show(again_at=state.now)
-    if state.drawer:
-        state = read_drawer(state, state.drawer)
+        state = watch_again(state)
     if state.shown.run_id:
         state = state.ask(Client.run, state.shown.run_id)
-    return poll(state, POLLS_A_MINUTE).say("Asking the service…", for_s=2.0)
+    state = poll(state, POLLS_A_MINUTE)
+    return state.say("Asking the service…", for_s=2.0)
 
 
-def clear(state: State, _: str) -> State:
+def clear(state: State) -> State:
     return state.look(filter="").attend(alerts=())
 
 
-def leave(state: State, _: str = "") -> State:
+def leave(state: State) -> State:
     """Leave; runs continue in the cloud."""
     return state.ask(Shell.leave)
 
 
-class Word(NamedTuple):
-    """A slash command: its name, what follows it, what it does, and the function."""
+class Action(NamedTuple):
+    """What a slash command or a key does, and how help says it."""
 
-    name: str
-    follows: str
+    call: str         # the command and what may follow it, or the names of the keys
     does: str
-    act: Callable[[State, str], State]
+    act: Callable[..., State]
+    given: Any = None  # what ``act`` is given besides the state
 
+    @property
+    def command(self) -> str:
+        return self.call.partition(" ")[0]
 
-def word_of(listing: Listing) -> Word:
-    """The slash command that opens a drawer."""
-    def show(state: State, _: str) -> State:
-        return state.open(listing)
-    return Word(listing.word, "", listing.does, show)
+    @property
+    def takes_argument(self) -> bool:
+        return " " in self.call
+
+    def perform(self, state: State) -> State:
+        if self.given is None:
+            return self.act(state)
+        return self.act(state, self.given)
 
 
 HARNESS_NAMES = " or ".join(HARNESSES)
+EXPORT_NAMES = ", ".join(EXPORTS)
 WORDS = (
-    Word("run", "TASK", "start a run; typing the task alone does the same", begin),
-    Word("repo", "[NAME]", "choose the repository of the next task", choose_repo),
-    Word("branch", "[NAME]", "choose the branch that the next task starts from", choose_branch),
-    Word("harness", "[NAME]", f"choose the agent program: {HARNESS_NAMES}", choose_harness),
-    Word("new", "", "start the next task from the base branch again", choose_anew),
-    Word("attach", "RUN", "watch a run, also one started elsewhere", attach),
-    Word("kill", "", "cancel the shown run, after a question", kill),
-    *map(word_of, DRAWERS),
-    Word("logs", "[SANDBOX]", "the logs of a sandbox", choose_logs),
-    Word("open", "", "open the pull request, else the preview, else the web page", open_web),
-    Word("export", "[FORMAT] [FILE]", f"write the shown run to a file: {', '.join(EXPORTS)}",
-         export),
-    Word("login", "", "sign in", show_sign_in),
-    Word("logout", "", "delete the stored sign-in", sign_out),
-    Word("refresh", "", "ask the service now", refresh),
-    Word("clear", "", "clear the filter and the alerts", clear),
-    Word("quit", "", "leave; runs continue in the cloud", leave),
-    Word("exit", "", "the same as /quit", leave),
+    Action("run TASK", "start a run; typing the task alone does the same", begin),
+    Action("repo [NAME]", "choose the repository of the next task", choose_repo),
+    Action("branch [NAME]", "choose the branch that the next task starts from", choose_branch),
+    Action("harness [NAME]", f"choose the agent program: {HARNESS_NAMES}", choose_harness),
+    Action("new", "start the next task from the base branch again", choose_anew),
+    Action("attach RUN", "watch a run, also one started elsewhere", attach),
+    Action("kill", "cancel the shown run, after a question", kill),
+    *(Action(listing.word, listing.does, State.open, listing) for listing in DRAWERS),
+    Action("logs [SANDBOX]", "the logs of a sandbox", choose_logs),
+    Action("open", "open the pull request, else the preview, else the web page", open_web),
+    Action("export [FORMAT] [FILE]", f"write the shown run to a file: {EXPORT_NAMES}", export),
+    Action("login", "sign in", show_sign_in),
+    Action("logout", "delete the stored sign-in", State.ask, Desk.sign_out),
+    Action("refresh", "ask the service now", refresh),
+    Action("clear", "clear the filter and the alerts", clear),
+    Action("quit", "leave; runs continue in the cloud", leave),
+    Action("exit", "the same as /quit", leave),
 )
 NOT_OFFERED = (
     "pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
-COMMANDS = {word.name: word for word in WORDS}
+COMMANDS = {word.command: word for word in WORDS}
 
 
-def word_items(words: Iterable[Word]) -> Items:
+def word_items(words: Iterable[Action]) -> Items:
     """Commands as rows: Enter on one performs it."""
     items = []
     for word in words:
-        command = f"/{word.name}"
-        usage = f"{command} {word.follows}".strip()
-        items.append(Item((usage, word.does), command))
+        cells = (f"/{word.call}", word.does)
+        items.append(Item(cells, f"/{word.command}"))
     return items
-
-
-class Binding(NamedTuple):
-    """The keys that do one thing in a pane, and how help says it."""
-
-    keys: str
-    does: str
-    act: Callable[..., State]
-    arguments: Tuple[Any, ...] = ()
 
 
 KEY_TITLES = {  # what is not the name of a key with its first letter in upper case
@@ -7718,36 +7731,38 @@ def key_title(name: str) -> str:
     return KEY_TITLES.get(name) or name.title()
 
 
-def binding_items(bindings: Iterable[Binding]) -> Items:
+def key_items(actions: Iterable[Action]) -> Items:
     """Keys as rows of help."""
     items = []
-    for binding in bindings:
-        titles = " ".join(map(key_title, binding.keys.split()))
-        items.append(Item((titles, binding.does)))
+    for action in actions:
+        names = map(key_title, action.call.split())
+        cells = (" ".join(names), action.does)
+        items.append(Item(cells))
     return items
 
 
-GENERAL_KEYS = (
-    Item(("Enter", "send; in a pane or a drawer: open the selected row")),
-    Item(("Shift+Enter Alt+Enter", "a new line in the task")),
-    Item(("Up Down", "the history of what was sent")),
-    Item(("Tab Shift+Tab", "complete a command, else go to the next pane")),
-    Item(("^P", "palette: find a command or a run by a few letters")),
-    Item(("^F", "filter the timeline")),
-    Item(("?", "in a pane: its keys")),
-    Item(("^T", "mouse on or off; when off, the terminal selects text")),
-    Item(("^L ^Z", "repaint; suspend, fg comes back")),
-    Item(("Esc", "close, clear, dismiss")),
-    Item(("^C ^C", "leave, from anywhere; runs continue in the cloud")),
-)
+GENERAL_KEYS = {
+    "Enter": "send; in a pane or a drawer: open the selected row",
+    "Shift+Enter Alt+Enter": "a new line in the task",
+    "Up Down": "the history of what was sent",
+    "Tab Shift+Tab": "complete a command, else go to the next pane",
+    "^P": "palette: find a command or a run by a few letters",
+    "^F": "filter the timeline",
+    "?": "in a pane: its keys",
+    "^T": "mouse on or off; when off, the terminal selects text",
+    "^L ^Z": "repaint; suspend, fg comes back",
+    "Esc": "close, clear, dismiss",
+    "^C ^C": "leave, from anywhere; runs continue in the cloud",
+}
 
 
-def show_help(state: State, _: str = "") -> State:
+def show_help(state: State) -> State:
     """``/help`` and F1: the keys, and every command."""
-    return state.open(HELP, data=(*GENERAL_KEYS, *word_items(WORDS)))
+    rows = [*map(Item, GENERAL_KEYS.items()), *word_items(WORDS)]
+    return state.open(HELP, data=rows)
 
 
-COMMANDS["help"] = Word("help", "", "the keys and the commands", show_help)
+COMMANDS["help"] = Action("help", "the keys and the commands", show_help)
 
 
 def perform(state: State, line: str) -> State:
@@ -7756,19 +7771,23 @@ def perform(state: State, line: str) -> State:
         return begin(state, line)
     name, _, argument = line[1:].partition(" ")
     argument = argument.strip()
-    word = COMMANDS.get(name.lower())
-    if word and (word.follows or not argument):
+    wanted = name.lower()
+    word = COMMANDS.get(wanted)
+    if word and word.takes_argument:
         return word.act(state.close(), argument)
+    if word and not argument:
+        return word.perform(state.close())
     if word:
         problem = "takes no argument."
-    elif name.lower() in NOT_OFFERED:
+    elif wanted in NOT_OFFERED:
         problem = "is not offered by the hosted API."
     else:
-        near = nearest(name.lower(), COMMANDS)
+        near = nearest(wanted, COMMANDS)
         problem = "is unknown; /help lists the commands."
         if near:
             problem = f"is unknown; did you mean /{near}?"
-    return state.write(line).say(f"/{fit(name, 30)} {problem} Nothing was sent.", "bad")
+    name = fit(name, 30)
+    return state.write(line).say(f"/{name} {problem} Nothing was sent.", "bad")
 
 
 def perform_item(state: State, command: str) -> State:
@@ -7791,17 +7810,38 @@ def show_palette(state: State) -> State:
     """Every command and run, to be found by a few letters."""
     items = word_items(COMMANDS.values())
     for run in state.rail.runs:
-        command = f"/attach {harmless(run.id, 8)}"
-        words = f"{sign_of(run.status).word}  {task_of(run)}".strip()
-        items.append(Item((command, words), f"/attach {run.id}"))
-    return state.open(PALETTE, data=tuple(items))
+        name = harmless(run.id, 8)
+        status = sign_of(run.status).word
+        words = f"{status}  {task_of(run)}".strip()
+        items.append(Item((f"/attach {name}", words), f"/attach {run.id}"))
+    return state.open(PALETTE, data=items)
 
 
-def command_text(word: Word) -> str:
-    """A command as it is completed: ready for what follows it."""
-    if word.follows:
-        return f"/{word.name} "
-    return f"/{word.name}"
+def matching(choices: Iterable[str], wanted: str) -> List[str]:
+    """The choices that begin so, else those that do without an owner before it."""
+    wanted = wanted.lower()
+    found = []
+    without_owner = []
+    for choice in choices:
+        text = choice.lower()
+        if text.startswith(wanted):
+            found.append(choice)
+        elif f"/{wanted}" in text:
+            without_owner.append(choice)
+    return found or without_owner
+
+
+def known_arguments(state: State, command: str) -> List[str]:
+    """What may follow a command, as far as it is known."""
+    if command == "repo":
+        return [repo.name for repo in state.service.repos]
+    if command == "attach":
+        return [harmless(run.id) for run in state.rail.runs]
+    if command == "harness":
+        return list(HARNESSES)
+    if command == "export":
+        return list(EXPORTS)
+    return []
 
 
 def completions(state: State) -> List[str]:
@@ -7810,23 +7850,16 @@ def completions(state: State) -> List[str]:
     if not text.startswith("/") or "\n" in text:
         return []
     name, space, argument = text[1:].partition(" ")
-    if not space:
-        words = [word for word in COMMANDS.values() if word.name.startswith(name)]
-        return list(map(command_text, words))
-    choices: List[str] = []
-    if name == "repo":
-        choices = [repo.name for repo in state.service.repos]
-    elif name == "attach":
-        choices = [harmless(run.id) for run in state.rail.runs]
-    elif name == "harness":
-        choices = list(HARNESSES)
-    elif name == "export":
-        choices = list(EXPORTS)
-    wanted = argument.lower()
-    found = [choice for choice in choices if choice.lower().startswith(wanted)]
-    if not found:  # such as a repository without its owner
-        found = [choice for choice in choices if f"/{wanted}" in choice.lower()]
-    return [f"/{name} {choice}" for choice in found]
+    found = []
+    if space:
+        for choice in matching(known_arguments(state, name), argument):
+            found.append(f"/{name} {choice}")
+        return found
+    for word in COMMANDS.values():
+        if word.command.startswith(name):
+            end = " " if word.takes_argument else ""
+            found.append(f"/{word.command}{end}")
+    return found
 
 
 # -- View: the state as rows of styled text
@@ -8509,7 +8542,7 @@ def completion_hint(state: State, width: int) -> Line:
         name = found[0][1:].partition(" ")[0]
     word = COMMANDS.get(name)
     if word:
-        return [(f" /{word.name} {word.follows}  ", "key"), (word.does, "dim")]
+        return [(f" /{word.call}  ", "key"), (word.does, "dim")]
     names = [one.strip() for one in found]
     return [(" Tab", "dim"), (joined(names, width - 5), "key")]
 
@@ -8852,81 +8885,81 @@ def switch_mouse(state: State) -> State:
 
 
 ANYWHERE = (
-    Binding("^c", "close or clear; twice: leave", interrupt),
-    Binding("^p", "palette", show_palette),
-    Binding("f1", "help", show_help),
-    Binding("^f", "filter the timeline", State.go, ("filter",)),
-    Binding("^l", "repaint", State.ask, (Screen.repaint,)),
-    Binding("^z", "suspend", State.ask, (Screen.suspend,)),
-    Binding("^t", "mouse on or off", switch_mouse),
+    Action("^c", "close or clear; twice: leave", interrupt),
+    Action("^p", "palette", show_palette),
+    Action("f1", "help", show_help),
+    Action("^f", "filter the timeline", State.go, "filter"),
+    Action("^l", "repaint", State.ask, Screen.repaint),
+    Action("^z", "suspend", State.ask, Screen.suspend),
+    Action("^t", "mouse on or off", switch_mouse),
 )
 MOVES = (
-    Binding("up k", "up", move, (-1,)),
-    Binding("down j", "down", move, (1,)),
-    Binding("pgup", "a page up", turn_page, (-1,)),
-    Binding("pgdown", "a page down", turn_page, (1,)),
-    Binding("home g", "the first", move, (-FAR,)),
-    Binding("end G", "the last", move, (FAR,)),
+    Action("up k", "up", move, -1),
+    Action("down j", "down", move, 1),
+    Action("pgup", "a page up", turn_page, -1),
+    Action("pgdown", "a page down", turn_page, 1),
+    Action("home g", "the first", move, -FAR),
+    Action("end G", "the last", move, FAR),
 )
 PANE = (
     *MOVES,
-    Binding("f", "follow the newest event, or stop", follow),
-    Binding("w", "wrap long lines, or cut them", wrap),
-    Binding("tab", "the next pane", step_pane, (1,)),
-    Binding("btab", "the pane before", step_pane, (-1,)),
-    Binding("/", "filter the timeline", State.go, ("filter",)),
-    Binding(":", "palette", show_palette),
-    Binding("r", "ask the service now", refresh),
-    Binding("q", "leave", quit_pane),
-    Binding("esc", "the composer", State.go, ("composer",)),
+    Action("f", "follow the newest event, or stop", follow),
+    Action("w", "wrap long lines, or cut them", wrap),
+    Action("tab", "the next pane", step_pane, 1),
+    Action("btab", "the pane before", step_pane, -1),
+    Action("/", "filter the timeline", State.go, "filter"),
+    Action(":", "palette", show_palette),
+    Action("r", "ask the service now", refresh),
+    Action("q", "leave", quit_pane),
+    Action("esc", "the composer", State.go, "composer"),
 )
 TIMELINE_PANE = (
-    Binding("enter", "the event in full", open_event),
-    Binding("x", "cancel the shown run, after a question", kill),
-    Binding("o", "open the pull request, else the preview, else the web page", open_web),
-    Binding("y", "copy the event", copy_event),
+    Action("enter", "the event in full", open_event),
+    Action("x", "cancel the shown run, after a question", kill),
+    Action("o", "open the pull request, else the preview, else the web page", open_web),
+    Action("y", "copy the event", copy_event),
     *PANE,
 )
 RAIL_PANE = (
-    Binding("enter", "show the run, or the sandbox's logs", act_on_row, ("enter",)),
-    Binding("x", "cancel the selected run, after a question", act_on_row, ("x",)),
-    Binding("o", "open its pull request or preview", act_on_row, ("o",)),
-    Binding("y", "copy its id", act_on_row, ("y",)),
+    Action("enter", "show the run, or the sandbox's logs", act_on_row, "enter"),
+    Action("x", "cancel the selected run, after a question", act_on_row, "x"),
+    Action("o", "open its pull request or preview", act_on_row, "o"),
+    Action("y", "copy its id", act_on_row, "y"),
     *PANE,
 )
 FILTER_PANE = (
-    Binding("enter tab", "keep the filter", State.go, ("timeline",)),
-    Binding("esc", "clear the filter", drop_filter),
-    Binding("backspace", "delete a letter", shorten_filter),
+    Action("enter tab", "keep the filter", State.go, "timeline"),
+    Action("esc", "clear the filter", drop_filter),
+    Action("backspace", "delete a letter", shorten_filter),
     *MOVES,  # whose letters are typed here
 )
 DRAWER_PANE = (
-    Binding("enter", "open the selected row", act_on_row, ("enter",)),
-    Binding("esc", "close", State.close),
-    Binding("backspace", "delete a letter of the search", shorten_query),
+    Action("enter", "open the selected row", act_on_row, "enter"),
+    Action("esc", "close", State.close),
+    Action("backspace", "delete a letter of the search", shorten_query),
     *MOVES,
 )
 COMPOSER_PANE = (
-    Binding("enter", "send", send),
-    Binding("newline ^j", "a new line", insert, ("\n",)),
-    Binding("tab", "complete, else the next pane", complete),
-    Binding("btab", "the pane before", step_pane, (-1,)),
-    Binding("esc", "dismiss", dismiss),
-    Binding("backspace", "delete a character", delete_to, (Composer.char_before,)),
-    Binding("delete ^d", "delete the next character", delete_to, (Composer.char_after,)),
-    Binding("^w", "delete a word", delete_to, (Composer.word_start,)),
-    Binding("^u", "delete all before the cursor", delete_to, (Composer.start,)),
-    Binding("^k", "delete to the end of the line", delete_to, (Composer.line_end,)),
-    Binding("left ^b", "a character left", go_to, (Composer.char_before,)),
-    Binding("right", "a character right", go_to, (Composer.char_after,)),
-    Binding("alt+b ctrl+left alt+left", "a word left", go_to, (Composer.word_start,)),
-    Binding("alt+f ctrl+right alt+right", "a word right", go_to, (Composer.word_end,)),
-    Binding("home ^a", "the start of the line", go_to, (Composer.line_start,)),
-    Binding("end ^e", "the end of the line", to_line_end),
-    Binding("up", "up, then the history", typed_up),
-    Binding("down", "down, then the history", typed_down),
-    Binding("pgup", "the timeline a page up", turn_page, (-1,)),
-    Binding("pgdown", "the timeline a page down", turn_page, (1,)),
+    Action("enter", "send", send),
+    Action("newline ^j", "a new line", insert, "\n"),
+    Action("tab", "complete, else the next pane", complete),
+    Action("btab", "the pane before", step_pane, -1),
+    Action("esc", "dismiss", dismiss),
+    Action("backspace", "delete a character", delete_to, Composer.char_before),
+    Action("delete ^d", "delete the next character", delete_to, Composer.char_after),
+    Action("^w", "delete a word", delete_to, Composer.word_start),
+    Action("^u", "delete all before the cursor", delete_to, Composer.start),
+    Action("^k", "delete to the end of the line", delete_to, Composer.line_end),
+    Action("left ^b", "a character left", go_to, Composer.char_before),
+    Action("right", "a character right", go_to, Composer.char_after),
+    Action("alt+b ctrl+left alt+left", "a word left", go_to, Composer.word_start),
+    Action("alt+f ctrl+right alt+right", "a word right", go_to, Composer.word_end),
+    Action("home ^a", "the start of the line", go_to, Composer.line_start),
+    Action("end ^e", "the end of the line", to_line_end),
+    Action("up", "up, then the history", typed_up),
+    Action("down", "down, then the history", typed_down),
+    Action("pgup", "the timeline a page up", turn_page, -1),
+    Action("pgdown", "the timeline a page down", turn_page, 1),
 )
 PANES = {
     "timeline": TIMELINE_PANE,
@@ -8936,7 +8969,7 @@ PANES = {
 }
 
 
-def bindings_of(state: State) -> Sequence[Binding]:
+def bindings_of(state: State) -> Sequence[Action]:
     """The keys of the drawer, or of the pane that has the focus."""
     if state.drawer:
         return DRAWER_PANE
@@ -8975,11 +9008,11 @@ def on_key(state: State, message: Key) -> State:
         return answered(state, name)
     bindings = bindings_of(state)
     if name == "?" and not takes_words(state):
-        items = binding_items((*bindings, *ANYWHERE))
-        return state.open(HELP, data=tuple(items))
+        items = key_items((*bindings, *ANYWHERE))
+        return state.open(HELP, data=items)
     for binding in (*ANYWHERE, *bindings):
-        if name in binding.keys.split():
-            return binding.act(state, *binding.arguments)
+        if name in binding.call.split():
+            return binding.perform(state)
     return state
 
 
@@ -9193,7 +9226,7 @@ def take_run(state: State, message: Fetched) -> State:
     state = heard(state, run_id, message.data)
     ended = text_of(message.data, "status") in TERMINAL_STATUSES
     if run_id == state.shown.run_id and state.shown.verdict and not ended:
-        return watch(state, run_id, message.data, state.shown.origin)  # a cancelled one came back
+        return watch_again(state)  # a cancelled one came back
     return state
 
 
@@ -9305,8 +9338,7 @@ def take_sign_in(state: State, message: Fetched) -> State:
         state = state._replace(composer=composer).write(state.sign_in.waiting)
     state = state._replace(sign_in=SigningIn()).ask(Shell.reconnect)
     if state.shown.run_id:
-        state = state.show(stale=True, lost="", again_at=0.0)
-        state = state.ask(Desk.watch, state.shown.run_id)
+        state = watch_again(state)
     return refresh(state).say(message.data, "ok", 60.0)
 
 
@@ -9441,10 +9473,9 @@ def on_tick(state: State, _: Tick) -> State:
     if state.service.held_until > state.now or state.is_signed_out:
         return state
     if drawer and drawer.error and int(state.now) % 5 == 0:
-        state = read_drawer(state, drawer)
+        state = state.read()
     if state.shown.again_at and state.now >= state.shown.again_at:
-        state = state.show(again_at=0.0, lost="", stale=True)
-        state = state.ask(Desk.watch, state.shown.run_id)
+        state = watch_again(state)
     if state.service.polls.unanswered >= 6:
         return state
     return poll(state, 4)
