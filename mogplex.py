@@ -5026,9 +5026,9 @@ def trailer(verdict: Verdict, colour: bool) -> str:
     return f"--- run {sanitize(verdict.run_id)} {status} ---"
 
 
-def labelled(run_id: str, line: str) -> str:
-    """A line on one of several runs: the first eight characters of its id come first."""
-    return f"{sanitize(run_id)[:8]:<8}  {line}"
+def label_of(run_id: str) -> str:
+    """What the lines on one of several runs begin with: the first eight characters of its id."""
+    return f"{sanitize(run_id)[:8]:<8}  "
 
 
 def with_run_id(run_id: str, event: Record) -> Json:
@@ -10723,10 +10723,10 @@ class Interrupts:
         finally:
             self.held = False
 
-    def outlast(self, work: Callable[[], Run], grace_s: float) -> Run:
+    def outlast(self, work: Callable[[], Run]) -> Run:
         """What ``work``, on a thread of its own, returns or raises.
 
-        A signal does not cut it short: it is raised when the outcome is known, or ``grace_s``
+        A signal does not cut it short: it is raised when the outcome is known, or ``GRACE_S``
         after it came.
         """
         results: List[Run] = []
@@ -10745,7 +10745,7 @@ class Interrupts:
             start_thread(run_work)
             while not ended.wait(0.1) and time.monotonic() < leave_at:  # in slices, for Windows
                 if self.first is not None:
-                    leave_at = min(leave_at, time.monotonic() + grace_s)
+                    leave_at = min(leave_at, time.monotonic() + GRACE_S)
         if errors:
             raise errors[0]
         if self.first is not None:
@@ -10792,6 +10792,12 @@ def obeys_sequences(stream: Any) -> bool:
         # ENABLE_VIRTUAL_TERMINAL_PROCESSING
         return bool(ctypes.windll.kernel32.SetConsoleMode(handle, mode.value | 4))
     return True
+
+
+def terminal_columns() -> int:
+    """The width of the terminal."""
+    import shutil
+    return shutil.get_terminal_size().columns
 
 
 def write_all(stream: Any, text: str) -> None:
@@ -10883,6 +10889,7 @@ class Context:
         self.in_demo = False
         self.credential: Optional[Credential] = None  # the one in use
         self.interrupts = Interrupts()
+        self.status_line = ""       # which stderr shows now
         for stream in (stdout, stderr):
             prepare_stream(stream, environ)
 
@@ -10918,21 +10925,6 @@ class Context:
         """Whether data is JSON."""
         return self.list_format == "json"
 
-    @property
-    def now(self) -> Optional[float]:
-        """The time where ages read better than times: on a terminal."""
-        if not is_terminal(self.stdout):
-            return None
-        return time.time()
-
-    @property
-    def width(self) -> Optional[int]:
-        """The columns of the terminal; None where stdout is no terminal."""
-        if not is_terminal(self.stdout):
-            return None
-        import shutil
-        return shutil.get_terminal_size().columns
-
     def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
         """A Client with ``credential``, or the one in force; UnauthorizedError for none."""
         self.credential = credential or resolve_credential(self.environ, self.base_url, self.home)
@@ -10958,6 +10950,7 @@ class Context:
         """
         if self.stdout is None:
             raise MogplexError("stdout is closed")
+        self.clear_status()
         try:
             write_all(self.stdout, self.redacted(text) + "\n")
         except OSError as error:
@@ -11000,7 +10993,9 @@ class Context:
         self, records: Listed, columns: Sequence[Column], repo_names: Mapping[str, str],
     ) -> str:
         """Records in the format in force; a table is tab-separated where tabulate is missing."""
-        setting = Setting(self.colour, self.now, self.width, repo_names, self.json_line)
+        setting = Setting(self.colour, repo_names=repo_names, json_line=self.json_line)
+        if is_terminal(self.stdout):
+            setting = setting._replace(now=time.time(), width=terminal_columns())
         try:
             return LIST_FORMATS[self.list_format](records, columns, setting)
         except ImportError:
@@ -11024,8 +11019,21 @@ class Context:
         """What --debug says of a request."""
         self.note(f"debug: {line}")
 
+    def show_status(self, line: str) -> None:
+        """A line on stderr, a terminal, which anything that is written next takes the place of."""
+        rest = text_width(self.status_line) - text_width(line)
+        self.status_line = ""
+        self.say(line + " " * rest + "\r")
+        self.status_line = line
+
+    def clear_status(self) -> None:
+        """Take the status line away."""
+        if self.status_line:
+            self.show_status("")
+
     def say(self, text: str) -> None:
         """``text`` on stderr as it is; a stderr that is gone is no error."""
+        self.clear_status()
         with contextlib.suppress(OSError, ValueError, AttributeError):
             write_all(self.stderr, text)
 
@@ -11354,7 +11362,7 @@ class CiReport:
         self.has_outputs = has_outputs  # which can only be those of one run
         self.dotenv = dotenv
         self.in_github = ctx.environ.get("GITHUB_ACTIONS") == "true"
-        self.newest: List[Record] = []  # events
+        self.newest: Deque[Record] = collections.deque(maxlen=10)  # events
         if dotenv:
             self.empty_dotenv()
 
@@ -11366,42 +11374,34 @@ class CiReport:
         except OSError as error:
             raise UsageError(f"--dotenv {self.dotenv}: {error.strerror}") from None
 
-    def heard(self, event: Record) -> None:
-        """Keep the last few events for the summary."""
-        if self.in_github:
-            self.newest = [*self.newest[-9:], event]
-
     def begin(self, outcome: Outcome) -> None:
         """Tell the id of a run that exists, before anything else can fail."""
-        self.write(self.dotenv, "w", dotenv_text(outcome))
-        if self.in_github:
-            self.write_for_github("GITHUB_OUTPUT", github_outputs(run_id=outcome.run_id))
+        self.write("--dotenv", self.dotenv, "w", dotenv_text(outcome))
+        self.write_for_github("GITHUB_OUTPUT", github_outputs(run_id=outcome.run_id))
 
     def end(self, outcome: Outcome) -> None:
         """Tell how the run has ended, or how it stood when it was left."""
-        self.write(self.dotenv, "w", dotenv_text(outcome))
-        if not self.in_github:
-            return
-        if outcome.left or ended_badly(outcome.status):
+        self.write("--dotenv", self.dotenv, "w", dotenv_text(outcome))
+        if self.in_github and (outcome.left or ended_badly(outcome.status)):
             self.ctx.say(self.ctx.redacted(github_annotation(outcome)) + "\n")
         if not outcome.run_id:
             return
         lines = [event_line(event)[:300] for event in self.newest]
         self.write_for_github("GITHUB_STEP_SUMMARY", github_summary(outcome, self.task, lines))
-        if not self.has_outputs:
-            return
-        outputs = github_outputs(
-            status=outcome.status,
-            branch=outcome.branch,
-            pull_request_url=outcome.pull_request_url,
-        )
-        self.write_for_github("GITHUB_OUTPUT", outputs)
+        if self.has_outputs:
+            outputs = github_outputs(
+                status=outcome.status,
+                branch=outcome.branch,
+                pull_request_url=outcome.pull_request_url,
+            )
+            self.write_for_github("GITHUB_OUTPUT", outputs)
 
     def write_for_github(self, variable: str, text: str) -> None:
         """Append to the file that an environment variable of GitHub Actions names."""
-        self.write(self.ctx.environ.get(variable, ""), "a", text, variable)
+        if self.in_github:
+            self.write(variable, self.ctx.environ.get(variable, ""), "a", text)
 
-    def write(self, path: str, mode: str, text: str, name: str = "--dotenv") -> None:
+    def write(self, name: str, path: str, mode: str, text: str) -> None:
         """Write a report; where that fails, a line on stderr is all."""
         if not path:
             return
@@ -11440,27 +11440,20 @@ def tell_still_running(ctx: Context, run_ids: Sequence[str]) -> None:
         ctx.note(f"cancel: mogplex runs cancel {run_id}")
 
 
+Answered = Union[Cancellation, MogplexError]
+
+
 class Attendant:
-    """Stays with a run for a command, and settles what becomes of it when the command ends first.
+    """Stays with a run for a command: knows how it stands, and tells that to CI and to people."""
 
-    A signal, or a reader of stdout that has gone, cancels the run where that was asked for.
-    Otherwise stderr says that it is still running, and how to follow and cancel it. CI is told
-    in any case.
-    """
-
-    def __init__(self, ctx: Context, report: CiReport, cancels: bool) -> None:
+    def __init__(
+        self, ctx: Context, report: CiReport, run_id: str = "", label: str = "",
+    ) -> None:
         self.ctx = ctx
         self.report = report
-        self.cancels = cancels
-        self.outcome = Outcome("")  # what is known of the run so far
-        self.started = False        # this command has started it
-
-    def __enter__(self) -> Attendant:
-        return self
-
-    def __exit__(self, kind: object, error: Optional[BaseException], trace: object) -> None:
-        if isinstance(error, (KeyboardInterrupt, MogplexError, OSError)):
-            self.leave(error)
+        self.outcome = Outcome(run_id)  # so far
+        self.started = False            # this command has started it
+        self.label = label              # which lines on one of several runs begin with
 
     def announce(self, run: Run, replayed: bool) -> None:
         """Tell the id of a run that was started: on stdout, then to CI."""
@@ -11471,112 +11464,121 @@ class Attendant:
         finally:
             self.report.begin(self.outcome)
 
-    def attend(self, run_id: str) -> None:
-        """Stay with a run that was started elsewhere."""
-        self.outcome = Outcome(run_id)
-        self.report.begin(self.outcome)
+    def note(self, line: str) -> None:
+        """A line on the run."""
+        self.ctx.note(self.label + line)
 
-    def leave(self, error: BaseException) -> None:
-        """Settle what becomes of the run, and tell CI."""
-        left = ""
-        if not status_named(self.outcome.status).terminal:
-            left = self.settle(error)
-        self.report.end(self.outcome._replace(left=left))
+    def heed(self, progress: Progress) -> None:
+        """Keep how the run stands; raises what is to end the command."""
+        self.ctx.interrupts.check()
+        if reader_left(self.ctx.stdout):
+            raise BrokenPipeError
+        self.outcome = outcome_so_far(self.outcome, progress)
+        if progress.message:
+            self.note(progress.message)
 
-    def settle(self, error: BaseException) -> str:
-        """Cancel the run or say that it is still running; why it was left, for CI."""
-        reason = reason_left(error)
-        if not self.outcome.run_id:
-            return reason
-        if self.is_to_cancel(error):
-            return f"{reason}; {self.cancel()}"
-        if self.is_worth_telling(error):
-            tell_still_running(self.ctx, [self.outcome.run_id])
-        return reason
-
-    def is_to_cancel(self, error: BaseException) -> bool:
-        """Whether the run is to be cancelled."""
-        return self.cancels and isinstance(error, (KeyboardInterrupt, BrokenPipeError))
+    def finish(self, verdict: Verdict) -> int:
+        """The trailer, and what is worth knowing; the exit code that the run deserves."""
+        self.outcome = outcome_of_verdict(verdict)
+        last_line = trailer(verdict, self.ctx.colour)
+        self.ctx.emit_record(verdict_json(verdict), self.label + last_line)
+        for line in verdict_notes(verdict):
+            self.note(line)
+        self.report.end(self.outcome)
+        return Exit.OK if verdict.status == "success" else Exit.FAILURE
 
     def is_worth_telling(self, error: BaseException) -> bool:
-        """Whether to say that the run is still running."""
+        """Whether to say, at the end of the command, that the run is still running."""
         if self.started or isinstance(error, KeyboardInterrupt):
             return True
         if isinstance(error, BrokenPipeError):
             return False  # as `mogplex runs events ... | head` wants it
         return bool(self.outcome.status)  # the service knew the run a moment ago
 
-    def cancel(self) -> str:
-        """Request the run's cancellation, which no signal cuts short; what came of it."""
-        try:
-            with self.ctx.interrupts.postponed():
-                answer = self.request_cancellation(time.monotonic() + GRACE_S)
-        except MogplexError as error:
-            return self.not_cancelled(error)
-        return self.cancelled(answer)
+    def request_cancellation(self, deadline: float, answers: queue.SimpleQueue[Answered]) -> None:
+        """Put the service's answer into ``answers``, or its error.
 
-    def not_cancelled(self, error: MogplexError) -> str:
-        """Tell why, and that the run is still running."""
-        self.ctx.note(f"cannot cancel the run: {error}")
-        tell_still_running(self.ctx, [self.outcome.run_id])
-        return "the run could not be cancelled"
-
-    def cancelled(self, answer: Cancellation) -> str:
-        """Tell the service's answer."""
-        status = text_of(answer, "run", "status") or self.outcome.status
-        self.outcome = self.outcome._replace(status=status)
-        told = cancel_text(self.outcome.run_id, answer, False)[0]
-        self.ctx.note(told)
-        return told
-
-    def request_cancellation(self, deadline: float) -> Cancellation:
-        """The service's answer. A sandbox that is not ready yet is a 409, and worth another try."""
+        A sandbox that is not ready yet is a 409, and worth another try.
+        """
         while True:
             left_s = max(0.5, deadline - time.monotonic())
             try:
                 with self.ctx.client(timeout_s=left_s, connect_timeout_s=left_s, tries=1) as client:
-                    return client.cancel(self.outcome.run_id)
+                    answers.put(client.cancel(self.outcome.run_id))
+                return
             except MogplexError as error:
                 may_work = error.transient or error.status == 409
                 if not may_work or deadline - time.monotonic() < 1.0:
-                    raise
+                    answers.put(error)
+                    return
             time.sleep(0.5)
 
+    def tell_cancellation(self, answer: Answered) -> None:
+        """What came of that."""
+        before = self.outcome
+        status = before.status
+        if isinstance(answer, MogplexError):
+            self.ctx.note(f"cannot cancel the run: {answer}")
+            tell_still_running(self.ctx, [before.run_id])
+            told = "the run could not be cancelled"
+        else:
+            told = cancel_text(before.run_id, answer, False)[0]
+            self.ctx.note(told)
+            status = text_of(answer, "run", "status") or status
+        self.outcome = before._replace(status=status, left=f"{before.left}; {told}")
 
-def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> Dict[str, str]:
-    """Request the cancellation of several runs at once, in the time of one; what came of each."""
+
+def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> None:
+    """Request the cancellation of runs in the time of one, which no signal cuts short; tell."""
     deadline = time.monotonic() + GRACE_S
-    answered = Tuple[Attendant, Union[Cancellation, MogplexError]]
-    answers: queue.SimpleQueue[answered] = queue.SimpleQueue()
-
-    def request(attendant: Attendant) -> None:
-        try:
-            answers.put((attendant, attendant.request_cancellation(deadline)))
-        except MogplexError as error:
-            answers.put((attendant, error))
-
-    told = {}
-    left = list(attendants)
+    asked: List[Tuple[Attendant, queue.SimpleQueue[Answered]]] = []
     with ctx.interrupts.postponed():
         for attendant in attendants:
+            answers: queue.SimpleQueue[Answered] = queue.SimpleQueue()
+            asked.append((attendant, answers))
             try:
-                start_thread(request, attendant)
+                start_thread(attendant.request_cancellation, deadline, answers)
             except MogplexError:
-                request(attendant)
-        with contextlib.suppress(queue.Empty):
-            while left:
-                wait_s = max(0.0, deadline + 1.0 - time.monotonic())  # for a last short try
-                attendant, answer = answers.get(timeout=wait_s)
-                left.remove(attendant)
-                run_id = attendant.outcome.run_id
-                if isinstance(answer, MogplexError):
-                    told[run_id] = attendant.not_cancelled(answer)
-                else:
-                    told[run_id] = attendant.cancelled(answer)
-        for attendant in left:
-            error = UnavailableError(f"no answer for {GRACE_S:g} s")
-            told[attendant.outcome.run_id] = attendant.not_cancelled(error)
-    return told
+                attendant.request_cancellation(deadline, answers)
+        for attendant, answers in asked:
+            wait_s = max(0.0, deadline + 1.0 - time.monotonic())  # for a last short try
+            answer: Answered = UnavailableError(f"no answer for {GRACE_S:g} s")
+            with contextlib.suppress(queue.Empty):
+                answer = answers.get(timeout=wait_s)
+            attendant.tell_cancellation(answer)
+
+
+def settle(
+    ctx: Context, attendants: Iterable[Attendant], error: BaseException, cancels: bool,
+) -> None:
+    """Settle what becomes of runs that a command leaves because of ``error``, and tell CI."""
+    left = list(attendants)
+    running = [one for one in left if not status_named(one.outcome.status).terminal]
+    for one in running:
+        one.outcome = one.outcome._replace(left=reason_left(error))
+    known = [one for one in running if one.outcome.run_id]
+    if cancels and isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
+        cancel_all(ctx, known)
+    elif any(one.is_worth_telling(error) for one in known):
+        tell_still_running(ctx, [one.outcome.run_id for one in known])
+    for one in left:
+        one.report.end(one.outcome)
+
+
+@contextlib.contextmanager
+def attended(ctx: Context, attendants: Iterable[Attendant], cancels: bool) -> Iterator[None]:
+    """Stay with runs while a command does its work, and settle what becomes of those it leaves.
+
+    A signal, or a reader of stdout that has gone, cancels them where that was asked for.
+    Otherwise stderr says that they are still running, and how to follow and cancel them. CI is
+    told in any case.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, MogplexError, OSError) as error:
+        ctx.clear_status()
+        settle(ctx, attendants, error, cancels)
+        raise
 
 
 def warn_of_doubt(ctx: Context, client: Client, request: StartRequest, key: str) -> None:
@@ -11588,19 +11590,12 @@ def warn_of_doubt(ctx: Context, client: Client, request: StartRequest, key: str)
                  f"starting another, add --idempotency-key {text_of(earlier, 'key')}")
 
 
-def start_once(
-    ctx: Context, client: Client, request: StartRequest, key: str, attendant: Attendant,
-) -> Run:
+def start_once(client: Client, request: StartRequest, key: str, attendant: Attendant) -> Run:
     """Start a run under one key.
 
     Where that fails and the run may have started all the same, stderr says how to find out.
     """
-
-    def announce(run: Run) -> None:
-        if key != request.keys[-1] and is_spent(run):
-            return  # of an earlier attempt of this CI job; the next key starts another
-        attendant.announce(run, run.get("replayed") is True and not request.key_is_ours)
-
+    ctx = attendant.ctx
     sent = threading.Event()
 
     def before_sending() -> None:
@@ -11608,11 +11603,16 @@ def start_once(
             raise ctx.interrupts.first
         sent.set()
 
+    def announce(run: Run) -> None:
+        if key != request.keys[-1] and is_spent(run):
+            return  # of an earlier attempt of this CI job; the next key starts another
+        attendant.announce(run, run.get("replayed") is True and not request.key_is_ours)
+
     work = functools.partial(
         start_recorded, client, ctx.home, request.body, key, request.repo, announce,
         before_sending)
     try:
-        return ctx.interrupts.outlast(work, GRACE_S)
+        return ctx.interrupts.outlast(work)
     except (MogplexError, KeyboardInterrupt) as error:
         if sent.is_set() and not attendant.started and getattr(error, "delivered", True):
             ctx.note("the run may have started; to find out without paying twice, "
@@ -11620,95 +11620,45 @@ def start_once(
         raise
 
 
-def start(ctx: Context, client: Client, request: StartRequest, attendant: Attendant) -> Run:
+def start(client: Client, request: StartRequest, attendant: Attendant) -> None:
     """Start a run, or find the one of an earlier attempt of this CI job that has not failed."""
+    ctx = attendant.ctx
     *earlier, last = request.keys
     for key in earlier:
-        run = start_once(ctx, client, request, key, attendant)
-        if not is_spent(run):
-            return run
+        run = start_once(client, request, key, attendant)
+        if attendant.started:
+            return
         status = text_of(run, "status")
         ctx.note(f"run {text_of(run, 'runId')} of an earlier attempt is {status}; starting another")
     warn_of_doubt(ctx, client, request, last)
-    return start_once(ctx, client, request, last, attendant)
-
-
-class EventPrinter:
-    """Events on stdout.
-
-    What came together is written together: a write for each would cost more than all the rest.
-    """
-
-    def __init__(self, ctx: Context) -> None:
-        self.ctx = ctx
-        self.newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
-        self.events: List[Json] = []
-        self.texts: List[str] = []  # the JSON that each came as, "" where that is not known
-        self.held = 0               # characters, about
-
-    def add(self, event: Json, text: str) -> None:
-        """One more to be written."""
-        self.events.append(event)
-        self.texts.append(text)
-        self.held += len(text) or 65536  # what came in a poll can be of any length
-
-    def flush(self) -> None:
-        """Write them."""
-        events = self.events
-        texts = self.texts
-        self.events = []
-        self.texts = []
-        self.held = 0
-        if self.ctx.get_path:
-            self.ctx.emit("\n".join(map(self.ctx.json_line, events)))
-        elif self.ctx.as_json:
-            self.ctx.emit(ndjson_lines(events, texts))
-        else:
-            self.ctx.emit("\n".join([event_line(event, self.newline) for event in events]))
+    start_once(client, request, last, attendant)
 
 
 class LifeSigns:
     """What stderr shows of a silent run: a status line on a terminal, a line a minute in a log."""
 
-    def __init__(self, ctx: Context, quiet: bool, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, ctx: Context, quiet: bool, clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.ctx = ctx
         self.quiet = quiet
         self.clock = clock
         can_redraw = ctx.environ.get("TERM", "") not in ("", "dumb")
         self.on_terminal = can_redraw and is_terminal(ctx.stderr)
-        self.drawn = ""  # the status line that is on the screen
-        self.drawn_at = float("-inf")
-        self.spoke_at = clock()
+        self.next_at = clock()
 
     def show(self, progress: Progress) -> None:
         """Called at least twice a second."""
-        if progress.message:
-            self.erase()
-            self.ctx.note(progress.message)
         now = self.clock()
-        if self.quiet:
+        if self.quiet or now < self.next_at:
             return
         if self.on_terminal:
-            if now - self.drawn_at >= 1.0:
-                self.draw(status_line(progress, now))
-                self.drawn_at = now
-        elif now - max(self.spoke_at, progress.last_event_at) >= 60.0:
+            line = status_line(progress, now)
+            self.ctx.show_status(fit(line, terminal_columns() - 1))
+            self.next_at = now + 1.0
+        elif now - progress.last_event_at >= 60.0:
             self.ctx.note(silence_line(progress, now))
-            self.spoke_at = now
-
-    def draw(self, text: str) -> None:
-        """Put a status line in the place of the last one."""
-        import shutil
-        line = fit(text, shutil.get_terminal_size().columns - 1)
-        rest = text_width(self.drawn) - text_width(line)
-        self.ctx.say("\r" + line + " " * rest)
-        self.drawn = line
-
-    def erase(self) -> None:
-        """Take the status line away before something else is written."""
-        if self.drawn:
-            self.ctx.say("\r" + " " * text_width(self.drawn) + "\r")
-            self.drawn = ""
+            self.next_at = now + 60.0
 
 
 @contextlib.contextmanager
@@ -11735,211 +11685,187 @@ class FollowOptions(NamedTuple):
     dotenv: str = ""
 
 
-class Follower:
-    """``--follow``: hands what a tail brings to what prints it, shows life and tells CI."""
+def emit_events(
+    ctx: Context, events: Sequence[Record], texts: Sequence[str] = ("",), run_id: str = "",
+) -> None:
+    """Events on stdout, in one write; of one of several runs with its ``run_id``.
 
-    def __init__(
-        self, ctx: Context, client: Client, attendant: Attendant, options: FollowOptions,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.ctx = ctx
-        self.attendant = attendant
-        self.printer = EventPrinter(ctx)
-        self.life = LifeSigns(ctx, options.quiet, clock)
-        self.run_id = attendant.outcome.run_id
-        timing = Timing(options.timeout, clock=clock)
-        self.tail = Tail(
-            client, self.run_id, timing, options.limit, self.progress, attendant.started)
-
-    def run(self) -> int:
-        """Follow to the end; the exit code that the run deserves."""
-        with log_section(self.ctx, self.run_id):
-            try:
-                verdict = self.read()
-                self.flush()
-            except TailTimeout as error:
-                raise TailTimeout(f"--follow {error.message}") from None
-            finally:
-                self.life.erase()
-        return self.finish(verdict)
-
-    def read(self) -> Verdict:
-        """The verdict; the events before it are shown."""
-        try:
-            for item, text in self.tail.items():
-                if isinstance(item, Verdict):
-                    return item
-                self.show(item, text)
-        except MogplexError:
-            self.flush()
-            raise
-        raise AssertionError("a tail ends with its verdict")
-
-    def show(self, event: Json, text: str) -> None:
-        """An event's line: it is out before the tail waits for more."""
-        self.attendant.report.heard(event)
-        self.printer.add(event, text)
-        if self.printer.held > 65536:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the events that have come."""
-        if self.printer.events:
-            self.life.erase()
-            self.printer.flush()
-
-    def progress(self, progress: Progress) -> None:
-        """Called by the tail before each wait, at least twice a second, and at each change."""
-        self.flush()
-        self.ctx.interrupts.check()
-        if reader_left(self.ctx.stdout):
-            raise BrokenPipeError
-        self.attendant.outcome = outcome_so_far(self.attendant.outcome, progress)
-        self.life.show(progress)
-
-    def finish(self, verdict: Verdict) -> int:
-        """The trailer, and what is worth knowing."""
-        outcome = outcome_of_verdict(verdict)
-        self.attendant.outcome = outcome
-        if self.ctx.as_json:
-            self.ctx.emit(self.ctx.json_line(verdict_json(verdict)))
-        else:
-            self.ctx.emit(trailer(verdict, self.ctx.colour))
-        for line in verdict_notes(verdict):
-            self.ctx.note(line)
-        self.attendant.report.end(outcome)
-        return Exit.OK if verdict.status == "success" else Exit.FAILURE
-
-
-def emit_event(ctx: Context, run_id: str, event: Record) -> None:
-    """An event of one of several runs."""
-    line = event_line(event, newline_mark(ctx.stdout and ctx.stdout.encoding))
-    ctx.emit_record(with_run_id(run_id, event), labelled(run_id, line))
+    ``texts`` are the JSON that each event came as, "" where that is not known.
+    """
+    label = ""
+    if run_id:
+        label = label_of(run_id)
+        events = [with_run_id(run_id, event) for event in events]
+    if not events:
+        return
+    if ctx.get_path:
+        ctx.emit("\n".join(map(ctx.json_line, events)))
+    elif ctx.as_json:
+        ctx.emit(ndjson_lines(events, texts))
+    else:
+        newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
+        ctx.emit("\n".join([label + event_line(event, newline) for event in events]))
 
 
 def note_run_error(ctx: Context, run_id: str, error: MogplexError) -> None:
     """Say what went wrong with one of several runs."""
-    ctx.note(labelled(run_id, f"error: {error}"))
+    label = label_of(run_id)
+    ctx.note(f"{label}error: {error}")
     if error.hint:
-        ctx.note(labelled(run_id, error.hint))
+        ctx.note(label + error.hint)
+
+
+class Follower:
+    """``--follow``: the events of a run as they come, signs of life, and the verdict."""
+
+    def __init__(self, attendant: Attendant, quiet: bool) -> None:
+        self.ctx = attendant.ctx
+        self.attendant = attendant
+        self.life = LifeSigns(self.ctx, quiet)
+        # What came together is written together: a write for each would cost more than the rest.
+        self.events: List[Json] = []
+        self.texts: List[str] = []
+        self.held = 0  # characters, about
+
+    def run(self, client: Client, options: FollowOptions) -> int:
+        """Follow to the end; the exit code that the run deserves."""
+        run_id = self.attendant.outcome.run_id
+        tail = Tail(
+            client,
+            run_id,
+            Timing(options.timeout),
+            options.limit,
+            self.progress,
+            self.attendant.started,
+        )
+        with log_section(self.ctx, run_id):
+            try:
+                for item, text in tail.items():
+                    if isinstance(item, Verdict):
+                        verdict = item
+                    else:
+                        self.show(item, text)
+            except TailTimeout as error:
+                raise TailTimeout(f"--follow {error.message}") from None
+            except MogplexError:
+                self.flush()
+                raise
+            self.flush()
+        return self.attendant.finish(verdict)
+
+    def show(self, event: Json, text: str) -> None:
+        """An event's line: it is out before the tail waits for more."""
+        self.attendant.report.newest.append(event)
+        self.events.append(event)
+        self.texts.append(text)
+        self.held += len(text) or 65536  # what came in a poll can be of any length
+        if self.held > 65536:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write the events that have come."""
+        events = self.events
+        texts = self.texts
+        self.events = []
+        self.texts = []
+        self.held = 0
+        emit_events(self.ctx, events, texts)
+
+    def progress(self, progress: Progress) -> None:
+        """Called by the tail before each wait, at least twice a second, and at each change."""
+        self.flush()
+        self.attendant.heed(progress)
+        self.life.show(progress)
 
 
 class Followers:
     """``--follow`` of several runs: their lines as they come, a trailer for each, and a count."""
 
-    def __init__(
-        self, ctx: Context, run_ids: Sequence[str], options: FollowOptions,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, ctx: Context, run_ids: Sequence[str], options: FollowOptions) -> None:
         self.ctx = ctx
         self.options = options
-        self.clock = clock
-        self.life = LifeSigns(ctx, options.quiet, clock)
-        self.attendants: Dict[str, Attendant] = {}
+        self.life = LifeSigns(ctx, options.quiet)
+        self.left: Dict[str, Attendant] = {}     # with each run that is not over
         for run_id in run_ids:
             report = CiReport(ctx, has_outputs=False)
-            self.attendants[run_id] = Attendant(ctx, report, options.cancel_on_interrupt)
-            self.attendants[run_id].outcome = Outcome(run_id)
-        self.standing: Dict[str, Progress] = {}
-        self.ends: Dict[str, str] = {}  # of those that are over: the status, or "given up"
-        self.code = 0                   # the highest of all
+            self.left[run_id] = Attendant(ctx, report, run_id, label_of(run_id))
+        self.standing: Dict[str, Progress] = {}  # of these
+        self.ends: List[str] = []                # of the others: the status, or "given up"
+        self.code = 0                            # the highest of all
 
-    def __enter__(self) -> Followers:
-        return self
-
-    def __exit__(self, kind: object, error: Optional[BaseException], trace: object) -> None:
-        if isinstance(error, (KeyboardInterrupt, MogplexError, OSError)):
-            self.life.erase()
-            self.leave(error)
+    def run(self) -> int:
+        """Follow them all to the end; the highest of the exit codes that they deserve."""
+        try:
+            with attended(self.ctx, self.left.values(), self.options.cancel_on_interrupt):
+                with self.ctx.client() as client:
+                    self.follow(client)
+        except (KeyboardInterrupt, MogplexError, OSError) as error:
             if self.standing or isinstance(error, KeyboardInterrupt):  # else nothing was asked
                 self.ctx.note(self.count())
-
-    def run(self, client: Client) -> int:
-        """Follow them all to the end; the highest of the exit codes that they deserve."""
-        options = self.options
-        items = tail_many(
-            client, list(self.attendants), timeout_s=options.timeout, limit=options.limit,
-            on_progress=self.progress, cancels=options.cancel_on_interrupt, clock=self.clock)
-        try:
-            for run_id, item in items:
-                self.life.erase()
-                self.show(run_id, item)
-        except TailTimeout as error:
-            self.life.erase()
-            self.ctx.note(f"error: --follow {error.message}")
-            self.code = max(self.code, error.exit)
-            self.leave(error)
+            raise
         if self.ctx.as_json:
             self.ctx.note(self.count())
         else:
             self.ctx.emit(self.count())
         return self.code
 
+    def follow(self, client: Client) -> None:
+        """Show what comes, until all are over or the time is up."""
+        tails = Tails(
+            client,
+            self.left,
+            Timing(self.options.timeout),
+            self.options.limit,
+            self.progress,
+            self.options.cancel_on_interrupt,
+        )
+        try:
+            for run_id, item in tails.items():
+                self.show(run_id, item)
+        except TailTimeout as error:
+            self.ctx.note(f"error: --follow {error.message}")
+            self.code = max(self.code, error.exit)
+            settle(self.ctx, self.left.values(), error, cancels=False)
+
     def count(self) -> str:
         """How many of them ended how."""
-        return tally([self.ends.get(run_id, "not over") for run_id in self.attendants])
+        return tally(self.ends + ["not over"] * len(self.left))
 
     def show(self, run_id: str, item: Union[Event, Verdict, MogplexError]) -> None:
         """What came of a run."""
+        attendant = self.left[run_id]
         if isinstance(item, Verdict):
-            self.finish(run_id, item)
+            code = attendant.finish(item)
+            self.end(run_id, item.status, code)
         elif isinstance(item, MogplexError):
-            self.give_up(run_id, item)
+            note_run_error(self.ctx, run_id, item)
+            settle(self.ctx, [attendant], item, cancels=False)
+            self.end(run_id, "given up", item.exit)
         else:
-            self.attendants[run_id].report.heard(item)
-            emit_event(self.ctx, run_id, item)
+            attendant.report.newest.append(item)
+            emit_events(self.ctx, [item], run_id=run_id)
 
-    def finish(self, run_id: str, verdict: Verdict) -> None:
-        """The trailer of a run, and what is worth knowing."""
-        self.ends[run_id] = verdict.status
-        if verdict.status != "success":
-            self.code = max(self.code, Exit.FAILURE)
-        self.ctx.emit_record(
-            verdict_json(verdict), labelled(run_id, trailer(verdict, self.ctx.colour)))
-        for line in verdict_notes(verdict):
-            self.ctx.note(labelled(run_id, line))
-        self.attendants[run_id].report.end(outcome_of_verdict(verdict))
-
-    def give_up(self, run_id: str, error: MogplexError) -> None:
-        """The following of a run has ended, and not the run."""
-        self.ends[run_id] = "given up"
-        self.code = max(self.code, error.exit)
-        note_run_error(self.ctx, run_id, error)
-        self.attendants[run_id].leave(error)
+    def end(self, run_id: str, how: str, code: int) -> None:
+        """A run is over, or at least the following of it."""
+        self.ends.append(how)
+        self.code = max(self.code, code)
+        self.standing.pop(run_id, None)
+        del self.left[run_id]
 
     def progress(self, run_id: str, progress: Progress) -> None:
         """Called before each wait, at least twice a second, and at each change."""
-        self.ctx.interrupts.check()
-        if reader_left(self.ctx.stdout):
-            raise BrokenPipeError
-        attendant = self.attendants[run_id]
-        attendant.outcome = outcome_so_far(attendant.outcome, progress)
+        self.left[run_id].heed(progress)
         self.standing[run_id] = progress
-        message = progress.message and labelled(run_id, progress.message)
-        self.life.show(self.together()._replace(message=message))
+        self.life.show(self.together())
 
     def together(self) -> Progress:
         """How all those that are not over stand."""
-        going_on = [one for run_id, one in self.standing.items() if run_id not in self.ends]
-        statuses = [*self.ends.values(), *[one.status or "waiting" for one in going_on]]
+        going_on = list(self.standing.values())
+        statuses = [one.status or "waiting" for one in going_on]
         troubled = [one for one in going_on if one.connection != "connected"]
         last_event_at = max(one.last_event_at for one in going_on)
         shown = (troubled or going_on)[0]
-        return shown._replace(status=tally(statuses), last_event_at=last_event_at)
-
-    def leave(self, error: BaseException) -> None:
-        """Settle what becomes of those that are not over, and tell CI."""
-        left = [one for run_id, one in self.attendants.items() if run_id not in self.ends]
-        running = [one for one in left if not status_named(one.outcome.status).terminal]
-        told: Dict[str, str] = {}
-        if any(one.is_to_cancel(error) for one in running):
-            told = cancel_all(self.ctx, running)
-        elif any(one.is_worth_telling(error) for one in running):
-            tell_still_running(self.ctx, [one.outcome.run_id for one in running])
-        reason = reason_left(error)
-        for one in left:
-            reasons = [reason, told.get(one.outcome.run_id, "")]
-            one.report.end(one.outcome._replace(left="; ".join(filter(None, reasons))))
+        return shown._replace(status=tally(self.ends + statuses), last_event_at=last_event_at)
 
 
 def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
@@ -12010,17 +11936,17 @@ def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
         raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
     repo_name = repo_meant(ctx, repo_name)
     task = read_prompt(ctx, words, starting.prompt_file)
-    report = CiReport(ctx, task, following.dotenv)
-    with Attendant(ctx, report, following.cancel_on_interrupt) as attendant, ctx.client() as client:
+    attendant = Attendant(ctx, CiReport(ctx, task, following.dotenv))
+    with attended(ctx, [attendant], following.cancel_on_interrupt), ctx.client() as client:
         repo = resolve_repo(client, repo_name)
         body = start_body(text_of(repo, "id"), task, starting)
         keys = idempotency_keys(ctx.environ, body, starting.idempotency_key)
         request = StartRequest(
             body, text_of(repo, "full_name"), keys, key_is_ours=starting.idempotency_key is None)
-        start(ctx, client, request, attendant)
+        start(client, request, attendant)
         if following.follow:
-            return Follower(ctx, client, attendant, following).run()
-        report.end(attendant.outcome)
+            return Follower(attendant, following.quiet).run(client, following)
+        attendant.report.end(attendant.outcome)
     return report_start(ctx, attendant.outcome)
 
 
@@ -12068,11 +11994,11 @@ def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
 
 def follow_run(ctx: Context, run_id: str, options: FollowOptions) -> int:
     """Follow a run that was started elsewhere."""
-    report = CiReport(ctx, dotenv=options.dotenv)
-    with Attendant(ctx, report, options.cancel_on_interrupt) as attendant:
-        attendant.attend(run_id)
+    attendant = Attendant(ctx, CiReport(ctx, dotenv=options.dotenv), run_id)
+    with attended(ctx, [attendant], options.cancel_on_interrupt):
+        attendant.report.begin(attendant.outcome)
         with ctx.client() as client:
-            return Follower(ctx, client, attendant, options).run()
+            return Follower(attendant, options.quiet).run(client, options)
 
 
 def events_notes(listed: int, limit: int) -> List[str]:
@@ -12095,10 +12021,9 @@ def list_events(ctx: Context, run_ids: Sequence[str], limit: int) -> int:
                 note_run_error(ctx, run_id, error)
                 code = max(code, error.exit)
                 continue
-            for event in events:
-                emit_event(ctx, run_id, event)
+            emit_events(ctx, events, run_id=run_id)
             for line in events_notes(len(events), limit):
-                ctx.note(labelled(run_id, line))
+                ctx.note(label_of(run_id) + line)
     return code
 
 
@@ -12109,8 +12034,7 @@ def several_events(ctx: Context, given: Sequence[str], following: FollowOptions)
     run_ids = resolve_run_ids(ctx, given)
     if not following.follow:
         return list_events(ctx, run_ids, following.limit)
-    with Followers(ctx, run_ids, following) as followers, ctx.client() as client:
-        return followers.run(client)
+    return Followers(ctx, run_ids, following).run()
 
 
 def cmd_runs_events(ctx: Context, *given: str, **options: Any) -> int:
@@ -12123,9 +12047,7 @@ def cmd_runs_events(ctx: Context, *given: str, **options: Any) -> int:
         return follow_run(ctx, run_id, following)
     with ctx.client() as client:
         events = dicts_of(client.events(run_id, limit=following.limit), "events")
-    newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
-    for event in events:
-        ctx.emit_record(event, event_line(event, newline))
+    emit_events(ctx, events)
     for line in events_notes(len(events), following.limit):
         ctx.note(line)
     return Exit.OK

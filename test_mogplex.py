@@ -9442,12 +9442,15 @@ def test_a_file_of_windows_obeys_no_sequences(tmp_path: Any) -> None:
 
 
 @pytest.mark.posix
-def test_a_start_that_is_not_answered_does_not_hold_a_signal_for_ever() -> None:
+def test_a_start_that_is_not_answered_does_not_hold_a_signal_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mogplex, "GRACE_S", 0.01)
     waiting = threading.Event()
     interrupts = mogplex.Interrupts()
     interrupts.first = mogplex.Interrupted(signal.SIGTERM)
     with pytest.raises(mogplex.Interrupted):
-        interrupts.outlast(lambda: {"answered": waiting.wait(60)}, 0.01)
+        interrupts.outlast(lambda: {"answered": waiting.wait(60)})
     waiting.set()
 
 
@@ -10239,9 +10242,8 @@ def test_a_real_bug_keeps_its_traceback(
         cli("runs", "list")
 
 
-def silent_progress(now: float, message: str = "") -> mogplex.Progress:
-    """A run that has shown its last event at 1000."""
-    return mogplex.Progress("connected", "streaming", 990.0, 1000.0, None, 0, message, 1.0, {})
+# Of a run that has shown its last event at 1000.
+SILENT = mogplex.Progress("connected", "streaming", 990.0, 1000.0, None, 0, "", 1.0, {})
 
 
 def life_signs(
@@ -10260,7 +10262,7 @@ def test_a_log_gets_a_sign_of_life_every_minute(quiet: bool, told: str) -> None:
     stderr, now = io.StringIO(), [1000.0]
     life = life_signs(stderr, {}, now, quiet)
     for now[0] in (1000.0, 1030.0, 1060.0, 1061.0, 1119.0, 1120.0, 1121.0):
-        life.show(silent_progress(now[0]))
+        life.show(SILENT)
     assert stderr.getvalue() == told
 
 
@@ -10275,20 +10277,20 @@ def test_the_status_line_of_a_terminal_is_redrawn_at_most_once_a_second() -> Non
     screen, now = TerminalText(), [1000.0]
     life = life_signs(screen, {"TERM": "xterm"}, now)
     for now[0] in (1000.0, 1000.25, 1000.5, 1001.0, 1001.25):
-        life.show(silent_progress(now[0]))
-    life.erase()
+        life.show(SILENT)
+    life.ctx.note("here")
     lines = [
         "streaming 10s | last event 0s ago | connected",
         "streaming 11s | last event 1s ago | connected",
     ]
-    assert screen.getvalue() == "\r" + lines[0] + "\r" + lines[1] + "\r" + " " * len(lines[1]) + "\r"
+    assert screen.getvalue() == "\r".join([*lines, " " * len(lines[1]), "here\n"])
 
 
 @pytest.mark.parametrize("environ", [{}, {"TERM": "dumb"}])
 def test_a_terminal_that_cannot_go_back_gets_no_status_line(environ: Dict[str, str]) -> None:
     screen, now = TerminalText(), [1000.0]
-    life_signs(screen, environ, now).show(silent_progress(1000.0, "connected again"))
-    assert screen.getvalue() == "connected again\n"
+    life_signs(screen, environ, now).show(SILENT)
+    assert screen.getvalue() == ""
 
 
 @pytest.mark.posix
@@ -10932,8 +10934,8 @@ def test_a_run_id_of_an_event_is_not_taken_for_ours() -> None:
 
 
 def test_an_id_cannot_speak_to_a_terminal_or_to_ci() -> None:
-    assert mogplex.labelled("::error::x", "y").startswith(": :error")
-    assert "\x1b" not in mogplex.labelled("\x1b[2Jabc", "y")
+    assert mogplex.label_of("::error::x").startswith(": :error")
+    assert "\x1b" not in mogplex.label_of("\x1b[2Jabc")
 
 
 @pytest.mark.parametrize("argv, stdin, asked", [
@@ -11040,18 +11042,16 @@ def interrupted_followers(server: RawServer, **options: Any) -> Tuple[mogplex.Co
     """A follow of R, S and T that SIGTERM ends as soon as R is over; and the runs cancelled."""
     ctx = mogplex.Context(service(server.url), sys.stdin, io.StringIO(), io.StringIO())
     following = mogplex.FollowOptions(follow=True, **options)
-    ctx.client = functools.partial(mogplex.Context.client, ctx)  # type: ignore[method-assign]
-    with ctx.client() as one:
-        followers = mogplex.Followers(ctx, ["R", "S", "T"], following)
-        finish = followers.finish
+    followers = mogplex.Followers(ctx, ["R", "S", "T"], following)
+    end = followers.end
 
-        def finish_and_hear(run_id: str, verdict: mogplex.Verdict) -> None:
-            finish(run_id, verdict)
-            ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
+    def end_and_hear(run_id: str, how: str, code: int) -> None:
+        end(run_id, how, code)
+        ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
 
-        followers.finish = finish_and_hear  # type: ignore[method-assign]
-        with pytest.raises(mogplex.Interrupted), followers:
-            followers.run(one)
+    followers.end = end_and_hear  # type: ignore[method-assign]
+    with pytest.raises(mogplex.Interrupted):
+        followers.run()
     asked = [request for request in server.requests if "/cancel" in request.split("\r")[0]]
     return ctx, sorted(map(run_asked, asked))
 
@@ -11153,17 +11153,16 @@ def test_cancelling_several_runs_takes_the_time_of_one(monkeypatch: pytest.Monke
         ctx = mogplex.Context(service(server.url), sys.stdin, io.StringIO(), io.StringIO())
         attendants = []
         for run_id in "STU":
-            attendants.append(mogplex.Attendant(ctx, mogplex.CiReport(ctx), True))
-            attendants[-1].outcome = mogplex.Outcome(run_id)
+            attendants.append(mogplex.Attendant(ctx, mogplex.CiReport(ctx), run_id))
         began = time.monotonic()
-        told = mogplex.cancel_all(ctx, attendants)
+        mogplex.cancel_all(ctx, attendants)
         took_s = time.monotonic() - began
         over.set()
-    assert told == {
-        "S": "the run could not be cancelled",
-        "T": "the run could not be cancelled",
-        "U": "cancellation requested for run U",
-    }
+    assert [one.outcome.left for one in attendants] == [
+        "; the run could not be cancelled",
+        "; the run could not be cancelled",
+        "; cancellation requested for run U",
+    ]
     assert took_s < 10.0 and ctx.stderr.getvalue().count("cannot cancel the run: ") == 2
 
 
@@ -11184,9 +11183,9 @@ def test_github_is_told_of_each_run_and_gets_no_outputs_of_several(
 def test_the_sign_of_life_of_several_runs_counts_them() -> None:
     ctx = mogplex.Context(service("http://127.0.0.1:9"), sys.stdin, io.StringIO(), io.StringIO())
     now = [0.0]
-    followers = mogplex.Followers(
-        ctx, "RST", mogplex.FollowOptions(follow=True), clock=lambda: now[0])
-    followers.ends["R"] = "success"
+    followers = mogplex.Followers(ctx, "RST", mogplex.FollowOptions(follow=True))
+    followers.life = mogplex.LifeSigns(ctx, False, clock=lambda: now[0])
+    followers.end("R", "success", 0)
     well = mogplex.Progress("connected", "streaming", 0.0, 0.0, None, 0, "", 1.0, {})
     now[0] = 61.0
     followers.progress("S", well._replace(last_event_at=1.0))
