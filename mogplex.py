@@ -5075,8 +5075,8 @@ def event_line(event: Record, newline: str = " \u23ce ") -> str:
     return "  ".join(filter(None, parts)).rstrip()
 
 
-def logs_text(logs: Json) -> str:
-    """A sandbox's two logs, and the events of its life; "" for none."""
+def logs_text(logs: Json, clock: Callable[[object], str] = format_time) -> str:
+    """A sandbox's two logs, and the events of its life, with times as on ``clock``; "" for none."""
     lines: List[str] = []
     for name in ("install_log", "dev_log"):
         text = text_of(logs, "sandbox", name)
@@ -5085,7 +5085,7 @@ def logs_text(logs: Json) -> str:
             lines += re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))
     for event in dicts_of(logs, "lifecycle_events"):
         facts = (
-            format_time(event.get("created_at")),
+            clock(event.get("created_at")),
             text_of(event, "event_type"),
             text_of(event, "decision_code"),
         )
@@ -6498,13 +6498,15 @@ class Composer(NamedTuple):
 
     def word_start(self) -> int:
         """Where the word before the cursor begins."""
-        before = re.sub(r"[\n\t]", " ", self.text[:self.cursor])
-        return before.rstrip(" ").rfind(" ") + 1
+        before = self.text[:self.cursor].rstrip()
+        word = re.split(r"\s", before)[-1]
+        return len(before) - len(word)
 
     def word_end(self) -> int:
         """Where the word after the cursor ends."""
-        word = re.compile(r"\s*\S*").match(self.text, self.cursor)
-        return word.end() if word else self.cursor
+        after = self.text[self.cursor:]
+        rest = re.sub(r"\s*\S*", "", after, count=1)
+        return len(self.text) - len(rest)
 
     def line_start(self) -> int:
         return self.text.rfind("\n", 0, self.cursor) + 1
@@ -6559,7 +6561,7 @@ class Drawer(NamedTuple):
     searching: bool = False         # letters are no row actions
     at: int = 0
     error: str = ""
-    lines: Tuple[Item, ...] = ()    # all, as of the last change
+    lines: Tuple[Item, ...] = ()    # all; empty while they are to be made anew
     found: Tuple[Item, ...] = ()    # those that the query finds
 
 
@@ -6728,27 +6730,12 @@ class State(NamedTuple):
         return self.close().look(focus=pane)
 
 
-class Sign(NamedTuple):
-    """How a status is shown: never by colour alone."""
-
-    glyph: str
-    word: str
-    style: str
-
-    def label(self) -> str:
-        return f"{self.glyph} {self.word}".strip()
-
-
 def clock_text(seconds: Optional[float], form: str) -> str:
     """A moment on the clock of this machine; "" for what is none."""
     if seconds is None or not 0 < seconds < 4e9:
         return ""
-    return time.strftime(form, time.localtime(seconds))
-
-
-def local_time(value: object, form: str) -> str:
-    """The same of a time of the service."""
-    return clock_text(parse_time(value), form)
+    moment = time.localtime(seconds)
+    return time.strftime(form, moment)
 
 
 def with_reason(status: str, error: str) -> str:
@@ -6763,13 +6750,22 @@ def columns_of(line: Iterable[Segment]) -> int:
     return sum(width_of(text) for text, _ in line)
 
 
-def sign_of(status: object) -> Sign:
-    """The sign of a run or a sandbox."""
-    word = harmless(status, 20)
-    if not word:
-        return Sign("…", "", "dim")
-    known = status_named(word)
-    return Sign(known.glyph, word, known.style)
+def status_of(run: Record) -> str:
+    """The status of a run, as far as the service has said it."""
+    return harmless(run.get("status"), 20)
+
+
+def sign_of(status: str) -> Status:
+    """How a status is shown, known or not."""
+    if not status:
+        return Status("…", "dim")
+    return status_named(status)
+
+
+def status_label(status: str) -> Segment:
+    """A status as it is shown: with a glyph and the word, never by colour alone."""
+    sign = sign_of(status)
+    return f"{sign.glyph} {status}".strip(), sign.style
 
 
 def is_bad_end(status: str) -> bool:
@@ -6810,12 +6806,12 @@ def task_of(run: KnownRun) -> str:
     return run.task or "(task not known)"
 
 
-def repo_named(state: State, repo_id: str) -> str:
-    """The full name of a repository; "" for one that is not listed."""
+def repo_of(state: State, repo_id: str) -> KnownRepo:
+    """A listed repository; one without a name where it is not listed."""
     for repo in state.service.repos:
         if repo.id == repo_id:
-            return repo.name
-    return ""
+            return repo
+    return KnownRepo()
 
 
 def branch_text_of(target: Target) -> str:
@@ -6975,11 +6971,10 @@ def watch_known(state: State, run_id: str) -> State:
 def ask_to_kill(state: State, run_id: str) -> State:
     """Ask whether this run shall be cancelled."""
     status = run_named(state, run_id).status
-    if run_id == state.shown.run_id:
-        status = text_of(state.shown.run, "status") or status
-    if status in TERMINAL_STATUSES:
-        return state.say(f"Run {harmless(run_id, 8)} has ended: {status}.", "warn")
-    return state.attend(killing=run_id)
+    if status not in TERMINAL_STATUSES:
+        return state.attend(killing=run_id)
+    name = harmless(run_id, 8)
+    return state.say(f"Run {name} has ended: {status}.", "warn")
 
 
 def open_for_run(state: State, run_id: str) -> State:
@@ -6999,10 +6994,8 @@ def open_preview(state: State, sandbox_id: str) -> State:
 
 def take_repo(state: State, repo_id: str) -> State:
     """The next task runs in this repository, on its default branch."""
-    for repo in state.service.repos:
-        if repo.id == repo_id:
-            return state.choose(repo=repo, branch="", base="").close()
-    return state
+    repo = repo_of(state, repo_id)
+    return state.choose(repo=repo, branch="", base="").close()
 
 
 def take_branch(state: State, branch: str) -> State:
@@ -7026,8 +7019,9 @@ def export_text(state: State, form: str) -> str:
         return to_json(document, indent=2) + "\n"
     if form == "jsonl":
         return "".join(to_json(event) + "\n" for event in events)
-    word = sign_of(state.shown.run.get("status")).word
-    lines = [f"# Mogplex run {harmless(state.shown.run_id)}", "", f"{word}: {web_url(state)}", ""]
+    title = f"# Mogplex run {harmless(state.shown.run_id)}"
+    status = status_of(state.shown.run)
+    lines = [title, "", f"{status}: {web_url(state)}", ""]
     for event in events:
         lines.append(f"    {event_line(event)}")  # indented: it is no Markdown
     return "\n".join(lines) + "\n"
@@ -7058,31 +7052,31 @@ def action_list(state: State, drawer: Drawer) -> Items:
 def run_items(state: State, drawer: Drawer) -> Items:
     items = []
     for run in state.rail.runs:
-        sign = sign_of(run.status)
+        status, style = status_label(run.status)
         cells = (
             harmless(run.id, 8),
-            sign.label(),
+            status,
             run.repo,
             clock_text(run.started_at, "%b %d %H:%M"),
             task_of(run),
         )
         present = run.id == state.shown.run_id
-        items.append(Item(cells, run.id, sign.style, present))
+        items.append(Item(cells, run.id, style, present))
     return items
 
 
 def sandbox_items(state: State, drawer: Drawer) -> Items:
     items = []
     for sandbox in state.rail.sandboxes:
-        sign = sign_of(sandbox.status)
+        status, style = status_label(sandbox.status)
         cells = (
             harmless(sandbox.id, 8),
-            sign.label(),
-            repo_named(state, sandbox.repo_id),
+            status,
+            repo_of(state, sandbox.repo_id).name,
             sandbox.branch,
             sandbox.error or sandbox.preview_url,
         )
-        items.append(Item(cells, sandbox.id, sign.style))
+        items.append(Item(cells, sandbox.id, style))
     return items
 
 
@@ -7162,6 +7156,13 @@ MOST_LINES = 20000
 LONGEST_MEASURED = 10000
 
 
+def cut(text: str, width: int, roughly: bool) -> str:
+    """What of a text fits, but at least a character of it; fast if it may be only half as much."""
+    if roughly:
+        return text[:width // 2]  # no character is wider than two columns
+    return fit(text, width, "") or text[:1]
+
+
 def wrapped(text: str, width: int) -> List[str]:
     """The lines of ``text``, broken into pieces of at most ``width`` columns."""
     pieces = []
@@ -7169,10 +7170,8 @@ def wrapped(text: str, width: int) -> List[str]:
         start = 0
         while start < len(line):
             piece = line[start:start + width]
-            if not piece.isascii() and len(line) > LONGEST_MEASURED:
-                piece = piece[:width // 2]  # no character is wider than two columns
-            elif not piece.isascii():
-                piece = fit(piece, width, "") or piece[:1]
+            if not piece.isascii():
+                piece = cut(piece, width, len(line) > LONGEST_MEASURED)
             pieces.append(piece)
             start += len(piece)
         if not line:
@@ -7197,37 +7196,41 @@ def folded(text: str, width: int) -> List[str]:
 def page_items(state: State, text: str, most: int) -> Items:
     """A text as wide as the window has room for, of at most so many characters."""
     lines = text[:most].split("\n")
-    if len(text) > most or len(lines) > MOST_LINES:
-        lines = [*lines[:MOST_LINES], "… cut here: /export writes all events to a file"]
-        text = "\n".join(lines)
+    shown_text = "\n".join(lines[:MOST_LINES])
+    if len(shown_text) < len(text):
+        shown_text += "\n… cut here: /export writes all events to a file"
     side = rail_width(state.window.width)
-    width = state.window.width - side - 3
-    pieces = wrapped(sanitize(text, "\n"), max(10, width))
+    width = max(10, state.window.width - side - 3)
+    pieces = wrapped(sanitize(shown_text, "\n"), width)
     return [Item((piece,), piece) for piece in pieces]
 
 
+def local_time(value: object) -> str:
+    """A time of the service, on the clock of this machine."""
+    return clock_text(parse_time(value), "%b %d %H:%M:%S")
+
+
 def log_items(state: State, drawer: Drawer) -> Items:
-    """The two logs of a sandbox, and what happened to it, in local times."""
+    """The two logs of a sandbox, and what happened to it."""
     if drawer.data is None:
         return []
-    lines = [logs_text({"sandbox": dict_of(drawer.data, "sandbox")})]
-    for event in dicts_of(drawer.data, "lifecycle_events"):
-        clock = local_time(event.get("created_at"), "%b %d %H:%M:%S")
-        words = (clock, text_of(event, "event_type"), text_of(event, "decision_code"))
-        lines.append(harmless("  ".join(words)).rstrip())
-    return page_items(state, "\n".join(filter(None, lines)), LONGEST_LOG)
+    text = logs_text(drawer.data, local_time)
+    return page_items(state, text, LONGEST_LOG)
 
 
 def event_items(state: State, drawer: Drawer) -> Items:
     """An event: when and what, the message, then all the rest as JSON."""
-    event = drawer.data
-    clock = local_time(event.get("createdAt"), "%b %d %H:%M:%S")
-    tool = harmless(event.get("toolName"))
-    kind = harmless(event.get("type"), 40)
-    title = "  ".join(filter(None, (clock, kind, tool)))
-    rest = {key: value for key, value in event.items() if key != "message"}
+    rest = dict(drawer.data)
+    message = text_of(rest, "message")
+    rest.pop("message", None)
+    title = (
+        local_time(rest.get("createdAt")),
+        harmless(rest.get("type"), 40),
+        harmless(rest.get("toolName")),
+    )
     text = to_json(rest, indent=2, ensure_ascii=False)
-    return page_items(state, f"{title}\n{text_of(event, 'message')}\n\n{text}", LONGEST_EVENT)
+    parts = ("  ".join(filter(None, title)), message, "", text)
+    return page_items(state, "\n".join(parts), LONGEST_EVENT)
 
 
 def copied(state: State, text: str) -> State:
@@ -7398,15 +7401,13 @@ def refreshed(before: State, state: State) -> State:
     if drawer is None:
         return state
     lines = drawer.lines
-    is_table = drawer.listing.columns
-    moved = old is None or drawer.data is not old.data or state.window != before.window
-    if is_table or moved or not lines:
+    found = drawer.found
+    if drawer.listing.columns or not lines:
         lines = tuple(drawer.listing.rows(state, drawer))
-    elif old and drawer.query == old.query:
-        return state
-    found = searched(lines, drawer.query)
-    at = max(0, min(drawer.at, len(found) - 1))
-    return state.shift(lines=lines, found=found, at=at)
+    if old is None or lines is not old.lines or drawer.query != old.query:
+        found = searched(lines, drawer.query)
+    last = max(0, len(found) - 1)
+    return state.shift(lines=lines, found=found, at=min(drawer.at, last))
 
 
 # -- Words: what a line of the composer does
@@ -7811,8 +7812,7 @@ def show_palette(state: State) -> State:
     items = word_items(COMMANDS.values())
     for run in state.rail.runs:
         name = harmless(run.id, 8)
-        status = sign_of(run.status).word
-        words = f"{status}  {task_of(run)}".strip()
+        words = f"{run.status}  {task_of(run)}".strip()
         items.append(Item((f"/attach {name}", words), f"/attach {run.id}"))
     return state.open(PALETTE, data=items)
 
@@ -8000,7 +8000,7 @@ def shown_place(state: State, room: int) -> List[Segment]:
     """The repository of the shown run, and of its branch what there is room for."""
     run = state.shown.run
     known = run_named(state, state.shown.run_id)
-    repo = repo_named(state, text_of(run, "repoId")) or known.repo
+    repo = repo_of(state, text_of(run, "repoId")).name or known.repo
     branch = state.shown.delivery.branch
     for kind in ("working", "base"):
         branch = branch or harmless(text_of(run, "branch", kind), 200)
@@ -8028,9 +8028,9 @@ def header(state: State, width: int) -> Row:
     harness = harmless(run.get("harness"), 16)
     if width >= 80 and harness:
         facts += [BAR, (harness, "")]
-    status = sign_of(run.get("status"))
+    status, status_style = status_label(status_of(run))
     facts.append(BAR if left else (" ", ""))
-    facts.append((status.label().upper(), status.style))
+    facts.append((status.upper(), status_style))
     clock = run_clock(state)
     room = width - columns_of([*left, *facts, *right])
     if len(clock) <= room:
@@ -8085,7 +8085,7 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
     name = f"{harmless(run.id, 4)} "
     repo = short_repo(run.repo)
     task = task_of(run)
-    word = f" {sign.word}"
+    word = f" {run.status}"
     age = f" {run_age(state, run)}"
     # The glyph, the marks and the blank at the end take five columns.
     room = width - 5 - width_of(name) - min(12, width_of(task))
@@ -8114,13 +8114,13 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
 def sandbox_line(state: State, sandbox: KnownSandbox, width: int) -> Row:
     """A sandbox in the rail."""
     sign = sign_of(sandbox.status)
-    repo = short_repo(repo_named(state, sandbox.repo_id))
+    repo = short_repo(repo_of(state, sandbox.repo_id).name)
     left = [
         (f"  {sign.glyph} ", sign.style),
         (repo, "dim"),
         (sandbox.branch, ""),
     ]
-    right = (f" {sign.word} ", sign.style)
+    right = (f" {sandbox.status} ", sign.style)
     return ends(left, [right], width)
 
 
@@ -8135,14 +8135,13 @@ def row_detail(state: State) -> str:
     if row is None:
         return ""
     name = harmless(row.id, 8)
-    status = sign_of(row.status).word
     if isinstance(row, KnownRun):
         place = f"{name} {row.repo}".strip()
         age = run_age(state, row)
-        return dotted([place, f"{status or '…'} {age}".strip(), row.error, task_of(row)])
-    repo = repo_named(state, row.repo_id)
+        return dotted([place, f"{row.status or '…'} {age}".strip(), row.error, task_of(row)])
+    repo = repo_of(state, row.repo_id).name
     place = " ".join(f"{name} {repo} {row.branch}".split())
-    return dotted([place, status, row.error])
+    return dotted([place, row.status, row.error])
 
 
 def around(at: int, count: int, rows: int) -> range:
@@ -8221,7 +8220,7 @@ def strip(state: State, width: int) -> Row:
     for run in runs[:6]:
         sign = sign_of(run.status)
         mark = "▸" if run.id == state.shown.run_id else " "
-        label = f"{sign.glyph} {harmless(run.id, 4)} {sign.word}".strip()
+        label = f"{sign.glyph} {harmless(run.id, 4)} {run.status}".strip()
         task = fit(task_of(run), 16)
         row += [(mark, "accent"), (f"{label} ", sign.style), (f"{task} ", "")]
     right: List[Segment] = []
@@ -8248,14 +8247,14 @@ def progress_text(state: State) -> str:
 def outcome(state: State) -> List[Segment]:
     """The line after the newest entry: that the run is at work, or how it ended and why."""
     shown = state.shown
-    status = text_of(shown.run, "status")
+    status = status_of(shown.run)
     if shown.lost and not shown.again_at:
         return [(f"✗ cannot be followed: {shown.lost}", "bad")]
     if not shown.verdict and status not in TERMINAL_STATUSES:
         return [(progress_text(state), "dim")]
-    sign = sign_of(status)
-    words = with_reason(sign.label(), harmless(shown.run.get("error")))
-    segments = [(words, sign.style)]
+    label, style = status_label(status)
+    words = with_reason(label, harmless(shown.run.get("error")))
+    segments = [(words, style)]
     url = web_url(state)
     if url != state.service.base_url:
         segments.append((f" · o opens {url}", ""))
@@ -9048,7 +9047,7 @@ def on_text(state: State, message: Text) -> State:
 
 def on_resize(state: State, message: Resize) -> State:
     """A rail that is no longer there keeps no focus."""
-    state = state.look(width=message.width, height=message.height)
+    state = state.look(width=message.width, height=message.height).shift(lines=())
     if state.window.focus == "rail" and not rail_width(state.window.width):
         return state.look(focus="timeline")
     return state
@@ -9121,7 +9120,7 @@ def put_first(state: State, known: KnownRun) -> State:
 
 def added(state: State, known: KnownRun, run: Record) -> State:
     """With a run that was started elsewhere in the rail, and written to the history."""
-    repo = repo_named(state, text_of(run, "repoId"))
+    repo = repo_of(state, text_of(run, "repoId")).name
     began = parse_time(run.get("createdAt")) or 0.0
     state = put_first(state, known._replace(repo=repo, started_at=began))
     return state.ask(Desk.remember, repo, run)
@@ -9129,7 +9128,7 @@ def added(state: State, known: KnownRun, run: Record) -> State:
 
 def heard(state: State, run_id: str, run: Record) -> State:
     """With what an answer says of a run: in the header, in the rail, and as an alert."""
-    status = harmless(run.get("status"), 20)
+    status = status_of(run)
     error = harmless(run.get("error"), 200)
     if not status:
         return state
@@ -9177,7 +9176,7 @@ def on_event(state: State, message: Arrived) -> State:
     tool = harmless(event.get("toolName"), 100)
     message_text = event_text(event)[:2000]
     text = "  ".join(filter(None, (tool, message_text)))
-    clock = local_time(event.get("createdAt"), "%H:%M:%S")
+    clock = clock_text(parse_time(event.get("createdAt")), "%H:%M:%S")
     kind = harmless(event.get("type"), 40) or "event"
     entry = Entry(clock, kind, text, event)
     entries = state.shown.entries
@@ -9385,7 +9384,7 @@ def on_fetched(state: State, message: Fetched) -> State:
     if take:
         state = take(state, message)
     if is_for_drawer(state, message.ask):
-        return state.shift(data=message.data, error="")
+        return state.shift(data=message.data, error="", lines=())
     return state
 
 

@@ -6818,6 +6818,25 @@ def test_a_search_finds_letters_in_order_and_the_closest_first() -> None:
     assert [item.cells[0] for item in found] == ["/sbx", "/sandboxes", "s a n d b o x"]
 
 
+def test_at_the_end_of_a_page_its_last_line_is_selected() -> None:
+    state = played(mogplex.Resize(80, 24), *BUSY, *keys("tab", "enter", "end"))
+    assert state.drawer and state.drawer.at == len(state.drawer.found) - 1
+    assert mogplex.Screen.write in jobs(then(state, mogplex.Text("y")))
+    assert then(state, *keys("up")) != then(state, *keys("down"))
+
+
+def test_a_page_is_made_anew_for_another_window_and_another_answer() -> None:
+    message = "x" * 100 + "END"
+    state = played(mogplex.Resize(80, 24), *BUSY, arrived({**EVENTS[0], "message": message}))
+    details = then(state, *keys("tab", "enter"))
+    assert message not in drawn(details, 80, 24) and message in drawn(details, 160, 24)
+    logs = then(state, *typed("/logs s1000000-1"))
+    for line in ("first", "second"):
+        answer = {"sandbox": {"dev_log": line}}
+        logs = then(logs, fetched(Client.sandbox_logs, answer, "s1000000-1"))
+        assert logs.drawer and line in repr(logs.drawer.lines)
+
+
 def test_the_details_of_a_megabyte_are_wrapped_once() -> None:
     event = {**EVENTS[0], "message": "a line of text, and more of it; " * 32768}
     state = played(mogplex.Resize(120, 40), *BUSY, arrived(event), *keys("tab", "enter"))
