@@ -6088,22 +6088,7 @@ class Tick:
     """Another second began."""
 
 
-class Arrived(NamedTuple):
-    """An event of a run."""
-
-    run_id: str
-    event: Record
-
-
-class Progressed(NamedTuple):
-    """How the tail of a run gets on; ``wait_s`` until it asks again."""
-
-    run_id: str
-    progress: Progress
-    wait_s: float = 0.0
-
-
-class Fetched(NamedTuple):
+class Told(NamedTuple):
     """What a job has read or come to, or what a Desk has to tell meanwhile."""
 
     ask: Ask
@@ -6166,7 +6151,7 @@ class Desk:
     """A worker thread and its jobs, one after another, with a Client of its own.
 
     A job is a method of it, or one of the Client that reads. What a job returns is posted as
-    Fetched, but for None. An exception that is no MogplexError is a bug, and ends the cockpit.
+    Told, but for None. An exception that is no MogplexError is a bug, and ends the cockpit.
     """
 
     def __init__(self, post: Callable[[Any], None], facts: Facts) -> None:
@@ -6190,7 +6175,7 @@ class Desk:
 
     def tell(self, job: Callable[..., object], data: object, *arguments: object) -> None:
         """Post what is known without an answer of the service, or before a job has ended."""
-        self.post(Fetched(Ask(job, arguments), data))
+        self.post(Told(Ask(job, arguments), data))
 
     def call(self, ask: Ask) -> object:
         """What a job comes to."""
@@ -6214,7 +6199,7 @@ class Desk:
             return
         if data is not None:
             latency_ms = (time.monotonic() - began) * 1000
-            self.post(Fetched(ask, data, latency_ms))
+            self.post(Told(ask, data, latency_ms))
 
     def client(self) -> Client:
         if self.connection is None:
@@ -6237,17 +6222,15 @@ class Desk:
         self.told = None
         report = functools.partial(self.report, run_id)
         for item in tail(self.client(), run_id, on_progress=report, interval_s=TAIL_INTERVAL_S):
-            if isinstance(item, Verdict):
-                self.post(item)
-            else:
-                self.post(Arrived(run_id, item))
+            self.tell(Desk.watch, item, run_id)
 
     def report(self, run_id: str, progress: Progress) -> None:
+        """How the tail of a run gets on, and how long until it asks again."""
         if progress != self.told:
             self.told = progress
             retry_at = progress.retry_at or 0.0
             wait_s = max(0.0, retry_at - time.monotonic())
-            self.post(Progressed(run_id, progress, wait_s))
+            self.tell(Desk.report, progress, run_id, wait_s)
         if not self.asks.empty():
             raise Left
 
@@ -6395,7 +6378,7 @@ class Shell:
 
     def warn(self, line: str) -> None:
         """What the home has to say."""
-        self.post(Fetched(Ask(Desk.say, ("warn",)), line))
+        self.post(Told(Ask(Desk.say, ("warn",)), line))
 
     def perform(self, ask: Ask) -> None:
         """Do what a state asks for: here, with the terminal, or at a desk."""
@@ -9170,9 +9153,8 @@ def delivered(state: State, delivery: Delivery) -> State:
     return state.plan(target=target).show(origin=target)
 
 
-def on_event(state: State, message: Arrived) -> State:
+def take_event(state: State, event: Event) -> State:
     """An event of the shown run; a delivery may move the target."""
-    event = message.event
     tool = harmless(event.get("toolName"), 100)
     message_text = event_text(event)[:2000]
     text = "  ".join(filter(None, (tool, message_text)))
@@ -9200,9 +9182,10 @@ def good_answer(state: State, latency_ms: float) -> State:
     return state
 
 
-def on_progress(state: State, message: Progressed) -> State:
+def take_progress(state: State, message: Told) -> State:
     """How the tail of the shown run gets on."""
-    progress = message.progress
+    progress = message.data
+    run_id, wait_s = message.ask.arguments
     if progress.failures:
         state = state.know(failures=progress.failures)
         if progress.message:
@@ -9210,16 +9193,20 @@ def on_progress(state: State, message: Progressed) -> State:
     elif progress.connection == "connected":
         state = good_answer(state, progress.latency_ms)
     if progress.connection == "limited":
-        state = state.know(held_until=state.now + message.wait_s)
-    return heard(state, message.run_id, progress.run)
+        state = state.know(held_until=state.now + wait_s)
+    return heard(state, run_id, progress.run)
 
 
-def on_verdict(state: State, verdict: Verdict) -> State:
-    state = state.show(verdict=verdict, lost="", again_at=0.0)
-    return heard(state, verdict.run_id, verdict.run)
+def take_tail(state: State, message: Told) -> State:
+    """An event of the shown run, or its verdict."""
+    item = message.data
+    if not isinstance(item, Verdict):
+        return take_event(state, item)
+    state = state.show(verdict=item, lost="", again_at=0.0)
+    return heard(state, item.run_id, item.run)
 
 
-def take_run(state: State, message: Fetched) -> State:
+def take_run(state: State, message: Told) -> State:
     """The present state of a run."""
     run_id = message.ask.arguments[0]
     state = heard(state, run_id, message.data)
@@ -9229,7 +9216,7 @@ def take_run(state: State, message: Fetched) -> State:
     return state
 
 
-def take_found(state: State, message: Fetched) -> State:
+def take_found(state: State, message: Told) -> State:
     """A run that was looked for: it is shown now."""
     run_id = text_of(message.data, "runId") or message.ask.arguments[0]
     state = watch(state.attend(notice_until=0.0), run_id, message.data)
@@ -9252,7 +9239,7 @@ def read_sandbox(record: Json) -> KnownSandbox:
     )
 
 
-def take_sandboxes(state: State, message: Fetched) -> State:
+def take_sandboxes(state: State, message: Told) -> State:
     return state.with_rail(sandboxes=tuple(map(read_sandbox, message.data)))
 
 
@@ -9263,7 +9250,7 @@ def read_repo(record: Json) -> KnownRepo:
     return KnownRepo(text_of(record, "id"), name, branch)
 
 
-def take_repos(state: State, message: Fetched) -> State:
+def take_repos(state: State, message: Told) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
     repos = tuple(map(read_repo, message.data))
     wanted = state.next.target.repo.name
@@ -9278,24 +9265,24 @@ def take_repos(state: State, message: Fetched) -> State:
     return state
 
 
-def take_line(state: State, message: Fetched) -> State:
+def take_line(state: State, message: Told) -> State:
     """Something to say to the person."""
     return state.say(message.data, *message.ask.arguments)
 
 
-def take_url(state: State, message: Fetched) -> State:
+def take_url(state: State, message: Told) -> State:
     """The URL that a browser has to open for a sign-in."""
     if not state.is_signed_out:
         return state
     return state.admit(url=harmless(message.data, 4000))
 
 
-def take_lapse(state: State, message: Fetched) -> State:
+def take_lapse(state: State, message: Told) -> State:
     """When the credential in force ends, in epoch seconds; None when it renews itself."""
     return state.admit(lapses_at=message.data)
 
 
-def take_started(state: State, message: Fetched) -> State:
+def take_started(state: State, message: Told) -> State:
     """A run that was just started: it is shown, and its delivery may move the target."""
     run = message.data
     new = message.ask.arguments[0]
@@ -9316,12 +9303,12 @@ def take_started(state: State, message: Fetched) -> State:
     return state.say("Run started.", "ok")
 
 
-def take_recorded(state: State, message: Fetched) -> State:
+def take_recorded(state: State, message: Told) -> State:
     """A started run has been written to the history."""
     return change_start(state, message.ask.arguments[0].key)
 
 
-def take_sign_out(state: State, message: Fetched) -> State:
+def take_sign_out(state: State, message: Told) -> State:
     """There is no credential: the composer takes a token now."""
     if not state.is_signed_out:
         state = show_sign_in(state)
@@ -9330,7 +9317,7 @@ def take_sign_out(state: State, message: Fetched) -> State:
     return state
 
 
-def take_sign_in(state: State, message: Fetched) -> State:
+def take_sign_in(state: State, message: Told) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.is_signed_out:
         composer = Composer(history=state.composer.history)  # no draft: it may hold a token
@@ -9342,6 +9329,8 @@ def take_sign_in(state: State, message: Fetched) -> State:
 
 
 TAKEN = {
+    Desk.watch: take_tail,
+    Desk.report: take_progress,
     Desk.say: take_line,
     Desk.client: take_lapse,
     Desk.tell_started: take_started,
@@ -9374,7 +9363,7 @@ def is_for_drawer(state: State, ask: Ask) -> bool:
     return drawer.subject == ask.arguments
 
 
-def on_fetched(state: State, message: Fetched) -> State:
+def on_told(state: State, message: Told) -> State:
     """What a desk has to tell: to the state, and to the drawer that waits for it."""
     job = message.ask.job
     if message.latency_ms:
@@ -9487,21 +9476,17 @@ HANDLERS: Dict[type, Callable[[State, Any], State]] = {
     Mouse: on_mouse,
     Resize: on_resize,
     Tick: on_tick,
-    Arrived: on_event,
-    Progressed: on_progress,
-    Verdict: on_verdict,
-    Fetched: on_fetched,
+    Told: on_told,
     Failed: on_failed,
 }
 
 
 def is_of_another_run(state: State, message: object) -> bool:
     """Whether a tail says this that has been left meanwhile."""
-    if isinstance(message, (Arrived, Progressed, Verdict)):
-        return message.run_id != state.shown.run_id
-    if isinstance(message, Failed) and message.ask.job is Desk.watch:
-        return bool(message.ask.arguments[0] != state.shown.run_id)
-    return False
+    if not isinstance(message, (Told, Failed)):
+        return False
+    ask = message.ask
+    return ask.job in (Desk.watch, Desk.report) and ask.arguments[0] != state.shown.run_id
 
 
 def update(state: State, message: object) -> State:

@@ -5460,28 +5460,36 @@ def typed(text: str) -> List[Any]:
     return [mogplex.Text(text), mogplex.Key("enter")]
 
 
-def fetched(job: Any, data: Any, *arguments: Any) -> mogplex.Fetched:
-    return mogplex.Fetched(mogplex.Ask(job, arguments), data, 84.0)
+def fetched(job: Any, data: Any, *arguments: Any) -> mogplex.Told:
+    return told(job, data, *arguments)._replace(latency_ms=84.0)
+
+
+def told(job: Any, data: Any, *arguments: Any) -> mogplex.Told:
+    """What a desk tells without an answer of the service."""
+    return mogplex.Told(mogplex.Ask(job, arguments), data)
 
 
 def failed(error: mogplex.MogplexError, job: Any, *arguments: Any) -> mogplex.Failed:
     return mogplex.Failed(mogplex.Ask(job, arguments), error)
 
 
-def arrived(event: Dict[str, Any], run_id: str = RUN_ID) -> mogplex.Arrived:
-    return mogplex.Arrived(run_id, event)
+def arrived(event: Dict[str, Any], run_id: str = RUN_ID) -> mogplex.Told:
+    return told(Desk.watch, event, run_id)
 
 
-def progressed(connection: str = "connected", run: Any = None, **facts: Any) -> mogplex.Progressed:
+def progressed(connection: str = "connected", run: Any = None, **facts: Any) -> mogplex.Told:
     blank: Dict[str, Any] = dict.fromkeys(mogplex.Progress._fields, 0)
     blank.update(connection=connection, message="", run=run or SHOWN, latency_ms=84.0)
     wait_s = facts.pop("wait_s", 0.0)
     run_id = facts.pop("run_id", RUN_ID)
-    return mogplex.Progressed(run_id, mogplex.Progress(**{**blank, **facts}), wait_s)
+    return told(Desk.report, mogplex.Progress(**{**blank, **facts}), run_id, wait_s)
 
 
-def run_over(run: Dict[str, Any], truncated: bool = False) -> mogplex.Verdict:
-    return mogplex.Verdict(RUN_ID, run["status"], "", "", "", truncated, 1.0, run)
+def run_over(
+    run: Dict[str, Any], truncated: bool = False, run_id: str = RUN_ID,
+) -> mogplex.Told:
+    verdict = mogplex.Verdict(run_id, run["status"], "", "", "", truncated, 1.0, run)
+    return told(Desk.watch, verdict, run_id)
 
 
 def asked(state: mogplex.State) -> List[Any]:
@@ -5522,11 +5530,12 @@ STATES = {
     "busy": played(*BUSY, rail=RAIL),
     "failed": played(*ENDED_BADLY, rail=RAIL),
     "hostile": played(*NASTY),
-    "hostile end": played(*NASTY, arrived(HOSTILE_DELIVERY, "nope\x1b"), mogplex.Verdict(
-        "nope\x1b", "failed", "", "", "", False, 1.0, {"status": "failed", "error": "\x1b[2J"})),
+    "hostile end": played(
+        *NASTY, arrived(HOSTILE_DELIVERY, "nope\x1b"),
+        run_over({"status": "failed", "error": "\x1b[2J"}, run_id="nope\x1b")),
     "signed out": played(fetched(Desk.sign_out, "not signed in"), mogplex.Text("mog_secret")),
     "waiting": played(
-        fetched(Desk.sign_out, ""), fetched(Desk.tell_url, "https://www.mogplex.com/api/auth?" + "x" * 300)),
+        fetched(Desk.sign_out, ""), told(Desk.tell_url, "https://www.mogplex.com/api/auth?" + "x" * 300)),
     "drawer": played(*BUSY, *keys("^p"), mogplex.Text("sbx"), rail=RAIL),
     "runs": played(*BUSY, *typed("/runs"), rail=RAIL),
     "event": played(*NASTY, *keys("tab", "up", "up", "enter")),
@@ -5927,7 +5936,7 @@ SCROLLED = then(FULL, *keys("tab"), *[mogplex.Text("k")] * 50, *[mogplex.Text("j
 
 
 @pytest.mark.parametrize("state, most, message, seconds", [
-    (FULL, 0, fetched(Desk.client, None), 0), (FULL, 250, mogplex.Tick(), 1),
+    (FULL, 0, told(Desk.client, None), 0), (FULL, 250, mogplex.Tick(), 1),
     (FULL, 400, mogplex.Text("w"), 0), (FULL, 6000, arrived(EVENTS[0]), 0),
     (SCROLLED, 400, mogplex.Text("k"), 0), (SCROLLED, 400, mogplex.Text("j"), 0)])
 def test_a_frame_writes_only_what_differs(
@@ -5957,7 +5966,7 @@ def started(state: mogplex.State, **facts: Any) -> mogplex.State:
     """After the service's answer to the start that is under way."""
     new = state.next.starts[-1]
     run = {**SHOWN, "runId": "b" * 8, "status": "pending", **facts}
-    return then(state, fetched(Desk.tell_started, run, new), fetched(Desk.start, run, new))
+    return then(state, told(Desk.tell_started, run, new), fetched(Desk.start, run, new))
 
 
 def delivered(state: mogplex.State) -> mogplex.State:
@@ -6051,7 +6060,7 @@ def test_a_start_that_an_earlier_cockpit_lost_is_told(tmp_path: Any) -> None:
 
 def test_a_delivery_in_the_meantime_does_not_move_a_start_whose_answer_was_lost() -> None:
     first = played(*AIMED, *typed("one"))
-    state = then(first, fetched(Desk.tell_started, SHOWN, first.next.starts[0]))
+    state = then(first, told(Desk.tell_started, SHOWN, first.next.starts[0]))
     state = then(state, fetched(Desk.start, SHOWN, first.next.starts[0]), *typed("two"))
     (ask,) = state.asks
     lost = mogplex.UnavailableError("the connection was lost", delivered=True)
@@ -6412,7 +6421,7 @@ def test_the_token_field_stays_one_until_the_service_has_accepted_a_token() -> N
     assert asked(state)[-1] == (Desk.try_token, "mog_wrong")
     assert "Trying the token" in drawn(state)
     for message in (failed(WRONG, Desk.try_token, "mog_wrong"), fetched(Client.sandboxes, []),
-                    progressed(), fetched(Desk.client, None), *keys("esc")):
+                    progressed(), told(Desk.client, None), *keys("esc")):
         state = then(state, message)
         text = drawn(then(state, mogplex.Text("mog_right")))
         assert "mog_" not in text and "•••••••••" in text and "Signed in" not in text
@@ -6512,7 +6521,7 @@ def good(ask: mogplex.Ask) -> Any:
         data = TWO_REPOS
     elif ask.job is Client.run:
         data = {**SHOWN, "runId": ask.arguments[0]}
-    return mogplex.Fetched(ask, data, 84.0)
+    return mogplex.Told(ask, data, 84.0)
 
 
 def test_what_could_not_be_fetched_at_the_start_is_fetched_again() -> None:
@@ -6662,7 +6671,8 @@ def test_alerts_leave_with_their_cause() -> None:
     assert "Offline, retrying: no route" in drawn(lost)
     found = then(lost, progressed())
     assert "!!" not in drawn(found) and "Connected again." in drawn(found)
-    assert "lapses in 5m" in drawn(played(fetched(Desk.client, NOW + 300)))
+    assert "Offline" in drawn(then(lost, told(Desk.client, None)))  # it may be offline still
+    assert "lapses in 5m" in drawn(played(told(Desk.client, NOW + 300)))
 
 
 def test_tool_names_are_in_the_timeline_and_found_by_the_filter() -> None:
