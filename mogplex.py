@@ -7849,10 +7849,10 @@ def completions(state: State) -> List[str]:
 
 
 class PaneLine(NamedTuple):
-    """A line of a pane, and the position of what it shows; -1 for a line that shows nothing."""
+    """A line of a pane, and the position of what it shows; None for a line that shows nothing."""
 
     line: Line
-    at: int = -1
+    at: Optional[int] = None
 
 
 PaneLines = List[PaneLine]
@@ -7900,9 +7900,10 @@ ROW_HINTS = {"x": "x kill", "o": "o open", "y": "y copy"}
 def drawer_hints(drawer: Drawer) -> List[str]:
     """What can be done in a drawer."""
     actions = drawer.listing.actions
-    hints = ["↑ ↓ move", "Esc close"]
+    hints = ["↑ ↓ move"]
     if "enter" in actions:
-        hints.insert(1, "Enter open")
+        hints.append("Enter open")
+    hints.append("Esc close")
     if not drawer.searching:
         hints += [hint for key, hint in ROW_HINTS.items() if key in actions]
     return [*hints, "type to search"]
@@ -7916,7 +7917,8 @@ def hints_of(state: State) -> Sequence[str]:
     if state.is_signed_out and focus == "composer":
         return WAITING_HINTS if state.sign_in.url else SIGN_IN_HINTS
     if focus == "rail":
-        return RUN_HINTS if selected(state)[0] is RUNS else SANDBOX_HINTS
+        listing, _ = selected(state)
+        return RUN_HINTS if listing is RUNS else SANDBOX_HINTS
     if focus == "timeline":
         return TIMELINE_HINTS
     if focus == "filter":
@@ -7927,39 +7929,43 @@ def hints_of(state: State) -> Sequence[str]:
 def joined(hints: Iterable[str], width: int) -> str:
     """Whole hints, as many as fit."""
     line = ""
+    gap = " "
     for hint in hints:
-        longer = f"{line} · {hint}" if line else f" {hint}"
+        longer = line + gap + hint
         if width_of(longer) > width:
             break
         line = longer
+        gap = " · "
     return line
 
 
-def fill(segments: Iterable[Segment], width: int, style: Optional[str] = None) -> Row:
-    """Segments cut and padded to exactly ``width`` columns; ``style`` for all of it."""
+def fill(line: Line, width: int, style: str = "") -> Row:
+    """A line cut and padded to exactly ``width`` columns; ``style``, if given, for all of it."""
     row = []
     room = width
-    for text, own in segments:
+    for text, own in line:
         text = fitted(text, room)
-        row.append((text, own if style is None else style))
+        row.append((text, style or own))
         room -= width_of(text)
     if room:
-        row.append((" " * room, style or ""))
+        row.append((" " * room, style))
     return tuple(row)
 
 
-def padded(lines: Iterable[Line], width: int, rows: int) -> List[Row]:
+def padded(lines: PaneLines, width: int, rows: int) -> List[Row]:
     """Exactly ``rows`` rows: the lines, and blank ones."""
-    filled = [fill(line, width) for line in lines][:rows]
-    return filled + [fill([], width)] * (rows - len(filled))
+    blank = PaneLine([])
+    missing = rows - len(lines)
+    lines = lines[:rows] + [blank] * missing
+    return [fill(placed.line, width) for placed in lines]
 
 
-def ends(left: Line, right: Line, width: int, style: Optional[str] = None) -> Row:
+def ends(left: Line, right: Line, width: int) -> Row:
     """``left`` cut and padded, and ``right`` at the end of the row, where there is room."""
     room = width - columns_of(right)
     if room <= 0:
-        return fill(left, width, style)
-    return (*fill(left, room, style), *right)
+        return fill(left, width)
+    return (*fill(left, room), *right)
 
 
 def run_clock(state: State) -> str:
@@ -7967,19 +7973,19 @@ def run_clock(state: State) -> str:
     run = state.shown.run
     known = run_named(state, state.shown.run_id)
     since = parse_time(run.get("createdAt")) or known.started_at
-    until: Optional[float] = state.now
+    until = state.now
     if run.get("status") in TERMINAL_STATUSES:
-        until = parse_time(run.get("updatedAt"))
+        until = parse_time(run.get("updatedAt")) or 0.0
     if not since or not until:
         return ""
-    minutes, seconds = divmod(max(0, int(until - since)), 60)
-    return f" {minutes}:{seconds:02d}"
+    seconds = max(0, int(until - since))
+    return f" {seconds // 60}:{seconds % 60:02d}"
 
 
 BAR = (" │ ", "line")  # between the facts of the header
 
 
-def shown_place(state: State, room: int) -> List[Segment]:
+def shown_place(state: State, room: int) -> Line:
     """The repository of the shown run, and of its branch what there is room for."""
     run = state.shown.run
     known = run_named(state, state.shown.run_id)
@@ -7989,66 +7995,71 @@ def shown_place(state: State, room: int) -> List[Segment]:
         branch = branch or harmless(text_of(run, "branch", kind), 200)
     if not repo and not branch:
         return []
-    name = fit(repo, 28)
-    place = [BAR, (name, "bold")]
+    repo = fit(repo, 28)
+    place = [BAR, (repo, "bold")]
     if branch:
-        room = max(0, room - columns_of(place))
-        place.append((fit(f" ⎇ {branch}", room), "accent"))
+        branch = fit(f" ⎇ {branch}", room - columns_of(place))
+        place.append((branch, "accent"))
     return place
 
 
 def header(state: State, width: int) -> Row:
     """The shown run, and how the service answers."""
+    run = state.shown.run
     words, style = health(state)
-    right: List[Segment] = [BAR, (f"{words} ", style)]
+    right = [BAR, (f"{words} ", style)]
     left: List[Segment] = []
+    before_status = (" ", "")
     if width >= 40:
         left.append((" mogplex", "brand"))
+        before_status = BAR
     if not state.shown.run_id:
         return ends(left, right, width)
-    run = state.shown.run
     facts: List[Segment] = []
     harness = harmless(run.get("harness"), 16)
     if width >= 80 and harness:
         facts += [BAR, (harness, "")]
     status, status_style = status_label(status_of(run))
-    facts.append(BAR if left else (" ", ""))
-    facts.append((status.upper(), status_style))
+    facts += [before_status, (status.upper(), status_style)]
+    room = width - columns_of(left + facts + right)
     clock = run_clock(state)
-    room = width - columns_of([*left, *facts, *right])
     if len(clock) <= room:
         facts.append((clock, "dim"))
         room -= len(clock)
     if width >= 60:
         left += shown_place(state, room)
-    return ends([*left, *facts], right, width)
+    return ends(left + facts, right, width)
 
 
 def takes_alert_keys(state: State) -> bool:
     """Whether Enter and Esc are for the first alert."""
     if state.drawer or state.is_signed_out or state.attention.killing:
         return False
-    return state.window.focus == "composer" and not state.composer.text.strip()
+    if state.window.focus != "composer":
+        return False
+    return not state.composer.text.strip()
 
 
 def alert_row(state: State, alerts: Sequence[Notice], width: int) -> Row:
     """The first alert, and how many there are beside it."""
-    more = ""
+    first = alerts[0]
+    text = f" !! {first.text}"
     if len(alerts) > 1:
-        more = f" (+{len(alerts) - 1})"
-    text = f" !! {alerts[0].text}{more}"
+        text += f" (+{len(alerts) - 1})"
     keys = " "
-    if alerts[0].run_id and takes_alert_keys(state):
+    if first.run_id and takes_alert_keys(state):
         for words in (" [Enter] open ", " [Enter] open  [Esc] dismiss "):
-            if width_of(text) + len(words) <= width:
+            if width_of(text + words) <= width:
                 keys = words
-    return ends([(text, "")], [(keys, "alert")], width, "alert")
+    row = ends([(text, "")], [(keys, "")], width)
+    return fill(row, width, "alert")
 
 
 def run_age(state: State, run: KnownRun) -> str:
     """How old a run is; of an active one whose status is older than 30 s, how old that is."""
-    if is_active(run) and run.heard_at and state.now - run.heard_at > 30:
-        return f"{format_age(state.now - run.heard_at)} old"
+    unheard_s = state.now - run.heard_at
+    if is_active(run) and run.heard_at and unheard_s > 30:
+        return f"{format_age(unheard_s)} old"
     if run.started_at:
         return format_age(state.now - run.started_at)
     return ""
@@ -8069,12 +8080,13 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
     repo = short_repo(run.repo)
     task = task_of(run)
     word = f" {run.status}"
-    age = f" {run_age(state, run)}"
+    age = f" {run_age(state, run)}".rstrip()
     # The glyph, the marks and the blank at the end take five columns.
-    room = width - 5 - width_of(name) - min(12, width_of(task))
-    if columns_of([(repo, ""), (word, ""), (age, "")]) > room:
+    room = width - 5 - width_of(name)
+    room -= min(12, width_of(task))
+    if width_of(repo + word + age) > room:
         age = ""
-    if columns_of([(repo, ""), (word, "")]) > room:
+    if width_of(repo + word) > room:
         repo = ""
     if len(word) > room:
         word = ""
@@ -8086,12 +8098,14 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
     left = [
         (f" {mark}", "accent"),
         (f"{sign.glyph} ", sign.style),
-        (name, "dim"),
-        (repo, "dim"),
+        (name + repo, "dim"),
         (task, task_style),
     ]
-    right = [(word, sign.style), (age.rstrip(), "dim"), (" ", "")]
-    return ends(left, [segment for segment in right if segment[0]], width)
+    right = [
+        (word, sign.style),
+        (f"{age} ", "dim"),
+    ]
+    return ends(left, right, width)
 
 
 def sandbox_line(state: State, sandbox: KnownSandbox, width: int) -> Row:
@@ -8103,13 +8117,8 @@ def sandbox_line(state: State, sandbox: KnownSandbox, width: int) -> Row:
         (repo, "dim"),
         (sandbox.branch, ""),
     ]
-    right = (f" {sandbox.status} ", sign.style)
-    return ends(left, [right], width)
-
-
-def dotted(parts: Iterable[str]) -> str:
-    """The parts that say something, with a dot between."""
-    return " · ".join(filter(None, parts))
+    word = f" {sandbox.status} "
+    return ends(left, [(word, sign.style)], width)
 
 
 def row_detail(state: State) -> str:
@@ -8117,47 +8126,48 @@ def row_detail(state: State) -> str:
     row = row_in_rail(state)
     if row is None:
         return ""
-    name = harmless(row.id, 8)
     if isinstance(row, KnownRun):
-        place = f"{name} {row.repo}".strip()
+        place = [row.repo]
         age = run_age(state, row)
-        return dotted([place, f"{row.status or '…'} {age}".strip(), row.error, task_of(row)])
-    repo = repo_of(state, row.repo_id).name
-    place = " ".join(f"{name} {repo} {row.branch}".split())
-    return dotted([place, row.status, row.error])
+        status = f"{row.status or '…'} {age}".rstrip()
+        task = task_of(row)
+    else:
+        repo = repo_of(state, row.repo_id)
+        place = [repo.name, row.branch]
+        status = row.status
+        task = ""
+    words = filter(None, [harmless(row.id, 8), *place])
+    facts = [" ".join(words), status, row.error, task]
+    return " · ".join(filter(None, facts))
 
 
 def around(at: int, count: int, rows: int) -> range:
     """Which of ``count`` rows are on the screen, so that row ``at`` is among ``rows`` of them."""
-    top = max(0, min(at, count - 1) - rows + 1)
+    bottom = min(at, count - 1)
+    top = max(0, bottom - rows + 1)
     return range(top, min(count, top + rows))
 
 
 def chosen(placed: PaneLine, at: int, width: int) -> PaneLine:
     """A line as the selected one, if it is that."""
-    if placed.at < 0 or placed.at != at:
+    if placed.at != at:
         return placed
-    return PaneLine(fill(placed.line, width, "select"), at)
+    row = fill(placed.line, width, "select")
+    return PaneLine(row, at)
 
 
 def whole(text: str, style: str, width: int, most: int) -> List[Line]:
     """A text that is to be read to its end, in at most so many lines."""
-    pieces = folded(text, width - 2)[:most]
-    return [[(f" {piece}", style)] for piece in pieces]
+    pieces = folded(text, width - 2)
+    return [[(f" {piece}", style)] for piece in pieces[:most]]
 
 
-def title_style(focused: bool) -> str:
-    if focused:
-        return "key"
-    return "bold"
-
-
-def counted(title: str, count: int, some: int, word: str, style: str) -> Line:
+def counted(title: str, count: int, some: int, word: str, style: str) -> PaneLine:
     """`` RUNS 4 · 2 active``."""
     line = [(f" {title} {count}", style)]
     if some:
         line.append((f" · {some} {word}", "dim"))
-    return line
+    return PaneLine(line)
 
 
 def rail_lines(state: State, width: int, rows: int) -> PaneLines:
@@ -8166,50 +8176,54 @@ def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     sandboxes = state.rail.sandboxes
     at = selected_row(state)
     focused = state.window.focus == "rail" and not state.drawer
-    title = title_style(focused)
+    title = "key" if focused else "bold"
     most = 1 if rows < 12 else 3
     detail = whole(row_detail(state), "dim", width, most)
     room = max(2, rows - len(detail) - 2)
     for_sandboxes = max(room // 3, room - len(runs))
     for_sandboxes = min(len(sandboxes), for_sandboxes)
     active = count_active(runs)
-    heading = counted("RUNS", len(runs), active, "active", title)
-    lines = [PaneLine(heading)]
+    lines = [counted("RUNS", len(runs), active, "active", title)]
     for position in around(at, len(runs), room - for_sandboxes):
         row = run_line(state, runs[position], width)
         lines.append(PaneLine(row, position))
     running = sum(sandbox.status == "running" for sandbox in sandboxes)
-    heading = counted("SANDBOXES", len(sandboxes), running, "running", title)
-    lines.append(PaneLine(heading))
+    lines.append(counted("SANDBOXES", len(sandboxes), running, "running", title))
     at_sandbox = max(0, at - len(runs))
     for position in around(at_sandbox, len(sandboxes), for_sandboxes):
         row = sandbox_line(state, sandboxes[position], width)
         lines.append(PaneLine(row, len(runs) + position))
     if focused:
         lines = [chosen(placed, at, width) for placed in lines]
-    blank = [PaneLine([])] * (rows - len(lines) - len(detail))
-    return lines + blank + [PaneLine(line) for line in detail]
+    while len(lines) + len(detail) < rows:
+        lines.append(PaneLine([]))
+    return lines + [PaneLine(line) for line in detail]
 
 
 def strip(state: State, width: int) -> Row:
     """The rail in one row, the shown run first."""
-    row: List[Segment] = [(f" RUNS {len(state.rail.runs)} ", "bold")]
-    runs: List[KnownRun] = []
-    for run in state.rail.runs:
-        at = len(runs)
-        if run.id == state.shown.run_id:
-            at = 0
-        runs.insert(at, run)
+    runs = list(state.rail.runs)
+    shown = run_named(state, state.shown.run_id)
+    if shown in runs:
+        runs.remove(shown)
+        runs.insert(0, shown)
+    left = [(f" RUNS {len(runs)} ", "bold")]
     for run in runs[:6]:
         sign = sign_of(run.status)
-        mark = "▸" if run.id == state.shown.run_id else " "
-        label = f"{sign.glyph} {harmless(run.id, 4)} {run.status}".strip()
+        mark = "▸" if run == shown else " "
+        name = harmless(run.id, 4)
+        label = f"{sign.glyph} {name} {run.status}".strip()
         task = fit(task_of(run), 16)
-        row += [(mark, "accent"), (f"{label} ", sign.style), (f"{task} ", "")]
+        left += [
+            (mark, "accent"),
+            (f"{label} ", sign.style),
+            (f"{task} ", ""),
+        ]
     right: List[Segment] = []
     if width >= 60:
-        right.append((f" SANDBOXES {len(state.rail.sandboxes)} ", "bold"))
-    return ends(row, right, width)
+        count = len(state.rail.sandboxes)
+        right.append((f" SANDBOXES {count} ", "bold"))
+    return ends(left, right, width)
 
 
 def progress_text(state: State) -> str:
@@ -8221,29 +8235,33 @@ def progress_text(state: State) -> str:
     service = state.service
     if service.failures or service.refused or shown.lost:
         words = "… no news from the service"
-    heard_at = parse_time(shown.entries[-1].event.get("createdAt"))
+    newest = shown.entries[-1].event
+    heard_at = parse_time(newest.get("createdAt"))
     if not heard_at:
         return words
-    return f"{words}, last event {format_age(state.now - heard_at)} ago"
+    age = format_age(state.now - heard_at)
+    return f"{words}, last event {age} ago"
 
 
-def outcome(state: State) -> List[Segment]:
+def outcome(state: State) -> Line:
     """The line after the newest entry: that the run is at work, or how it ended and why."""
     shown = state.shown
+    verdict = shown.verdict
     status = status_of(shown.run)
     if shown.lost and not shown.again_at:
         return [(f"✗ cannot be followed: {shown.lost}", "bad")]
-    if not shown.verdict and status not in TERMINAL_STATUSES:
+    if not verdict and status not in TERMINAL_STATUSES:
         return [(progress_text(state), "dim")]
     label, style = status_label(status)
-    words = with_reason(label, harmless(shown.run.get("error")))
-    segments = [(words, style)]
+    error = harmless(shown.run.get("error"))
+    words = with_reason(label, error)
+    line = [(words, style)]
     url = web_url(state)
     if url != state.service.base_url:
-        segments.append((f" · o opens {url}", ""))
-    if shown.verdict and shown.verdict.truncated:
-        segments.append((" · the service lists no later events of this run", "warn"))
-    return segments
+        line.append((f" · o opens {url}", ""))
+    if verdict and verdict.truncated:
+        line.append((" · the service lists no later events of this run", "warn"))
+    return line
 
 
 def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
@@ -8252,15 +8270,21 @@ def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
     loud = ""
     if style in ("ok", "bad", "warn"):
         loud = style
-    lead: List[Segment] = [(f" {fit(tag, 6):6} ", style)]
     if width >= 60:
-        kind = f"{fit(entry.kind, 17):17} "
-        lead = [(f" {entry.time:8}  ", "dim"), (kind, style)]
+        kind = fit(entry.kind, 17)
+        lead = [
+            (f" {entry.time:8}  ", "dim"),
+            (f"{kind:17} ", style),
+        ]
+    else:
+        tag = fit(tag, 6)
+        lead = [(f" {tag:6} ", style)]
     if not wrap:
         return [[*lead, (entry.text, loud)]]
     indent = columns_of(lead)
+    room = max(10, width - indent)
     lines: List[Line] = []
-    for piece in folded(entry.text, max(10, width - indent)):
+    for piece in folded(entry.text, room):
         lines.append([*lead, (piece, loud)])
         lead = [(" " * indent, "")]
     return lines
@@ -8275,17 +8299,17 @@ def scrolled(
     rows: int,
 ) -> int:
     """The first entry to show, so that entry ``at`` is on the screen; moved as little as needed."""
+    if not entries:
+        return 0
+    wrap = state.window.wrap
     lowest = at
     height = 0
     for position in range(at, -1, -1):
-        if state.window.wrap:
-            height += len(entry_lines(entries[position], width, True))
-        else:
-            height += 1
+        height += len(entry_lines(entries[position], width, wrap))
         if height > rows:
             break
         lowest = position
-    return max(0, lowest, min(top, at))
+    return max(lowest, min(top, at))
 
 
 def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
@@ -8294,12 +8318,13 @@ def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
     What does not fit is left out, but for the filter.
     """
     window = state.window
+    name = harmless(state.shown.run_id, 8)
     mode = ("PAUSED", "warn")
     if window.follow:
         mode = ("FOLLOW", "ok")
     line = [
-        (" TIMELINE ", title_style(focused)),
-        (harmless(state.shown.run_id, 8) + "  ", ""),
+        (" TIMELINE ", "key" if focused else "bold"),
+        (f"{name}  ", ""),
         mode,
     ]
     kinds = " · all types"
@@ -8321,37 +8346,38 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     at = selected_entry(state)
     window = state.window
     focused = window.focus == "timeline"
-    lines = [PaneLine(timeline_title(state, len(entries), focused, width))]
-    top = window.top
-    if window.follow:
-        top = 0
+    title = timeline_title(state, len(entries), focused, width)
+    lines = [PaneLine(title)]
+    top = 0 if window.follow else window.top
     top = scrolled(state, entries, at, top, width, rows - 2)
     end = top
     while end < len(entries):
-        rows_of_it = entry_lines(entries[end], width, window.wrap)
-        if len(lines) > 1 and len(lines) + len(rows_of_it) > rows - 1:
+        entry = entry_lines(entries[end], width, window.wrap)
+        if end > top and len(lines) + len(entry) >= rows:
             break
-        lines += [PaneLine(line, end) for line in rows_of_it]
+        lines += [PaneLine(line, end) for line in entry]
         end += 1
     lines = lines[:rows - 1]
     if focused:
         lines = [chosen(placed, at, width) for placed in lines]
     if window.follow:
         indent = 11 if width >= 60 else 1
-        line = [(" " * indent, ""), *outcome(state)]
-        return lines + [PaneLine(line)]
+        lines.append(PaneLine([(" " * indent, ""), *outcome(state)]))
+        return lines
     newer = "▼ End follows "
     if end < len(entries):
         newer = f"▼ {len(entries) - end} newer (End) "
     row = ends([], [(newer, "warn")], width)
-    return lines + [PaneLine(row)]
+    return [*lines, PaneLine(row)]
 
 
 def welcome(state: State, width: int) -> List[Segment]:
     """What the body says without a run, or while nobody is signed in; a segment a line."""
     blank = ("", "")
-    if state.sign_in.url:
-        pieces = wrapped(state.sign_in.url, width - 6)
+    url = state.sign_in.url
+    base_url = state.service.base_url
+    if url:
+        pieces = wrapped(url, width - 6)
         return [
             ("Waiting for the browser. If none opened, open this address yourself:", "bold"),
             blank,
@@ -8362,11 +8388,11 @@ def welcome(state: State, width: int) -> List[Segment]:
     if state.is_signed_out:
         return [
             ("Sign in to Mogplex", "bold"),
-            (state.service.base_url, "accent"),
+            (base_url, "accent"),
             blank,
             ("Enter            opens your browser, and comes back here by itself", ""),
             ("paste a token    then Enter; create tokens at", ""),
-            (f"                 {state.service.base_url}/settings/api-keys", "accent"),
+            (f"                 {base_url}/settings/api-keys", "accent"),
             blank,
             ("Esc tries the stored sign-in again.", "dim"),
         ]
@@ -8380,41 +8406,38 @@ def welcome(state: State, width: int) -> List[Segment]:
 
 
 def welcome_lines(state: State, width: int, rows: int) -> PaneLines:
-    lines = welcome(state, width)[:rows]
-    indent = " " * min(3, width // 20)
-    blank = [PaneLine([])] * ((rows - len(lines)) // 3)
-    return blank + [PaneLine([(indent, ""), line]) for line in lines]
+    segments = welcome(state, width)[:rows]
+    indent = (" " * min(3, width // 20), "")
+    above = (rows - len(segments)) // 3
+    lines = [PaneLine([])] * above
+    for segment in segments:
+        lines.append(PaneLine([indent, segment]))
+    return lines
 
 
-def fitting(columns: Sequence[Heading], width: int) -> List[Heading]:
-    """The columns, those at the right without width where a last one of sentences has no room."""
-    kept = list(columns)
-    for at in range(len(kept) - 2, 1, -1):
-        taken = sum(column.width + 2 for column in kept[:-1] if column.width)
-        if kept[-1].width >= 80 and taken + 12 > width:
-            kept[at] = Heading("", 0)
-    return kept
+def column_widths(columns: Sequence[Heading], width: int) -> List[int]:
+    """How wide the columns are, with the gap behind them.
+
+    Where a last one of sentences has no room, those before it are left out from the right: 0.
+    """
+    widths = [column.width + 2 for column in columns]
+    for at in range(len(widths) - 2, 1, -1):
+        room = width - sum(widths[:-1])
+        if widths[-1] > 80 and room < 12:
+            widths[at] = 0
+    return widths
 
 
-def cells_text(cells: Sequence[str], columns: Sequence[Heading]) -> str:
+def cells_text(cells: Sequence[str], widths: Sequence[int]) -> str:
     """The cells of a row below each other's titles."""
-    if not columns:
+    if not widths:
         return cells[0]
     line = ""
-    for text, column in zip(cells, columns):
-        if not column.width:
-            continue
-        text = fitted(text, column.width)
-        line += text + " " * (column.width - width_of(text) + 2)
+    for text, room in zip(cells, widths):
+        if room:
+            text = fitted(text, room - 2)
+            line += text + " " * (room - width_of(text))
     return line.rstrip()
-
-
-def nothing_found(drawer: Drawer) -> str:
-    if drawer.query:
-        return "no match"
-    if drawer.listing.reads and drawer.data is None:
-        return "loading…"
-    return "nothing here"
 
 
 def drawer_title(drawer: Drawer, width: int) -> Row:
@@ -8422,37 +8445,54 @@ def drawer_title(drawer: Drawer, width: int) -> Row:
     words = [drawer.listing.title.upper(), *drawer.subject]
     name = harmless(" ".join(words), 60)
     left = [(f" {name}  ", "key")]
-    row = min(drawer.at + 1, len(drawer.found))
-    count = f"{row}/{len(drawer.found)} · Esc closes "
+    found = len(drawer.found)
+    row = min(drawer.at + 1, found)
+    count = f"{row}/{found} · Esc closes "
     hint = "type to search"
     if drawer.query or drawer.searching:
         left.append((f"/{drawer.query}", "accent"))
-    elif columns_of(left) + len(hint) + len(count) <= width:
+    elif columns_of(left) + len(hint + count) <= width:
         left.append((hint, "dim"))
     return ends(left, [(count, "dim")], width)
 
 
-def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> PaneLines:
-    """Title, the columns' titles, and the rows around the selected one; the present is marked."""
-    found = drawer.found
-    lines = [PaneLine(drawer_title(drawer, width))]
-    columns = fitting(drawer.listing.columns, width - 3)
-    titles = [column.title for column in columns]
-    if any(titles):
-        lines.append(PaneLine([("   " + cells_text(titles, columns), "dim")]))
+def drawer_remark(drawer: Drawer) -> Line:
+    """What is said above the rows, or in their place."""
     if drawer.error:
-        lines.append(PaneLine([(f"   {drawer.error} · retrying", "bad")]))
-    elif not found:
-        lines.append(PaneLine([("   " + nothing_found(drawer), "dim")]))
-    for position in around(drawer.at, len(found), rows - len(lines)):
-        item = found[position]
+        return [(f"   {drawer.error} · retrying", "bad")]
+    if drawer.found:
+        return []
+    words = "nothing here"
+    if drawer.query:
+        words = "no match"
+    elif drawer.listing.reads and drawer.data is None:
+        words = "loading…"
+    return [(f"   {words}", "dim")]
+
+
+def drawer_lines(drawer: Drawer, width: int, rows: int) -> PaneLines:
+    """Title, the columns' titles, and the rows around the selected one; the present is marked."""
+    columns = drawer.listing.columns
+    widths = column_widths(columns, width - 3)
+    titles = [column.title for column in columns]
+    lines = [PaneLine(drawer_title(drawer, width))]
+    if any(titles):
+        title = "   " + cells_text(titles, widths)
+        lines.append(PaneLine([(title, "dim")]))
+    remark = drawer_remark(drawer)
+    if remark:
+        lines.append(PaneLine(remark))
+    room = rows - len(lines)
+    for position in around(drawer.at, len(drawer.found), room):
+        item = drawer.found[position]
         mark = "   "
         if item.present:
             mark = " ▸ "
         elif not columns:
             mark = " "
-        text = cells_text(item.cells, columns)
-        placed = PaneLine([(mark, "accent"), (text, item.style)], position)
+        text = cells_text(item.cells, widths)
+        line = [(mark, "accent"), (text, item.style)]
+        placed = PaneLine(line, position)
         lines.append(chosen(placed, drawer.at, width))
     return lines
 
@@ -8460,7 +8500,7 @@ def drawer_lines(state: State, drawer: Drawer, width: int, rows: int) -> PaneLin
 def body_lines(state: State, width: int, rows: int) -> PaneLines:
     """The drawer, the timeline, or what there is to do without them."""
     if state.drawer:
-        return drawer_lines(state, state.drawer, width, rows)
+        return drawer_lines(state.drawer, width, rows)
     if state.shown.run_id and not state.is_signed_out:
         return timeline_lines(state, width, rows)
     return welcome_lines(state, width, rows)
@@ -8471,46 +8511,53 @@ def is_token_field(state: State) -> bool:
     return state.is_signed_out and not state.composer.text.startswith("/")
 
 
+def composer_rows(text: str, room: int) -> List[str]:
+    """The lines of a text, each with a place for the cursor behind its end."""
+    text = text.replace("\n", " \n") + " "
+    return wrapped(text, room)
+
+
 def composer_lines(state: State, width: int, most: int) -> List[Line]:
     """What is being typed, as much as fits around the cursor: an empty segment of its own style."""
+    focus = state.window.focus
+    mark = "›"
     text = state.composer.text.replace("\t", " ")
     cursor = state.composer.cursor
-    mark = "› "
-    focus = state.window.focus
     if focus == "filter":
+        mark = "/"
         text = state.window.filter
         cursor = len(text)
-        mark = "/ "
     elif is_token_field(state):
         text = "•" * len(text)
     room = width - 4
-    start = max(0, cursor - room * most)
-    # Each line has a place for the cursor behind its end.
-    before = wrapped(text[start:cursor].replace("\n", " \n") + " ", room)
-    end = cursor + room * most
-    lines = wrapped(text[start:end].replace("\n", " \n") + " ", room)
+    reach = room * most
+    start = max(0, cursor - reach)
+    before = composer_rows(text[start:cursor], room)
+    rows = composer_rows(text[start:cursor + reach], room)
     at = len(before) - 1
-    column = len(before[-1]) - 1
-    active = not state.drawer and focus in ("composer", "filter")
+    column = len(before[at]) - 1
+    lines = [[(row, "")] for row in rows]
+    style = "dim"
+    if focus in ("composer", "filter") and not state.drawer:
+        style = "key"
+        lines[at] = [
+            (rows[at][:column], ""),
+            ("", "cursor"),
+            (rows[at][column:], ""),
+        ]
     output: List[Line] = []
-    for row in around(at, len(lines), most):
-        line: List[Segment] = [(lines[row], "")]
-        if active and row == at:
-            line = [
-                (lines[row][:column], ""),
-                ("", "cursor"),
-                (lines[row][column:], ""),
-            ]
-        lead = mark if row == 0 else "  "
-        output.append([(f" {lead}", "key" if active else "dim"), *line])
+    for row in around(at, len(rows), most):
+        lead = mark if row == 0 else " "
+        output.append([(f" {lead} ", style), *lines[row]])
     return output
 
 
 def question_lines(state: State, width: int) -> List[Line]:
     """The question before a run is cancelled; whole, however narrow the window is."""
     run = run_named(state, state.attention.killing)
+    name = harmless(run.id, 8)
     task = fit(task_of(run), min(40, width - 5))
-    question = f"Cancel run {harmless(run.id, 8)}, {task}?  y yes · any other key no"
+    question = f"Cancel run {name}, {task}?  y yes · any other key no"
     return whole(question, "alert", width, 5)
 
 
@@ -8524,102 +8571,101 @@ def completion_hint(state: State, width: int) -> Line:
         name = found[0][1:].partition(" ")[0]
     word = COMMANDS.get(name)
     if word:
-        return [(f" /{word.call}  ", "key"), (word.does, "dim")]
+        return [
+            (f" /{word.call}  ", "key"),
+            (word.does, "dim"),
+        ]
     names = [one.strip() for one in found]
-    return [(" Tab", "dim"), (joined(names, width - 5), "key")]
+    return [
+        (" Tab", "dim"),
+        (joined(names, width - 5), "key"),
+    ]
 
 
 def hint_line(state: State, width: int) -> Line:
     """The last row: a start under way, what can be completed, else the keys."""
-    if any(new.under_way and not new.run_id for new in state.next.starts):
-        return [(" Starting a run…", "run")]
+    for new in state.next.starts:
+        if new.under_way and not new.run_id:
+            return [(" Starting a run…", "run")]
     if state.sign_in.checking:
         return [(" Trying the token…", "run")]
     hint: Line = []
     if state.window.focus == "composer" and not state.drawer:
         hint = completion_hint(state, width)
-    return hint or [(joined(hints_of(state), width), "dim")]
+    if hint:
+        return hint
+    return [(joined(hints_of(state), width), "dim")]
 
 
 def foot_lines(state: State, width: int, height: int) -> List[Line]:
     """The composer, and a question, a notice or the hints below it."""
-    most = max(1, min(height // 4, 8))
     if state.attention.killing:
         return composer_lines(state, width, 1) + question_lines(state, width)
+    most = max(1, min(height // 4, 8))
     lines = composer_lines(state, width, most)
     notice = state.attention.notice
     if state.attention.notice_until > state.now:
         return lines + whole(notice.text, notice.style, width, 3)
-    return lines + [hint_line(state, width)]
+    return [*lines, hint_line(state, width)]
 
 
-def rule_row(state: State, side: int, width: int, says_next: bool) -> Row:
-    """The line above the composer; in a low window it says what comes next."""
+def rule_rows(state: State, side: int, width: int, height: int) -> List[Row]:
+    """The line above the composer, and what comes next: below it, in a low window upon it."""
+    target = state.next.target
     rule = "─" * width
     if side:
-        rule = "─" * (side - 1) + "┴" + "─" * (width - side)
-    if not says_next:
-        return ((rule, "line"),)
-    text = f"─ next: {target_text(state.next.target, width - 9)} "
-    return ((text, "accent"), (rule[width_of(text):], "line"))
+        rule = rule[:side - 1] + "┴" + rule[side:]
+    if height < 20:
+        text = f"─ next: {target_text(target, width - 9)} "
+        rest = rule[width_of(text):]
+        return [((text, "accent"), (rest, "line"))]
+    line = [
+        (" next: ", "dim"),
+        (target_text(target, width - 7), "accent"),
+    ]
+    return [((rule, "line"),), fill(line, width)]
 
 
 class Layout(NamedTuple):
-    """Where the panes are: the first row of the body, its rows, and the columns of the rail."""
+    """What is above and below the body, how many rows that leaves, and the columns of the rail."""
 
-    top: int
+    head: List[Row]
+    foot: List[Row]
     rows: int
     side: int
-    foot: List[Line]
-    has_next: bool  # the next: line has a row of its own
-
-
-def has_strip(side: int, height: int) -> bool:
-    return not side and height >= 12
 
 
 def layout_of(state: State, width: int, height: int) -> Layout:
     side = rail_width(width)
-    foot = foot_lines(state, width, height)
-    top = 1
-    if alerts_of(state):
-        top += 1
-    if has_strip(side, height):
-        top += 1
-    has_next = height >= 20
-    rows = height - top - len(foot) - 1
-    if has_next:
-        rows -= 1
-    return Layout(top, max(0, rows), side, foot, has_next)
+    head = [header(state, width)]
+    alerts = alerts_of(state)
+    if alerts:
+        head.append(alert_row(state, alerts, width))
+    if not side and height >= 12:
+        head.append(strip(state, width))
+    foot = rule_rows(state, side, width, height)
+    for line in foot_lines(state, width, height):
+        foot.append(fill(line, width))
+    rows = height - len(head) - len(foot)
+    return Layout(head, foot, max(0, rows), side)
 
 
 def view(state: State, width: int, height: int) -> List[Row]:
     """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
     if width < 30 or height < 8:
-        blank: List[Line] = [[]] * (height // 2)
-        return padded([*blank, [("enlarge the window", "warn")]], width, height)
-    layout = layout_of(state, width, height)
-    side = layout.side
-    alerts = alerts_of(state)
-    rows = [header(state, width)]
-    if alerts:
-        rows.append(alert_row(state, alerts, width))
-    if has_strip(side, height):
-        rows.append(strip(state, width))
-    body = [placed.line for placed in body_lines(state, width - side, layout.rows)]
-    main = padded(body, width - side, layout.rows)
+        above = [PaneLine([])] * (height // 2)
+        words = PaneLine([("enlarge the window", "warn")])
+        return padded([*above, words], width, height)
+    head, foot, rows, side = layout_of(state, width, height)
+    body = body_lines(state, width - side, rows)
+    main = padded(body, width - side, rows)
     if side:
-        rail = [placed.line for placed in rail_lines(state, side - 1, layout.rows)]
-        left = padded(rail, side - 1, layout.rows)
+        lines = rail_lines(state, side - 1, rows)
+        rail = padded(lines, side - 1, rows)
         edge = ("│", "line")
-        main = [(*one, edge, *other) for one, other in zip(left, main)]
-    rows += main
-    rows.append(rule_row(state, side, width, not layout.has_next))
-    if layout.has_next:
-        target = target_text(state.next.target, width - 7)
-        rows.append(fill([(" next: ", "dim"), (target, "accent")], width))
-    rows += [fill(line, width) for line in layout.foot]
-    return rows[:height]
+        main = [(*left, edge, *right) for left, right in zip(rail, main)]
+    screen = head + main + foot
+    return screen[:height]
 
 
 # -- Keys
@@ -9070,7 +9116,7 @@ def on_mouse(state: State, message: Mouse) -> State:
     if is_too_small(state) or state.attention.killing:
         return state
     layout = layout_of(state, state.window.width, state.window.height)
-    row = message.row - layout.top
+    row = message.row - len(layout.head)
     if row < 0:
         return state
     if row >= layout.rows:
@@ -9080,9 +9126,11 @@ def on_mouse(state: State, message: Mouse) -> State:
         lines = rail_lines(state, layout.side - 1, layout.rows)
     else:
         lines = body_lines(state, state.window.width - layout.side, layout.rows)
-    if row >= len(lines) or lines[row].at < 0:
+    if row >= len(lines):
         return state
     at = lines[row].at
+    if at is None:
+        return state
     if in_rail:
         return click_rail(state, at)
     if state.drawer:
