@@ -5361,8 +5361,8 @@ _SENT = re.compile(r"""
                  | \x1b\[(?![\[M])[0-?]*[ -/]*[@-~]
                  | \x1bO[A-FHIMP-SXa-dj-y]
                  | [\x00-\x1a\x1c-\x1f\x7f] )
+  | (?P<escape>    \x1b(?=\x1b|O[^A-FHIMP-SXa-dj-y]|\w{3}) )     # before a word
   | (?P<alt>       \x1b[^\x1b\[\]OP_^X] )
-  | (?P<escape>    \x1b(?=\x1b|O[^A-FHIMP-SXa-dj-y]) )
   | (?P<text>      [^\x00-\x1f\x7f-\x9f]+ )
 """, re.VERBOSE)
 _UNMARKED_PASTE = re.compile("[^\x00-\x1f]{2}[\r\n]+[^\r\n]")  # where pastes are not bracketed
@@ -9153,8 +9153,19 @@ def added(state: State, known: KnownRun, run: Record) -> State:
     """With a run that was started elsewhere in the rail, and written to the history."""
     repo = repo_of(state, text_of(run, "repoId")).name
     began = parse_time(run.get("createdAt")) or 0.0
-    state = put_first(state, known._replace(repo=repo, started_at=began))
-    return state.ask(Desk.remember, repo, run)
+    known = known._replace(repo=repo, started_at=began)
+    return put_first(state, known).ask(Desk.remember, repo, run)
+
+
+def alarmed(state: State, run_id: str, reason: str) -> State:
+    """With an alert of a run that ended badly, in place of an earlier one."""
+    name = harmless(run_id, 8)
+    alert = Notice(f"run {name} {reason}", run_id=run_id)
+    alerts = []
+    for other in state.attention.alerts:
+        if other.run_id != run_id:
+            alerts.append(other)
+    return state.attend(alerts=(*alerts, alert))
 
 
 def heard(state: State, run_id: str, run: Record) -> State:
@@ -9163,20 +9174,23 @@ def heard(state: State, run_id: str, run: Record) -> State:
     error = harmless(run.get("error"), 200)
     if not status:
         return state
-    shown = run_id == state.shown.run_id
-    before = run_named(state, run_id)
-    was = before.status
-    if shown:
+    known = run_named(state, run_id)
+    was = known.status
+    if run_id == state.shown.run_id:
         was = was or text_of(state.shown.run, "status")
         state = state.show(run=run)
+        if known not in state.rail.runs:
+            state = added(state, known, run)
     if is_bad_end(status) and was and not is_bad_end(was):
-        name = harmless(run_id, 8)
-        alert = Notice(f"run {name} {with_reason(status, error)}", run_id=run_id)
-        others = [one for one in state.attention.alerts if one.run_id != run_id]
-        state = state.attend(alerts=(*others, alert))
-    if shown and before not in state.rail.runs:
-        state = added(state, before, run)
-    return change_runs(state, [run_id], status=status, error=error, heard_at=state.now)
+        reason = with_reason(status, error)
+        state = alarmed(state, run_id, reason)
+    return change_runs(
+        state,
+        [run_id],
+        status=status,
+        error=error,
+        heard_at=state.now,
+    )
 
 
 def delivered(state: State, delivery: Delivery) -> State:
@@ -9185,110 +9199,115 @@ def delivered(state: State, delivery: Delivery) -> State:
     Of a run that was started here, from this very target, untouched since, the next task
     continues on the branch. No other run moves the target, live or replayed.
     """
-    shown = state.shown
     branch = harmless(delivery.branch, 200)
     url = harmless(delivery.pull_request_url, 2000)
-    known = shown.delivery.then(Delivery(branch, url))
+    known = state.shown.delivery.then(Delivery(branch, url))
     state = state.show(delivery=known)
-    if not delivery.changed or not known.branch or shown.origin is None:
+    target = state.next.target
+    if state.shown.origin != target:
         return state
-    if shown.origin != state.next.target:
+    if not delivery.changed or not known.branch:
         return state
     for new in state.next.starts:
-        if new.target == state.next.target and not new.run_id:
+        if new.target == target and not new.run_id:
             return state  # sent again, that task has to ask for the same run
-    target = state.next.target._replace(branch=known.branch)
+    target = target._replace(branch=known.branch)
     return state.plan(target=target).show(origin=target)
 
 
 def take_event(state: State, event: Event) -> State:
     """An event of the shown run; a delivery may move the target."""
     tool = harmless(event.get("toolName"), 100)
-    message_text = event_text(event)[:2000]
-    text = "  ".join(filter(None, (tool, message_text)))
+    text = event_text(event)[:2000]
+    if tool and text:
+        text = f"{tool}  {text}"
     clock = clock_text(parse_time(event.get("createdAt")), "%H:%M:%S")
     kind = harmless(event.get("type"), 40) or "event"
-    entry = Entry(clock, kind, text, event)
-    entries = state.shown.entries
+    entry = Entry(clock, kind, text or tool, event)
+    earlier = state.shown.entries
     if state.shown.stale:
-        entries = ()
-        state = state.show(stale=False)
-    state = state.show(entries=(*entries, entry))
+        earlier = ()
+    state = state.show(entries=(*earlier, entry), stale=False)
     delivery = delivery_of(event)
     if delivery:
         return delivered(state, delivery)
     return state
 
 
+def take_tail(state: State, item: Union[Event, Verdict], run_id: str) -> State:
+    """An event of the shown run, or its verdict."""
+    if not isinstance(item, Verdict):
+        return take_event(state, item)
+    state = state.show(verdict=item, lost="", again_at=0.0)
+    return heard(state, run_id, item.run)
+
+
 def good_answer(state: State, latency_ms: float) -> State:
     """What failed before is forgotten."""
     was_offline = state.service.failures >= 3
-    latency_ms = latency_ms or state.service.latency_ms
-    state = state.know(failures=0, trouble="", refused="", latency_ms=latency_ms)
+    state = state.know(
+        failures=0,
+        trouble="",
+        refused="",
+        latency_ms=latency_ms or state.service.latency_ms,
+    )
     if was_offline:
         return state.say("Connected again.", "ok")
     return state
 
 
-def take_progress(state: State, message: Told) -> State:
-    """How the tail of the shown run gets on."""
-    progress = message.data
-    run_id, wait_s = message.ask.arguments
+def take_progress(state: State, progress: Progress, run_id: str, wait_s: float) -> State:
+    """How the tail of the shown run gets on; ``wait_s`` until it asks again."""
     if progress.failures:
         state = state.know(failures=progress.failures)
         if progress.message:
-            state = state.know(trouble=harmless(progress.message))
+            trouble = harmless(progress.message)
+            state = state.know(trouble=trouble)
     elif progress.connection == "connected":
         state = good_answer(state, progress.latency_ms)
     if progress.connection == "limited":
-        state = state.know(held_until=state.now + wait_s)
+        held_until = state.now + wait_s
+        state = state.know(held_until=held_until)
     return heard(state, run_id, progress.run)
 
 
-def take_tail(state: State, message: Told) -> State:
-    """An event of the shown run, or its verdict."""
-    item = message.data
-    if not isinstance(item, Verdict):
-        return take_event(state, item)
-    state = state.show(verdict=item, lost="", again_at=0.0)
-    return heard(state, item.run_id, item.run)
-
-
-def take_run(state: State, message: Told) -> State:
-    """The present state of a run."""
-    run_id = message.ask.arguments[0]
-    state = heard(state, run_id, message.data)
-    ended = text_of(message.data, "status") in TERMINAL_STATUSES
-    if run_id == state.shown.run_id and state.shown.verdict and not ended:
-        return watch_again(state)  # a cancelled one came back
+def take_run(state: State, run: Record, run_id: str) -> State:
+    """The present state of a run; a cancelled one can come back."""
+    state = heard(state, run_id, run)
+    if text_of(run, "status") in TERMINAL_STATUSES:
+        return state
+    if state.shown.verdict and state.shown.run_id == run_id:
+        return watch_again(state)
     return state
 
 
-def take_found(state: State, message: Told) -> State:
+def take_found(state: State, run: Record, wanted: str) -> State:
     """A run that was looked for: it is shown now."""
-    run_id = text_of(message.data, "runId") or message.ask.arguments[0]
-    state = watch(state.attend(notice_until=0.0), run_id, message.data)
-    return heard(state, run_id, message.data)
+    run_id = text_of(run, "runId") or wanted
+    state = state.attend(notice_until=0.0)
+    state = watch(state, run_id, run)
+    return heard(state, run_id, run)
 
 
 def read_sandbox(record: Json) -> KnownSandbox:
     """A sandbox of the service."""
-    branch = harmless(record.get("working_branch")) or harmless(record.get("base_branch"))
+    branch = record.get("working_branch") or record.get("base_branch")
     url = harmless(record.get("preview_url"))
     if not url.startswith("https://"):
         url = ""
     return KnownSandbox(
         text_of(record, "id"),
         text_of(record, "repo_id"),
-        branch,
+        harmless(branch),
         harmless(record.get("status"), 20),
         url,
         harmless(record.get("error")),
     )
 
 
-def take_sandboxes(state: State, message: Told) -> State:
-    return state.with_rail(sandboxes=tuple(map(read_sandbox, message.data)))
+def take_sandboxes(state: State, records: Sequence[Json]) -> State:
+    sandboxes = tuple(map(read_sandbox, records))
+    return state.with_rail(sandboxes=sandboxes)
 
 
 def read_repo(record: Json) -> KnownRepo:
@@ -9298,88 +9317,91 @@ def read_repo(record: Json) -> KnownRepo:
     return KnownRepo(text_of(record, "id"), name, branch)
 
 
-def take_repos(state: State, message: Told) -> State:
+def take_repos(state: State, records: Sequence[Json]) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
-    repos = tuple(map(read_repo, message.data))
-    wanted = state.next.target.repo.name
+    repos = tuple(map(read_repo, records))
     polls = state.service.polls._replace(repos_due=NEVER)
     state = state.know(repos=repos, polls=polls)
-    found = list(repos)
-    if len(repos) > 1:
-        found = [repo for repo in repos if repo.is_called(wanted)]
-    if found and not state.next.target.repo.id:
-        target = state.next.target._replace(repo=found[0])
-        return state.plan(target=target)
+    target = state.next.target
+    if target.repo.id:
+        return state
+    for repo in repos:
+        if len(repos) == 1 or repo.is_called(target.repo.name):
+            target = target._replace(repo=repo)
+            return state.plan(target=target)
     return state
 
 
-def take_line(state: State, message: Told) -> State:
-    """Something to say to the person."""
-    return state.say(message.data, *message.ask.arguments)
-
-
-def take_url(state: State, message: Told) -> State:
+def take_url(state: State, url: str) -> State:
     """The URL that a browser has to open for a sign-in."""
     if not state.is_signed_out:
         return state
-    return state.admit(url=harmless(message.data, 4000))
+    url = harmless(url, 4000)
+    return state.admit(url=url)
 
 
-def take_lapse(state: State, message: Told) -> State:
+def take_lapse(state: State, lapses_at: Optional[float]) -> State:
     """When the credential in force ends, in epoch seconds; None when it renews itself."""
-    return state.admit(lapses_at=message.data)
+    return state.admit(lapses_at=lapses_at)
 
 
-def take_started(state: State, message: Told) -> State:
+def take_started(state: State, run: Record, new: NewRun) -> State:
     """A run that was just started: it is shown, and its delivery may move the target."""
-    run = message.data
-    new = message.ask.arguments[0]
     run_id = text_of(run, "runId")
-    state = change_start(state, new.key, new._replace(run_id=run_id))
+    new = new._replace(run_id=run_id)
+    state = change_start(state, new.key, new)
     state = watch(state, run_id, run, new.target)
     if run_named(state, run_id) not in state.rail.runs:
         began = parse_time(run.get("createdAt")) or state.now
-        repo = new.target.repo.name
-        task = harmless(new.task.replace("\n", " "), 200)
-        state = put_first(state, KnownRun(run_id, repo, task, began))
+        task = new.task.replace("\n", " ")
+        known = KnownRun(
+            run_id,
+            new.target.repo.name,
+            harmless(task, 200),
+            began,
+        )
+        state = put_first(state, known)
     state = heard(state, run_id, run)
-    error = harmless(run.get("error"), 200)
     if is_bad_end(text_of(run, "status")):
+        error = harmless(run.get("error"), 200)
         return state.say(f"The run failed to start: {error}", "bad")
     if run.get("replayed") is True:
         return state.say("That run had already been started.", "ok")
     return state.say("Run started.", "ok")
 
 
-def take_recorded(state: State, message: Told) -> State:
+def take_recorded(state: State, _: Record, new: NewRun) -> State:
     """A started run has been written to the history."""
-    return change_start(state, message.ask.arguments[0].key)
+    return change_start(state, new.key)
 
 
-def take_sign_out(state: State, message: Told) -> State:
-    """There is no credential: the composer takes a token now."""
+def take_sign_out(state: State, words: str) -> State:
+    """There is no credential: the composer takes a token now, and no desk keeps an old one."""
+    state = state.ask(Shell.reconnect)
     if not state.is_signed_out:
         state = show_sign_in(state)
-    if message.data:
-        return state.say(message.data, "warn")
+    if words:
+        return state.say(words, "warn")
     return state
 
 
-def take_sign_in(state: State, message: Told) -> State:
+def take_sign_in(state: State, words: str, *_: str) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.is_signed_out:
         composer = Composer(history=state.composer.history)  # no draft: it may hold a token
-        state = state._replace(composer=composer).write(state.sign_in.waiting)
-    state = state._replace(sign_in=SigningIn()).ask(Shell.reconnect)
+        state = state._replace(composer=composer)
+        state = state.write(state.sign_in.waiting)
+    state = state._replace(sign_in=SigningIn())
+    state = state.ask(Shell.reconnect)
     if state.shown.run_id:
         state = watch_again(state)
-    return refresh(state).say(message.data, "ok", 60.0)
+    return refresh(state).say(words, "ok", 60.0)
 
 
-TAKEN = {
+TAKEN: Dict[Callable[..., object], Callable[..., State]] = {
+    Desk.say: State.say,
     Desk.watch: take_tail,
     Desk.report: take_progress,
-    Desk.say: take_line,
     Desk.client: take_lapse,
     Desk.tell_started: take_started,
     Desk.tell_url: take_url,
@@ -9399,8 +9421,9 @@ POLLED = (Client.run, Client.sandboxes, Desk.repos)
 def answered_poll(state: State, job: Callable[..., object]) -> State:
     if job not in POLLED:
         return state
-    left = max(0, state.service.polls.unanswered - 1)
-    polls = state.service.polls._replace(unanswered=left)
+    polls = state.service.polls
+    left = max(0, polls.unanswered - 1)
+    polls = polls._replace(unanswered=left)
     return state.know(polls=polls)
 
 
@@ -9413,62 +9436,66 @@ def is_for_drawer(state: State, ask: Ask) -> bool:
 
 def on_told(state: State, message: Told) -> State:
     """What a desk has to tell: to the state, and to the drawer that waits for it."""
-    job = message.ask.job
+    ask = message.ask
+    data = message.data
     if message.latency_ms:
         state = good_answer(state, message.latency_ms)
-    state = answered_poll(state, job)
-    take = TAKEN.get(job)
+    state = answered_poll(state, ask.job)
+    take = TAKEN.get(ask.job)
     if take:
-        state = take(state, message)
-    if is_for_drawer(state, message.ask):
-        return state.shift(data=message.data, error="", lines=())
+        state = take(state, data, *ask.arguments)
+    if is_for_drawer(state, ask):
+        return state.shift(data=data, error="", lines=())
     return state
 
 
 def felt(state: State, job: Callable[..., object], error: MogplexError, text: str) -> State:
     """What an error says of the service; of a run it may say only that its id is wrong."""
     if isinstance(error, RateLimitedError):
-        return state.know(held_until=state.now + (error.retry_after_s or 60.0))
+        wait_s = error.retry_after_s or 60.0
+        return state.know(held_until=state.now + wait_s)
     if isinstance(error, (UnauthorizedError, ForbiddenError)):
         return state.know(refused=text)
     if isinstance(error, UnavailableError) or job in (Desk.repos, Client.sandboxes):
-        return state.know(failures=state.service.failures + 1, trouble=text)
+        failures = state.service.failures + 1
+        return state.know(failures=failures, trouble=text)
     return state
+
+
+PASSING_ERRORS = (UnavailableError, RateLimitedError, UnauthorizedError, ForbiddenError)
 
 
 def watch_failed(state: State, error: MogplexError, text: str) -> State:
     """A tail that an outage ended is begun again by itself; 401 and 403 can be one."""
-    again_at = 0.0
-    passing_errors = (UnavailableError, RateLimitedError, UnauthorizedError, ForbiddenError)
-    if error.transient or isinstance(error, passing_errors):
+    if error.transient or isinstance(error, PASSING_ERRORS):
         again_at = state.now + 10
-    state = state.show(lost=text, again_at=again_at)
-    if again_at:
-        return state
-    return state.say(text, "bad")
+        return state.show(lost=text, again_at=again_at)
+    return state.show(lost=text).say(text, "bad")
 
 
-def run_refused(state: State, run_id: str, error: MogplexError) -> State:
+def run_refused(state: State, error: MogplexError, run_id: str) -> State:
     """A poll that was refused takes no status away; one that was never known is unknown then."""
-    known = run_named(state, run_id)
-    if error.status != 404 or known.status or known not in state.rail.runs:
+    status = run_named(state, run_id).status
+    if error.status != 404 or status:
         return state
     return change_runs(state, [run_id], status="unknown")
 
 
-def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> State:
+def start_failed(state: State, error: MogplexError, text: str, new: NewRun) -> State:
     """A start that failed: the task comes back, with its key where the run may have started."""
-    for one in state.next.starts:
-        if one.key == new.key and one.run_id:
+    for known in state.next.starts:
+        if known.key == new.key and known.run_id:
             return change_start(state, new.key)  # only the history failed
     if error.delivered:
-        state = change_start(state, new.key, new._replace(under_way=False))
+        new = new._replace(under_way=False)
+        state = change_start(state, new.key, new)
         text = f"The run may have started: {text}; press Enter to send the same request again"
     else:
         state = change_start(state, new.key)
         text = f"Not started: {text}"
     if error.retry_after_s:
-        text = f"{text}; retry in {format_duration(error.retry_after_s)}"
+        wait = format_duration(error.retry_after_s)
+        text = f"{text}; retry in {wait}"
     if not state.composer.text:
         state = state.write(new.task)
     return state.say(text, "bad")
@@ -9476,28 +9503,31 @@ def start_failed(state: State, new: NewRun, error: MogplexError, text: str) -> S
 
 def sign_in_failed(state: State, text: str) -> State:
     """The field stays one for a token until the service has accepted one."""
-    return state.admit(checking=False, url="").say(f"Not signed in: {text}", "bad")
+    state = state.admit(checking=False, url="")
+    return state.say(f"Not signed in: {text}", "bad")
 
 
 def on_failed(state: State, message: Failed) -> State:
     """A job that failed. What is asked in the background says so in the header alone."""
     error = message.error
-    job = message.ask.job
+    ask = message.ask
+    job = ask.job
     text = harmless(str(error))
     if error.hint:
-        text = f"{text} · {harmless(error.hint)}"
+        hint = harmless(error.hint)
+        text = f"{text} · {hint}"
     state = answered_poll(state, job)
     if job in (Desk.try_token, Desk.try_stored, Desk.sign_in):
         return sign_in_failed(state, text)
     if job is Desk.start:  # whose 429 is a budget of its own, and holds nothing else
-        return start_failed(state, message.ask.arguments[0], error, text)
+        return start_failed(state, error, text, *ask.arguments)
     state = felt(state, job, error, text)
     if job is Desk.watch:
         return watch_failed(state, error, text)
-    if is_for_drawer(state, message.ask):
+    if is_for_drawer(state, ask):
         return state.shift(error=text)
     if job is Client.run:
-        return run_refused(state, message.ask.arguments[0], error)
+        return run_refused(state, error, *ask.arguments)
     if job in POLLED:
         return state
     return state.say(text, "bad")
@@ -9505,12 +9535,14 @@ def on_failed(state: State, message: Failed) -> State:
 
 def on_tick(state: State, _: Tick) -> State:
     """Once a second: what is due is asked, but nothing during a wait that a 429 asked for."""
-    drawer = state.drawer
-    if state.service.held_until > state.now or state.is_signed_out:
+    now = state.now
+    if state.service.held_until > now or state.is_signed_out:
         return state
-    if drawer and drawer.error and int(state.now) % 5 == 0:
+    drawer = state.drawer
+    if drawer and drawer.error and int(now) % 5 == 0:
         state = state.read()
-    if state.shown.again_at and state.now >= state.shown.again_at:
+    again_at = state.shown.again_at
+    if again_at and now >= again_at:
         state = watch_again(state)
     if state.service.polls.unanswered >= 6:
         return state
@@ -9534,7 +9566,10 @@ def is_of_another_run(state: State, message: object) -> bool:
     if not isinstance(message, (Told, Failed)):
         return False
     ask = message.ask
-    return ask.job in (Desk.watch, Desk.report) and ask.arguments[0] != state.shown.run_id
+    if ask.job not in (Desk.watch, Desk.report):
+        return False
+    run_id: str = ask.arguments[0]
+    return run_id != state.shown.run_id
 
 
 def update(state: State, message: object) -> State:
@@ -9543,7 +9578,9 @@ def update(state: State, message: object) -> State:
     state = state._replace(asks=())
     if is_of_another_run(state, message):
         return state
-    return refreshed(before, HANDLERS[type(message)](state, message))
+    handle = HANDLERS[type(message)]
+    state = handle(state, message)
+    return refreshed(before, state)
 
 
 # -- The cockpit, from its first frame to its last words

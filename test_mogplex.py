@@ -6451,6 +6451,11 @@ def test_what_was_typed_before_a_sign_in_is_no_token_and_comes_back() -> None:
     assert (Shell.reconnect,) in asked(state) and (Desk.watch, RUN_ID) in asked(state)
 
 
+def test_a_sign_out_takes_the_token_from_every_desk() -> None:
+    state = played(*BUSY, fetched(Desk.sign_out, "Signed out."))
+    assert (Shell.reconnect,) in asked(state)
+
+
 # -- Truth: how the service answers, and what is known
 
 
@@ -6993,6 +6998,13 @@ def test_what_a_terminal_sends_in_two_reads(sent: str, messages: List[Any]) -> N
         return  # a paste without marks is known only by its coming in one go
     for cut in range(1, len(sent)):
         assert joined(sliced(sent[:cut], sent[cut:])) == joined(messages), cut
+
+
+def test_esc_and_a_word_in_one_read_are_no_alt_and_a_letter() -> None:
+    assert sliced("\x1bfix it") == [Key("esc"), Text("fix it")]
+    assert sliced("\x1bbump\r") == [Key("esc"), Text("bump"), Key("enter")]
+    assert sliced("\x1bfx\x1bb") == [Key("alt+f"), Text("x"), Key("alt+b")]
+    assert sliced("\x1b\rfix") == [Key("newline"), Text("fix")]
 
 
 def test_a_sequence_whose_end_does_not_come_is_esc_and_letters() -> None:
