@@ -4669,11 +4669,10 @@ def ndjson_lines(records: Sequence[object], texts: Sequence[str]) -> str:
     A text is "" where it is not known.
     """
     lines = "\n".join(texts)
-    if "" in texts or not lines.isascii() or lines.count("\n") >= len(texts):
+    is_line_each = lines.isascii() and lines.count("\n") < len(texts)
+    if "" in texts or not is_line_each:
         return "\n".join(map(ndjson, records))
-    if "#" in lines:
-        return lines.replace("##", "#\\u0023")
-    return lines
+    return lines.replace("##", "#\\u0023")
 
 
 # -- The value at a path
@@ -4701,9 +4700,12 @@ def key_at(record: Json, path: str) -> str:
 
 def item_at(items: List[Any], place: str) -> object:
     """The item at a place, counted from 0; None where there is none."""
-    if not LIST_INDEX.match(place) or int(place) >= len(items):
+    if not LIST_INDEX.match(place):
         return None
-    return items[int(place)]
+    index = int(place)
+    if index >= len(items):
+        return None
+    return items[index]
 
 
 def value_at(value: object, path: str) -> object:
@@ -4856,32 +4858,35 @@ def shown_width(text: str) -> int:
 
 def least_width(column: Column, cells: Sequence[str]) -> int:
     """How narrow a column can be made: ids are never shortened, nor titles."""
-    whole = cells
-    if column.shrinks:
-        whole = [cell for cell in cells if is_uuid(cell)]
-    widths = [shown_width(cell) for cell in whole]
-    return max([text_width(column.title) + 2, *widths])  # tabulate makes no column narrower
+    least = text_width(column.title) + 2  # tabulate makes no column narrower
+    for cell in cells:
+        if is_uuid(cell) or not column.shrinks:
+            least = max(least, shown_width(cell))
+    return least
 
 
-def fitted_widths(columns: Columns, rows: List[List[str]], width: int) -> List[int]:
-    """The widths of the columns in a table of ``width``.
+def shorten_columns(rows: List[List[str]], columns: Columns, width: int) -> None:
+    """Shorten cells until the rows of a table fit in ``width``.
 
     The column with the most to spare is shortened first, until the rows fit or none has any.
     """
     widths = []
     spare = []
-    for index, column in enumerate(columns):
-        cells = [row[index] for row in rows]
+    for column, cells in zip(columns, zip(*rows)):
         least = least_width(column, cells)
-        widths.append(max([least, *map(shown_width, cells)]))
-        spare.append(widths[index] - least)
-    over = sum(widths) + 2 * (len(widths) - 1) - width
-    most_to_spare_first = sorted(range(len(widths)), key=spare.__getitem__, reverse=True)
+        whole = max(least, *map(shown_width, cells))
+        widths.append(whole)
+        spare.append(whole - least)
+    gaps = 2 * (len(widths) - 1)
+    over = sum(widths) + gaps - width
+    most_to_spare_first = sorted(range(len(spare)), key=spare.__getitem__, reverse=True)
     for index in most_to_spare_first:
-        cut = min(spare[index], max(0, over))
-        widths[index] -= cut
+        cut = min(spare[index], over)
+        if cut <= 0:
+            break
         over -= cut
-    return widths
+        for row in rows:
+            row[index] = fit(row[index], widths[index] - cut)
 
 
 def table(records: Listed, columns: Columns, setting: Setting) -> str:
@@ -4889,21 +4894,16 @@ def table(records: Listed, columns: Columns, setting: Setting) -> str:
     import tabulate
     rows = [row_of(record, columns, setting) for record in records]
     if setting.width is not None:
-        widths = fitted_widths(columns, rows, setting.width)
-        for row in rows:
-            for index, column in enumerate(columns):
-                if column.shrinks:
-                    row[index] = fit(row[index], widths[index])
+        shorten_columns(rows, columns, setting.width)
     titles = [column.title for column in columns]
     return tabulate.tabulate(rows, headers=titles, tablefmt="plain", disable_numparse=True)
 
 
 def tab_separated(records: Listed, columns: Columns, setting: Setting) -> str:
     """The same for a host without tabulate."""
-    lines = ["\t".join(column.title for column in columns)]
-    for record in records:
-        lines.append("\t".join(row_of(record, columns, setting)))
-    return "\n".join(lines)
+    rows = [[column.title for column in columns]]
+    rows += [row_of(record, columns, setting) for record in records]
+    return "\n".join(map("\t".join, rows))
 
 
 def json_list(records: Listed, columns: Columns, setting: Setting) -> str:
@@ -4924,7 +4924,11 @@ LIST_FORMATS: Dict[str, ListFormat] = {
 
 def block(rows: Iterable[Tuple[str, str]]) -> str:
     """Labels and values, one to a line; a row without a value is left out."""
-    return "\n".join(f"{label:<7} {value}" for label, value in rows if value)
+    lines = []
+    for label, value in rows:
+        if value:
+            lines.append(f"{label:<7} {value}")
+    return "\n".join(lines)
 
 
 def branch_text(run: Json) -> str:
@@ -4988,36 +4992,15 @@ def run_text(
 
 def verdict_json(verdict: Verdict) -> Json:
     """The last line of ``--follow --json``; what is not known is left out."""
-    line: Json = {"runId": verdict.run_id, "status": verdict.status}
-    known = {
+    line = {
+        "runId": verdict.run_id,
+        "status": verdict.status,
         "error": verdict.error,
         "pullRequestUrl": verdict.pull_request_url,
         "workingBranch": verdict.working_branch,
         "truncated": verdict.truncated,
     }
-    for key, value in known.items():
-        if value:
-            line[key] = value
-    return line
-
-
-def verdict_facts(verdict: Verdict) -> List[Tuple[str, str]]:
-    """What is worth knowing when a run has ended: labels and values."""
-    duration = ""
-    if verdict.duration_s is not None:
-        duration = format_duration(verdict.duration_s)
-    facts = [
-        ("run error", verdict.error),
-        ("branch", verdict.working_branch),
-        ("pull request", verdict.pull_request_url),
-        ("duration", duration),
-    ]
-    return [(label, value) for label, value in facts if value]
-
-
-def verdict_notes(verdict: Verdict) -> List[str]:
-    """The same as lines."""
-    return [f"{label}: {value}" for label, value in verdict_facts(verdict)]
+    return {key: value for key, value in line.items() if value}
 
 
 def trailer(verdict: Verdict, colour: bool) -> str:
@@ -5042,11 +5025,14 @@ def with_run_id(run_id: str, event: Record) -> Json:
 def tally(statuses: Sequence[str]) -> str:
     """``3 runs: 2 success, 1 failed``."""
     counts = collections.Counter(statuses)
-    words = [word for word in TERMINAL_STATUSES if word in counts]
-    words += [word for word in counts if word not in TERMINAL_STATUSES]
-    listed = ", ".join(f"{counts[word]} {sanitize(word)}" for word in words)
-    noun = "run" if len(statuses) == 1 else "runs"
-    return f"{len(statuses)} {noun}: {listed}"
+    parts = []
+    for status in dict.fromkeys([*TERMINAL_STATUSES, *counts]):  # terminal ones come first
+        if status in counts:
+            parts.append(f"{counts[status]} {sanitize(status)}")
+    runs = "1 run"
+    if len(statuses) != 1:
+        runs = f"{len(statuses)} runs"
+    return f"{runs}: {', '.join(parts)}"
 
 
 # -- Events and logs
@@ -5057,39 +5043,42 @@ def event_text(event: Record, newline: str = " \u23ce ") -> str:
     message = sanitize(text_of(event, "message"), newline)
     reason = sanitize(failure_of(event), newline)
     url = sanitize(text_of(event, "payload", "pull_request_url"), newline)
+    if not message:
+        return reason or url
     if reason and reason not in message:
-        return f"{message}: {reason}" if message else reason
+        return f"{message}: {reason}"
     if url and url not in message:
-        return f"{message} {url}".lstrip()
+        return f"{message} {url}"
     return message
 
 
 def event_line(event: Record, newline: str = " \u23ce ") -> str:
     """Time, type, tool and text, two spaces between."""
+    moment = format_time(event.get("createdAt"))
     kind = sanitize(text_of(event, "type"), newline)
-    parts = [format_time(event.get("createdAt")), f"{kind:<14}"]
+    parts = [moment, f"{kind:<14}"]
     tool = sanitize(text_of(event, "toolName"), newline)
     if tool:
         parts.append(f"tool={tool}")
     parts.append(event_text(event, newline))
-    return "  ".join(filter(None, parts)).rstrip()
+    line = "  ".join(filter(None, parts))
+    return line.rstrip()
 
 
 def logs_text(logs: Json, clock: Callable[[object], str] = format_time) -> str:
     """A sandbox's two logs, and the events of its life, with times as on ``clock``; "" for none."""
     lines: List[str] = []
     for name in ("install_log", "dev_log"):
-        text = text_of(logs, "sandbox", name)
+        text = text_of(logs, "sandbox", name).rstrip("\r\n")
         if text:
             lines.append(f"--- {name} ---")
-            lines += re.split(r"\r\n|[\r\n]", text.rstrip("\r\n"))
+            lines += re.split(r"\r\n|[\r\n]", text)
     for event in dicts_of(logs, "lifecycle_events"):
-        facts = (
-            clock(event.get("created_at")),
-            text_of(event, "event_type"),
-            text_of(event, "decision_code"),
-        )
-        lines.append("  ".join(facts).rstrip())
+        moment = clock(event.get("created_at"))
+        kind = text_of(event, "event_type")
+        decision = text_of(event, "decision_code")
+        line = f"{moment}  {kind}  {decision}"
+        lines.append(line.rstrip())
     return "\n".join(map(sanitize, lines))
 
 
@@ -5102,15 +5091,20 @@ def status_line(progress: Progress, now: float) -> str:
     elapsed = format_duration(now - progress.started_at)
     age = format_age(now - progress.last_event_at)
     connection = progress.connection
-    if progress.retry_at is not None and progress.retry_at > now:
-        connection += f", retrying in {format_age(progress.retry_at - now)}"
+    wait_s = (progress.retry_at or now) - now
+    if wait_s > 0:
+        connection += f", retrying in {format_age(wait_s)}"
     return f"{status} {elapsed} | last event {age} ago | {connection}"
 
 
 def silence_line(progress: Progress, now: float) -> str:
     """The same for a log."""
     state = sanitize(progress.status) or progress.connection
-    return f"still {state}, last event {format_age(now - progress.last_event_at)} ago"
+    age = format_age(now - progress.last_event_at)
+    return f"still {state}, last event {age} ago"
+
+
+# -- The end of a run, for people and for CI
 
 
 class Outcome(NamedTuple):
@@ -5159,6 +5153,25 @@ def outcome_of_verdict(verdict: Verdict) -> Outcome:
     )
 
 
+def outcome_facts(outcome: Outcome) -> Dict[str, str]:
+    """What is worth knowing when a run has ended, by label; "" where it is not known."""
+    duration = ""
+    if outcome.duration_s is not None:
+        duration = format_duration(outcome.duration_s)
+    return {
+        "run error": outcome.error,
+        "branch": outcome.branch,
+        "pull request": outcome.pull_request_url,
+        "duration": duration,
+    }
+
+
+def outcome_notes(outcome: Outcome) -> List[str]:
+    """The same as lines."""
+    facts = outcome_facts(outcome)
+    return [f"{label}: {value}" for label, value in facts.items() if value]
+
+
 def _title_character(match: Match[str]) -> str:
     """A character that would end the title of an annotation, as GitHub wants it spelled."""
     return f"%{ord(match.group()):02X}"
@@ -5179,9 +5192,15 @@ def github_annotation(outcome: Outcome) -> str:
     else:
         title = f"run {status}"
         text = outcome.error or f"run {outcome.run_id} ended {status}"
-    title = re.sub("[%:,]", _title_character, sanitize(title, " "))
-    text = sanitize(text, " ")[:1000].replace("%", "%25")
+    title = sanitize(title, " ")
+    title = re.sub("[%:,]", _title_character, title)
+    text = sanitize(text, " ")[:1000]
+    text = text.replace("%", "%25")
     return f"::error title=Mogplex {title}::{text}"
+
+
+PLAIN_URL = re.compile(r"https://[\w.-]+/[\w./-]*\Z", re.ASCII)
+PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")
 
 
 def _entity(match: Match[str]) -> str:
@@ -5195,24 +5214,20 @@ def _markdown(text: str) -> str:
     Punctuation becomes entities; a plain URL stays.
     """
     line = sanitize(text, " ")[:300]
-    if re.match(r"https://[\w.-]+/[\w./-]*\Z", line, re.ASCII):
+    if PLAIN_URL.match(line):
         return line
-    return re.sub(r"[!-/:-@\[-`{-~]", _entity, line)
+    return PUNCTUATION.sub(_entity, line)
 
 
 def github_summary(outcome: Outcome, task: str, last_lines: Sequence[str]) -> str:
     """A short Markdown table on the run, and its last events."""
-    duration = "" if outcome.duration_s is None else format_duration(outcome.duration_s)
     values = {
         "task": task,
         "run": outcome.run_id,
         "repo": outcome.repo_id,
         "status": outcome.status,
         "left": outcome.left,
-        "run error": outcome.error,
-        "branch": outcome.branch,
-        "pull request": outcome.pull_request_url,
-        "duration": duration,
+        **outcome_facts(outcome),
     }
     lines = ["### Mogplex run", "", "| | |", "| --- | --- |"]
     for label, value in values.items():
@@ -5220,13 +5235,18 @@ def github_summary(outcome: Outcome, task: str, last_lines: Sequence[str]) -> st
             lines.append(f"| {label} | {_markdown(value)} |")
     if last_lines:
         lines += ["", "| last events |", "| --- |"]
-        lines += [f"| {_markdown(line)} |" for line in last_lines]
-    return "\n".join([*lines, "", ""])
+    for line in last_lines:
+        lines.append(f"| {_markdown(line)} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def github_outputs(**values: str) -> str:
     """Values for later steps, one a line."""
-    return "".join(f"{name}={sanitize(value, ' ')}\n" for name, value in values.items())
+    text = ""
+    for name, value in values.items():
+        line = sanitize(value, " ")
+        text += f"{name}={line}\n"
+    return text
 
 
 def dotenv_text(outcome: Outcome) -> str:
@@ -5252,9 +5272,12 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 
     ``edge`` is "start" or "end".
     """
-    name = re.sub("[^A-Za-z0-9]", "_", run_id)[:64]
-    title = f"Mogplex run {sanitize(run_id)}" if edge == "start" else ""
-    return f"\x1b[0Ksection_{edge}:{int(now)}:mogplex_{name}\r\x1b[0K{title}\n"
+    name = re.sub("[^A-Za-z0-9]", "_", run_id)
+    section = f"mogplex_{name[:64]}"
+    title = ""
+    if edge == "start":
+        title = f"Mogplex run {sanitize(run_id)}"
+    return f"\x1b[0Ksection_{edge}:{int(now)}:{section}\r\x1b[0K{title}\n"
 
 
 # ---------------------------------------------------------------- 7. Cockpit
@@ -11551,7 +11574,7 @@ class Attendant:
         self.outcome = outcome_of_verdict(verdict)
         last_line = trailer(verdict, self.ctx.colour)
         self.ctx.emit_record(verdict_json(verdict), self.label + last_line)
-        for line in verdict_notes(verdict):
+        for line in outcome_notes(self.outcome):
             self.note(line)
         self.report.end(self.outcome)
         return Exit.OK if verdict.status == "success" else Exit.FAILURE

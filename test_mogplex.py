@@ -5363,9 +5363,9 @@ def test_the_last_line_of_a_followed_run_as_json() -> None:
 
 
 def test_what_is_worth_knowing_at_the_end() -> None:
-    assert mogplex.verdict_notes(verdict()) == []
+    assert mogplex.outcome_notes(mogplex.outcome_of_verdict(verdict())) == []
     full = verdict(error="boom", working_branch="b", pull_request_url="u", duration_s=125.0)
-    assert mogplex.verdict_notes(full) == [
+    assert mogplex.outcome_notes(mogplex.outcome_of_verdict(full)) == [
         "run error: boom", "branch: b", "pull request: u", "duration: 2m 05s"]
 
 
