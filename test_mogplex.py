@@ -78,6 +78,9 @@ ENDED_BY_SIGNAL = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]  # and the exit 
 if os.name != "nt":
     ENDED_BY_SIGNAL.append((signal.SIGHUP, 129))
 MODULE = os.path.abspath(mogplex.__file__)
+# The program, as an installed one starts: from bytecode. As a script it is compiled each time anew,
+# which takes twice as long as all else.
+PROGRAM = [sys.executable, "-m", "mogplex"]
 # What the system says of a directory that is opened as a file
 OPENED_DIRECTORY = "Permission denied" if os.name == "nt" else "Is a directory"
 TOKEN = "mog_" + "T0ken" * 6 + "xy"
@@ -263,7 +266,7 @@ def signals_as_on_a_terminal() -> Iterator[None]:
 
 PERSONAL = re.compile(
     "(?:MOGPLEX|GITHUB|GITLAB|CI)_.*|.*_proxy|CI|NO_COLOR|FORCE_COLOR|NODE_ENV|BROWSER|SSH_.*"
-    "|CODESPACES|REMOTE_CONTAINERS|GITPOD_.*|DEVPOD"
+    "|CODESPACES|REMOTE_CONTAINERS|GITPOD_.*|DEVPOD|PYTHONDONTWRITEBYTECODE"
     "|REQUESTS_CA_BUNDLE|CURL_CA_BUNDLE|SSL_CERT_FILE|SSL_CERT_DIR", re.IGNORECASE)
 
 
@@ -274,6 +277,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MOGPLEX_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PYTHONPATH", os.path.dirname(MODULE))  # of the processes that tests start
 
 
 @pytest.fixture
@@ -1039,7 +1043,7 @@ print(sum(replaced) in range(1, 100), replaced == sorted(replaced), *sorted(left
 def python(script: str, *argv: str, **options: Any) -> Any:
     """A process that runs ``script`` beside the module under test."""
     return subprocess.Popen(
-        [sys.executable, "-c", script, *argv], cwd=os.path.dirname(MODULE), universal_newlines=True,
+        [sys.executable, "-c", script, *argv], universal_newlines=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -1237,7 +1241,7 @@ def test_a_file_mounted_by_itself_is_written_in_place_or_not_renewed(
     process = subprocess.run(
         ["unshare", "--mount", "--map-root-user", sys.executable, "-c", MOUNTED,
          str(home), str(source), mode],
-        cwd=os.path.dirname(MODULE), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         universal_newlines=True, timeout=60)
     if "cannot mount" in process.stderr or "unshare" in process.stderr:
         pytest.skip("no mounts here")
@@ -2230,7 +2234,7 @@ def test_memory_has_its_bounds(name: str) -> None:
     with RawServer(lambda number, request, _: step if "/events" in request else ok({})) as server:
         command = [sys.executable, "-c", MEMORY, server.url]
         done = subprocess.run(
-            command, cwd=os.path.dirname(MODULE), stdout=subprocess.PIPE, check=True)
+            command, stdout=subprocess.PIPE, check=True)
         said = done.stdout.decode()
     assert told in said and said.endswith("within bounds\n")
 
@@ -6914,8 +6918,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing_and_none_is_replaced(tmp_p
         "import resource, mogplex\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # as a full disk does it
         f"mogplex.write_new_file({path + '2'!r}, 'x' * 10000)")
-    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=60,
-                          cwd=os.path.dirname(MODULE))
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, timeout=60)
     assert b"OSError" in done.stderr and not os.path.exists(path + "2")
 
 
@@ -7092,8 +7095,7 @@ class Terminal:
         self.resize(width, height)
         self.modes = termios.tcgetattr(child)
         variables = {
-            **os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8",
-            "PYTHONPATH": os.path.dirname(MODULE), **environ}
+            **os.environ, "TERM": "xterm-256color", "LANG": "C.UTF-8", **environ}
         self.process = subprocess.Popen(
             argv, stdin=child, stdout=child, stderr=child, env=variables,
             preexec_fn=functools.partial(adopt, ignored))
@@ -7334,8 +7336,7 @@ def test_closing_the_terminal_ends_it_quietly(
     master, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environ = {
-        **os.environ, "TERM": "xterm-256color", "PYTHONPATH": os.path.dirname(MODULE),
-        "MOGPLEX_HOME": str(tmp_path)}
+        **os.environ, "TERM": "xterm-256color", "MOGPLEX_HOME": str(tmp_path)}
     with open(tmp_path / "stderr", "w+") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-c", COCKPIT, demo.url, demo.token, "nope"],
@@ -8722,7 +8723,7 @@ def test_where_a_task_comes_from(
 @pytest.mark.posix
 def test_stdin_that_never_ends_is_too_long(tmp_path: Any) -> None:
     with open("/dev/zero", "rb") as endless, one_answer(ok(RUN)) as server:
-        done = subprocess.run([sys.executable, MODULE, "run", "--repo", "r", "-"], stdin=endless, capture_output=True,
+        done = subprocess.run([*PROGRAM, "run", "--repo", "r", "-"], stdin=endless, capture_output=True,
                               env={**os.environ, **service(server.url)}, timeout=60)
     assert done.returncode == 2 and done.stdout == b"" and b"longer than" in done.stderr and server.requests == []
 
@@ -9300,7 +9301,7 @@ def on_a_terminal(columns: int, *argv: str, env: Dict[str, str]) -> str:
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     inherited = {name: os.environ[name] for name in os.environ if name not in ("COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [sys.executable, MODULE, *argv], stdin=slave, stdout=slave, stderr=slave,
+        [*PROGRAM, *argv], stdin=slave, stdout=slave, stderr=slave,
         env={**inherited, "TERM": "xterm", **env})
     os.close(slave)
     shown = b""
@@ -9336,7 +9337,7 @@ def test_what_the_cockpit_opens_on(
 ) -> None:
     """Words that are no command wait in the composer; the run is the option's, or the variable's."""
     environ = {**service(demo.url, demo.token), **env}
-    with Terminal([sys.executable, MODULE, *argv], **environ) as terminal:
+    with Terminal([*PROGRAM, *argv], **environ) as terminal:
         terminal.until(sight).send("\x03\x03")
         terminal.until(lambda: terminal.process.poll() is not None)
     assert demo.service.runs.keys() <= {seed["id"] for seed in mogplex.DEMO_RUNS}
@@ -9380,7 +9381,7 @@ def run_file(
     settings.setdefault("stdin", subprocess.DEVNULL)
     settings.setdefault("stdout", subprocess.PIPE)
     settings.setdefault("stderr", subprocess.PIPE)
-    return subprocess.Popen([*wrapper, sys.executable, MODULE, *argv], env=env, **settings)
+    return subprocess.Popen([*wrapper, *PROGRAM, *argv], env=env, **settings)
 
 
 STREAMING = ok({
@@ -9481,8 +9482,7 @@ def test_a_pipe_gets_utf_8(encoding: str, expected: str) -> None:
     """Also on Windows, whose own code pages lack characters; PYTHONIOENCODING says otherwise."""
     environ = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "C.UTF-8", "PYTHONUTF8": "0"}
     done = subprocess.run(
-        [sys.executable, "-c", PRINTS], cwd=os.path.dirname(MODULE), env=environ,
-        stdout=subprocess.PIPE, timeout=60)
+        [sys.executable, "-c", PRINTS], env=environ, stdout=subprocess.PIPE, timeout=60)
     assert done.stdout.decode("utf-8").rstrip("\r\n") == expected
 
 
@@ -9804,7 +9804,7 @@ def test_a_reader_that_leaves_ends_a_silent_tail_at_once_and_quietly() -> None:
 def test_a_stream_that_takes_nothing(
     demo: mogplex.DemoServer, redirection: str, code: int, told: str,
 ) -> None:
-    command = f"{sys.executable} {MODULE} repos list {redirection}"
+    command = f"{shlex.join(PROGRAM)} repos list {redirection}"
     environ = {**os.environ, **service(demo.url, demo.token)}
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, env=environ)
     assert (done.returncode, done.stderr.decode().strip()) == (code, told)
@@ -9812,7 +9812,7 @@ def test_a_stream_that_takes_nothing(
 
 @pytest.mark.posix
 def test_a_reader_of_one_byte_ends_a_list_quietly(demo: mogplex.DemoServer) -> None:
-    program = f"{sys.executable} {MODULE} repos list --json"
+    program = f"{shlex.join(PROGRAM)} repos list --json"
     command = f"{program} | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
     environ = {**os.environ, **service(demo.url, demo.token)}
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, env=environ)
@@ -9966,7 +9966,7 @@ def test_the_id_of_a_run_is_not_lost_with_the_reader_of_stdout(
 def test_an_encoding_that_lacks_a_character_gets_a_replacement(demo: mogplex.DemoServer) -> None:
     ours = service(demo.url, demo.token)
     environ = {**os.environ, **ours, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    argv = [sys.executable, MODULE, "runs", "events", FINISHED]
+    argv = [*PROGRAM, "runs", "events", FINISHED]
     done = subprocess.run(argv, capture_output=True, timeout=60, env=environ)
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"?" in done.stdout and done.stdout.isascii()
@@ -10150,7 +10150,7 @@ def test_api_tells_the_key_of_a_start_that_is_interrupted() -> None:
 
     with RawServer(steps(wait)) as server:
         process = subprocess.Popen(
-            [sys.executable, MODULE, "api", "POST", "runs", "--idempotency-key", "k-1"],
+            [*PROGRAM, "api", "POST", "runs", "--idempotency-key", "k-1"],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             env={**os.environ, **service(server.url)})
         assert asked.wait(60)
@@ -10229,7 +10229,7 @@ def test_api_reads_the_whole_of_a_stdin_that_does_not_block() -> None:
     os.set_blocking(reading, False)
     with one_answer(ok({})) as server:
         process = subprocess.Popen(
-            [sys.executable, MODULE, "api", "x", "--input", "-"], stdin=reading,
+            [*PROGRAM, "api", "x", "--input", "-"], stdin=reading,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env={**os.environ, **service(server.url)})
         for piece in (b'{"a":', b' "b"', b"}"):
@@ -10348,7 +10348,7 @@ def test_a_terminal_that_cannot_go_back_gets_no_status_line(environ: Dict[str, s
 def test_the_specification_s_own_script(demo: mogplex.DemoServer, tmp_path: Any) -> None:
     script = r'''
 set -u
-mogplex() { "$PYTHON" "$MODULE" "$@"; }
+mogplex() { "$PYTHON" -m mogplex "$@"; }
 RUN_ID=$(mogplex run --repo acme/web --harness codex "Refactor auth to use bearer tokens" --json | jq -r .runId)
 mogplex runs events "$RUN_ID" --follow
 case $? in
@@ -10360,7 +10360,7 @@ case $? in
 esac
 '''.replace("jq -r .runId", '"$PYTHON" -c "import json,sys; print(json.load(sys.stdin)[\'runId\'])"')
     done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, env={
-        **os.environ, **service(demo.url, demo.token), "PYTHON": sys.executable, "MODULE": MODULE})
+        **os.environ, **service(demo.url, demo.token), "PYTHON": sys.executable})
     assert done.returncode == 0 and done.stdout.decode().endswith(" success ---\nrun completed cleanly\n")
 
 
@@ -10378,8 +10378,8 @@ def test_demo_server_prints_what_a_shell_needs() -> None:
     process = run_file("--demo-server")
     with ended_at_last(process):
         lines = "".join(f"export {name}={value}\n" for name, value in exported(process).items())
-        script = f'{lines}unset NODE_ENV\n"$PYTHON" "$MODULE" repos list --json --limit 1'
-        environ = {**os.environ, "PYTHON": sys.executable, "MODULE": MODULE, "NODE_ENV": "production"}
+        script = f'{lines}unset NODE_ENV\n"$PYTHON" -m mogplex repos list --json --limit 1'
+        environ = {**os.environ, "PYTHON": sys.executable, "NODE_ENV": "production"}
         done = subprocess.run(["bash", "-c", script], capture_output=True, timeout=60, env=environ)
         assert done.returncode == 0 and json.loads(done.stdout)["full_name"] == "acme/api"
 
@@ -10419,7 +10419,7 @@ def remote_login(url: str) -> Tuple["subprocess.Popen[str]", List[str]]:
     """``login`` over SSH, and the lines that it says before it waits."""
     environ = {**os.environ, **service(url, ""), "SSH_CONNECTION": "1.2.3.4 5 6.7.8.9 22"}
     process = subprocess.Popen(
-        [sys.executable, MODULE, "login"], env=environ, universal_newlines=True,
+        [*PROGRAM, "login"], env=environ, universal_newlines=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stderr
     return process, [process.stderr.readline() for _ in range(5)]
@@ -10525,7 +10525,7 @@ def test_login_in_a_container_says_in_one_line_which_port_to_forward(
 @pytest.mark.usefixtures("login_ports")
 def test_login_on_a_host_without_a_browser_says_so_and_waits(tmp_path: Any) -> None:
     environ = {**service("http://127.0.0.1:9", ""), "HOME": str(tmp_path), "PATH": str(tmp_path)}
-    command = [sys.executable, MODULE, "login"]
+    command = [*PROGRAM, "login"]
     with subprocess.Popen(command, env=environ, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, b"")
@@ -10553,7 +10553,7 @@ def test_login_asks_for_the_token_unseen_on_a_terminal(tmp_path: Any) -> None:
     ours, theirs = pty.openpty()
     with RawServer(lambda *_: ok({"repos": []})) as server:
         process = subprocess.Popen(
-            [sys.executable, MODULE, "login", "--with-token"],
+            [*PROGRAM, "login", "--with-token"],
             env={**os.environ, **service(server.url, "")},
             stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True)
         os.close(theirs)
@@ -10866,7 +10866,7 @@ def test_the_cockpit_opens_on_the_repo_of_the_checkout(
 ) -> None:
     checkout("https://github.com/acme/docs.git")
     environ = {**service(demo.url, demo.token), "MOGPLEX_REPO": "."}
-    with Terminal([sys.executable, MODULE], **environ) as terminal:
+    with Terminal(PROGRAM, **environ) as terminal:
         terminal.until("next: acme/docs ").send("\x03\x03")
         terminal.until(lambda: terminal.process.poll() is not None)
 
@@ -11781,7 +11781,7 @@ def test_the_readme_s_test_passes_against_the_demo_server(tmp_path: Any) -> None
     test = readme_program("test_delegate.py", tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test], capture_output=True,
-        timeout=60, cwd=tmp_path, env={**os.environ, "PYTHONPATH": HERE})
+        timeout=60, cwd=tmp_path)
     assert done.returncode == 0 and b"1 passed" in done.stdout, done.stdout.decode()
 
 
@@ -11868,7 +11868,7 @@ def shell_tools(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory for PATH: the program as ``mogplex``, this Python as ``python3``, and of jq what the README uses."""
     directory = tmp_path_factory.mktemp("bin")
     scripts = {
-        "mogplex": f'exec "{sys.executable}" "{MODULE}" "$@"', "python3": f'exec "{sys.executable}" "$@"',
+        "mogplex": f'exec {shlex.join(PROGRAM)} "$@"', "python3": f'exec "{sys.executable}" "$@"',
         "jq": f'exec "{sys.executable}" -c "import json, sys\nfor line in sys.stdin:\n value = json.loads(line)\n'
               ' for key in sys.argv[-1].strip(\'.\').split(\'.\'): value = value[key]\n print(value)" "$@"'}
     for name, script in scripts.items():
@@ -11965,8 +11965,7 @@ class CiJob:
         self.environ = {
             **os.environ, **service(self.demo.url, self.demo.token), "TASK": task,
             "MOGPLEX_HOME": str(directory), "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-        with zipfile.ZipFile(directory / "mogplex.pyz", "w") as archive:
-            archive.write(MODULE, "mogplex.py")
+        with zipfile.ZipFile(directory / "mogplex.pyz", "w") as archive:  # PYTHONPATH has the module
             archive.writestr("__main__.py", f"import sys, mogplex{HURRY}sys.exit(mogplex.main())")
 
     def __enter__(self) -> CiJob:
