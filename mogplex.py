@@ -5304,9 +5304,14 @@ STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "alert": ("1;38;5;231;48;5;124", "1;37;41", "1;7"),
 }
 GLYPHS = str.maketrans("│─┴▸▶●○◌✓✗■·…›⎇▼⏎•↑↓–—", "|-+>>*o.+x#-~>@v/*^v--")  # for ASCII
-MOUSE = ("\x1b[?1006l\x1b[?1000l", "\x1b[?1000h\x1b[?1006h")  # off, on
+MOUSE = {False: "\x1b[?1006l\x1b[?1000l", True: "\x1b[?1000h\x1b[?1006h"}  # off, on
 width_of = functools.lru_cache(8192)(text_width)  # frames measure mostly what the last one did
 fitted = functools.lru_cache(8192)(fit)
+
+
+def columns_of(line: Iterable[Segment]) -> int:
+    """How wide a line is."""
+    return sum(width_of(text) for text, _ in line)
 
 
 def harmless(value: object, most: int = 500) -> str:
@@ -5322,15 +5327,10 @@ class Key(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Characters that were typed, as many as came together."""
+    """Characters that were typed, as many as came together, or a paste with its lines and tabs."""
 
     text: str
-
-
-class Paste(NamedTuple):
-    """A bracketed paste, or what looks like one: newlines are ``\\n``, tabs are kept."""
-
-    text: str
+    pasted: bool = False
 
 
 class Mouse(NamedTuple):
@@ -5344,14 +5344,8 @@ class Mouse(NamedTuple):
     row: int
 
 
-class Resize(NamedTuple):
-    """The terminal's size in cells."""
-
-    width: int
-    height: int
-
-
-Message = Union[Key, Text, Paste, Mouse]  # what a terminal sends
+Resize = os.terminal_size  # the new size in cells: columns, lines
+Message = Union[Key, Text, Mouse]  # what a terminal sends
 
 
 # -- The terminal: what it sends
@@ -5392,9 +5386,10 @@ _UNMARKED_PASTE = re.compile("[^\x00-\x1f]{2}[\r\n]+[^\r\n]")  # where pastes ar
 _INTERRUPTING = re.compile("(?:\x03|\x1b(?:\\[99;5u|\\[27;5;99~|\\[27u)?)+\\Z")  # Ctrl+C or Esc
 
 
-def newlines(text: str) -> str:
-    """A paste with ``\\n`` at its lines' ends, which terminals send as ``\\r``."""
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def pasted(text: str) -> Text:
+    """A paste, with ``\\n`` at its lines' ends, which terminals send as ``\\r``."""
+    text = text.replace("\r\n", "\n")
+    return Text(text.replace("\r", "\n"), pasted=True)
 
 
 def unmodified(code: int, modifiers: int) -> str:
@@ -5407,14 +5402,12 @@ def unmodified(code: int, modifiers: int) -> str:
     shift = flags & 1
     alt = flags & 2
     ctrl = flags & 4
-    if flags & 0b111000:  # Super, Hyper, Meta
+    if code > sys.maxunicode or flags & 0b111000:  # Super, Hyper, Meta
         return ""
     if code == 13 and flags & 0b111:
         return "\x1b\r"
     if code == 9 and shift:
         return "\x1b[Z"
-    if code > sys.maxunicode:
-        return ""
     char = chr(code)
     if shift or ctrl:
         char = char.upper()
@@ -5450,11 +5443,11 @@ def mouse_messages(report: str) -> List[Message]:
 
 def key_messages(sequence: str, resolve: Callable[[str], str]) -> List[Message]:
     """The key that sends ``sequence``, if it has a name."""
-    name = SENT_KEYS.get(sequence, "")
+    name = SENT_KEYS.get(sequence)
     if not name and len(sequence) == 1:
-        name = "^" + chr(ord(sequence) + 64).lower()
-    if not name:
-        name = resolve(sequence)
+        letter = chr(ord(sequence) + 64)
+        name = "^" + letter.lower()
+    name = name or resolve(sequence)
     if not name:
         return []
     return [Key(name)]
@@ -5484,8 +5477,7 @@ def part_messages(kind: str, part: str, resolve: Callable[[str], str]) -> List[M
     if kind == "text":
         return [Text(part)]
     if kind == "paste":
-        text = part[len(PASTE_START):-len(PASTE_END)]
-        return [Paste(newlines(text))]
+        return [pasted(part[len(PASTE_START):-len(PASTE_END)])]
     if kind == "mouse":
         return mouse_messages(part)
     if kind == "ignored":
@@ -5504,7 +5496,7 @@ def sliced(
     only text with a newline inside, in one go, is taken for a paste, because that runs nothing.
     """
     if "\x1b" not in sent and _UNMARKED_PASTE.search(sent):
-        return [Paste(newlines(sent))], ""
+        return [pasted(sent)], ""
     messages: List[Message] = []
     at = 0
     while at < len(sent):
@@ -5549,12 +5541,10 @@ def rewritten(before: Row, row: Row) -> List[Placed]:
     """
     new = cells(row)
     changed = set(new).symmetric_difference(cells(before))
-    if not changed:  # but for what is cut off at the edge
-        return []
-    if all(text.isascii() for _, text, _ in changed):
-        return [cell for cell in new if cell in changed]
-    start, _, _ = min(changed)
-    return [cell for cell in new if cell in changed or cell[0] > start]
+    behind = sys.maxsize
+    if not all(text.isascii() for _, text, _ in changed):
+        behind, _, _ = min(changed)
+    return [cell for cell in new if cell in changed or cell[0] > behind]
 
 
 def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str:
@@ -5562,7 +5552,7 @@ def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str
     output = ""
     column = -1  # where the cursor is, while that is certain
     worn = None  # the style that is in force
-    end = sum(width_of(text) for text, _ in row)  # of its last column
+    end = columns_of(row)
     for start, text, style in rewritten(before, row):
         if start != column:
             output += place(y, start)
@@ -5583,8 +5573,6 @@ def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str
 def cursor_place(rows: Sequence[Row]) -> Optional[Tuple[int, int]]:
     """(row, column) of the cursor, which is an empty segment of style "cursor"."""
     for y, row in enumerate(rows):
-        if ("", "cursor") not in row:
-            continue
         for column, _, style in cells(row):
             if style == "cursor":
                 return y, column
@@ -5604,12 +5592,10 @@ def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -
     cursor = cursor_place(new)
     if not output and cursor == cursor_before:
         return ""
-    if not cursor:
-        output += "\x1b[?25l"
+    if cursor:
+        output += place(*cursor) + "\x1b[?25h"
     else:
-        output += place(*cursor)
-        if not cursor_before:
-            output += "\x1b[?25h"
+        output += "\x1b[?25l"
     return f"\x1b[?2026h{output}\x1b[?2026l"  # shown at once, where a terminal knows that
 
 
@@ -5654,20 +5640,22 @@ def is_ascii_locale(environ: Mapping[str, str]) -> bool:
 class Canvas:
     """The frame that is on the screen, and how the next one is written over it."""
 
-    def __init__(self, environ: Mapping[str, str], colours: int) -> None:
+    def __init__(self, environ: Mapping[str, str], terminal: Any) -> None:
+        colours = terminal.number_of_colors
         if environ.get("NO_COLOR"):
             colours = 0
         self.styles = sgr_styles(colours)
         self.ascii = is_ascii_locale(environ)
+        self.clear = f"\x1b[0m{terminal.clear}\x1b[?25l"
         self.rows: Sequence[Row] = ()  # none: what is on the screen is not known
 
-    def frame(self, rows: Sequence[Row], clear: str) -> str:
-        """What turns the last frame into ``rows``, all of it behind ``clear`` if there is none."""
+    def frame(self, rows: Sequence[Row]) -> str:
+        """What turns the last frame into ``rows``; an unknown one is cleared first."""
         if self.ascii:
             rows = list(map(ascii_row, rows))
         output = repaint(self.rows, rows, self.styles)
         if not self.rows:
-            output = clear + output
+            output = self.clear + output
         self.rows = rows
         return output
 
@@ -5805,10 +5793,9 @@ class Tty:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
-    def size(self) -> Tuple[int, int]:
-        """Columns and rows."""
-        columns, rows = on_terminal(os.get_terminal_size, 1)
-        return columns, rows
+    def size(self) -> Resize:
+        size: Resize = on_terminal(os.get_terminal_size, 1)
+        return size
 
     def is_foreground(self) -> bool:
         """Whether this job may use the terminal now."""
@@ -5887,7 +5874,8 @@ class Keyboard:
         sent = self.tty.read()
         if self.in_paste() and _INTERRUPTING.match(sent) and self.is_all():
             sent = PASTE_END + sent  # its end was lost, and it must not eat Esc or Ctrl+C
-        messages, self.pending = sliced(self.pending + sent, False, self.resolve)
+        self.pending += sent
+        messages, self.pending = sliced(self.pending, False, self.resolve)
         if self.pending and not self.in_paste() and self.is_all():
             rest, self.pending = sliced(self.pending, True, self.resolve)
             messages += rest
@@ -5902,7 +5890,7 @@ class Keyboard:
 
 
 class Controls:
-    """What to write to take this kind of terminal, to give it back, and to clear it.
+    """What to write to take this kind of terminal, and to give it back.
 
     From blessed, but for bracketed paste: it would ask the terminal, and some do not answer.
     """
@@ -5915,7 +5903,6 @@ class Controls:
             f"\x18\x1b[?2026l{MOUSE[False]}\x1b[?2004l{terminal.normal}{terminal.rmkx}"
             f"{terminal.normal_cursor}{screen}"
         )
-        self.clear = f"\x1b[0m{terminal.clear}\x1b[?25l"
 
 
 class Screen:
@@ -5927,10 +5914,10 @@ class Screen:
         self.tty = Tty()
         self.keyboard = Keyboard(self.tty, terminal)
         self.controls = Controls(terminal)
-        self.canvas = Canvas(environ, terminal.number_of_colors)
-        self.size = self.tty.size()  # columns, rows
-        self.mouse = True            # it is reported to this program; else the terminal selects
-        self.active = False          # between enter() and restore()
+        self.canvas = Canvas(environ, terminal)
+        self.size = self.tty.size()
+        self.mouse = True    # it is reported to this program; else the terminal selects
+        self.active = False  # between enter() and restore()
 
     def enter(self) -> None:
         """Take the terminal, once this job is in the foreground, and forget what is on it."""
@@ -5990,7 +5977,7 @@ class Screen:
 
     def draw(self, rows: Sequence[Row]) -> None:
         """One frame, in one write: what differs from the last."""
-        self.write(self.canvas.frame(rows, self.controls.clear))
+        self.write(self.canvas.frame(rows))
 
     def wait(self, seconds: float) -> List[Message]:
         """What was typed and what signals ask for; waits for it at most so many seconds.
@@ -6003,21 +5990,17 @@ class Screen:
             os.read(self.signals.wake_in, 1 << 16)
         if self.signals.ending:
             raise SystemExit(128 + self.signals.ending)
-        messages = self.see_to_signals()
-        if 0 in ready:
-            messages += self.keyboard.read()
-        return messages
-
-    def see_to_signals(self) -> List[Message]:
-        """Act on the signals that do not end the program; the messages that follow from them."""
         heard = self.signals.take()
         if signal.SIGCONT in heard:  # after a stop that nobody announced
             self.enter()
         elif signal.SIGWINCH in heard:
             self.repaint()
+        messages: List[Message] = []
         if signal.SIGTSTP in heard:
-            return [Key("^z")]
-        return []
+            messages.append(Key("^z"))
+        if 0 in ready:
+            messages += self.keyboard.read()
+        return messages
 
 
 @contextlib.contextmanager
@@ -6067,10 +6050,10 @@ class KnownRepo(NamedTuple):
 class KnownSandbox(NamedTuple):
     """A sandbox in the same way."""
 
-    id: str = ""
-    repo_id: str = ""
-    branch: str = ""
-    status: str = ""
+    id: str
+    repo_id: str
+    branch: str
+    status: str
     preview_url: str = ""  # https, or ""
     error: str = ""
 
@@ -6184,17 +6167,13 @@ class Desk:
         self.connection: Optional[Client] = None
         self.told: Optional[Progress] = None  # the last of a tail
         self.given_up = threading.Event()  # is set to end the wait for a browser
-        self.closed = False
         threading.Thread(target=self.work, daemon=True).start()
 
     def work(self) -> None:
-        while not self.closed:
-            self.do(self.asks.get())
-
-    def close(self) -> None:
-        """End the thread."""
+        """Do what is asked, until None is."""
+        for ask in iter(self.asks.get, None):
+            self.do(ask)
         self.reconnect()
-        self.closed = True
 
     def tell(self, job: Callable[..., object], data: object, *arguments: object) -> None:
         """Post what is known without an answer of the service, or before a job has ended."""
@@ -6287,10 +6266,10 @@ class Desk:
     def cancel(self, run_id: str) -> None:
         answer = self.client().cancel(run_id)
         name = sanitize(run_id)[:8]
+        words = f"Cancellation of run {name} requested."
         if already_ended(answer):
-            self.say(f"Run {name} had already ended.", "warn")
-        else:
-            self.say(f"Cancellation of run {name} requested.", "warn")
+            words = f"Run {name} had already ended."
+        self.say(words, "warn")
 
     def remember(self, repo: str, run: Record) -> None:
         """Write a run that was started elsewhere to the history."""
@@ -6312,10 +6291,10 @@ class Desk:
         with contextlib.suppress(OSError):
             if self.facts.run_browser:
                 opened = self.facts.run_browser(url)
+        words = f"Opened {url}"
         if opened is False:
-            self.say(f"Open this in a browser: {url}")
-        else:
-            self.say(f"Opened {url}")
+            words = f"Open this in a browser: {url}"
+        self.say(words)
 
     def check(self, credential: Credential) -> None:
         """MogplexError unless the service accepts the credential, as a real request shows."""
@@ -6376,23 +6355,17 @@ class Shell:
         self.inbox: Any = queue.SimpleQueue()
         # A desk for each kind of work: what is prompt never waits behind what is not.
         self.reading = Desk(self.post, facts)  # for all that is not named below
-        self.signing = Desk(self.post, facts)
-        polling = Desk(self.post, facts)
-        filing = Desk(self.post, facts)
-        self.desks: Dict[Callable[..., object], Desk] = {
-            Desk.watch: Desk(self.post, facts),
-            Desk.cancel: Desk(self.post, facts),
-            Desk.repos: polling,
-            Client.sandboxes: polling,
-            Client.run: polling,
-            Desk.remember: filing,
-            Desk.export: filing,
-            Desk.open: filing,
-            Desk.try_token: self.signing,
-            Desk.try_stored: self.signing,
-            Desk.sign_in: self.signing,
-            Desk.sign_out: self.signing,
-        }
+        self.desks: Dict[Callable[..., object], Desk] = {}
+        self.place(Desk.watch)
+        self.place(Desk.cancel)
+        self.place(Desk.repos, Client.sandboxes, Client.run)
+        self.place(Desk.remember, Desk.export, Desk.open)
+        self.place(Desk.try_token, Desk.try_stored, Desk.sign_in, Desk.sign_out)
+
+    def place(self, *jobs: Callable[..., object]) -> None:
+        """Give these jobs a desk of their own."""
+        desk = Desk(self.post, self.facts)
+        self.desks.update(dict.fromkeys(jobs, desk))
 
     def post(self, message: Any) -> None:
         """Hand in a message, from any thread."""
@@ -6401,7 +6374,7 @@ class Shell:
 
     def warn(self, line: str) -> None:
         """What the home has to say."""
-        self.post(Told(Ask(Desk.say, ("warn",)), line))
+        self.reading.say(line, "warn")
 
     def perform(self, ask: Ask) -> None:
         """Do what a state asks for: here, with the terminal, or at a desk."""
@@ -6412,7 +6385,7 @@ class Shell:
         elif ask.job is Desk.start:  # a start that hangs holds no other
             desk = Desk(self.post, self.facts)
             desk.asks.put(ask)
-            desk.asks.put(Ask(Desk.close))
+            desk.asks.put(None)
         else:
             self.desks.get(ask.job, self.reading).asks.put(ask)
 
@@ -6422,7 +6395,7 @@ class Shell:
             desk.asks.put(Ask(Desk.reconnect))
 
     def stop_sign_in(self) -> None:
-        self.signing.given_up.set()
+        self.desks[Desk.sign_in].given_up.set()
 
     def leave(self) -> None:
         raise SystemExit(Exit.OK)
@@ -6749,11 +6722,6 @@ def with_reason(status: str, error: str) -> str:
     if error:
         return f"{status}: {error}"
     return status
-
-
-def columns_of(line: Iterable[Segment]) -> int:
-    """How wide a line is."""
-    return sum(width_of(text) for text, _ in line)
 
 
 def status_of(run: Record) -> str:
@@ -9067,17 +9035,14 @@ def on_key(state: State, message: Key) -> State:
     return state
 
 
-def on_paste(state: State, message: Paste) -> State:
-    """A paste is one text and runs nothing; from a pane it goes to the composer."""
-    return insert(touched(state).attend(killing=""), message.text)
-
-
 def on_text(state: State, message: Text) -> State:
     """What was typed: words where words are taken, else keys, one after another.
 
     Of letters that came together none leaves, cancels a run, answers a question or acts on a row.
     """
     text = message.text
+    if message.pasted:  # it is one text and runs nothing; from a pane it goes to the composer
+        return insert(touched(state).attend(killing=""), text)
     alone = len(text) == 1
     if state.attention.killing and not alone:
         return on_key(state, Key(""))
@@ -9099,7 +9064,7 @@ def on_text(state: State, message: Text) -> State:
 
 def on_resize(state: State, message: Resize) -> State:
     """A rail that is no longer there keeps no focus."""
-    state = state.look(width=message.width, height=message.height).shift(lines=())
+    state = state.look(width=message.columns, height=message.lines).shift(lines=())
     if state.window.focus == "rail" and not rail_width(state.window.width):
         return state.look(focus="timeline")
     return state
@@ -9575,7 +9540,6 @@ def on_tick(state: State, _: Tick) -> State:
 HANDLERS: Dict[type, Callable[[State, Any], State]] = {
     Key: on_key,
     Text: on_text,
-    Paste: on_paste,
     Mouse: on_mouse,
     Resize: on_resize,
     Tick: on_tick,
@@ -9636,7 +9600,7 @@ class Cockpit:
             self.perform()  # after the frame: a desk's first job imports what takes longer
             window = self.state.window
             if screen.size != (window.width, window.height):
-                self.take(Resize(*screen.size))
+                self.take(screen.size)
                 continue
             for message in screen.wait(1.0 - time.time() % 1.0):
                 self.take(message)

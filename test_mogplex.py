@@ -5464,6 +5464,10 @@ def typed(text: str) -> List[Any]:
     return [mogplex.Text(text), mogplex.Key("enter")]
 
 
+def pasted(text: str) -> mogplex.Text:
+    return mogplex.Text(text, pasted=True)
+
+
 def fetched(job: Any, data: Any, *arguments: Any) -> mogplex.Told:
     return told(job, data, *arguments)._replace(latency_ms=84.0)
 
@@ -5547,7 +5551,7 @@ STATES = {
     "paused": played(*BUSY, *keys("tab", "up"), rail=RAIL),
     "wrapped": played(*NASTY, *keys("tab"), mogplex.Text("w")),
     "limited": played(*BUSY, LIMITED),
-    "many lines": played(mogplex.Paste("日本語 text\n" * 400)),
+    "many lines": played(pasted("日本語 text\n" * 400)),
     "rail": played(*BUSY, *keys("btab", "down"), rail=RAIL, window=WIDE),
     "question": played(*BUSY, *keys("tab"), mogplex.Text("x"), rail=RAIL),
 }
@@ -5568,7 +5572,7 @@ def utc() -> Iterator[None]:
 
 
 def resized(state: mogplex.State, width: int, height: int) -> List[Any]:
-    return mogplex.view(then(state, mogplex.Resize(width, height)), width, height)
+    return mogplex.view(then(state, mogplex.Resize((width, height))), width, height)
 
 
 def drawn(state: mogplex.State, width: int = 120, height: int = 40) -> str:
@@ -5905,14 +5909,14 @@ def any_message(chance: random.Random, width: int, height: int) -> Any:
         mogplex.Tick(), arrived(chance.choice(EVENTS)), mogplex.Mouse(chance.choice([3, -3]), *cell),
         mogplex.Mouse(0, *cell), fetched(Client.sandboxes, sandboxes),
         fetched(Client.run, run, RUNS[0].id), fetched(Desk.repos, TWO_REPOS), LIMITED,
-        mogplex.Paste("two\nlines\t日本語"), progressed(failures=chance.randrange(4))])
+        pasted("two\nlines\t日本語"), progressed(failures=chance.randrange(4))])
 
 
 @pytest.mark.parametrize("width, height", [(120, 24), (80, 20), (50, 15), (30, 8)])
 def test_frames_add_up_to_the_screen(width: int, height: int) -> None:
     """Whatever is done in whatever order: what was written in pieces shows what the last state is."""
     chance = random.Random(7)
-    state = played(mogplex.Resize(width, height), *BUSY, rail=RAIL)
+    state = played(mogplex.Resize((width, height)), *BUSY, rail=RAIL)
     shown: List[Any] = []
     screen = Emulator(width, height)
     for number in range(80):
@@ -5935,7 +5939,7 @@ def many_events(count: int) -> List[Any]:
             for number in range(count)]
 
 
-FULL = played(mogplex.Resize(120, 40), *BUSY, *many_events(5000))
+FULL = played(mogplex.Resize((120, 40)), *BUSY, *many_events(5000))
 SCROLLED = then(FULL, *keys("tab"), *[mogplex.Text("k")] * 50, *[mogplex.Text("j")] * 9)
 
 
@@ -6161,9 +6165,9 @@ PANE = [*BUSY, *keys("tab")]
     ([mogplex.Key("tab"), mogplex.Text("quit")], [(Client.run, RUN_ID)][:0]),
     ([mogplex.Text("half"), mogplex.Key("tab"), mogplex.Text("q")], []),
     ([mogplex.Key("f1"), mogplex.Text("q")], []),
-    ([mogplex.Paste("/quit\n/kill\ny\n")], []),
-    ([mogplex.Paste("q")], []),
-    ([mogplex.Key("tab"), mogplex.Paste("q")], []),
+    ([pasted("/quit\n/kill\ny\n")], []),
+    ([pasted("q")], []),
+    ([mogplex.Key("tab"), pasted("q")], []),
     ([mogplex.Key("tab"), mogplex.Text("y")],
      [(mogplex.Screen.write, "\x1b]52;c;YXBwbHlfcGF0Y2ggIHNyYy9zZXNzaW9uLnRz\x07")]),
     (typed("/mcp"), [(Client.mcp_servers,)]),
@@ -6188,7 +6192,7 @@ def test_what_is_asked_of_the_desks_and_the_shell(messages: List[Any], expected:
     ("abc", "backspace", "ab", 2), ("abc", "left", "abc", 2), ("abc", "^k", "abc", 3),
 ])
 def test_the_composer_s_keys(text: str, name: str, expected: str, cursor: int) -> None:
-    composer = played(mogplex.Paste(text), mogplex.Key(name)).composer
+    composer = played(pasted(text), mogplex.Key(name)).composer
     assert (composer.text, composer.cursor) == (expected, cursor)
 
 
@@ -6204,7 +6208,7 @@ def test_the_composer_s_keys_from_its_start(names: List[str], expected: str, cur
 
 
 def test_tabs_in_a_paste_are_kept_and_controls_are_not() -> None:
-    state = played(mogplex.Paste("a:\n\tb\x1b[31m\tc"))
+    state = played(pasted("a:\n\tb\x1b[31m\tc"))
     assert state.composer.text == "a:\n\tb\tc"
     assert "\t" not in drawn(state)
 
@@ -6245,7 +6249,7 @@ def test_letters_typed_in_one_go_cancel_nothing() -> None:
     question = then(watching, mogplex.Text("x"))
     assert question.attention.killing == RUN_ID
     assert Desk.cancel not in jobs(then(question, mogplex.Text("yes")))
-    assert Desk.cancel not in jobs(then(question, mogplex.Paste("y")))
+    assert Desk.cancel not in jobs(then(question, pasted("y")))
     assert Shell.leave in jobs(then(question, *keys("^c", "^c")))
 
 
@@ -6274,7 +6278,7 @@ def test_an_error_is_read_to_its_end(width: int, height: int) -> None:
 
 def test_no_key_is_a_yes_in_a_window_that_cannot_show_the_question() -> None:
     question = played(*PANE, mogplex.Text("x"))
-    small = then(question, mogplex.Resize(25, 6))
+    small = then(question, mogplex.Resize((25, 6)))
     assert "enlarge the window" in drawn(small, 25, 6)
     assert jobs(then(small, mogplex.Text("y"))) == []
 
@@ -6325,7 +6329,7 @@ def row_of(state: mogplex.State, text: str) -> int:
 
 
 def test_a_click_selects_and_a_second_one_opens() -> None:
-    state = played(mogplex.Resize(120, 40), *BUSY, rail=RAIL)
+    state = played(mogplex.Resize((120, 40)), *BUSY, rail=RAIL)
     click = mogplex.Mouse(0, 5, row_of(state, "7e9a"))
     once = then(state, click)
     assert once.window.focus == "rail" and once.rail.at == 1 and Desk.watch not in jobs(once)
@@ -6342,7 +6346,7 @@ def test_a_click_selects_and_a_second_one_opens() -> None:
 
 
 def test_the_wheel_scrolls_what_is_under_it() -> None:
-    state = played(mogplex.Resize(120, 40), *BUSY, *typed("/runs"), rail=RAIL)
+    state = played(mogplex.Resize((120, 40)), *BUSY, *typed("/runs"), rail=RAIL)
     over_rail = then(state, mogplex.Mouse(3, 5, 10))
     assert over_rail.rail.at == 3 and over_rail.drawer == state.drawer
     over_drawer = then(state, mogplex.Mouse(3, 60, 10))
@@ -6755,7 +6759,7 @@ def test_the_rail_s_last_line_says_the_selected_row_in_full() -> None:
 
 
 def test_scrolling_up_pauses_and_end_follows_again() -> None:
-    state = played(mogplex.Resize(80, 24), *BUSY, *many_events(100))
+    state = played(mogplex.Resize((80, 24)), *BUSY, *many_events(100))
     assert "event 99" in drawn(state, 80, 24)
     for _ in range(20):
         state = then(state, mogplex.Mouse(-3, 10, 10))
@@ -6823,9 +6827,9 @@ def test_a_list_that_shrinks_keeps_a_row_selected() -> None:
 
 
 def test_a_rail_that_a_narrower_window_hides_keeps_no_focus() -> None:
-    state = played(mogplex.Resize(120, 40), *BUSY, *keys("btab"), rail=RAIL)
+    state = played(mogplex.Resize((120, 40)), *BUSY, *keys("btab"), rail=RAIL)
     assert state.window.focus == "rail"
-    narrow = then(state, mogplex.Resize(80, 24))
+    narrow = then(state, mogplex.Resize((80, 24)))
     assert narrow.window.focus == "timeline"
     assert then(narrow, mogplex.Text("x")).attention.killing == RUN_ID
 
@@ -6847,7 +6851,7 @@ def test_a_search_finds_letters_in_order_and_the_closest_first() -> None:
 
 
 def test_at_the_end_of_a_page_its_last_line_is_selected() -> None:
-    state = played(mogplex.Resize(80, 24), *BUSY, *keys("tab", "enter", "end"))
+    state = played(mogplex.Resize((80, 24)), *BUSY, *keys("tab", "enter", "end"))
     assert state.drawer and state.drawer.at == len(state.drawer.found) - 1
     assert mogplex.Screen.write in jobs(then(state, mogplex.Text("y")))
     assert then(state, *keys("up")) != then(state, *keys("down"))
@@ -6855,7 +6859,7 @@ def test_at_the_end_of_a_page_its_last_line_is_selected() -> None:
 
 def test_a_page_is_made_anew_for_another_window_and_another_answer() -> None:
     message = "x" * 100 + "END"
-    state = played(mogplex.Resize(80, 24), *BUSY, arrived({**EVENTS[0], "message": message}))
+    state = played(mogplex.Resize((80, 24)), *BUSY, arrived({**EVENTS[0], "message": message}))
     details = then(state, *keys("tab", "enter"))
     assert message not in drawn(details, 80, 24) and message in drawn(details, 160, 24)
     logs = then(state, *typed("/logs s1000000-1"))
@@ -6867,7 +6871,7 @@ def test_a_page_is_made_anew_for_another_window_and_another_answer() -> None:
 
 def test_the_details_of_a_megabyte_are_wrapped_once() -> None:
     event = {**EVENTS[0], "message": "a line of text, and more of it; " * 32768}
-    state = played(mogplex.Resize(120, 40), *BUSY, arrived(event), *keys("tab", "enter"))
+    state = played(mogplex.Resize((120, 40)), *BUSY, arrived(event), *keys("tab", "enter"))
     assert state.drawer and len(state.drawer.lines) > 1000
     assert "/export writes all events" in drawn(then(state, *keys("end")))
     moved = later(state, 1, mogplex.Tick(), *keys("down"))
@@ -6942,13 +6946,14 @@ def joined(messages: Sequence[Any]) -> List[Any]:
     """With texts that stand side by side as one."""
     output: List[Any] = []
     for one in messages:
-        if output and isinstance(one, mogplex.Text) and isinstance(output[-1], mogplex.Text):
-            one = mogplex.Text(output.pop().text + one.text)
+        beside = [one, *output[-1:]]
+        if len(beside) == 2 and all(isinstance(each, Text) and not each.pasted for each in beside):
+            one = Text(output.pop().text + one.text)
         output.append(one)
     return output
 
 
-Key, Text, Paste = mogplex.Key, mogplex.Text, mogplex.Paste
+Key, Text = mogplex.Key, mogplex.Text
 SENT: List[Tuple[str, List[Any]]] = [
     ("abc", [Text("abc")]),
     ("\u00e9\u65e5", [Text("\u00e9\u65e5")]),
@@ -6966,7 +6971,7 @@ SENT: List[Tuple[str, List[Any]]] = [
     ("\x1bOK", [Key("esc"), Text("OK")]),
     ("\x1b\x03", [Key("esc"), Key("^c")]),
     ("\x1b\x1b[A", [Key("esc"), Key("up")]),
-    ("\x1b\x1b[200~a\x1b[201~", [Key("esc"), Paste("a")]),
+    ("\x1b\x1b[200~a\x1b[201~", [Key("esc"), pasted("a")]),
     ("\x1b[107;3u", [Key("esc"), Text("k")]),
     # Keys with modifiers, as xterm's modifyOtherKeys and CSI-u send them.
     ("\x1b[99;5u\x1b[27;5;99~\x1b[67;6u", [Key("^c")] * 3),
@@ -6977,9 +6982,9 @@ SENT: List[Tuple[str, List[Any]]] = [
     ("\x1b[97;2u\x1b[32;2u\x1b[233u", [Text("A "), Text("\u00e9")]),
     ("\x1b[99;9u\x1b[57358u\x1b[9999999u\x1b[55296u", []),
     # Pastes, bracketed or not.
-    ("\x1b[200~a\rb\x1b[201~c", [Paste("a\nb"), Text("c")]),
-    ("\x1b[200~\ta\r\n\x1b[31m\x03\x1b[201~", [Paste("\ta\n\x1b[31m\x03")]),
-    ("rm x\nls\n", [Paste("rm x\nls\n")]),
+    ("\x1b[200~a\rb\x1b[201~c", [pasted("a\nb"), Text("c")]),
+    ("\x1b[200~\ta\r\n\x1b[31m\x03\x1b[201~", [pasted("\ta\n\x1b[31m\x03")]),
+    ("rm x\nls\n", [pasted("rm x\nls\n")]),
     # The mouse.
     ("\x1b[<64;10;5M\x1b[<65;1;1M", [mogplex.Mouse(-3, 9, 4), mogplex.Mouse(3, 0, 0)]),
     ("\x1b[<68;10;5M", [mogplex.Mouse(-3, 9, 4)]),
