@@ -9576,15 +9576,6 @@ def update(state: State, message: object) -> State:
 START_WAIT_S = 5.0  # how long leaving waits for the answer to a start
 
 
-def is_answered(new: NewRun) -> bool:
-    return bool(new.run_id) or not new.under_way
-
-
-def is_settled(new: NewRun) -> bool:
-    """Whether nothing more comes of a start: one that is written to the history is gone."""
-    return not new.under_way
-
-
 class Cockpit:
     """The loop: messages in, states and frames out, and what they ask for done."""
 
@@ -9625,33 +9616,34 @@ class Cockpit:
         for ask in asks:
             self.shell.perform(ask)
 
-    def await_starts(self, is_done: Callable[[NewRun], bool], until: float) -> None:
-        """Take the answers to starts that are under way, until all are done or it is late."""
-        while not all(map(is_done, self.state.next.starts)):
+    def started_late(self) -> List[str]:
+        """Wait until the starts under way are written down, or it is late; the ids of their runs."""
+        run_ids: List[str] = []
+        until = time.monotonic() + START_WAIT_S
+        while any(new.under_way for new in self.state.next.starts):
+            run_ids += [new.run_id for new in self.state.next.starts]
             left_s = until - time.monotonic()
             if left_s <= 0:
-                return
+                break
             with contextlib.suppress(queue.Empty):
                 message = self.shell.inbox.get(timeout=left_s)
                 if not isinstance(message, BaseException):
                     self.hear(message)  # what it asks for is no longer done
+        return run_ids
 
     def last_words(self) -> Iterator[str]:
         """What is left on the terminal: how to follow the runs on, and the keys of lost starts."""
-        until = time.monotonic() + START_WAIT_S
-        self.await_starts(is_answered, until)
-        run_ids = [new.run_id for new in self.state.next.starts if new.run_id]
-        for run_id in dict.fromkeys([self.state.shown.run_id, *run_ids]):
-            if run_id:
-                yield f"mogplex runs events {harmless(run_id)} --follow\n"
+        run_ids = [self.state.shown.run_id, *self.started_late()]
+        for run_id in filter(None, dict.fromkeys(run_ids)):
+            yield f"mogplex runs events {harmless(run_id)} --follow\n"
         for new in self.state.next.starts:
-            if not new.run_id:
-                task = fit(harmless(new.task.replace("\n", " ")), 60)
-                yield (
-                    f"no answer to the start of '{task}'; it may have started: "
-                    f"run it again with --idempotency-key {new.key}\n"
-                )
-        self.await_starts(is_settled, until)
+            if new.run_id:
+                continue
+            task = harmless(new.task.replace("\n", " "))
+            yield (
+                f"no answer to the start of '{fit(task, 60)}'; it may have started: "
+                f"run it again with --idempotency-key {new.key}\n"
+            )
 
 
 def known_runs(home: Home, base_url: str) -> List[KnownRun]:
@@ -9671,16 +9663,16 @@ def known_runs(home: Home, base_url: str) -> List[KnownRun]:
 
 def attach_first(state: State, wanted: str) -> State:
     """``--attach RUN``: what it names is shown at once, known or not: nothing is lost by that."""
-    state = attach(state, wanted)
-    if state.shown.run_id or state.drawer:
-        return state
-    state = state._replace(asks=()).attend(notice_until=0.0)
+    attached = attach(state, wanted)
+    if attached.shown.run_id or attached.drawer:
+        return attached
     return watch(state, wanted, {"runId": wanted})
 
 
 def unsent(text: str) -> str:
     """What is said of the words of a command line that may have been meant for a command."""
-    near = nearest(text.partition(" ")[0], GROUPS)
+    first = text.partition(" ")[0]
+    near = nearest(first, GROUPS)
     words = "Nothing was sent: press Enter to start a run with this task."
     if near:
         return f"Did you mean `mogplex {near}`? {words}"
@@ -9701,13 +9693,14 @@ def first_state(
     wanted = environ.get("MOGPLEX_REPO", "")
     if not wanted and runs:
         wanted = runs[0].repo
-    tasks = dict.fromkeys(run.task for run in reversed(runs) if run.task)
+    tasks = [run.task for run in reversed(runs)]
+    history = filter(None, dict.fromkeys(tasks))
     target = Target(KnownRepo(name=wanted))
     state = State(
         now=time.time(),
         next=Next(target, session=str(uuid.uuid4())),
         rail=Rail(tuple(runs)),
-        composer=Composer(history=tuple(tasks)),
+        composer=Composer(history=tuple(history)),
         service=Service(base_url),
     )
     state = insert(state, text)
@@ -9750,8 +9743,9 @@ def run_cockpit(
     ``connect`` builds a Client, from the credential given or the one in force; UnauthorizedError
     when there is none.
     """
+    kind = environ.get("TERM") or "dumb"
     is_terminal = os.isatty(0) and os.isatty(1)
-    if environ.get("TERM", "") in ("", "dumb") or not is_terminal:
+    if kind == "dumb" or not is_terminal:
         raise UsageError(
             "the cockpit needs a terminal, and TERM that names its kind",
             hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands",
@@ -9762,9 +9756,11 @@ def run_cockpit(
         overruled = f"{given.variable} is set and takes precedence: unset it."
     with Signals() as signals:
         screen = Screen(environ, signals)
-        shell = Shell(screen, Facts(connect, base_url, home, run_browser, overruled))
+        facts = Facts(connect, base_url, home, run_browser, overruled)
+        shell = Shell(screen, facts)
         home.warn = shell.warn  # standard error is the screen now
-        cockpit = Cockpit(shell, first_state(home, environ, base_url, text, attach))
+        state = first_state(home, environ, base_url, text, attach)
+        cockpit = Cockpit(shell, state)
         with crash_guard(screen, shell.post):
             try:
                 return stay(screen, cockpit)
