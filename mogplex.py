@@ -7839,14 +7839,10 @@ def completions(state: State) -> List[str]:
 # -- View: the state as rows of styled text
 
 
-class PaneLine(NamedTuple):
-    """A line of a pane, and the position of what it shows; None for a line that shows nothing."""
-
-    line: Line
-    at: Optional[int] = None
-
-
+# A line of a pane, and the position of what it shows; None for a line that shows nothing.
+PaneLine = Tuple[Line, Optional[int]]
 PaneLines = List[PaneLine]
+BLANK: PaneLine = ((), None)
 
 
 EVENT_TYPES = {  # style, and the tag for a narrow window
@@ -7864,70 +7860,51 @@ EVENT_TYPES = {  # style, and the tag for a narrow window
     "finished": ("ok", "done"),
     "failed": ("bad", "fail"),
 }
-COMPOSER_HINTS = ("Enter send", "Tab pane", "^P palette", "^F filter", "F1 help", "^C ^C quit")
-TIMELINE_HINTS = (
-    "j k move",
-    "Enter details",
-    "o open",
-    "x kill",
-    "f follow",
-    "/ filter",
-    "? keys",
-    "q quit",
-    "w wrap",
-    "y copy",
-    "r refresh",
-)
-RUN_HINTS = ("j k move", "Enter show", "x kill", "o open", "? keys", "Tab composer", "y copy")
-SANDBOX_HINTS = ("j k move", "Enter logs", "o open preview", "? keys", "Tab composer", "y copy")
-FILTER_HINTS = ("type to filter", "Enter keep", "Esc clear")
-SIGN_IN_HINTS = ("Enter opens the browser", "or paste a token", "^C ^C quit")
-WAITING_HINTS = ("Esc gives up the wait", "^C ^C quit")
-
-
+# The keys that are useful now, the most useful first.
+PANE_HINTS = {
+    "composer": "Enter send · Tab pane · ^P palette · ^F filter · F1 help · ^C ^C quit",
+    "timeline": (
+        "j k move · Enter details · o open · x kill · f follow · / filter · ? keys · q quit"
+        " · w wrap · y copy · r refresh"
+    ),
+    "rail": "j k move · Enter show · x kill · o open · ? keys · Tab composer · y copy",
+    "filter": "type to filter · Enter keep · Esc clear",
+}
+SANDBOX_HINTS = "j k move · Enter logs · o open preview · ? keys · Tab composer · y copy"
+SIGN_IN_HINTS = "Enter opens the browser · or paste a token · ^C ^C quit"
+WAITING_HINTS = "Esc gives up the wait · ^C ^C quit"
 ROW_HINTS = {"x": "x kill", "o": "o open", "y": "y copy"}
 
 
-def drawer_hints(drawer: Drawer) -> List[str]:
+def drawer_hints(drawer: Drawer) -> str:
     """What can be done in a drawer."""
     actions = drawer.listing.actions
-    hints = ["↑ ↓ move"]
+    hints = "↑ ↓ move"
     if "enter" in actions:
-        hints.append("Enter open")
-    hints.append("Esc close")
-    if not drawer.searching:
-        hints += [hint for key, hint in ROW_HINTS.items() if key in actions]
-    return [*hints, "type to search"]
+        hints += " · Enter open"
+    hints += " · Esc close"
+    for key, hint in ROW_HINTS.items():
+        if key in actions and not drawer.searching:
+            hints += f" · {hint}"
+    return hints + " · type to search"
 
 
-def hints_of(state: State) -> Sequence[str]:
-    """The keys that are useful now, the most useful first."""
+def hints_of(state: State) -> str:
     focus = state.window.focus
     if state.drawer:
         return drawer_hints(state.drawer)
     if state.is_signed_out and focus == "composer":
         return WAITING_HINTS if state.sign_in.url else SIGN_IN_HINTS
-    if focus == "rail":
-        listing, _ = selected(state)
-        return RUN_HINTS if listing is RUNS else SANDBOX_HINTS
-    if focus == "timeline":
-        return TIMELINE_HINTS
-    if focus == "filter":
-        return FILTER_HINTS
-    return COMPOSER_HINTS
+    if focus == "rail" and isinstance(row_in_rail(state), KnownSandbox):
+        return SANDBOX_HINTS
+    return PANE_HINTS[focus]
 
 
-def joined(hints: Iterable[str], width: int) -> str:
-    """Whole hints, as many as fit."""
-    line = ""
-    gap = " "
-    for hint in hints:
-        longer = line + gap + hint
-        if width_of(longer) > width:
-            break
-        line = longer
-        gap = " · "
-    return line
+def whole_hints(hints: str, width: int) -> str:
+    """As many of the hints as have room: what does not fit is left out, not cut."""
+    separator = " · "
+    line = fitted(f" {hints}{separator}", width + len(separator), "")
+    return line.rpartition(separator)[0]
 
 
 def fill(line: Line, width: int, style: str = "") -> Row:
@@ -7943,12 +7920,14 @@ def fill(line: Line, width: int, style: str = "") -> Row:
     return tuple(row)
 
 
-def padded(lines: PaneLines, width: int, rows: int) -> List[Row]:
-    """Exactly ``rows`` rows: the lines, and blank ones."""
-    blank = PaneLine([])
-    missing = rows - len(lines)
-    lines = lines[:rows] + [blank] * missing
-    return [fill(placed.line, width) for placed in lines]
+def padded(lines: PaneLines, width: int, rows: int, selected: int = -1) -> List[Row]:
+    """Exactly ``rows`` rows: the lines, the selected one as such, and blank ones."""
+    filled = []
+    for line, position in lines[:rows]:
+        style = "select" if position == selected else ""
+        filled.append(fill(line, width, style))
+    blank = fill([], width)
+    return filled + [blank] * (rows - len(filled))
 
 
 def ends(left: Line, right: Line, width: int) -> Row:
@@ -8139,14 +8118,6 @@ def around(at: int, count: int, rows: int) -> range:
     return range(top, min(count, top + rows))
 
 
-def chosen(placed: PaneLine, at: int, width: int) -> PaneLine:
-    """A line as the selected one, if it is that."""
-    if placed.at != at:
-        return placed
-    row = fill(placed.line, width, "select")
-    return PaneLine(row, at)
-
-
 def whole(text: str, style: str, width: int, most: int) -> List[Line]:
     """A text that is to be read to its end, in at most so many lines."""
     pieces = folded(text, width - 2)
@@ -8158,7 +8129,14 @@ def counted(title: str, count: int, some: int, word: str, style: str) -> PaneLin
     line = [(f" {title} {count}", style)]
     if some:
         line.append((f" · {some} {word}", "dim"))
-    return PaneLine(line)
+    return line, None
+
+
+def selected_in_rail(state: State) -> int:
+    """The row of the rail that is selected; -1 while it has not the focus."""
+    if state.drawer or state.window.focus != "rail":
+        return -1
+    return selected_row(state)
 
 
 def rail_lines(state: State, width: int, rows: int) -> PaneLines:
@@ -8166,8 +8144,7 @@ def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     runs = state.rail.runs
     sandboxes = state.rail.sandboxes
     at = selected_row(state)
-    focused = state.window.focus == "rail" and not state.drawer
-    title = "key" if focused else "bold"
+    title = "bold" if selected_in_rail(state) < 0 else "key"
     most = 1 if rows < 12 else 3
     detail = whole(row_detail(state), "dim", width, most)
     room = max(2, rows - len(detail) - 2)
@@ -8177,18 +8154,16 @@ def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     lines = [counted("RUNS", len(runs), active, "active", title)]
     for position in around(at, len(runs), room - for_sandboxes):
         row = run_line(state, runs[position], width)
-        lines.append(PaneLine(row, position))
+        lines.append((row, position))
     running = sum(sandbox.status == "running" for sandbox in sandboxes)
     lines.append(counted("SANDBOXES", len(sandboxes), running, "running", title))
     at_sandbox = max(0, at - len(runs))
     for position in around(at_sandbox, len(sandboxes), for_sandboxes):
         row = sandbox_line(state, sandboxes[position], width)
-        lines.append(PaneLine(row, len(runs) + position))
-    if focused:
-        lines = [chosen(placed, at, width) for placed in lines]
+        lines.append((row, len(runs) + position))
     while len(lines) + len(detail) < rows:
-        lines.append(PaneLine([]))
-    return lines + [PaneLine(line) for line in detail]
+        lines.append(BLANK)
+    return lines + [(line, None) for line in detail]
 
 
 def strip(state: State, width: int) -> Row:
@@ -8338,7 +8313,7 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     window = state.window
     focused = window.focus == "timeline"
     title = timeline_title(state, len(entries), focused, width)
-    lines = [PaneLine(title)]
+    lines: PaneLines = [(title, None)]
     top = 0 if window.follow else window.top
     top = scrolled(state, entries, at, top, width, rows - 2)
     end = top
@@ -8346,20 +8321,18 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
         entry = entry_lines(entries[end], width, window.wrap)
         if end > top and len(lines) + len(entry) >= rows:
             break
-        lines += [PaneLine(line, end) for line in entry]
+        lines += [(line, end) for line in entry]
         end += 1
     lines = lines[:rows - 1]
-    if focused:
-        lines = [chosen(placed, at, width) for placed in lines]
     if window.follow:
         indent = 11 if width >= 60 else 1
-        lines.append(PaneLine([(" " * indent, ""), *outcome(state)]))
-        return lines
+        last = [(" " * indent, ""), *outcome(state)]
+        return [*lines, (last, None)]
     newer = "▼ End follows "
     if end < len(entries):
         newer = f"▼ {len(entries) - end} newer (End) "
     row = ends([], [(newer, "warn")], width)
-    return [*lines, PaneLine(row)]
+    return [*lines, (row, None)]
 
 
 def welcome(state: State, width: int) -> List[Segment]:
@@ -8400,9 +8373,9 @@ def welcome_lines(state: State, width: int, rows: int) -> PaneLines:
     segments = welcome(state, width)[:rows]
     indent = (" " * min(3, width // 20), "")
     above = (rows - len(segments)) // 3
-    lines = [PaneLine([])] * above
+    lines = [BLANK] * above
     for segment in segments:
-        lines.append(PaneLine([indent, segment]))
+        lines.append(([indent, segment], None))
     return lines
 
 
@@ -8466,13 +8439,13 @@ def drawer_lines(drawer: Drawer, width: int, rows: int) -> PaneLines:
     columns = drawer.listing.columns
     widths = column_widths(columns, width - 3)
     titles = [column.title for column in columns]
-    lines = [PaneLine(drawer_title(drawer, width))]
+    lines: PaneLines = [(drawer_title(drawer, width), None)]
     if any(titles):
         title = "   " + cells_text(titles, widths)
-        lines.append(PaneLine([(title, "dim")]))
+        lines.append(([(title, "dim")], None))
     remark = drawer_remark(drawer)
     if remark:
-        lines.append(PaneLine(remark))
+        lines.append((remark, None))
     room = rows - len(lines)
     for position in around(drawer.at, len(drawer.found), room):
         item = drawer.found[position]
@@ -8483,8 +8456,7 @@ def drawer_lines(drawer: Drawer, width: int, rows: int) -> PaneLines:
             mark = " "
         text = cells_text(item.cells, widths)
         line = [(mark, "accent"), (text, item.style)]
-        placed = PaneLine(line, position)
-        lines.append(chosen(placed, drawer.at, width))
+        lines.append((line, position))
     return lines
 
 
@@ -8495,6 +8467,15 @@ def body_lines(state: State, width: int, rows: int) -> PaneLines:
     if state.shown.run_id and not state.is_signed_out:
         return timeline_lines(state, width, rows)
     return welcome_lines(state, width, rows)
+
+
+def selected_in_body(state: State) -> int:
+    """The position of the selected line of the body; -1 while it has not the focus."""
+    if state.drawer:
+        return state.drawer.at
+    if state.window.focus != "timeline":
+        return -1
+    return selected_entry(state)
 
 
 def is_token_field(state: State) -> bool:
@@ -8558,7 +8539,7 @@ def completion_hint(state: State, width: int) -> Line:
     if not found:
         return []
     name = state.composer.text[1:]
-    if name not in COMMANDS and len(found) == 1:
+    if len(found) == 1:
         name = found[0][1:].partition(" ")[0]
     word = COMMANDS.get(name)
     if word:
@@ -8566,10 +8547,10 @@ def completion_hint(state: State, width: int) -> Line:
             (f" /{word.call}  ", "key"),
             (word.does, "dim"),
         ]
-    names = [one.strip() for one in found]
+    names = " · ".join(map(str.strip, found))
     return [
         (" Tab", "dim"),
-        (joined(names, width - 5), "key"),
+        (whole_hints(names, width - 5), "key"),
     ]
 
 
@@ -8585,7 +8566,8 @@ def hint_line(state: State, width: int) -> Line:
         hint = completion_hint(state, width)
     if hint:
         return hint
-    return [(joined(hints_of(state), width), "dim")]
+    hints = whole_hints(hints_of(state), width)
+    return [(hints, "dim")]
 
 
 def foot_lines(state: State, width: int, height: int) -> List[Line]:
@@ -8644,15 +8626,15 @@ def layout_of(state: State, width: int, height: int) -> Layout:
 def view(state: State, width: int, height: int) -> List[Row]:
     """The whole screen: ``height`` rows, each of exactly ``width`` columns."""
     if width < 30 or height < 8:
-        above = [PaneLine([])] * (height // 2)
-        words = PaneLine([("enlarge the window", "warn")])
-        return padded([*above, words], width, height)
+        above = [BLANK] * (height // 2)
+        words = [("enlarge the window", "warn")]
+        return padded([*above, (words, None)], width, height)
     head, foot, rows, side = layout_of(state, width, height)
     body = body_lines(state, width - side, rows)
-    main = padded(body, width - side, rows)
+    main = padded(body, width - side, rows, selected_in_body(state))
     if side:
         lines = rail_lines(state, side - 1, rows)
-        rail = padded(lines, side - 1, rows)
+        rail = padded(lines, side - 1, rows, selected_in_rail(state))
         edge = ("│", "line")
         main = [(*left, edge, *right) for left, right in zip(rail, main)]
     screen = head + main + foot
@@ -9116,7 +9098,7 @@ def on_mouse(state: State, message: Mouse) -> State:
         lines = body_lines(state, state.window.width - layout.side, layout.rows)
     if row >= len(lines):
         return state
-    at = lines[row].at
+    _, at = lines[row]
     if at is None:
         return state
     if in_rail:
@@ -9617,7 +9599,7 @@ class Cockpit:
             self.shell.perform(ask)
 
     def started_late(self) -> List[str]:
-        """Wait until the starts under way are written down, or it is late; the ids of their runs."""
+        """Wait until the starts under way are written down, or it is late; their runs' ids."""
         run_ids: List[str] = []
         until = time.monotonic() + START_WAIT_S
         while any(new.under_way for new in self.state.next.starts):
