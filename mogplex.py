@@ -4800,7 +4800,7 @@ def repo_at(key: str) -> Cell:
     """The cell with the name of the repo whose id is at ``key``; what is there if it has none."""
     def cell(record: Record, setting: Setting) -> str:
         repo = text_of(record, key)
-        return sanitize(setting.repo_names.get(repo, repo))
+        return sanitize(setting.repo_names.get(repo) or repo)
     return cell
 
 
@@ -10694,6 +10694,26 @@ class Interrupted(KeyboardInterrupt):
         self.exit = Exit(128 + number)
 
 
+def in_background(work: Callable[..., object], *given: object) -> queue.SimpleQueue[Any]:
+    """Do ``work`` on a thread, or here where there is none.
+
+    What it returns, or the exception that it raises, comes in the queue.
+    """
+    outcomes: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def do_work() -> None:
+        try:
+            outcomes.put(work(*given))
+        except BaseException as error:
+            outcomes.put(error)
+
+    try:
+        start_thread(do_work)
+    except MogplexError:
+        do_work()
+    return outcomes
+
+
 class Interrupts:
     """The one place that decides what SIGINT, SIGTERM and SIGHUP do.
 
@@ -10763,28 +10783,20 @@ class Interrupts:
         A signal does not cut it short: it is raised when the outcome is known, or ``GRACE_S``
         after it came.
         """
-        results: List[Run] = []
-        errors: List[BaseException] = []
-        ended = threading.Event()
-
-        def run_work() -> None:
-            try:
-                results.append(work())
-            except BaseException as error:
-                errors.append(error)
-            ended.set()
-
+        outcome = None
         leave_at = float("inf")
         with self.postponed():
-            start_thread(run_work)
-            while not ended.wait(0.1) and time.monotonic() < leave_at:  # in slices, for Windows
+            outcomes = in_background(work)
+            while outcome is None and time.monotonic() < leave_at:
+                with contextlib.suppress(queue.Empty):
+                    outcome = outcomes.get(timeout=0.1)  # in slices, for Windows
                 if self.first is not None:
                     leave_at = min(leave_at, time.monotonic() + GRACE_S)
-        if errors:
-            raise errors[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
         if self.first is not None:
             raise self.first
-        return results[0]
+        return cast(Run, outcome)
 
 
 def discard(stream: Any) -> None:
@@ -11134,8 +11146,10 @@ def git_output(environ: Mapping[str, str], *words: str) -> str:
     except OSError as error:
         raise UsageError(f"git cannot be started: {error.strerror}") from None
     if done.returncode:
-        reason = re.search("^(?:fatal|error): (.*)", done.stderr.decode("utf-8", "replace"), re.M)
-        raise UsageError("git: " + _without_user_info(reason.group(1) if reason else "it failed"))
+        said = done.stderr.decode("utf-8", "replace")
+        match = re.search("^(?:fatal|error): (.*)", said, re.M)
+        reason = match.group(1) if match else "it failed"
+        raise UsageError(f"git: {_without_user_info(reason)}")
     return done.stdout.decode("utf-8", "replace")
 
 
@@ -11185,15 +11199,25 @@ def read_all(stream: Any, most: int) -> bytes:
     return bytes(data)
 
 
+def read_source(ctx: Context, path: str, most: int, what: str) -> bytes:
+    """At most ``most`` bytes of a file, or of stdin for ""; UsageError of ``what`` goes wrong."""
+    try:
+        if not path:
+            return read_all(ctx.stdin.buffer, most)
+        with open(path, "rb") as file:
+            return file.read(most)
+    except (OSError, ValueError, AttributeError) as error:  # a stdin that is closed is None
+        reason = getattr(error, "strerror", "cannot be read")
+        raise UsageError(f"{what}: {reason}") from None
+
+
 def read_run_ids(ctx: Context) -> List[str]:
     """The run ids on stdin, one a line."""
+    data = read_source(ctx, "", MAX_RUN_IDS_SIZE, "stdin")
     try:
-        text = read_all(ctx.stdin.buffer, MAX_RUN_IDS_SIZE).decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UsageError("stdin is not valid UTF-8") from None
-    except (OSError, AttributeError) as error:  # a stdin that is closed is None
-        reason = getattr(error, "strerror", "cannot be read")
-        raise UsageError(f"stdin: {reason}") from None
     if not text.strip():
         raise UsageError("there is no run ID on stdin")
     return text.splitlines()
@@ -11203,8 +11227,11 @@ def resolve_run_ids(ctx: Context, given: Iterable[str]) -> List[str]:
     """The runs that are meant, each once; ``-`` stands for those on stdin."""
     words: List[str] = []
     for word in given:
-        words += read_run_ids(ctx) if word == "-" else [word]
-    run_ids = [resolve_run_id(ctx, word.strip()).strip() for word in words]
+        if word == "-":
+            words += read_run_ids(ctx)
+        else:
+            words.append(word)
+    run_ids = [resolve_run_id(ctx, word.strip()) for word in words]
     for run_id in run_ids:
         path_segment(run_id)  # which refuses what is no id
     return list(dict.fromkeys(run_ids))
@@ -11231,14 +11258,19 @@ def repo_names(ctx: Context, repo_ids: Iterable[str]) -> Dict[str, str]:
     asked = set(filter(None, repo_ids))
     if not asked:
         return {}
-    one = asked.pop() if len(asked) == 1 else ""
-    times = {"timeout_s": REPO_NAMES_S, "connect_timeout_s": REPO_NAMES_S}
+    one = ""
+    if len(asked) == 1:
+        one = asked.pop()
     found: List[Repo] = []
     with contextlib.suppress(MogplexError):
-        with ctx.client(ctx.credential, tries=1, **times) as client:
+        with ctx.client(
+            ctx.credential,
+            tries=1,
+            timeout_s=REPO_NAMES_S,
+            connect_timeout_s=REPO_NAMES_S,
+        ) as client:
             found = client.repos(repo_id=one, limit=MAX_LIMIT)
-    names = {text_of(repo, "id"): text_of(repo, "full_name") for repo in found}
-    return {repo_id: name for repo_id, name in names.items() if name}
+    return {text_of(repo, "id"): text_of(repo, "full_name") for repo in found}
 
 
 def resolve_sandbox(client: Client, given: str) -> str:
@@ -11247,24 +11279,15 @@ def resolve_sandbox(client: Client, given: str) -> str:
         return given
     for sandbox in client.sandboxes(limit=MAX_LIMIT):
         if text_of(sandbox, "sandbox_id") == given:
-            if not text_of(sandbox, "id"):
-                raise InvalidResponseError(f"the service lists no id of the sandbox '{given}'")
-            return text_of(sandbox, "id")
+            record_id = text_of(sandbox, "id")
+            if record_id:
+                return record_id
+            raise InvalidResponseError(f"the service lists no id of the sandbox '{given}'")
     raise MogplexError(
         f"the service lists no sandbox '{given}'",
         code="NOT_FOUND",
         hint="find IDs via `mogplex sandboxes list`",
     )
-
-
-def prompt_bytes(ctx: Context, words: Sequence[str], prompt_file: str, most: int) -> bytes:
-    """The task as it was given, at most ``most`` bytes of it."""
-    if prompt_file:
-        with open(prompt_file, "rb") as file:
-            return file.read(most)
-    if words[0] == "-":
-        return read_all(ctx.stdin.buffer, most)
-    return " ".join(words).encode("utf-8", "surrogateescape")
 
 
 def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
@@ -11273,21 +11296,22 @@ def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
     UsageError for none, for two, and for one that the service would refuse.
     """
     both_or_none = bool(words) == bool(prompt_file)
-    if both_or_none or (words and words[0] == "-" and len(words) > 1):
+    from_stdin = list(words[:1]) == ["-"]
+    if both_or_none or (from_stdin and len(words) > 1):
         raise UsageError(
             "run: give the task once: as arguments, as - for stdin, or with --prompt-file")
     too_long = UsageError(f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units")
     most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
+    if from_stdin or prompt_file:
+        data = read_source(ctx, prompt_file, most, f"run: {prompt_file or 'stdin'}")
+    else:
+        data = " ".join(words).encode("utf-8", "surrogateescape")
+    if len(data) >= most:
+        raise too_long
     try:
-        data = prompt_bytes(ctx, words, prompt_file, most)
-        if len(data) >= most:
-            raise too_long
         prompt = data.decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError:
         raise UsageError("run: the task is not valid UTF-8") from None
-    except (OSError, AttributeError) as error:  # a stdin that is closed is None
-        reason = getattr(error, "strerror", "cannot be read")
-        raise UsageError(f"run: {prompt_file or 'stdin'}: {reason}") from None
     if not prompt.strip():
         raise UsageError("run: the task is empty")
     if utf16_units(prompt) > MAX_PROMPT_UNITS:
@@ -11303,13 +11327,15 @@ def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
     if environ.get("GITHUB_RUN_ID"):
         names = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_JOB")
         attempt = environ.get("GITHUB_RUN_ATTEMPT", "")
-        last = int(attempt) if re.match(r"[0-9]{1,4}\Z", attempt) else 1
+        last = 1
+        if re.match(r"[0-9]{1,4}\Z", attempt):
+            last = int(attempt)
         reruns = [str(number) for number in range(2, last + 1)]
-        if last > MAX_RERUNS:  # the oldest first: the search ends at a run that has not failed
-            reruns = [*reruns[:MAX_RERUNS - 1], str(last)]
+        # The oldest, as the search ends at a run that has not failed, and this one.
+        del reruns[MAX_RERUNS - 1:-1]
     elif environ.get("CI_PIPELINE_ID"):
         names = ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
-        reruns = [environ["CI_JOB_ID"]] if environ.get("CI_JOB_ID") else []
+        reruns = [job_id for job_id in [environ.get("CI_JOB_ID")] if job_id]
     else:
         raise UsageError(
             "run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
@@ -11381,6 +11407,11 @@ def open_at_once(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
+def open_report(path: str, mode: str) -> Any:
+    """A file that CI reads."""
+    return open(path, mode, encoding="utf-8", errors="replace", opener=open_at_once)
+
+
 class CiReport:
     """What a CI job is told of a run: as soon as the run exists, and however the command ends.
 
@@ -11397,16 +11428,12 @@ class CiReport:
         self.dotenv = dotenv
         self.in_github = ctx.environ.get("GITHUB_ACTIONS") == "true"
         self.newest: Deque[Record] = collections.deque(maxlen=10)  # events
-        if dotenv:
-            self.empty_dotenv()
-
-    def empty_dotenv(self) -> None:
-        """Make the file, so that one that cannot be written is known before a run is paid for."""
+        if not dotenv:
+            return
         try:
-            with open(self.dotenv, "w", encoding="ascii", opener=open_at_once):
-                pass
+            open_report(dotenv, "w").close()  # or it is known before a run is paid for
         except OSError as error:
-            raise UsageError(f"--dotenv {self.dotenv}: {error.strerror}") from None
+            raise UsageError(f"--dotenv {dotenv}: {error.strerror}") from None
 
     def begin(self, outcome: Outcome) -> None:
         """Tell the id of a run that exists, before anything else can fail."""
@@ -11440,9 +11467,7 @@ class CiReport:
         if not path:
             return
         try:
-            with open(
-                path, mode, encoding="utf-8", errors="replace", opener=open_at_once,
-            ) as file:
+            with open_report(path, mode) as file:
                 file.write(self.ctx.redacted(text))
         except OSError as error:
             self.ctx.note(f"cannot write {name}: {error.strerror}")
@@ -11474,16 +11499,11 @@ def tell_still_running(ctx: Context, run_ids: Sequence[str]) -> None:
         ctx.note(f"cancel: mogplex runs cancel {run_id}")
 
 
-Answered = Union[Cancellation, MogplexError]
-
-
 class Attendant:
     """Stays with a run for a command: knows how it stands, and tells that to CI and to people."""
 
-    def __init__(
-        self, ctx: Context, report: CiReport, run_id: str = "", label: str = "",
-    ) -> None:
-        self.ctx = ctx
+    def __init__(self, report: CiReport, run_id: str = "", label: str = "") -> None:
+        self.ctx = report.ctx
         self.report = report
         self.outcome = Outcome(run_id)  # so far
         self.started = False            # this command has started it
@@ -11529,56 +11549,45 @@ class Attendant:
             return False  # as `mogplex runs events ... | head` wants it
         return bool(self.outcome.status)  # the service knew the run a moment ago
 
-    def request_cancellation(self, deadline: float, answers: queue.SimpleQueue[Answered]) -> None:
-        """Put the service's answer into ``answers``, or its error.
-
-        A sandbox that is not ready yet is a 409, and worth another try.
-        """
+    def request_cancellation(self, deadline: float) -> Cancellation:
+        """The service's answer. A sandbox that is not ready yet is a 409, and worth another try."""
         while True:
             left_s = max(0.5, deadline - time.monotonic())
             try:
                 with self.ctx.client(timeout_s=left_s, connect_timeout_s=left_s, tries=1) as client:
-                    answers.put(client.cancel(self.outcome.run_id))
-                return
+                    return client.cancel(self.outcome.run_id)
             except MogplexError as error:
                 may_work = error.transient or error.status == 409
                 if not may_work or deadline - time.monotonic() < 1.0:
-                    answers.put(error)
-                    return
+                    raise
             time.sleep(0.5)
 
-    def tell_cancellation(self, answer: Answered) -> None:
+    def tell_cancellation(self, answer: Union[Cancellation, MogplexError]) -> None:
         """What came of that."""
         before = self.outcome
         status = before.status
         if isinstance(answer, MogplexError):
+            told = "the run could not be cancelled"
             self.ctx.note(f"cannot cancel the run: {answer}")
             tell_still_running(self.ctx, [before.run_id])
-            told = "the run could not be cancelled"
         else:
             told = cancel_text(before.run_id, answer, False)[0]
             self.ctx.note(told)
             status = text_of(answer, "run", "status") or status
-        self.outcome = before._replace(status=status, left=f"{before.left}; {told}")
+        reasons = f"{before.left}; {told}"
+        self.outcome = before._replace(status=status, left=reasons)
 
 
 def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> None:
-    """Request the cancellation of runs in the time of one, which no signal cuts short; tell."""
+    """Request the cancellation of runs in the time of one, and tell; no signal cuts it short."""
     deadline = time.monotonic() + GRACE_S
-    asked: List[Tuple[Attendant, queue.SimpleQueue[Answered]]] = []
     with ctx.interrupts.postponed():
-        for attendant in attendants:
-            answers: queue.SimpleQueue[Answered] = queue.SimpleQueue()
-            asked.append((attendant, answers))
-            try:
-                start_thread(attendant.request_cancellation, deadline, answers)
-            except MogplexError:
-                attendant.request_cancellation(deadline, answers)
-        for attendant, answers in asked:
-            wait_s = max(0.0, deadline + 1.0 - time.monotonic())  # for a last short try
-            answer: Answered = UnavailableError(f"no answer for {GRACE_S:g} s")
+        asked = [in_background(one.request_cancellation, deadline) for one in attendants]
+        for attendant, outcomes in zip(attendants, asked):
+            answer: Any = UnavailableError(f"no answer for {GRACE_S:g} s")
+            wait_s = deadline + 1.0 - time.monotonic()  # for a last short try
             with contextlib.suppress(queue.Empty):
-                answer = answers.get(timeout=wait_s)
+                answer = outcomes.get(timeout=max(0.0, wait_s))
             attendant.tell_cancellation(answer)
 
 
@@ -11587,14 +11596,18 @@ def settle(
 ) -> None:
     """Settle what becomes of runs that a command leaves because of ``error``, and tell CI."""
     left = list(attendants)
-    running = [one for one in left if not status_named(one.outcome.status).terminal]
-    for one in running:
-        one.outcome = one.outcome._replace(left=reason_left(error))
-    known = [one for one in running if one.outcome.run_id]
+    reason = reason_left(error)
+    running = []
+    for one in left:
+        if status_named(one.outcome.status).terminal:
+            continue
+        one.outcome = one.outcome._replace(left=reason)
+        if one.outcome.run_id:
+            running.append(one)
     if cancels and isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
-        cancel_all(ctx, known)
-    elif any(one.is_worth_telling(error) for one in known):
-        tell_still_running(ctx, [one.outcome.run_id for one in known])
+        cancel_all(ctx, running)
+    elif any(one.is_worth_telling(error) for one in running):
+        tell_still_running(ctx, [one.outcome.run_id for one in running])
     for one in left:
         one.report.end(one.outcome)
 
@@ -11752,23 +11765,24 @@ def note_run_error(ctx: Context, run_id: str, error: MogplexError) -> None:
 class Follower:
     """``--follow``: the events of a run as they come, signs of life, and the verdict."""
 
-    def __init__(self, attendant: Attendant, quiet: bool) -> None:
+    def __init__(self, attendant: Attendant, options: FollowOptions) -> None:
         self.ctx = attendant.ctx
         self.attendant = attendant
-        self.life = LifeSigns(self.ctx, quiet)
+        self.options = options
+        self.life = LifeSigns(self.ctx, options.quiet)
         # What came together is written together: a write for each would cost more than the rest.
         self.events: List[Json] = []
         self.texts: List[str] = []
         self.held = 0  # characters, about
 
-    def run(self, client: Client, options: FollowOptions) -> int:
+    def run(self, client: Client) -> int:
         """Follow to the end; the exit code that the run deserves."""
         run_id = self.attendant.outcome.run_id
         tail = Tail(
             client,
             run_id,
-            Timing(options.timeout),
-            options.limit,
+            Timing(self.options.timeout),
+            self.options.limit,
             self.progress,
             self.attendant.started,
         )
@@ -11822,7 +11836,7 @@ class Followers:
         self.left: Dict[str, Attendant] = {}     # with each run that is not over
         for run_id in run_ids:
             report = CiReport(ctx, has_outputs=False)
-            self.left[run_id] = Attendant(ctx, report, run_id, label_of(run_id))
+            self.left[run_id] = Attendant(report, run_id, label_of(run_id))
         self.standing: Dict[str, Progress] = {}  # of these
         self.ends: List[str] = []                # of the others: the status, or "given up"
         self.code = 0                            # the highest of all
@@ -11970,7 +11984,7 @@ def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
         raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
     repo_name = repo_meant(ctx, repo_name)
     task = read_prompt(ctx, words, starting.prompt_file)
-    attendant = Attendant(ctx, CiReport(ctx, task, following.dotenv))
+    attendant = Attendant(CiReport(ctx, task, following.dotenv))
     with attended(ctx, [attendant], following.cancel_on_interrupt), ctx.client() as client:
         repo = resolve_repo(client, repo_name)
         body = start_body(text_of(repo, "id"), task, starting)
@@ -11979,7 +11993,7 @@ def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
             body, text_of(repo, "full_name"), keys, key_is_ours=starting.idempotency_key is None)
         start(client, request, attendant)
         if following.follow:
-            return Follower(attendant, following.quiet).run(client, following)
+            return Follower(attendant, following).run(client)
         attendant.report.end(attendant.outcome)
     return report_start(ctx, attendant.outcome)
 
@@ -12028,11 +12042,11 @@ def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
 
 def follow_run(ctx: Context, run_id: str, options: FollowOptions) -> int:
     """Follow a run that was started elsewhere."""
-    attendant = Attendant(ctx, CiReport(ctx, dotenv=options.dotenv), run_id)
+    attendant = Attendant(CiReport(ctx, dotenv=options.dotenv), run_id)
     with attended(ctx, [attendant], options.cancel_on_interrupt):
         attendant.report.begin(attendant.outcome)
         with ctx.client() as client:
-            return Follower(attendant, options.quiet).run(client, options)
+            return Follower(attendant, options).run(client)
 
 
 def events_notes(listed: int, limit: int) -> List[str]:
@@ -12198,15 +12212,10 @@ def query_of_fields(fields: Sequence[Field]) -> str:
 
 def read_input(ctx: Context, source: str) -> Json:
     """The JSON object in a file, or on stdin for ``-``."""
-    try:
-        if source == "-":
-            data = read_all(ctx.stdin.buffer, MAX_BODY + 1)
-        else:
-            with open(source, "rb") as file:
-                data = file.read(MAX_BODY + 1)
-    except (OSError, ValueError, AttributeError) as error:  # a stdin that is closed is None
-        reason = getattr(error, "strerror", "cannot be read")
-        raise UsageError(f"api: --input {source}: {reason}") from None
+    path = source
+    if source == "-":
+        path = ""
+    data = read_source(ctx, path, MAX_BODY + 1, f"api: --input {source}")
     if len(data) > MAX_BODY:
         raise UsageError(f"api: --input {source} is larger than {MAX_BODY >> 20} MiB")
     body = None

@@ -5013,6 +5013,18 @@ def test_the_budget_of_several_tails_follows_the_credential_and_the_runs_left() 
         assert wider.free_at < 2030.0 < tails.budget.free_at
 
 
+@pytest.mark.parametrize("first", [
+    lambda connection: connection.sendall(streamed(1)), refusal(404, "NOT_FOUND", "no such run")])
+def test_the_first_good_answer_lets_the_other_tails_begin(first: Step) -> None:
+    """Also one whose look goes on, and one for which its run is given up."""
+    clock = VirtualClock()
+    with RawServer(of_runs(A=first, B=GOES_ON)) as server, mogplex.Client(TOKEN, server.url) as one:
+        tails = many(one, "AB", clock)
+        items = tails.items()
+        assert next(items)[0] == "A" and tails.budget.free_at <= clock.now
+        items.close()
+
+
 def test_an_outage_of_several_tails_is_ridden_out_for_300_s() -> None:
     """The waits for the others' turns count too."""
     clock = VirtualClock()
@@ -11208,7 +11220,7 @@ def test_cancelling_several_runs_takes_the_time_of_one(monkeypatch: pytest.Monke
         ctx = mogplex.Context(service(server.url), sys.stdin, io.StringIO(), io.StringIO())
         attendants = []
         for run_id in "STU":
-            attendants.append(mogplex.Attendant(ctx, mogplex.CiReport(ctx), run_id))
+            attendants.append(mogplex.Attendant(mogplex.CiReport(ctx), run_id))
         began = time.monotonic()
         mogplex.cancel_all(ctx, attendants)
         took_s = time.monotonic() - began
