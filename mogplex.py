@@ -7733,8 +7733,9 @@ GENERAL_KEYS = {
 
 def show_help(state: State) -> State:
     """``/help`` and F1: the keys, and every command."""
-    rows = [*map(Item, GENERAL_KEYS.items()), *word_items(WORDS)]
-    return state.open(HELP, data=rows)
+    keys = map(Item, GENERAL_KEYS.items())
+    commands = word_items(WORDS)
+    return state.open(HELP, data=[*keys, *commands])
 
 
 COMMANDS["help"] = Action("help", "the keys and the commands", show_help)
@@ -7791,31 +7792,17 @@ def show_palette(state: State) -> State:
     return state.open(PALETTE, data=items)
 
 
-def matching(choices: Iterable[str], wanted: str) -> List[str]:
-    """The choices that begin so, else those that do without an owner before it."""
-    wanted = wanted.lower()
-    found = []
-    without_owner = []
-    for choice in choices:
-        text = choice.lower()
-        if text.startswith(wanted):
-            found.append(choice)
-        elif f"/{wanted}" in text:
-            without_owner.append(choice)
-    return found or without_owner
-
-
-def known_arguments(state: State, command: str) -> List[str]:
+def known_arguments(state: State, command: str) -> Iterable[str]:
     """What may follow a command, as far as it is known."""
     if command == "repo":
         return [repo.name for repo in state.service.repos]
     if command == "attach":
         return [harmless(run.id) for run in state.rail.runs]
     if command == "harness":
-        return list(HARNESSES)
+        return HARNESSES
     if command == "export":
-        return list(EXPORTS)
-    return []
+        return EXPORTS
+    return ()
 
 
 def completions(state: State) -> List[str]:
@@ -7826,8 +7813,10 @@ def completions(state: State) -> List[str]:
     name, space, argument = text[1:].partition(" ")
     found = []
     if space:
-        for choice in matching(known_arguments(state, name), argument):
-            found.append(f"/{name} {choice}")
+        wanted = "/" + argument.lower()
+        for choice in known_arguments(state, name):
+            if wanted in f"/{choice.lower()}":  # from its start, or behind the owner
+                found.append(f"/{name} {choice}")
         return found
     for word in COMMANDS.values():
         if word.command.startswith(name):
@@ -8256,26 +8245,23 @@ def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
     return lines
 
 
-def scrolled(
-    state: State,
-    entries: Sequence[Entry],
-    at: int,
-    top: int,
-    width: int,
-    rows: int,
-) -> int:
-    """The first entry to show, so that entry ``at`` is on the screen; moved as little as needed."""
+def first_shown(state: State, width: int, rows: int) -> int:
+    """The first entry on the screen, so that the selected one is; moved as little as needed."""
+    window = state.window
+    entries = passing(state)
+    at = selected_entry(state)
     if not entries:
         return 0
-    wrap = state.window.wrap
     lowest = at
     height = 0
     for position in range(at, -1, -1):
-        height += len(entry_lines(entries[position], width, wrap))
+        height += len(entry_lines(entries[position], width, window.wrap))
         if height > rows:
             break
         lowest = position
-    return max(lowest, min(top, at))
+    if window.follow:
+        return lowest
+    return max(lowest, min(window.top, at))
 
 
 def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
@@ -8309,13 +8295,11 @@ def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
 def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     """Title, entries, and a last line: the state of the run, or how many are newer."""
     entries = passing(state)
-    at = selected_entry(state)
     window = state.window
     focused = window.focus == "timeline"
     title = timeline_title(state, len(entries), focused, width)
     lines: PaneLines = [(title, None)]
-    top = 0 if window.follow else window.top
-    top = scrolled(state, entries, at, top, width, rows - 2)
+    top = first_shown(state, width, rows - 2)
     end = top
     while end < len(entries):
         entry = entry_lines(entries[end], width, window.wrap)
@@ -8656,67 +8640,74 @@ def insert(state: State, text: str) -> State:
     for line in text.split("\n"):
         cells = map(sanitize, line.split("\t"))
         lines.append("\t".join(cells))
-    text = "\n".join(lines)
     composer = state.composer
-    before = composer.text[:composer.cursor]
+    before = composer.text[:composer.cursor] + "\n".join(lines)
     after = composer.text[composer.cursor:]
-    return state.write(before + text + after, len(before) + len(text))
+    return state.write(before + after, len(before))
+
+
+Place = Callable[[Composer], int]
 
 
 def put_cursor(state: State, cursor: int) -> State:
-    return state._replace(composer=state.composer._replace(cursor=cursor))
+    return state.write(state.composer.text, cursor)
 
 
-def go_to(state: State, place: Callable[[Composer], int]) -> State:
+def go_to(state: State, place: Place) -> State:
     """With the cursor at a place of the composer's text."""
-    return put_cursor(state, place(state.composer))
+    cursor = place(state.composer)
+    return put_cursor(state, cursor)
 
 
-def delete_to(state: State, place: Callable[[Composer], int]) -> State:
+def delete_to(state: State, place: Place) -> State:
     """Without what is between the cursor and that place."""
     composer = state.composer
-    start, end = sorted([composer.cursor, place(composer)])
-    text = composer.text[:start] + composer.text[end:]
-    return state.write(text, start)
+    ends = (composer.cursor, place(composer))
+    start = min(ends)
+    before = composer.text[:start]
+    after = composer.text[max(ends):]
+    return state.write(before + after, start)
 
 
 def follow(state: State) -> State:
     """Follow the newest event, or stay at the selected one."""
     at = max(0, selected_entry(state))
-    return state.look(follow=not state.window.follow, at=at)
+    follow = not state.window.follow
+    return state.look(follow=follow, at=at)
 
 
 def select_entry(state: State, at: int, may_follow: bool) -> State:
     """With this entry selected; at the last one the newest may be followed again."""
-    entries = passing(state)
-    before = selected_entry(state)
-    layout = layout_of(state, state.window.width, state.window.height)
-    width = state.window.width - layout.side
+    window = state.window
+    layout = layout_of(state, window.width, window.height)
+    width = window.width - layout.side
     rows = layout.rows - 2
-    top = state.window.top
-    if state.window.follow:
-        top = 0
-    top = scrolled(state, entries, before, top, width, rows)
-    at = max(0, min(at, len(entries) - 1))
-    top = scrolled(state, entries, at, top, width, rows)
-    follow = may_follow and at >= len(entries) - 1
-    return state.look(at=at, top=top, follow=follow)
+    last = len(passing(state)) - 1
+    at = max(0, min(at, last))
+    top = first_shown(state, width, rows)
+    state = state.look(at=at, top=top, follow=False)
+    top = first_shown(state, width, rows)
+    follow = may_follow and at >= last
+    return state.look(top=top, follow=follow)
 
 
 FAR = 10**9  # more rows than anything has
 
 
 def move_in_rail(state: State, step: int) -> State:
-    return state.with_rail(at=max(0, selected_row(state) + step))
+    at = selected_row(state) + step
+    return state.with_rail(at=max(0, at))
 
 
 def move(state: State, step: int) -> State:
     """By so many lines in the drawer, else in the rail where that has the focus, else in time."""
     if state.drawer:
-        return state.shift(at=max(0, state.drawer.at + step))  # the last row at the most
+        at = state.drawer.at + step
+        return state.shift(at=max(0, at))  # the last row at the most
     if state.window.focus == "rail":
         return move_in_rail(state, step)
-    return select_entry(state, selected_entry(state) + step, step > 0)
+    at = selected_entry(state) + step
+    return select_entry(state, at, may_follow=step > 0)
 
 
 def turn_page(state: State, pages: int) -> State:
@@ -8734,15 +8725,16 @@ def to_line_end(state: State) -> State:
 def recall(state: State, back: int) -> State:
     """With the text that was sent so many lines before; 0 is the one being typed."""
     composer = state.composer
-    back = max(0, min(back, len(composer.history)))
+    history = composer.history
     draft = composer.draft
     if not composer.recalled:
         draft = composer.text
+    back = max(0, min(back, len(history)))
     text = draft
     if back:
-        text = composer.history[-back]
-    state = state._replace(composer=composer._replace(recalled=back, draft=draft))
-    return state.write(text)
+        text = history[-back]
+    composer = composer._replace(recalled=back, draft=draft)
+    return state._replace(composer=composer).write(text)
 
 
 def typed_up(state: State) -> State:
@@ -8764,12 +8756,17 @@ def typed_down(state: State) -> State:
 def complete(state: State) -> State:
     """Tab: as far as all completions agree; where there is nothing to complete, the next pane."""
     found = completions(state)
-    common = os.path.commonprefix(found)
     if not found:
         return state.look(focus="timeline")
+    common = os.path.commonprefix(found)
     if len(common) > len(state.composer.text):
         return state.write(common)
     return state
+
+
+def stop_sign_in(state: State) -> State:
+    """Wait for no browser any more."""
+    return state.admit(url="").ask(Shell.stop_sign_in)
 
 
 def send_token(state: State, token: str) -> State:
@@ -8777,38 +8774,42 @@ def send_token(state: State, token: str) -> State:
     state = state.write("")
     if not token:
         return state.ask(Desk.sign_in)
-    state = state.admit(checking=True, url="").ask(Shell.stop_sign_in)
+    state = stop_sign_in(state).admit(checking=True)
     return state.ask(Desk.try_token, token)
 
 
 def send(state: State) -> State:
-    """Enter in the composer: a token while signed out, else a command or a task."""
+    """Enter in the composer: a token while signed out, else a command or a task, else the alert."""
     line = state.composer.text.strip()
     if is_token_field(state):
         return send_token(state, line)
-    if not line and state.attention.alerts and state.attention.alerts[0].run_id:
-        return watch_known(state, state.attention.alerts[0].run_id)
-    if not line:
-        return state
-    history = [old for old in state.composer.history if old != line]
-    history = [*history, line][-200:]
-    composer = Composer(history=tuple(history))
-    return perform(state._replace(composer=composer), line)
+    if line:
+        earlier = [old for old in state.composer.history if old != line]
+        history = (*earlier, line)
+        composer = Composer(history=history[-200:])
+        state = state._replace(composer=composer)
+        return perform(state, line)
+    alerts = state.attention.alerts
+    if alerts and alerts[0].run_id:
+        return watch_known(state, alerts[0].run_id)
+    return state
 
 
 def dismiss(state: State) -> State:
     """Esc in the composer: the wait for a browser, the sign-in, the first alert, the filter."""
     if state.sign_in.url:
-        return state.admit(url="").ask(Shell.stop_sign_in)
+        return stop_sign_in(state)
     if state.is_signed_out:
         return state.write("").ask(Desk.try_stored)
-    if state.attention.alerts:
-        return state.attend(alerts=state.attention.alerts[1:])
+    alerts = state.attention.alerts
+    if alerts:
+        return state.attend(alerts=alerts[1:])
     return state.look(filter="")
 
 
 def wrap(state: State) -> State:
-    return state.look(wrap=not state.window.wrap)
+    wrap = not state.window.wrap
+    return state.look(wrap=wrap)
 
 
 def open_event(state: State) -> State:
@@ -8816,14 +8817,16 @@ def open_event(state: State) -> State:
     entries = passing(state)
     if not entries:
         return state
-    return state.open(EVENT, data=entries[selected_entry(state)].event)
+    entry = entries[selected_entry(state)]
+    return state.open(EVENT, data=entry.event)
 
 
 def copy_event(state: State) -> State:
     entries = passing(state)
     if not entries:
         return state
-    return copied(state, entries[selected_entry(state)].text)
+    entry = entries[selected_entry(state)]
+    return copied(state, entry.text)
 
 
 def quit_pane(state: State) -> State:
@@ -8838,51 +8841,50 @@ def drop_filter(state: State) -> State:
 
 
 def shorten_filter(state: State) -> State:
-    return state.look(filter=state.window.filter[:-1])
-
-
-def panes(state: State) -> List[str]:
-    """The panes that are there, in the order of Tab."""
-    if rail_width(state.window.width) and selected_row(state) >= 0:
-        return ["composer", "timeline", "rail"]
-    return ["composer", "timeline"]
+    words = state.window.filter
+    return state.look(filter=words[:-1])
 
 
 def step_pane(state: State, step: int) -> State:
-    """Tab, or Shift+Tab where ``step`` is -1."""
-    order = panes(state)
+    """Tab, or Shift+Tab where ``step`` is -1: to the next of the panes that are there."""
+    panes = ["composer", "timeline"]
+    if rail_width(state.window.width) and row_in_rail(state):
+        panes.append("rail")
     at = 0
-    if state.window.focus in order:
-        at = order.index(state.window.focus)
-    return state.go(order[(at + step) % len(order)])
+    if state.window.focus in panes:
+        at = panes.index(state.window.focus)
+    at = (at + step) % len(panes)
+    return state.go(panes[at])
 
 
 def shorten_query(state: State) -> State:
-    if state.drawer is None or not state.drawer.query:
+    query = state.drawer.query if state.drawer else ""
+    if not query:
         return state.shift(searching=False)
-    return state.shift(query=state.drawer.query[:-1], at=0)
+    return state.shift(query=query[:-1], at=0)
 
 
 def interrupt(state: State) -> State:
     """Ctrl+C: closes a drawer or clears the composer; a second one within 1.5 s leaves."""
-    if state.attention.armed_until > state.now:
+    now = state.now
+    if state.attention.armed_until > now:
         return leave(state)
     if state.drawer or state.window.focus == "filter":
         state = state.go("composer")
     else:
         state = state.write("")
-    state = state.attend(armed_until=state.now + 1.5)
-    state = state.admit(url="").ask(Shell.stop_sign_in)
+    state = state.attend(armed_until=now + 1.5)
+    state = stop_sign_in(state)
     return state.say("Press Ctrl+C again within 1.5 s to leave; runs continue.", "warn", 1.5)
 
 
 def switch_mouse(state: State) -> State:
     """The mouse on, or off so that the terminal selects text."""
     mouse = not state.window.mouse
-    words = "Mouse off: the terminal selects text."
+    state = state.look(mouse=mouse).ask(Screen.switch_mouse, mouse)
     if mouse:
-        words = "Mouse on: the wheel scrolls, a click selects."
-    return state.look(mouse=mouse).ask(Screen.switch_mouse, mouse).say(words)
+        return state.say("Mouse on: the wheel scrolls, a click selects.")
+    return state.say("Mouse off: the terminal selects text.")
 
 
 ANYWHERE = (
@@ -8978,8 +8980,12 @@ def bindings_of(state: State) -> Sequence[Action]:
 
 
 def takes_words(state: State) -> bool:
-    """Whether letters are typed into something, rather than keys."""
-    return state.drawer is not None or state.window.focus in ("composer", "filter")
+    """Whether letters are typed into something, rather than keys or an answer."""
+    if state.attention.killing:
+        return False
+    if state.drawer:
+        return True
+    return state.window.focus in ("composer", "filter")
 
 
 def touched(state: State, name: str = "") -> State:
@@ -9024,19 +9030,22 @@ def on_text(state: State, message: Text) -> State:
     """
     text = message.text
     if message.pasted:  # it is one text and runs nothing; from a pane it goes to the composer
-        return insert(touched(state).attend(killing=""), text)
+        state = touched(state).attend(killing="")
+        return insert(state, text)
     alone = len(text) == 1
     if state.attention.killing and not alone:
         return on_key(state, Key(""))
-    while text and (state.attention.killing or not takes_words(state)):
-        if alone or text[0] not in "qx":
-            state = on_key(state, Key(text[0]))
+    while text and not takes_words(state):
+        letter = text[0]
         text = text[1:]
+        if alone or letter not in "qx":
+            state = on_key(state, Key(letter))
     if not text:
         return state
     state = touched(state)
-    if alone and state.drawer and not state.drawer.searching:
-        actions = state.drawer.listing.actions
+    drawer = state.drawer
+    if alone and drawer and not drawer.searching:
+        actions = drawer.listing.actions
         if text in actions:
             return act_on_row(state, text)
         if text == "/" and "y" in actions:  # letters act there, until a search is begun
@@ -9046,36 +9055,34 @@ def on_text(state: State, message: Text) -> State:
 
 def on_resize(state: State, message: Resize) -> State:
     """A rail that is no longer there keeps no focus."""
-    state = state.look(width=message.columns, height=message.lines).shift(lines=())
-    if state.window.focus == "rail" and not rail_width(state.window.width):
+    width = message.columns
+    state = state.look(width=width, height=message.lines)
+    state = state.shift(lines=())
+    if state.window.focus == "rail" and not rail_width(width):
         return state.look(focus="timeline")
     return state
 
 
 def turn_wheel(state: State, message: Mouse) -> State:
     """The wheel scrolls what is under it, wherever the focus is."""
+    focus = state.window.focus
     if message.column < rail_width(state.window.width):
         return move_in_rail(state, message.step)
-    moved = move(state.look(focus="timeline"), message.step)
-    return moved.look(focus=state.window.focus)
+    state = state.look(focus="timeline")
+    return move(state, message.step).look(focus=focus)
 
 
-def click_rail(state: State, at: int) -> State:
-    if state.window.focus == "rail" and selected_row(state) == at and not state.drawer:
-        return act_on_row(state, "enter")
-    return state.go("rail").with_rail(at=at)
-
-
-def click_drawer(state: State, drawer: Drawer, at: int) -> State:
-    if drawer.at == at:
-        return act_on_row(state, "enter")
-    return state.shift(at=at)
-
-
-def click_timeline(state: State, at: int) -> State:
-    if state.window.focus == "timeline" and selected_entry(state) == at:
-        return open_event(state)
-    return select_entry(state.look(focus="timeline"), at, True)
+def click(state: State, in_rail: bool, at: int) -> State:
+    """Select what is there; where that changes nothing, do what Enter does."""
+    if in_rail:
+        selected = state.go("rail").with_rail(at=at)
+    elif state.drawer:
+        selected = state.shift(at=at)
+    else:
+        selected = select_entry(state.look(focus="timeline"), at, may_follow=True)
+    if selected == state:
+        return on_key(state, Key("enter"))
+    return selected
 
 
 def on_mouse(state: State, message: Mouse) -> State:
@@ -9085,7 +9092,8 @@ def on_mouse(state: State, message: Mouse) -> State:
     state = touched(state)
     if is_too_small(state) or state.attention.killing:
         return state
-    layout = layout_of(state, state.window.width, state.window.height)
+    window = state.window
+    layout = layout_of(state, window.width, window.height)
     row = message.row - len(layout.head)
     if row < 0:
         return state
@@ -9095,17 +9103,14 @@ def on_mouse(state: State, message: Mouse) -> State:
     if in_rail:
         lines = rail_lines(state, layout.side - 1, layout.rows)
     else:
-        lines = body_lines(state, state.window.width - layout.side, layout.rows)
+        width = window.width - layout.side
+        lines = body_lines(state, width, layout.rows)
     if row >= len(lines):
         return state
     _, at = lines[row]
     if at is None:
         return state
-    if in_rail:
-        return click_rail(state, at)
-    if state.drawer:
-        return click_drawer(state, state.drawer, at)
-    return click_timeline(state, at)
+    return click(state, in_rail, at)
 
 
 # -- What the workers said
@@ -9471,12 +9476,6 @@ def start_failed(state: State, error: MogplexError, text: str, new: NewRun) -> S
     return state.say(text, "bad")
 
 
-def sign_in_failed(state: State, text: str) -> State:
-    """The field stays one for a token until the service has accepted one."""
-    state = state.admit(checking=False, url="")
-    return state.say(f"Not signed in: {text}", "bad")
-
-
 def on_failed(state: State, message: Failed) -> State:
     """A job that failed. What is asked in the background says so in the header alone."""
     error = message.error
@@ -9488,7 +9487,8 @@ def on_failed(state: State, message: Failed) -> State:
         text = f"{text} · {hint}"
     state = answered_poll(state, job)
     if job in (Desk.try_token, Desk.try_stored, Desk.sign_in):
-        return sign_in_failed(state, text)
+        state = state.admit(checking=False, url="")
+        return state.say(f"Not signed in: {text}", "bad")
     if job is Desk.start:  # whose 429 is a budget of its own, and holds nothing else
         return start_failed(state, error, text, *ask.arguments)
     state = felt(state, job, error, text)
