@@ -67,8 +67,8 @@ import threading
 import time
 import urllib.parse
 from typing import (
-    TYPE_CHECKING, Any, Callable, ContextManager, Deque, Dict, Generator, Iterable, Iterator,
-    List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
+    TYPE_CHECKING, Any, BinaryIO, Callable, ContextManager, Deque, Dict, Generator, Iterable,
+    Iterator, List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
     TypedDict, Union, cast,
 )
 
@@ -884,10 +884,13 @@ def _open_private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
 
-def _make_writable(path: str) -> None:
-    """Take the attribute "read-only" off a file: elsewhere such a file can be replaced as it is."""
-    with contextlib.suppress(OSError):
-        os.chmod(path, stat.S_IREAD | stat.S_IWRITE)
+def _set_content(stream: BinaryIO, data: bytes) -> None:
+    """Make ``data`` all that an open file holds, on the disk."""
+    stream.seek(0)
+    stream.write(data)
+    stream.truncate()
+    stream.flush()
+    os.fsync(stream.fileno())
 
 
 class Replacement:
@@ -905,7 +908,7 @@ class Replacement:
             os.unlink(self._temporary)
         self._stream = open(self._temporary, "xb", opener=_open_private)
         try:
-            self._write(b" " * room)
+            _set_content(self._stream, b" " * room)
         except OSError:
             self.discard()
             raise
@@ -918,16 +921,15 @@ class Replacement:
 
     def commit(self, data: bytes) -> None:
         """Put ``data`` in the place of the file's content."""
-        self._stream.seek(0)
-        self._write(data)
-        self._stream.truncate()
+        _set_content(self._stream, data)
         self._stream.close()
         try:
             self._swap()
         except OSError as error:
             if error.errno not in UNSWAPPABLE:
                 raise
-            self._overwrite(data)
+            with open(self._path, "r+b") as stream:
+                _set_content(stream, data)
 
     def discard(self) -> None:
         """Leave no temporary file."""
@@ -946,20 +948,9 @@ class Replacement:
             except PermissionError:
                 if os.name != "nt" or time.monotonic() >= until:
                     raise
-            _make_writable(self._path)
+            with contextlib.suppress(OSError):  # take "read-only" off it: elsewhere it is no bar
+                os.chmod(self._path, stat.S_IREAD | stat.S_IWRITE)
             time.sleep(LOCK_POLL_S)
-
-    def _write(self, data: bytes) -> None:
-        self._stream.write(data)
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-
-    def _overwrite(self, data: bytes) -> None:
-        with open(self._path, "r+b") as stream:
-            stream.write(data)
-            stream.truncate()
-            stream.flush()
-            os.fsync(stream.fileno())
 
 
 def replace_file(path: str, data: bytes) -> None:
@@ -1599,27 +1590,23 @@ class Credential:
             atexit.unregister(self.settle)
 
 
-class GivenToken(NamedTuple):
-    """A token that the environment gives: it takes precedence over a sign-in."""
+def token_given(environ: Mapping[str, str]) -> Tuple[str, str]:
+    """The variable that gives a token, and the token: it takes precedence over a sign-in.
 
-    variable: str  # that it comes from; "" for none
-    token: str
-
-
-def token_given(environ: Mapping[str, str]) -> GivenToken:
-    """The token that the environment gives, if any."""
+    Both are "" where none does.
+    """
     token = environ.get("MOGPLEX_API_KEY", "").strip()
     if not token:
-        return GivenToken("", "")
-    return GivenToken("MOGPLEX_API_KEY", token)
+        return "", ""
+    return "MOGPLEX_API_KEY", token
 
 
 def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) -> Credential:
     """The token that the environment gives, else the sign-in; UnauthorizedError for none."""
-    given = token_given(environ)
-    if given.variable:
-        check_token(given.token, given.variable)
-        return Credential(given.token, source="environment", base_url=base_url)
+    variable, token = token_given(environ)
+    if variable:
+        check_token(token, variable)
+        return Credential(token, source="environment", base_url=base_url)
     stored = home.sign_in_for(base_url)
     if stored is None:
         raise UnauthorizedError(
@@ -1649,17 +1636,15 @@ def pkce_challenge(verifier: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-class Attempt(NamedTuple):
+class Attempt:
     """One sign-in that waits for its browser."""
 
-    port: int
-    state: str     # tells our browser's answer from another page's
-    verifier: str  # proves to the token endpoint that the code is ours (PKCE)
-
-    @property
-    def redirect_uri(self) -> str:
-        """Where the service sends the browser in the end."""
-        return f"http://127.0.0.1:{self.port}{CALLBACK_PATH}"
+    def __init__(self, port: int) -> None:
+        import secrets
+        self.port = port
+        self.redirect_uri = f"http://127.0.0.1:{port}{CALLBACK_PATH}"  # where the browser ends up
+        self.state = secrets.token_urlsafe(32)     # tells our browser's answer from another page's
+        self.verifier = secrets.token_urlsafe(64)  # proves that the code is ours (PKCE)
 
     def authorize_url(self, base_url: str) -> str:
         """The page that the person opens."""
@@ -1675,16 +1660,12 @@ class Attempt(NamedTuple):
         return f"{base_url}{AUTHORIZE_PATH}?{urllib.parse.urlencode(query)}"
 
 
-class Reply(NamedTuple):
-    """The answer to one request to the loopback port."""
+# The answer to one request to the loopback port: the HTTP status; a text for the person who looks
+# at the browser; what ends the wait ({}: nothing), a ``code`` or an ``error``.
+Reply = Tuple[int, str, Json]
 
-    status: int
-    text: str                      # for the person who looks at the browser
-    outcome: Optional[Json] = None  # what ends the wait: ``code``, or ``error``
-
-
-NOTHING_HERE = Reply(404, "There is nothing here.")
-WRONG_STATE = Reply(400, "This is not the answer that the terminal waits for.")
+NOTHING_HERE: Reply = (404, "There is nothing here.", {})
+WRONG_STATE: Reply = (400, "This is not the answer that the terminal waits for.", {})
 
 
 def _hosts_named(head: str) -> List[str]:
@@ -1711,11 +1692,11 @@ def reply_to_callback(head: str, attempt: Attempt) -> Reply:
     if "error" in values and (is_ours or "state" not in values):  # the service sends it without
         reason = _reason(values)
         text = f"The sign-in failed: {reason}. You can return to the terminal."
-        return Reply(200, text, {"error": reason})
+        return 200, text, {"error": reason}
     if not is_ours or "code" not in values:
         return WRONG_STATE
     text = "You can close this page and return to the terminal, which finishes the sign-in."
-    return Reply(200, text, {"code": values["code"]})
+    return 200, text, {"code": values["code"]}
 
 
 def _read_head(connection: socket.socket) -> str:
@@ -1729,11 +1710,11 @@ def _read_head(connection: socket.socket) -> str:
     return head.decode("latin-1")
 
 
-def _send_page(connection: socket.socket, reply: Reply) -> None:
+def _send_page(connection: socket.socket, status: int, text: str) -> None:
     import html
-    page = f"<!doctype html><title>Mogplex</title><p>{html.escape(reply.text)}\n"
+    page = f"<!doctype html><title>Mogplex</title><p>{html.escape(text)}\n"
     lines = [
-        f"HTTP/1.1 {reply.status} Answer",
+        f"HTTP/1.1 {status} Answer",
         "Content-Type: text/html; charset=utf-8",
         "Cache-Control: no-store",
         "Connection: close",
@@ -1750,12 +1731,12 @@ def _serve_callback(connection: socket.socket, attempt: Attempt, outcomes: List[
         head = _read_head(connection)
         if not head:
             return
-        reply = reply_to_callback(head, attempt)
+        status, text, outcome = reply_to_callback(head, attempt)
         try:
-            _send_page(connection, reply)
+            _send_page(connection, status, text)
         finally:
-            if reply.outcome is not None:
-                outcomes.append(reply.outcome)
+            if outcome:
+                outcomes.append(outcome)
 
 
 def _listen(ports: Sequence[int]) -> socket.socket:
@@ -1823,10 +1804,8 @@ def sign_in(
     UnauthorizedError when the service refuses, MogplexError when ``timeout_s`` is over,
     ``stopped`` says so, or no port is free.
     """
-    import secrets
     with _listen(ports) as listener:
-        port = listener.getsockname()[1]
-        attempt = Attempt(port, secrets.token_urlsafe(32), secrets.token_urlsafe(64))
+        attempt = Attempt(listener.getsockname()[1])
         url = attempt.authorize_url(base_url)
         announce(url)
         if open_browser:
@@ -9733,9 +9712,9 @@ def run_cockpit(
             hint="for scripts there are `mogplex run`, `mogplex runs` and the other commands",
         )
     overruled = ""
-    given = token_given(environ)
-    if given.variable:
-        overruled = f"{given.variable} is set and takes precedence: unset it."
+    variable, _ = token_given(environ)
+    if variable:
+        overruled = f"{variable} is set and takes precedence: unset it."
     with Signals() as signals:
         screen = Screen(environ, signals)
         facts = Facts(connect, base_url, home, run_browser, overruled)
@@ -9822,28 +9801,14 @@ DEMO_RUNS = demo_table(  # oldest first; "ending" is a key of DEMO_ENDINGS
     ("7f2c41aa-3b5e-4d18-9a60-5c1e8b7d2f04", DEMO_WEB,
      "codex", "running", 761, "Fix the login redirect loop"),
 )
+DEMO_AGENTS = demo_table(
+    "id name slug model description category preset",
+    ("a1f0e2d3-c4b5-4a69-8778-695a4b3c2d1e", "Reviewer", "reviewer", "openai/gpt-5-codex",
+     "Says what a change would break", "quality", False),
+    ("preset:test-writer", "Test writer", None, "anthropic/claude-sonnet-4.5",
+     "Adds the tests that a change lacks", "quality", True),
+)
 # fmt: on
-
-DEMO_AGENTS = [
-    {
-        "id": "a1f0e2d3-c4b5-4a69-8778-695a4b3c2d1e",
-        "name": "Reviewer",
-        "slug": "reviewer",
-        "model": "openai/gpt-5-codex",
-        "description": "Says what a change would break",
-        "category": "quality",
-        "preset": False,
-    },
-    {
-        "id": "preset:test-writer",
-        "name": "Test writer",
-        "slug": None,
-        "model": "anthropic/claude-sonnet-4.5",
-        "description": "Adds the tests that a change lacks",
-        "category": "quality",
-        "preset": True,
-    },
-]
 
 DEMO_MODELS = [
     {
@@ -10001,10 +9966,7 @@ DEMO_ENDINGS: Dict[str, List[DemoStep]] = {
 DEMO_TASK_WORDS = {"fail": "failed", "crash": "crashed", "refuse": "refused"}
 DEMO_PACKAGES = {"codex": "openai/codex", "claude-code": "anthropic-ai/claude-code"}
 DEMO_BRANCH = re.compile(r"[A-Za-z0-9_./-]+\Z")
-DEMO_PAGES = {
-    404: "<!DOCTYPE html><title>404: This page could not be found.</title>",
-    405: "",
-}
+DEMO_404 = "<!DOCTYPE html><title>404: This page could not be found.</title>"
 
 
 # The service: what it answers to a request, without a socket.
@@ -10305,7 +10267,7 @@ class DemoService:
             return self.sign_in.authorize(request.query)
         if request.path == TOKEN_PATH:
             return self.sign_in.exchange(request.body)
-        error = 404
+        answer: DemoAnswer = (404, DEMO_404, {})
         for route, scope, status, handler in self.ROUTES:
             allowed, path = route.split()
             pattern = API_PATH + path.replace("{id}", "([^/]+)")
@@ -10313,10 +10275,11 @@ class DemoService:
             if match and method == allowed:
                 self.sign_in.admit(request.token, scope)
                 request.id = "".join(match.groups()).lower()
-                return status, {"ok": True, "data": handler(self, request)}, {}
+                data = handler(self, request)
+                return status, {"ok": True, "data": data}, {}
             if match:
-                error = 405
-        return error, DEMO_PAGES[error], {}
+                answer = (405, "", {})
+        return answer
 
     def list_repos(self, request: DemoRequest) -> Json:
         """GET /repos: those with ``q`` in their name, or the one with the ``id``."""
@@ -11050,7 +11013,8 @@ class Context:
 
     def redacted(self, text: str) -> str:
         """``text`` without the token in use, or the one in the environment."""
-        tokens = [token_given(self.environ).token]
+        _, token = token_given(self.environ)
+        tokens = [token]
         if self.credential:
             tokens.append(self.credential.token)
         return redact(text, *tokens)
@@ -12464,9 +12428,9 @@ def cmd_login(
             entry = browser_entry(ctx, client, no_browser, timeout)
     path = ctx.home.store_sign_in(entry)
     ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")
-    given = token_given(ctx.environ)
-    if given.variable:
-        ctx.note(f"{given.variable} is set and takes precedence over this sign-in")
+    variable, _ = token_given(ctx.environ)
+    if variable:
+        ctx.note(f"{variable} is set and takes precedence over this sign-in")
     return Exit.OK
 
 
@@ -12482,7 +12446,7 @@ def overruled_sign_in(ctx: Context, credential: Credential) -> str:
 
 def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tuple[str, str]]:
     """What ``login status`` tells of a credential: labels and values."""
-    source = token_given(ctx.environ).variable or ctx.home.auth_path
+    variable, _ = token_given(ctx.environ)
     kind = "sign-in"
     if credential.token.startswith("mog_"):
         kind = "personal access token"
@@ -12494,7 +12458,7 @@ def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tu
         expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(credential.expires_at))
     return [
         ("service", ctx.base_url),
-        ("source", source),
+        ("source", variable or ctx.home.auth_path),
         ("hides", overruled_sign_in(ctx, credential)),
         ("kind", kind),
         ("token", beginning),
@@ -12525,9 +12489,9 @@ def cmd_login_status(ctx: Context) -> int:
 def log_out(ctx: Context) -> bool:
     """Forget the stored sign-in, which nothing can revoke; whether there was one."""
     forgotten = ctx.home.forget_sign_in()
-    given = token_given(ctx.environ)
-    if given.variable:
-        ctx.note(f"{given.variable} is set and still applies")
+    variable, _ = token_given(ctx.environ)
+    if variable:
+        ctx.note(f"{variable} is set and still applies")
     return forgotten
 
 

@@ -8145,6 +8145,8 @@ def test_demo_lists_the_first_events_only(still: Still) -> None:
 
 def test_demo_finds_an_id_in_capitals(still: Still) -> None:
     assert still.run(RUNNING.upper())["runId"] == RUNNING
+    run_id = still.start(repoId=mogplex.DEMO_DOCS.upper())
+    assert still.run(run_id)["repoId"] == mogplex.DEMO_DOCS
 
 
 def test_demo_seeds(still: Still) -> None:
