@@ -68,8 +68,8 @@ import time
 import urllib.parse
 from typing import (
     TYPE_CHECKING, Any, BinaryIO, Callable, ContextManager, Deque, Dict, Generator, Iterable,
-    Iterator, List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set, Tuple, Type,
-    TypedDict, Union, cast,
+    Iterator, List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set,
+    Tuple, Type, TypedDict, Union, cast,
 )
 
 __version__ = "1.1.0"
