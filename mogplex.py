@@ -5266,6 +5266,7 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 Segment = Tuple[str, str]  # text, and the name of its style
 Line = Sequence[Segment]   # of any width
 Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
+Frame = Sequence[Row]      # all that is on the screen
 
 STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "": ("", "", ""),
@@ -5324,7 +5325,7 @@ class Mouse(NamedTuple):
 
 
 Resize = os.terminal_size  # the new size in cells: columns, lines
-Message = Union[Key, Text, Mouse]  # what a terminal sends
+Messages = List[Union[Key, Text, Mouse]]  # what a terminal sends
 
 
 # -- The terminal: what it sends
@@ -5362,6 +5363,7 @@ _SENT = re.compile(r"""
   | (?P<text>      [^\x00-\x1f\x7f-\x9f]+ )
 """, re.VERBOSE)
 _UNMARKED_PASTE = re.compile("[^\x00-\x1f]{2}[\r\n]+[^\r\n]")  # where pastes are not bracketed
+Namer = Callable[[str], str]  # the name of the key that sends a sequence, "" for none
 _INTERRUPTING = re.compile("(?:\x03|\x1b(?:\\[99;5u|\\[27;5;99~|\\[27u)?)+\\Z")  # Ctrl+C or Esc
 
 
@@ -5410,7 +5412,7 @@ def modified_key(sequence: str) -> str:
     return unmodified(code, modifiers)
 
 
-def mouse_messages(report: str) -> List[Message]:
+def mouse_messages(report: str) -> Messages:
     """What an SGR mouse report means: a turn of the wheel, a left click, or nothing."""
     numbers = re.findall("[0-9]+", report)
     button, column, row = map(int, numbers)
@@ -5420,7 +5422,7 @@ def mouse_messages(report: str) -> List[Message]:
     return [Mouse(MOUSE_STEPS[button], column - 1, row - 1)]
 
 
-def key_messages(sequence: str, resolve: Callable[[str], str]) -> List[Message]:
+def key_messages(sequence: str, resolve: Namer) -> Messages:
     """The key that sends ``sequence``, if it has a name."""
     name = SENT_KEYS.get(sequence)
     if not name and len(sequence) == 1:
@@ -5451,12 +5453,13 @@ def next_part(sent: str, at: int, final: bool) -> Optional[Tuple[str, str]]:
     return kind, part
 
 
-def part_messages(kind: str, part: str, resolve: Callable[[str], str]) -> List[Message]:
+def part_messages(kind: str, part: str, resolve: Namer) -> Messages:
     """What a part of one of the kinds of ``_SENT`` means."""
     if kind == "text":
         return [Text(part)]
     if kind == "paste":
-        return [pasted(part[len(PASTE_START):-len(PASTE_END)])]
+        text = part[len(PASTE_START):-len(PASTE_END)]
+        return [pasted(text)]
     if kind == "mouse":
         return mouse_messages(part)
     if kind == "ignored":
@@ -5464,19 +5467,17 @@ def part_messages(kind: str, part: str, resolve: Callable[[str], str]) -> List[M
     return key_messages(part, resolve)
 
 
-def sliced(
-    sent: str, final: bool, resolve: Callable[[str], str],
-) -> Tuple[List[Message], str]:
+def sliced(sent: str, final: bool, resolve: Namer) -> Tuple[Messages, str]:
     """(messages, what is not complete yet) of what the terminal sent.
 
     ``final`` says that nothing followed for a while: then the start of a sequence is Esc and
-    letters, but the start of a paste still waits for its end. ``resolve`` names the key that
-    sends an escape sequence, "" for none. Bytes that come together mean what they mean apart;
-    only text with a newline inside, in one go, is taken for a paste, because that runs nothing.
+    letters, but the start of a paste still waits for its end. Bytes that come together mean what
+    they mean apart; only text with a newline inside, in one go, is taken for a paste, because
+    that runs nothing.
     """
     if "\x1b" not in sent and _UNMARKED_PASTE.search(sent):
         return [pasted(sent)], ""
-    messages: List[Message] = []
+    messages: Messages = []
     at = 0
     while at < len(sent):
         found = next_part(sent, at, final)
@@ -5549,7 +5550,7 @@ def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str
     return output
 
 
-def cursor_place(rows: Sequence[Row]) -> Optional[Tuple[int, int]]:
+def cursor_place(rows: Frame) -> Optional[Tuple[int, int]]:
     """(row, column) of the cursor, which is an empty segment of style "cursor"."""
     for y, row in enumerate(rows):
         for column, _, style in cells(row):
@@ -5558,7 +5559,7 @@ def cursor_place(rows: Sequence[Row]) -> Optional[Tuple[int, int]]:
     return None
 
 
-def repaint(old: Sequence[Row], new: Sequence[Row], styles: Mapping[str, str]) -> str:
+def repaint(old: Frame, new: Frame, styles: Mapping[str, str]) -> str:
     """The characters that turn the screen ``old`` into ``new``; "" when nothing changed."""
     output = ""
     for y, row in enumerate(new):
@@ -5626,9 +5627,9 @@ class Canvas:
         self.styles = sgr_styles(colours)
         self.ascii = is_ascii_locale(environ)
         self.clear = f"\x1b[0m{terminal.clear}\x1b[?25l"
-        self.rows: Sequence[Row] = ()  # none: what is on the screen is not known
+        self.rows: Frame = ()  # none: what is on the screen is not known
 
-    def frame(self, rows: Sequence[Row]) -> str:
+    def frame(self, rows: Frame) -> str:
         """What turns the last frame into ``rows``; an unknown one is cleared first."""
         if self.ascii:
             rows = list(map(ascii_row, rows))
@@ -5753,8 +5754,9 @@ class Tty:
         The terminal is opened again, because O_NONBLOCK on standard output would hold for the
         shell as well.
         """
+        flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
         try:
-            return os.open(os.ttyname(1), os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK)
+            return os.open(os.ttyname(1), flags)
         except OSError:  # it belongs to another user, or is from outside of this container
             return 1
 
@@ -5806,7 +5808,8 @@ class Tty:
         return sent
 
     def has_more(self, within_s: float) -> bool:
-        return bool(select.select([0], [], [], within_s)[0])
+        ready, _, _ = select.select([0], [], [], within_s)
+        return bool(ready)
 
 
 def blessed_terminal(kind: str) -> Any:
@@ -5821,7 +5824,9 @@ def blessed_terminal(kind: str) -> Any:
             hidden[name] = os.environ.pop(name)
     try:
         import blessed
-        return blessed.Terminal(kind, os.fdopen(os.dup(1), "w"), True)
+
+        stream = os.fdopen(os.dup(1), "w")
+        return blessed.Terminal(kind, stream, force_styling=True)
     except ImportError:
         hint = "python -m pip install 'blessed>=1.20'"
         raise MogplexError("the cockpit needs blessed", hint=hint) from None
@@ -5848,7 +5853,7 @@ class Keyboard:
         name = str(key.name).lower()
         return name.replace("key_", "")
 
-    def read(self) -> List[Message]:
+    def read(self) -> Messages:
         """The messages that are complete. Esc is a key of its own if nothing follows it."""
         sent = self.tty.read()
         if self.in_paste() and _INTERRUPTING.match(sent) and self.is_all():
@@ -5954,19 +5959,20 @@ class Screen:
                 if time.monotonic() >= until:
                     return
 
-    def draw(self, rows: Sequence[Row]) -> None:
+    def draw(self, rows: Frame) -> None:
         """One frame, in one write: what differs from the last."""
         self.write(self.canvas.frame(rows))
 
-    def wait(self, seconds: float) -> List[Message]:
+    def wait(self, seconds: float) -> Messages:
         """What was typed and what signals ask for; waits for it at most so many seconds.
 
         Raises SystemExit with the exit code after a signal that ends the program, and
         TerminalGone.
         """
-        ready, _, _ = select.select([0, self.signals.wake_in], [], [], seconds)
-        if self.signals.wake_in in ready:
-            os.read(self.signals.wake_in, 1 << 16)
+        wake = self.signals.wake_in
+        ready, _, _ = select.select([0, wake], [], [], seconds)
+        if wake in ready:
+            os.read(wake, 1 << 16)
         if self.signals.ending:
             raise SystemExit(128 + self.signals.ending)
         heard = self.signals.take()
@@ -5974,7 +5980,7 @@ class Screen:
             self.enter()
         elif signal.SIGWINCH in heard:
             self.repaint()
-        messages: List[Message] = []
+        messages: Messages = []
         if signal.SIGTSTP in heard:
             messages.append(Key("^z"))
         if 0 in ready:
@@ -6062,10 +6068,13 @@ if TYPE_CHECKING:
     Given = ParamSpec("Given")
 
 
+Job = Callable[..., object]  # a method of Desk, Client, Shell or Screen
+
+
 class Ask(NamedTuple):
     """A job for a Desk, or a call of the Shell or its Screen: the method and its arguments."""
 
-    job: Callable[..., object]
+    job: Job
     arguments: Tuple[Any, ...] = ()
 
 
@@ -6154,7 +6163,7 @@ class Desk:
             self.do(ask)
         self.reconnect()
 
-    def tell(self, job: Callable[..., object], data: object, *arguments: object) -> None:
+    def tell(self, job: Job, data: object, *arguments: object) -> None:
         """Post what is known without an answer of the service, or before a job has ended."""
         self.post(Told(Ask(job, arguments), data))
 
@@ -6334,14 +6343,14 @@ class Shell:
         self.inbox: Any = queue.SimpleQueue()
         # A desk for each kind of work: what is prompt never waits behind what is not.
         self.reading = Desk(self.post, facts)  # for all that is not named below
-        self.desks: Dict[Callable[..., object], Desk] = {}
+        self.desks: Dict[Job, Desk] = {}
         self.place(Desk.watch)
         self.place(Desk.cancel)
         self.place(Desk.repos, Client.sandboxes, Client.run)
         self.place(Desk.remember, Desk.export, Desk.open)
         self.place(Desk.try_token, Desk.try_stored, Desk.sign_in, Desk.sign_out)
 
-    def place(self, *jobs: Callable[..., object]) -> None:
+    def place(self, *jobs: Job) -> None:
         """Give these jobs a desk of their own."""
         desk = Desk(self.post, self.facts)
         self.desks.update(dict.fromkeys(jobs, desk))
@@ -6366,7 +6375,8 @@ class Shell:
             desk.asks.put(ask)
             desk.asks.put(None)
         else:
-            self.desks.get(ask.job, self.reading).asks.put(ask)
+            desk = self.desks.get(ask.job, self.reading)
+            desk.asks.put(ask)
 
     def reconnect(self) -> None:
         """Every desk takes the credential anew."""
@@ -6504,7 +6514,7 @@ class Listing(NamedTuple):
     columns: Tuple[Heading, ...]     # none: a page of text
     rows: Callable[..., Items]  # of a state and a drawer
     actions: Mapping[str, Callable[..., Any]] = {}
-    reads: Optional[Callable[..., object]] = None
+    reads: Optional[Job] = None
     word: str = ""
     does: str = ""
 
@@ -9352,7 +9362,7 @@ def take_sign_in(state: State, words: str, *_: str) -> State:
     return refresh(state).say(words, "ok", 60.0)
 
 
-TAKEN: Dict[Callable[..., object], Callable[..., State]] = {
+TAKEN: Dict[Job, Callable[..., State]] = {
     Desk.say: State.say,
     Desk.watch: take_tail,
     Desk.report: take_progress,
@@ -9372,7 +9382,7 @@ TAKEN: Dict[Callable[..., object], Callable[..., State]] = {
 POLLED = (Client.run, Client.sandboxes, Desk.repos)
 
 
-def answered_poll(state: State, job: Callable[..., object]) -> State:
+def answered_poll(state: State, job: Job) -> State:
     if job not in POLLED:
         return state
     polls = state.service.polls
@@ -9403,7 +9413,7 @@ def on_told(state: State, message: Told) -> State:
     return state
 
 
-def felt(state: State, job: Callable[..., object], error: MogplexError, text: str) -> State:
+def felt(state: State, job: Job, error: MogplexError, text: str) -> State:
     """What an error says of the service; of a run it may say only that its id is wrong."""
     if isinstance(error, RateLimitedError):
         wait_s = error.retry_after_s or 60.0
