@@ -5989,32 +5989,21 @@ class Screen:
 
 
 @contextlib.contextmanager
-def crash_guard(screen: Screen, on_crash: Callable[[BaseException], None]) -> Iterator[None]:
-    """While it lasts, an uncaught exception leaves the screen before it is printed.
+def crashes_heard(hear: Callable[[BaseException], None]) -> Iterator[None]:
+    """While it lasts, another thread's uncaught exception is heard, and not printed.
 
-    One from another thread goes to ``on_crash``, because the screen is for one thread alone.
+    The screen is for one thread alone, which leaves it before the exception is printed.
     """
-    import atexit
+    before = threading.excepthook
 
-    excepthook = sys.excepthook
-    thread_excepthook = threading.excepthook
+    def uncaught(failure: Any) -> None:
+        hear(failure.exc_value)
 
-    def uncaught(*error: Any) -> None:
-        screen.restore()
-        excepthook(*error)
-
-    def uncaught_in_thread(failure: Any) -> None:
-        on_crash(failure.exc_value)
-
-    atexit.register(screen.restore)
-    sys.excepthook = uncaught
-    threading.excepthook = uncaught_in_thread
+    threading.excepthook = uncaught
     try:
         yield
     finally:
-        atexit.unregister(screen.restore)
-        sys.excepthook = excepthook
-        threading.excepthook = thread_excepthook
+        threading.excepthook = before
 
 
 # -- What the workers are asked, and what they say
@@ -9732,7 +9721,7 @@ def run_cockpit(
         home.warn = shell.warn  # standard error is the screen now
         state = first_state(home, environ, base_url, text, attach)
         cockpit = Cockpit(shell, state)
-        with crash_guard(screen, shell.post):
+        with crashes_heard(shell.post):
             try:
                 return stay(screen, cockpit)
             finally:
