@@ -7887,7 +7887,7 @@ def fill(line: Line, width: int, style: str = "") -> Row:
     return tuple(row)
 
 
-def padded(lines: PaneLines, width: int, rows: int, selected: int = -1) -> List[Row]:
+def padded(lines: PaneLines, width: int, rows: int, selected: int) -> List[Row]:
     """Exactly ``rows`` rows: the lines, the selected one as such, and blank ones."""
     filled = []
     for line, position in lines[:rows]:
@@ -7926,7 +7926,8 @@ def shown_place(state: State, room: int) -> Line:
     """The repository of the shown run, and of its branch what there is room for."""
     run = state.shown.run
     known = run_named(state, state.shown.run_id)
-    repo = repo_of(state, text_of(run, "repoId")).name or known.repo
+    listed = repo_of(state, text_of(run, "repoId"))
+    repo = listed.name or known.repo
     branch = state.shown.delivery.branch
     for kind in ("working", "base"):
         branch = branch or harmless(text_of(run, "branch", kind), 200)
@@ -7988,7 +7989,9 @@ def alert_row(state: State, alerts: Sequence[Notice], width: int) -> Row:
         for words in (" [Enter] open ", " [Enter] open  [Esc] dismiss "):
             if width_of(text + words) <= width:
                 keys = words
-    row = ends([(text, "")], [(keys, "")], width)
+    left = [(text, "")]
+    right = [(keys, "")]
+    row = ends(left, right, width)
     return fill(row, width, "alert")
 
 
@@ -8048,14 +8051,14 @@ def run_line(state: State, run: KnownRun, width: int) -> Row:
 def sandbox_line(state: State, sandbox: KnownSandbox, width: int) -> Row:
     """A sandbox in the rail."""
     sign = sign_of(sandbox.status)
-    repo = short_repo(repo_of(state, sandbox.repo_id).name)
+    repo = repo_of(state, sandbox.repo_id)
     left = [
         (f"  {sign.glyph} ", sign.style),
-        (repo, "dim"),
+        (short_repo(repo.name), "dim"),
         (sandbox.branch, ""),
     ]
-    word = f" {sandbox.status} "
-    return ends(left, [(word, sign.style)], width)
+    right = [(f" {sandbox.status} ", sign.style)]
+    return ends(left, right, width)
 
 
 def row_detail(state: State) -> str:
@@ -8063,18 +8066,19 @@ def row_detail(state: State) -> str:
     row = row_in_rail(state)
     if row is None:
         return ""
+    name = harmless(row.id, 8)
     if isinstance(row, KnownRun):
-        place = [row.repo]
+        place = [name, row.repo]
         age = run_age(state, row)
         status = f"{row.status or '…'} {age}".rstrip()
         task = task_of(row)
     else:
         repo = repo_of(state, row.repo_id)
-        place = [repo.name, row.branch]
+        place = [name, repo.name, row.branch]
         status = row.status
         task = ""
-    words = filter(None, [harmless(row.id, 8), *place])
-    facts = [" ".join(words), status, row.error, task]
+    words = " ".join(filter(None, place))
+    facts = [words, status, row.error, task]
     return " · ".join(filter(None, facts))
 
 
@@ -8111,23 +8115,28 @@ def rail_lines(state: State, width: int, rows: int) -> PaneLines:
     runs = state.rail.runs
     sandboxes = state.rail.sandboxes
     at = selected_row(state)
-    title = "bold" if selected_in_rail(state) < 0 else "key"
-    most = 1 if rows < 12 else 3
+    style = "bold"
+    if selected_in_rail(state) >= 0:
+        style = "key"
+    most = 3
+    if rows < 12:
+        most = 1
     detail = whole(row_detail(state), "dim", width, most)
     room = max(2, rows - len(detail) - 2)
     for_sandboxes = max(room // 3, room - len(runs))
     for_sandboxes = min(len(sandboxes), for_sandboxes)
+    for_runs = room - for_sandboxes
     active = count_active(runs)
-    lines = [counted("RUNS", len(runs), active, "active", title)]
-    for position in around(at, len(runs), room - for_sandboxes):
+    lines = [counted("RUNS", len(runs), active, "active", style)]
+    for position in around(at, len(runs), for_runs):
         row = run_line(state, runs[position], width)
         lines.append((row, position))
     running = sum(sandbox.status == "running" for sandbox in sandboxes)
-    lines.append(counted("SANDBOXES", len(sandboxes), running, "running", title))
-    at_sandbox = max(0, at - len(runs))
-    for position in around(at_sandbox, len(sandboxes), for_sandboxes):
+    lines.append(counted("SANDBOXES", len(sandboxes), running, "running", style))
+    before = len(runs)
+    for position in around(at - before, len(sandboxes), for_sandboxes):
         row = sandbox_line(state, sandboxes[position], width)
-        lines.append((row, len(runs) + position))
+        lines.append((row, before + position))
     while len(lines) + len(detail) < rows:
         lines.append(BLANK)
     return lines + [(line, None) for line in detail]
@@ -8233,7 +8242,8 @@ def first_shown(state: State, width: int, rows: int) -> int:
     lowest = at
     height = 0
     for position in range(at, -1, -1):
-        height += len(entry_lines(entries[position], width, window.wrap))
+        lines = entry_lines(entries[position], width, window.wrap)
+        height += len(lines)
         if height > rows:
             break
         lowest = position
@@ -8242,18 +8252,21 @@ def first_shown(state: State, width: int, rows: int) -> int:
     return max(lowest, min(window.top, at))
 
 
-def timeline_title(state: State, count: int, focused: bool, width: int) -> Line:
+def timeline_title(state: State, count: int, width: int) -> Line:
     """The shown run, whether its newest events are followed, and how many pass the filter.
 
     What does not fit is left out, but for the filter.
     """
     window = state.window
     name = harmless(state.shown.run_id, 8)
+    style = "bold"
+    if window.focus == "timeline":
+        style = "key"
     mode = ("PAUSED", "warn")
     if window.follow:
         mode = ("FOLLOW", "ok")
     line = [
-        (" TIMELINE ", "key" if focused else "bold"),
+        (" TIMELINE ", style),
         (f"{name}  ", ""),
         mode,
     ]
@@ -8274,8 +8287,7 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     """Title, entries, and a last line: the state of the run, or how many are newer."""
     entries = passing(state)
     window = state.window
-    focused = window.focus == "timeline"
-    title = timeline_title(state, len(entries), focused, width)
+    title = timeline_title(state, len(entries), width)
     lines: PaneLines = [(title, None)]
     top = first_shown(state, width, rows - 2)
     end = top
@@ -8288,11 +8300,13 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
     lines = lines[:rows - 1]
     if window.follow:
         indent = 11 if width >= 60 else 1
-        last = [(" " * indent, ""), *outcome(state)]
+        lead = (" " * indent, "")
+        last = [lead, *outcome(state)]
         return [*lines, (last, None)]
     newer = "▼ End follows "
     if end < len(entries):
-        newer = f"▼ {len(entries) - end} newer (End) "
+        count = len(entries) - end
+        newer = f"▼ {count} newer (End) "
     row = ends([], [(newer, "warn")], width)
     return [*lines, (row, None)]
 
@@ -8333,7 +8347,8 @@ def welcome(state: State, width: int) -> List[Segment]:
 
 def welcome_lines(state: State, width: int, rows: int) -> PaneLines:
     segments = welcome(state, width)[:rows]
-    indent = (" " * min(3, width // 20), "")
+    columns = min(3, width // 20)
+    indent = (" " * columns, "")
     above = (rows - len(segments)) // 3
     lines = [BLANK] * above
     for segment in segments:
@@ -8347,9 +8362,10 @@ def column_widths(columns: Sequence[Heading], width: int) -> List[int]:
     Where a last one of sentences has no room, those before it are left out from the right: 0.
     """
     widths = [column.width + 2 for column in columns]
-    for at in range(len(widths) - 2, 1, -1):
-        room = width - sum(widths[:-1])
-        if widths[-1] > 80 and room < 12:
+    last = len(widths) - 1
+    for at in range(last - 1, 1, -1):
+        room = width - sum(widths[:last])
+        if widths[last] > 80 and room < 12:
             widths[at] = 0
     return widths
 
@@ -8368,8 +8384,9 @@ def cells_text(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def drawer_title(drawer: Drawer, width: int) -> Row:
     """What it lists, what is searched for in it, and which row of how many is selected."""
-    words = [drawer.listing.title.upper(), *drawer.subject]
-    name = harmless(" ".join(words), 60)
+    title = drawer.listing.title.upper()
+    name = " ".join([title, *drawer.subject])
+    name = harmless(name, 60)
     left = [(f" {name}  ", "key")]
     found = len(drawer.found)
     row = min(drawer.at + 1, found)
@@ -8404,20 +8421,25 @@ def drawer_lines(drawer: Drawer, width: int, rows: int) -> PaneLines:
     lines: PaneLines = [(drawer_title(drawer, width), None)]
     if any(titles):
         title = "   " + cells_text(titles, widths)
-        lines.append(([(title, "dim")], None))
+        below = [(title, "dim")]
+        lines.append((below, None))
     remark = drawer_remark(drawer)
     if remark:
         lines.append((remark, None))
+    found = drawer.found
     room = rows - len(lines)
-    for position in around(drawer.at, len(drawer.found), room):
-        item = drawer.found[position]
+    for position in around(drawer.at, len(found), room):
+        item = found[position]
         mark = "   "
         if item.present:
             mark = " ▸ "
         elif not columns:
             mark = " "
         text = cells_text(item.cells, widths)
-        line = [(mark, "accent"), (text, item.style)]
+        line = [
+            (mark, "accent"),
+            (text, item.style),
+        ]
         lines.append((line, position))
     return lines
 
@@ -8451,27 +8473,31 @@ def composer_rows(text: str, room: int) -> List[str]:
     return wrapped(text, room)
 
 
+def being_typed(state: State) -> Tuple[str, str, int]:
+    """The mark before what is being typed, how that is shown, and where the cursor is in it."""
+    if state.window.focus == "filter":
+        text = state.window.filter
+        return "/", text, len(text)
+    text = state.composer.text.replace("\t", " ")
+    if is_token_field(state):
+        text = "•" * len(text)
+    return "›", text, state.composer.cursor
+
+
 def composer_lines(state: State, width: int, most: int) -> List[Line]:
     """What is being typed, as much as fits around the cursor: an empty segment of its own style."""
-    focus = state.window.focus
-    mark = "›"
-    text = state.composer.text.replace("\t", " ")
-    cursor = state.composer.cursor
-    if focus == "filter":
-        mark = "/"
-        text = state.window.filter
-        cursor = len(text)
-    elif is_token_field(state):
-        text = "•" * len(text)
+    mark, text, cursor = being_typed(state)
     room = width - 4
     reach = room * most
     start = max(0, cursor - reach)
+    end = cursor + reach
     before = composer_rows(text[start:cursor], room)
-    rows = composer_rows(text[start:cursor + reach], room)
+    rows = composer_rows(text[start:end], room)
     at = len(before) - 1
     column = len(before[at]) - 1
     lines = [[(row, "")] for row in rows]
     style = "dim"
+    focus = state.window.focus
     if focus in ("composer", "filter") and not state.drawer:
         style = "key"
         lines[at] = [
@@ -8482,7 +8508,8 @@ def composer_lines(state: State, width: int, most: int) -> List[Line]:
     output: List[Line] = []
     for row in around(at, len(rows), most):
         lead = mark if row == 0 else " "
-        output.append([(f" {lead} ", style), *lines[row]])
+        line = [(f" {lead} ", style), *lines[row]]
+        output.append(line)
     return output
 
 
@@ -8490,7 +8517,8 @@ def question_lines(state: State, width: int) -> List[Line]:
     """The question before a run is cancelled; whole, however narrow the window is."""
     run = run_named(state, state.attention.killing)
     name = harmless(run.id, 8)
-    task = fit(task_of(run), min(40, width - 5))
+    room = min(40, width - 5)
+    task = fit(task_of(run), room)
     question = f"Cancel run {name}, {task}?  y yes · any other key no"
     return whole(question, "alert", width, 5)
 
@@ -8500,10 +8528,10 @@ def completion_hint(state: State, width: int) -> Line:
     found = completions(state)
     if not found:
         return []
-    name = state.composer.text[1:]
+    command = state.composer.text
     if len(found) == 1:
-        name = found[0][1:].partition(" ")[0]
-    word = COMMANDS.get(name)
+        command, _, _ = found[0].partition(" ")
+    word = COMMANDS.get(command[1:])
     if word:
         return [
             (f" /{word.call}  ", "key"),
@@ -8532,16 +8560,15 @@ def hint_line(state: State, width: int) -> Line:
     return [(hints, "dim")]
 
 
-def foot_lines(state: State, width: int, height: int) -> List[Line]:
-    """The composer, and a question, a notice or the hints below it."""
-    if state.attention.killing:
-        return composer_lines(state, width, 1) + question_lines(state, width)
-    most = max(1, min(height // 4, 8))
-    lines = composer_lines(state, width, most)
-    notice = state.attention.notice
-    if state.attention.notice_until > state.now:
-        return lines + whole(notice.text, notice.style, width, 3)
-    return [*lines, hint_line(state, width)]
+def below_composer(state: State, width: int) -> List[Line]:
+    """A question, a notice or the hints."""
+    attention = state.attention
+    notice = attention.notice
+    if attention.killing:
+        return question_lines(state, width)
+    if attention.notice_until > state.now:
+        return whole(notice.text, notice.style, width, 3)
+    return [hint_line(state, width)]
 
 
 def rule_rows(state: State, side: int, width: int, height: int) -> List[Row]:
@@ -8551,14 +8578,15 @@ def rule_rows(state: State, side: int, width: int, height: int) -> List[Row]:
     if side:
         rule = rule[:side - 1] + "┴" + rule[side:]
     if height < 20:
-        text = f"─ next: {target_text(target, width - 9)} "
+        words = target_text(target, width - 9)
+        text = f"─ next: {words} "
         rest = rule[width_of(text):]
-        return [((text, "accent"), (rest, "line"))]
-    line = [
-        (" next: ", "dim"),
-        (target_text(target, width - 7), "accent"),
-    ]
-    return [((rule, "line"),), fill(line, width)]
+        line = [(text, "accent"), (rest, "line")]
+        return [fill(line, width)]
+    line = [(rule, "line")]
+    words = target_text(target, width - 7)
+    below = [(" next: ", "dim"), (words, "accent")]
+    return [fill(line, width), fill(below, width)]
 
 
 class Layout(NamedTuple):
@@ -8578,11 +8606,15 @@ def layout_of(state: State, width: int, height: int) -> Layout:
         head.append(alert_row(state, alerts, width))
     if not side and height >= 12:
         head.append(strip(state, width))
+    most = max(1, min(height // 4, 8))
+    if state.attention.killing:
+        most = 1
+    lines = composer_lines(state, width, most)
+    lines += below_composer(state, width)
     foot = rule_rows(state, side, width, height)
-    for line in foot_lines(state, width, height):
-        foot.append(fill(line, width))
-    rows = height - len(head) - len(foot)
-    return Layout(head, foot, max(0, rows), side)
+    foot += [fill(line, width) for line in lines]
+    rows = max(0, height - len(head) - len(foot))
+    return Layout(head, foot, rows, side)
 
 
 def view(state: State, width: int, height: int) -> List[Row]:
@@ -8590,16 +8622,19 @@ def view(state: State, width: int, height: int) -> List[Row]:
     if width < 30 or height < 8:
         above = [BLANK] * (height // 2)
         words = [("enlarge the window", "warn")]
-        return padded([*above, (words, None)], width, height)
+        lines = [*above, (words, None)]
+        return padded(lines, width, height, -1)
     head, foot, rows, side = layout_of(state, width, height)
-    body = body_lines(state, width - side, rows)
-    main = padded(body, width - side, rows, selected_in_body(state))
+    at = selected_in_body(state)
+    lines = body_lines(state, width - side, rows)
+    body = padded(lines, width - side, rows, at)
     if side:
+        at = selected_in_rail(state)
         lines = rail_lines(state, side - 1, rows)
-        rail = padded(lines, side - 1, rows, selected_in_rail(state))
+        rail = padded(lines, side - 1, rows, at)
         edge = ("│", "line")
-        main = [(*left, edge, *right) for left, right in zip(rail, main)]
-    screen = head + main + foot
+        body = [(*left, edge, *right) for left, right in zip(rail, body)]
+    screen = head + body + foot
     return screen[:height]
 
 
@@ -9543,7 +9578,7 @@ class Cockpit:
         self.shell = shell
         self.state = state
 
-    def run(self) -> None:
+    def run(self) -> NoReturn:
         """Until SystemExit is raised: draw, wait, take every message that there is."""
         screen = self.shell.screen
         while True:
@@ -9553,9 +9588,11 @@ class Cockpit:
             if screen.size != (window.width, window.height):
                 self.take(screen.size)
                 continue
-            for message in screen.wait(1.0 - time.time() % 1.0):
+            seconds = 1.0 - time.time() % 1.0  # until the clock shows the next one
+            for message in screen.wait(seconds):
                 self.take(message)
-            if int(time.time()) != int(self.state.now):
+            now = int(time.time())
+            if now != int(self.state.now):
                 self.take(Tick())
             while not self.shell.inbox.empty():
                 self.take(self.shell.inbox.get())
@@ -9655,10 +9692,12 @@ def first_state(
         wanted = runs[0].repo
     tasks = [run.task for run in reversed(runs)]
     history = filter(None, dict.fromkeys(tasks))
-    target = Target(KnownRepo(name=wanted))
+    repo = KnownRepo(name=wanted)
+    target = Target(repo)
+    session = str(uuid.uuid4())
     state = State(
         now=time.time(),
-        next=Next(target, session=str(uuid.uuid4())),
+        next=Next(target, session=session),
         rail=Rail(tuple(runs)),
         composer=Composer(history=tuple(history)),
         service=Service(base_url),
@@ -9685,7 +9724,6 @@ def stay(screen: Screen, cockpit: Cockpit) -> int:
     finally:
         screen.signals.ignore_fatal()  # a second one must not cut the restoring short
         screen.restore()
-    return Exit.OK
 
 
 def run_cockpit(
