@@ -6726,8 +6726,8 @@ def is_bad_end(status: str) -> bool:
 
 
 def is_active(run: KnownRun) -> bool:
-    """Whether its status may change: one that is not known may."""
-    return run.status not in TERMINAL_STATUSES and run.status != "unknown"
+    """Whether its status is known, and may change."""
+    return run.status not in ("", "unknown", *TERMINAL_STATUSES)
 
 
 def change_runs(state: State, ids: Sequence[str], **changes: Any) -> State:
@@ -6892,10 +6892,15 @@ def is_too_small(state: State) -> bool:
     return state.window.width < 30 or state.window.height < 8
 
 
-def looked_at(state: State, run_id: str) -> State:
-    """Without the alerts of this run, and without a drawer over it."""
+def without_alert(state: State, run_id: str) -> State:
+    """Without the alert of this run."""
     alerts = [alert for alert in state.attention.alerts if alert.run_id != run_id]
-    return state.close().attend(alerts=tuple(alerts))
+    return state.attend(alerts=tuple(alerts))
+
+
+def looked_at(state: State, run_id: str) -> State:
+    """The same, and without a drawer over it."""
+    return without_alert(state, run_id).close()
 
 
 def watch(state: State, run_id: str, run: Record, origin: Optional[Target] = None) -> State:
@@ -7383,14 +7388,16 @@ def begin(state: State, task: str) -> State:
     key = f"{state.next.session}-{number}"
     body = body_for(target, task)
     for earlier in state.next.starts:
-        if earlier.run_id or body_for(earlier.target, earlier.task) != body:
+        same = body_for(earlier.target, earlier.task) == body
+        if earlier.run_id or not same:
             continue
         if earlier.under_way:
-            return state.write(task).say("This start is still under way.", "warn")
+            state = state.write(task)
+            return state.say("This start is still under way.", "warn")
         key = earlier.key
     new = NewRun(task, target, key)
-    state = change_start(state, key, new)
-    return state.plan(made=number).ask(Desk.start, new)
+    state = change_start(state, key, new).plan(made=number)
+    return state.ask(Desk.start, new)
 
 
 def choose_repo(state: State, name: str) -> State:
@@ -7501,7 +7508,8 @@ def show_sign_in(state: State) -> State:
     if state.is_signed_out:
         waiting = state.sign_in.waiting
     sign_in = SigningIn(needed=True, waiting=waiting)
-    return state._replace(sign_in=sign_in).close().write("")
+    state = state._replace(sign_in=sign_in)
+    return state.close().write("")
 
 
 POLLS_A_MINUTE = 30  # with the tail's 24, six are left of a token's 60 for what somebody asks for
@@ -7520,7 +7528,7 @@ def run_interval_s(state: State, run: KnownRun, active: int) -> float:
     is_shown = run.id == state.shown.run_id
     if is_shown and not state.shown.verdict:
         return 0.0  # its tail says it
-    if run.status and is_active(run):
+    if is_active(run):
         return max(20.0, 2.2 * active)
     if not run.status:
         return 30.0
@@ -7531,11 +7539,7 @@ def run_interval_s(state: State, run: KnownRun, active: int) -> float:
 
 def count_active(runs: Iterable[KnownRun]) -> int:
     """How many runs are known to be active."""
-    count = 0
-    for run in runs:
-        if run.status and is_active(run):
-            count += 1
-    return count
+    return sum(map(is_active, runs))
 
 
 def due_runs(state: State) -> List[KnownRun]:
@@ -7575,13 +7579,16 @@ def poll(state: State, most: int) -> State:
             limit = min(limit, for_unknown)
         left = limit - len(sent) - len(asks)
         if left > 0 and len(asks) < most:
-            asks.append(Ask(Client.run, (run.id,)))
+            ask = Ask(Client.run, (run.id,))
+            asks.append(ask)
             ids.append(run.id)
+    sent += [now] * len(asks)
     polls = polls._replace(
-        sent=(*sent, *[now] * len(asks)),
+        sent=tuple(sent),
         unanswered=polls.unanswered + len(asks),
     )
-    state = change_runs(state, ids, asked_at=now).know(polls=polls)
+    state = change_runs(state, ids, asked_at=now)
+    state = state.know(polls=polls)
     return state._replace(asks=(*state.asks, *asks))
 
 
@@ -7603,11 +7610,6 @@ def refresh(state: State) -> State:
 
 def clear(state: State) -> State:
     return state.look(filter="").attend(alerts=())
-
-
-def leave(state: State) -> State:
-    """Leave; runs continue in the cloud."""
-    return state.ask(Shell.leave)
 
 
 class Action(NamedTuple):
@@ -7632,6 +7634,11 @@ class Action(NamedTuple):
         return self.act(state, self.given)
 
 
+def opening(listing: Listing) -> Action:
+    """The slash command that opens a drawer."""
+    return Action(listing.word, listing.does, State.open, listing)
+
+
 HARNESS_NAMES = " or ".join(HARNESSES)
 EXPORT_NAMES = ", ".join(EXPORTS)
 WORDS = (
@@ -7642,7 +7649,7 @@ WORDS = (
     Action("new", "start the next task from the base branch again", choose_anew),
     Action("attach RUN", "watch a run, also one started elsewhere", attach),
     Action("kill", "cancel the shown run, after a question", kill),
-    *(Action(listing.word, listing.does, State.open, listing) for listing in DRAWERS),
+    *map(opening, DRAWERS),
     Action("logs [SANDBOX]", "the logs of a sandbox", choose_logs),
     Action("open", "open the pull request, else the preview, else the web page", open_web),
     Action("export [FORMAT] [FILE]", f"write the shown run to a file: {EXPORT_NAMES}", export),
@@ -7650,8 +7657,8 @@ WORDS = (
     Action("logout", "delete the stored sign-in", State.ask, Desk.sign_out),
     Action("refresh", "ask the service now", refresh),
     Action("clear", "clear the filter and the alerts", clear),
-    Action("quit", "leave; runs continue in the cloud", leave),
-    Action("exit", "the same as /quit", leave),
+    Action("quit", "leave; runs continue in the cloud", State.ask, Shell.leave),
+    Action("exit", "the same as /quit", State.ask, Shell.leave),
 )
 NOT_OFFERED = (
     "pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
@@ -7766,7 +7773,8 @@ def show_palette(state: State) -> State:
     for run in state.rail.runs:
         name = harmless(run.id, 8)
         words = f"{run.status}  {task_of(run)}".strip()
-        items.append(Item((f"/attach {name}", words), f"/attach {run.id}"))
+        cells = (f"/attach {name}", words)
+        items.append(Item(cells, f"/attach {run.id}"))
     return state.open(PALETTE, data=items)
 
 
@@ -8645,7 +8653,8 @@ def insert(state: State, text: str) -> State:
     """With ``text`` typed into whatever takes words now."""
     if state.drawer:
         query = state.drawer.query + sanitize(text, " ")
-        return state.shift(query=query[:200], searching=True, at=0)
+        query = query[:200]
+        return state.shift(query=query, searching=True, at=0)
     if state.window.focus == "filter":
         words = state.window.filter + sanitize(text, " ")
         return state.look(filter=words[:200])
@@ -8654,22 +8663,19 @@ def insert(state: State, text: str) -> State:
         cells = map(sanitize, line.split("\t"))
         lines.append("\t".join(cells))
     composer = state.composer
-    before = composer.text[:composer.cursor] + "\n".join(lines)
+    before = composer.text[:composer.cursor]
     after = composer.text[composer.cursor:]
+    before += "\n".join(lines)
     return state.write(before + after, len(before))
 
 
 Place = Callable[[Composer], int]
 
 
-def put_cursor(state: State, cursor: int) -> State:
-    return state.write(state.composer.text, cursor)
-
-
 def go_to(state: State, place: Place) -> State:
     """With the cursor at a place of the composer's text."""
     cursor = place(state.composer)
-    return put_cursor(state, cursor)
+    return state.write(state.composer.text, cursor)
 
 
 def delete_to(state: State, place: Place) -> State:
@@ -8742,28 +8748,30 @@ def recall(state: State, back: int) -> State:
     draft = composer.draft
     if not composer.recalled:
         draft = composer.text
-    back = max(0, min(back, len(history)))
+    back = min(back, len(history))
     text = draft
-    if back:
+    if back > 0:
         text = history[-back]
-    composer = composer._replace(recalled=back, draft=draft)
+    composer = composer._replace(recalled=max(0, back), draft=draft)
     return state._replace(composer=composer).write(text)
 
 
 def typed_up(state: State) -> State:
     """Up by a line of the text, and from its first line into the history."""
-    start = state.composer.line_start()
+    composer = state.composer
+    start = composer.line_start()
     if start:
-        return put_cursor(state, start - 1)
-    return recall(state, state.composer.recalled + 1)
+        return state.write(composer.text, start - 1)
+    return recall(state, composer.recalled + 1)
 
 
 def typed_down(state: State) -> State:
     """Down by a line of the text, and from its last line back through the history."""
-    end = state.composer.line_end()
-    if end < len(state.composer.text):
-        return put_cursor(state, end + 1)
-    return recall(state, state.composer.recalled - 1)
+    composer = state.composer
+    end = composer.line_end()
+    if end < len(composer.text):
+        return state.write(composer.text, end + 1)
+    return recall(state, composer.recalled - 1)
 
 
 def complete(state: State) -> State:
@@ -8771,8 +8779,9 @@ def complete(state: State) -> State:
     found = completions(state)
     if not found:
         return state.look(focus="timeline")
+    text = state.composer.text
     common = os.path.commonprefix(found)
-    if len(common) > len(state.composer.text):
+    if len(common) > len(text):
         return state.write(common)
     return state
 
@@ -8797,9 +8806,10 @@ def send(state: State) -> State:
     if is_token_field(state):
         return send_token(state, line)
     if line:
-        earlier = [old for old in state.composer.history if old != line]
-        history = (*earlier, line)
-        composer = Composer(history=history[-200:])
+        earlier = state.composer.history
+        history = [old for old in earlier if old != line]
+        history.append(line)
+        composer = Composer(history=tuple(history[-200:]))
         state = state._replace(composer=composer)
         return perform(state, line)
     alerts = state.attention.alerts
@@ -8846,32 +8856,33 @@ def quit_pane(state: State) -> State:
     """q: leave, but not with a half-typed task."""
     if state.composer.text:
         return state.say("The composer holds a task: press Ctrl+C twice to leave.", "warn")
-    return leave(state)
+    return state.ask(Shell.leave)
 
 
 def drop_filter(state: State) -> State:
     return state.look(focus="composer", filter="")
 
 
-def shorten_filter(state: State) -> State:
-    words = state.window.filter
-    return state.look(filter=words[:-1])
-
-
 def step_pane(state: State, step: int) -> State:
     """Tab, or Shift+Tab where ``step`` is -1: to the next of the panes that are there."""
+    window = state.window
     panes = ["composer", "timeline"]
-    if rail_width(state.window.width) and row_in_rail(state):
+    if rail_width(window.width) and row_in_rail(state):
         panes.append("rail")
     at = 0
-    if state.window.focus in panes:
-        at = panes.index(state.window.focus)
+    if window.focus in panes:
+        at = panes.index(window.focus)
     at = (at + step) % len(panes)
     return state.go(panes[at])
 
 
-def shorten_query(state: State) -> State:
-    query = state.drawer.query if state.drawer else ""
+def shorten(state: State) -> State:
+    """Without the last letter of the search, or of the filter; one of nothing ends."""
+    drawer = state.drawer
+    if drawer is None:
+        words = state.window.filter
+        return state.look(filter=words[:-1])
+    query = drawer.query
     if not query:
         return state.shift(searching=False)
     return state.shift(query=query[:-1], at=0)
@@ -8879,22 +8890,23 @@ def shorten_query(state: State) -> State:
 
 def interrupt(state: State) -> State:
     """Ctrl+C: closes a drawer or clears the composer; a second one within 1.5 s leaves."""
-    now = state.now
-    if state.attention.armed_until > now:
-        return leave(state)
+    if state.attention.armed_until > state.now:
+        return state.ask(Shell.leave)
     if state.drawer or state.window.focus == "filter":
         state = state.go("composer")
     else:
         state = state.write("")
-    state = state.attend(armed_until=now + 1.5)
-    state = stop_sign_in(state)
-    return state.say("Press Ctrl+C again within 1.5 s to leave; runs continue.", "warn", 1.5)
+    armed_until = state.now + 1.5
+    state = stop_sign_in(state).attend(armed_until=armed_until)
+    words = "Press Ctrl+C again within 1.5 s to leave; runs continue."
+    return state.say(words, "warn", 1.5)
 
 
 def switch_mouse(state: State) -> State:
     """The mouse on, or off so that the terminal selects text."""
     mouse = not state.window.mouse
-    state = state.look(mouse=mouse).ask(Screen.switch_mouse, mouse)
+    state = state.look(mouse=mouse)
+    state = state.ask(Screen.switch_mouse, mouse)
     if mouse:
         return state.say("Mouse on: the wheel scrolls, a click selects.")
     return state.say("Mouse off: the terminal selects text.")
@@ -8946,13 +8958,13 @@ RAIL_PANE = (
 FILTER_PANE = (
     Action("enter tab", "keep the filter", State.go, "timeline"),
     Action("esc", "clear the filter", drop_filter),
-    Action("backspace", "delete a letter", shorten_filter),
+    Action("backspace", "delete a letter", shorten),
     *MOVES,  # whose letters are typed here
 )
 DRAWER_PANE = (
     Action("enter", "open the selected row", act_on_row, "enter"),
     Action("esc", "close", State.close),
-    Action("backspace", "delete a letter of the search", shorten_query),
+    Action("backspace", "delete a letter of the search", shorten),
     *MOVES,
 )
 COMPOSER_PANE = (
@@ -9011,8 +9023,9 @@ def touched(state: State, name: str = "") -> State:
 def answered(state: State, name: str) -> State:
     """The key after the question whether to cancel: a yes only where that could be read."""
     run_id = state.attention.killing
+    is_yes = name in ("y", "Y")
     state = state.attend(killing="")
-    if name in ("y", "Y") and not is_too_small(state):
+    if is_yes and not is_too_small(state):
         return state.ask(Desk.cancel, run_id)
     state = state.say("Not cancelled.")
     if name == "^c":
@@ -9082,20 +9095,22 @@ def turn_wheel(state: State, message: Mouse) -> State:
     if message.column < rail_width(state.window.width):
         return move_in_rail(state, message.step)
     state = state.look(focus="timeline")
-    return move(state, message.step).look(focus=focus)
+    state = move(state, message.step)
+    return state.look(focus=focus)
 
 
 def click(state: State, in_rail: bool, at: int) -> State:
     """Select what is there; where that changes nothing, do what Enter does."""
     if in_rail:
-        selected = state.go("rail").with_rail(at=at)
+        clicked = state.go("rail").with_rail(at=at)
     elif state.drawer:
-        selected = state.shift(at=at)
+        clicked = state.shift(at=at)
     else:
-        selected = select_entry(state.look(focus="timeline"), at, may_follow=True)
-    if selected == state:
+        clicked = state.look(focus="timeline")
+        clicked = select_entry(clicked, at, may_follow=True)
+    if clicked == state:
         return on_key(state, Key("enter"))
-    return selected
+    return clicked
 
 
 def on_mouse(state: State, message: Mouse) -> State:
@@ -9134,26 +9149,27 @@ def put_first(state: State, known: KnownRun) -> State:
     at = 0
     if state.window.focus == "rail":
         at = state.rail.at + 1
-    return state.with_rail(runs=(known, *state.rail.runs), at=at)
+    runs = (known, *state.rail.runs)
+    return state.with_rail(runs=runs, at=at)
 
 
 def added(state: State, known: KnownRun, run: Record) -> State:
     """With a run that was started elsewhere in the rail, and written to the history."""
-    repo = repo_of(state, text_of(run, "repoId")).name
+    repo_id = text_of(run, "repoId")
+    repo = repo_of(state, repo_id).name
     began = parse_time(run.get("createdAt")) or 0.0
     known = known._replace(repo=repo, started_at=began)
-    return put_first(state, known).ask(Desk.remember, repo, run)
+    state = put_first(state, known)
+    return state.ask(Desk.remember, repo, run)
 
 
 def alarmed(state: State, run_id: str, reason: str) -> State:
     """With an alert of a run that ended badly, in place of an earlier one."""
     name = harmless(run_id, 8)
     alert = Notice(f"run {name} {reason}", run_id=run_id)
-    alerts = []
-    for other in state.attention.alerts:
-        if other.run_id != run_id:
-            alerts.append(other)
-    return state.attend(alerts=(*alerts, alert))
+    state = without_alert(state, run_id)
+    alerts = (*state.attention.alerts, alert)
+    return state.attend(alerts=alerts)
 
 
 def heard(state: State, run_id: str, run: Record) -> State:
@@ -9189,7 +9205,8 @@ def delivered(state: State, delivery: Delivery) -> State:
     """
     branch = harmless(delivery.branch, 200)
     url = harmless(delivery.pull_request_url, 2000)
-    known = state.shown.delivery.then(Delivery(branch, url))
+    harmless_one = Delivery(branch, url)
+    known = state.shown.delivery.then(harmless_one)
     state = state.show(delivery=known)
     target = state.next.target
     if state.shown.origin != target:
@@ -9210,12 +9227,18 @@ def take_event(state: State, event: Event) -> State:
     if tool and text:
         text = f"{tool}  {text}"
     clock = clock_text(parse_time(event.get("createdAt")), "%H:%M:%S")
-    kind = harmless(event.get("type"), 40) or "event"
-    entry = Entry(clock, kind, text or tool, event)
+    kind = harmless(event.get("type"), 40)
+    entry = Entry(
+        clock,
+        kind or "event",
+        text or tool,
+        event,
+    )
     earlier = state.shown.entries
     if state.shown.stale:
         earlier = ()
-    state = state.show(entries=(*earlier, entry), stale=False)
+    entries = (*earlier, entry)
+    state = state.show(entries=entries, stale=False)
     delivery = delivery_of(event)
     if delivery:
         return delivered(state, delivery)
@@ -9226,7 +9249,11 @@ def take_tail(state: State, item: Union[Event, Verdict], run_id: str) -> State:
     """An event of the shown run, or its verdict."""
     if not isinstance(item, Verdict):
         return take_event(state, item)
-    state = state.show(verdict=item, lost="", again_at=0.0)
+    state = state.show(
+        verdict=item,
+        lost="",
+        again_at=0.0,
+    )
     return heard(state, run_id, item.run)
 
 
@@ -9254,8 +9281,7 @@ def take_progress(state: State, progress: Progress, run_id: str, wait_s: float) 
     elif progress.connection == "connected":
         state = good_answer(state, progress.latency_ms)
     if progress.connection == "limited":
-        held_until = state.now + wait_s
-        state = state.know(held_until=held_until)
+        state = state.know(held_until=state.now + wait_s)
     return heard(state, run_id, progress.run)
 
 
@@ -9300,9 +9326,12 @@ def take_sandboxes(state: State, records: Sequence[Json]) -> State:
 
 def read_repo(record: Json) -> KnownRepo:
     """A repository of the service."""
-    branch = harmless(record.get("default_branch")) or "main"
-    name = harmless(record.get("full_name"))
-    return KnownRepo(text_of(record, "id"), name, branch)
+    branch = harmless(record.get("default_branch"))
+    return KnownRepo(
+        text_of(record, "id"),
+        harmless(record.get("full_name")),
+        branch or "main",
+    )
 
 
 def take_repos(state: State, records: Sequence[Json]) -> State:
@@ -9314,7 +9343,8 @@ def take_repos(state: State, records: Sequence[Json]) -> State:
     if target.repo.id:
         return state
     for repo in repos:
-        if len(repos) == 1 or repo.is_called(target.repo.name):
+        is_only = len(repos) == 1
+        if is_only or repo.is_called(target.repo.name):
             target = target._replace(repo=repo)
             return state.plan(target=target)
     return state
@@ -9444,7 +9474,8 @@ def felt(state: State, job: Job, error: MogplexError, text: str) -> State:
         return state.know(held_until=state.now + wait_s)
     if isinstance(error, (UnauthorizedError, ForbiddenError)):
         return state.know(refused=text)
-    if isinstance(error, UnavailableError) or job in (Desk.repos, Client.sandboxes):
+    lists = (Desk.repos, Client.sandboxes)
+    if isinstance(error, UnavailableError) or job in lists:
         failures = state.service.failures + 1
         return state.know(failures=failures, trouble=text)
     return state

@@ -6397,7 +6397,7 @@ def test_titles_are_whole_words(name: str) -> None:
 def test_hints_are_whole_words_and_the_panes_have_their_own() -> None:
     for width in range(30, 130):
         line = drawn(played(*PANE), width, 24).split("\n")[-1]
-        assert "…" not in line and line.strip().split(" · ")[-1] in mogplex.TIMELINE_HINTS
+        assert "…" not in line and line.strip().split(" · ")[-1] in mogplex.PANE_HINTS["timeline"]
     rail = drawn(played(*BUSY, *keys("btab"), rail=RAIL, window=WIDE))
     assert rail.split("\n")[-1].startswith(" j k move · Enter show · x kill")
 
