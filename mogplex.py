@@ -582,6 +582,13 @@ def format_time(value: object) -> str:
     return ""
 
 
+def utc_time(moment: float) -> str:
+    """Seconds since the epoch as ISO 8601 in UTC, with microseconds and ``Z``."""
+    second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
+    to_the_second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    return f"{to_the_second}.{microseconds:06d}Z"
+
+
 DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*([smh]?)\Z", re.ASCII)
 SECONDS_IN = {"": 1, "s": 1, "m": 60, "h": 3600}
 
@@ -807,7 +814,7 @@ LOCK_POLL_S = 0.05
 SWAP_WAIT_S = 2.0           # Windows swaps no file that another process has open, as for a moment
 LONGEST_PATH = 200          # characters of a directory of ours; with more, see long_path
 # Flags of os.open; each system lacks some of them.
-READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 LOCKING = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
 # How a lock is refused that another has: by POSIX, by Windows, and by Wine, which gives no reason.
 BUSY = (errno.EAGAIN, errno.EACCES, 0)
@@ -858,6 +865,11 @@ def make_private_directory(path: str) -> None:
         os.chmod(path, 0o700)
 
 
+def open_at_once(path: str, flags: int) -> int:
+    """An opener that does not wait for the other end of a FIFO."""
+    return os.open(path, flags | NOT_WAITING, 0o666)
+
+
 def read_regular_file(path: str) -> Tuple[bytes, int]:
     """The content of a file, and its mode bits.
 
@@ -866,15 +878,11 @@ def read_regular_file(path: str) -> Tuple[bytes, int]:
     """
     if os.path.isdir(path):  # Windows calls it "Permission denied"
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-    descriptor = os.open(path, READING)
-    try:
-        mode = os.fstat(descriptor).st_mode
+    with open(path, "rb", opener=open_at_once) as stream:
+        mode = os.fstat(stream.fileno()).st_mode
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "Not a regular file")
-        with open(descriptor, "rb", closefd=False) as stream:
-            data = stream.read(MAX_FILE + 1)
-    finally:
-        os.close(descriptor)
+        data = stream.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
         raise OSError(errno.EFBIG, f"Larger than {MAX_FILE >> 20} MiB")
     return data, stat.S_IMODE(mode)
@@ -893,77 +901,60 @@ def _set_content(stream: BinaryIO, data: bytes) -> None:
     os.fsync(stream.fileno())
 
 
-class Replacement:
-    """The next content of a file, swapped in whole: a kill leaves the old content or the new.
+def _swap(new: str, path: str) -> None:
+    """Rename a file to another's place, on Windows as soon as no other process has that open."""
+    until = time.monotonic() + SWAP_WAIT_S
+    while True:
+        try:
+            os.replace(new, path)
+            return
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() >= until:
+                raise
+        with contextlib.suppress(OSError):  # take "read-only" off it: elsewhere it is no bar
+            os.chmod(path, stat.S_IREAD | stat.S_IWRITE)
+        time.sleep(LOCK_POLL_S)
+
+
+@contextlib.contextmanager
+def replacing(path: str, room: int = 0) -> Iterator[Callable[[bytes], None]]:
+    """A function that swaps in the next content of a file: a kill leaves the old or the new one.
 
     A link is followed. For use under the file's lock, so that the temporary file can have a fixed
     name: what a killed process left there, tokens in it, is deleted by the next one. ``room``
     bytes are reserved on the disk at once, so that a full disk fails before the content is known.
     """
+    path = link_target(path)
+    temporary = path + ".tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    stream = open(temporary, "xb", opener=_open_private)
 
-    def __init__(self, path: str, room: int = 0) -> None:
-        self._path = link_target(path)
-        self._temporary = self._path + ".tmp"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._temporary)
-        self._stream = open(self._temporary, "xb", opener=_open_private)
+    def commit(data: bytes) -> None:
+        _set_content(stream, data)
+        stream.close()
         try:
-            _set_content(self._stream, b" " * room)
-        except OSError:
-            self.discard()
-            raise
-
-    def __enter__(self) -> Replacement:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.discard()
-
-    def commit(self, data: bytes) -> None:
-        """Put ``data`` in the place of the file's content."""
-        _set_content(self._stream, data)
-        self._stream.close()
-        try:
-            self._swap()
+            _swap(temporary, path)
         except OSError as error:
             if error.errno not in UNSWAPPABLE:
                 raise
-            with open(self._path, "r+b") as stream:
-                _set_content(stream, data)
+            with open(path, "r+b") as present:
+                _set_content(present, data)
 
-    def discard(self) -> None:
-        """Leave no temporary file."""
+    try:
+        _set_content(stream, b" " * room)
+        yield commit
+    finally:
         with contextlib.suppress(OSError):  # closing writes what could not be written before
-            self._stream.close()
+            stream.close()
         with contextlib.suppress(OSError):
-            os.unlink(self._temporary)
-
-    def _swap(self) -> None:
-        """Rename, on Windows as soon as no other process has the file open."""
-        until = time.monotonic() + SWAP_WAIT_S
-        while True:
-            try:
-                os.replace(self._temporary, self._path)
-                return
-            except PermissionError:
-                if os.name != "nt" or time.monotonic() >= until:
-                    raise
-            with contextlib.suppress(OSError):  # take "read-only" off it: elsewhere it is no bar
-                os.chmod(self._path, stat.S_IREAD | stat.S_IWRITE)
-            time.sleep(LOCK_POLL_S)
+            os.unlink(temporary)
 
 
 def replace_file(path: str, data: bytes) -> None:
     """Make ``data`` the content of a file, under its lock; after an OSError it is as before."""
-    with Replacement(path) as replacement:
-        replacement.commit(data)
-
-
-def _open_lock(path: str) -> int:
-    """The descriptor of a lock file, which is made where it is missing; OSError for a link."""
-    if os.path.islink(path):  # Windows has no O_NOFOLLOW
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-    return os.open(path, LOCKING, 0o600)
+    with replacing(path) as commit:
+        commit(data)
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -1074,15 +1065,13 @@ def start_record(base_url: str, body: Json, key: str, repo: str) -> Json:
     }
     canonical = to_json(request, sort_keys=True)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
-    now = time.time()
-    seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
     return {
         "key": key,
         "service": base_url,
         "repo": repo or request["repo"],
         "digest": digest[:32],
         "task": sanitize(request["task"], " ")[:200],
-        "time": f"{seconds}.{int(now % 1 * 1e6):06d}Z",
+        "time": utc_time(time.time()),
     }
 
 
@@ -1162,7 +1151,9 @@ class Home:
         lock_path = link_target(path) + ".lock"
         with naming_file("write", lock_path):
             make_private_directory(os.path.dirname(lock_path))
-            descriptor = _open_lock(lock_path)
+            if os.path.islink(lock_path):  # Windows has no O_NOFOLLOW
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+            descriptor = os.open(lock_path, LOCKING, 0o600)
         try:
             self._take_lock(descriptor, lock_path)
             yield
@@ -1273,20 +1264,21 @@ class Home:
 
         UnwritableError when an entry could not be stored: known before a refresh token is spent.
         """
-        with naming_file("write", self.auth_path):
-            present, _ = read_regular_file(self.auth_path)
-            replace_file(self.auth_path, present)  # only trying shows that it can be replaced
-            replacement = Replacement(self.auth_path, room=len(present) + RENEWAL_ROOM)
+        with contextlib.ExitStack() as stack:
+            with naming_file("write", self.auth_path):
+                present, _ = read_regular_file(self.auth_path)
+                replace_file(self.auth_path, present)  # only trying shows that it can be replaced
+                room = len(present) + RENEWAL_ROOM
+                commit = stack.enter_context(replacing(self.auth_path, room))
 
-        def store(entry: Json) -> None:
-            content, _ = self._content_with(entry)
-            try:
-                with naming_file("write", self.auth_path):
-                    replacement.commit(content)
-            except UnwritableError as error:
-                self.warn(f"{error}; the renewed sign-in serves this process only")
+            def store(entry: Json) -> None:
+                content, _ = self._content_with(entry)
+                try:
+                    with naming_file("write", self.auth_path):
+                        commit(content)
+                except UnwritableError as error:
+                    self.warn(f"{error}; the renewed sign-in serves this process only")
 
-        with replacement:
             yield store
 
     # -- runs.jsonl
@@ -10064,10 +10056,8 @@ def demo_body(data: bytes) -> Json:
 
 def demo_time(moment: float) -> str:
     """Seconds since the epoch as the service writes most times: no zeros end the fraction."""
-    second, microseconds = divmod(round(moment * 1_000_000), 1_000_000)
-    fraction = f".{microseconds:06d}".rstrip(".0")
-    to_the_second = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-    return f"{to_the_second}{fraction}+00:00"
+    digits = utc_time(moment).rstrip("0Z")
+    return digits.rstrip(".") + "+00:00"
 
 
 # An HTTP answer: its status; an object, sent as JSON, or text, sent as HTML; its headers.
@@ -11432,11 +11422,6 @@ def is_spent(run: Run) -> bool:
     """Whether a start found a run of an earlier one that has failed or was cancelled."""
     status = text_of(run, "status")
     return run.get("replayed") is True and ended_badly(status)
-
-
-def open_at_once(path: str, flags: int) -> int:
-    """An opener that does not wait: for a FIFO without a reader it is an OSError."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def open_report(path: str, mode: str) -> Any:
