@@ -10815,8 +10815,7 @@ class Interrupts:
                     leave_at = min(leave_at, time.monotonic() + GRACE_S)
         if isinstance(outcome, BaseException):
             raise outcome
-        if self.first is not None:
-            raise self.first
+        self.check()
         return cast(Run, outcome)
 
 
@@ -11062,7 +11061,8 @@ class Context:
         """Records in the format in force; a table is tab-separated where tabulate is missing."""
         setting = Setting(self.colour, repo_names=repo_names, json_line=self.json_line)
         if is_terminal(self.stdout):
-            setting = setting._replace(now=time.time(), width=terminal_columns())
+            width = terminal_columns()
+            setting = setting._replace(now=time.time(), width=width)
         try:
             return LIST_FORMATS[self.list_format](records, columns, setting)
         except ImportError:
@@ -11175,27 +11175,22 @@ def git_output(environ: Mapping[str, str], *words: str) -> str:
     return done.stdout.decode("utf-8", "replace")
 
 
-def origin_repo(environ: Mapping[str, str]) -> str:
-    """The owner/name of the GitHub repo that this checkout came from; UsageError for none.
+def repo_meant(ctx: Context, given: str) -> str:
+    """``given``, but for ``.`` the owner/name of the GitHub repo that this checkout came from.
 
-    The URL is never shown: it can hold a password.
+    stderr tells it; UsageError for none. The URL is never shown: it can hold a password.
     """
+    if given != ".":
+        return given
     hint = "run this in a checkout whose remote 'origin' is on github.com, or give owner/name"
     try:
-        url = git_output(environ, "remote", "get-url", "origin")
+        url = git_output(ctx.environ, "remote", "get-url", "origin")
     except UsageError as error:
         raise UsageError(f"repo '.': {error.message}", hint=hint) from None
     match = GITHUB_URL.match(url.rstrip("\r\n"))
     if not match:
         raise UsageError("repo '.': the remote 'origin' is not on github.com", hint=hint)
-    return match.group(1)
-
-
-def repo_meant(ctx: Context, given: str) -> str:
-    """``given``, but for ``.`` the owner/name of this checkout's origin, which stderr tells."""
-    if given != ".":
-        return given
-    name = origin_repo(ctx.environ)
+    name = match.group(1)
     ctx.note(f"repo {name} (origin of this checkout)")
     return name
 
@@ -11318,7 +11313,7 @@ def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
     UsageError for none, for two, and for one that the service would refuse.
     """
     both_or_none = bool(words) == bool(prompt_file)
-    from_stdin = list(words[:1]) == ["-"]
+    from_stdin = "-" in words[:1]
     if both_or_none or (from_stdin and len(words) > 1):
         raise UsageError(
             "run: give the task once: as arguments, as - for stdin, or with --prompt-file")
@@ -11357,17 +11352,11 @@ def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
         del reruns[MAX_RERUNS - 1:-1]
     elif environ.get("CI_PIPELINE_ID"):
         names = ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
-        reruns = [job_id for job_id in [environ.get("CI_JOB_ID")] if job_id]
+        reruns = list(filter(None, [environ.get("CI_JOB_ID", "")]))
     else:
         raise UsageError(
             "run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
     return [environ.get(name, "") for name in names], reruns
-
-
-def ci_key(parts: Sequence[object]) -> str:
-    """The key that all of ``parts`` make."""
-    text = to_json(parts, sort_keys=True)
-    return "ci-" + hashlib.sha256(text.encode()).hexdigest()
 
 
 def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "") -> List[str]:
@@ -11379,10 +11368,13 @@ def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "")
     job, reruns = ci_job(environ)
     if label:
         job = [*job, label]
-    request = [*job, body]
-    keys = [ci_key(request)]
+    requests = [[*job, body]]
     for rerun in reruns:
-        keys.append(ci_key([*request, rerun]))
+        requests.append([*job, body, rerun])
+    keys = []
+    for parts in requests:
+        text = to_json(parts, sort_keys=True)
+        keys.append("ci-" + hashlib.sha256(text.encode()).hexdigest())
     return keys
 
 
@@ -11402,15 +11394,6 @@ def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str
     if colon and not label:
         raise UsageError("run: --idempotency-key ci: needs a label after the colon")
     return ci_idempotency_keys(environ, body, label)
-
-
-class StartRequest(NamedTuple):
-    """A run to be started."""
-
-    body: Json           # as for Client.start_run
-    repo: str            # what people call it
-    keys: Sequence[str]  # idempotency keys, to be tried in turn
-    key_is_ours: bool    # made at random: a replay answers an earlier try of our own
 
 
 def ended_badly(status: str) -> bool:
@@ -11461,7 +11444,8 @@ class CiReport:
         """Tell how the run has ended, or how it stood when it was left."""
         self.write("--dotenv", self.dotenv, "w", dotenv_text(outcome))
         if self.in_github and (outcome.left or ended_badly(outcome.status)):
-            self.ctx.say(self.ctx.redacted(github_annotation(outcome)) + "\n")
+            annotation = self.ctx.redacted(github_annotation(outcome))
+            self.ctx.say(f"{annotation}\n")
         if not outcome.run_id:
             return
         lines = [event_line(event)[:300] for event in self.newest]
@@ -11477,7 +11461,8 @@ class CiReport:
     def write_for_github(self, variable: str, text: str) -> None:
         """Append to the file that an environment variable of GitHub Actions names."""
         if self.in_github:
-            self.write(variable, self.ctx.environ.get(variable, ""), "a", text)
+            path = self.ctx.environ.get(variable, "")
+            self.write(variable, path, "a", text)
 
     def write(self, name: str, path: str, mode: str, text: str) -> None:
         """Write a report; where that fails, a line on stderr is all."""
@@ -11498,13 +11483,6 @@ def cancel_text(run_id: str, answer: Cancellation, colour: bool) -> List[str]:
     if already_ended(answer):
         return [f"run {run} is already {status}"]
     return [f"cancellation requested for run {run}", f"status: {status}"]
-
-
-def reason_left(error: BaseException) -> str:
-    """Why a command leaves a run, for CI."""
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
-    return str(error) or "stdout is closed"
 
 
 def tell_still_running(ctx: Context, run_ids: Sequence[str]) -> None:
@@ -11530,8 +11508,9 @@ class Attendant:
         """Tell the id of a run that was started: on stdout, then to CI."""
         self.outcome = outcome_of_run(run)
         self.started = True
+        text = started_text({**run, "replayed": replayed}, self.ctx.colour)
         try:
-            self.ctx.emit_record(run, started_text({**run, "replayed": replayed}, self.ctx.colour))
+            self.ctx.emit_record(run, text)
         finally:
             self.report.begin(self.outcome)
 
@@ -11556,7 +11535,9 @@ class Attendant:
         for line in outcome_notes(self.outcome):
             self.note(line)
         self.report.end(self.outcome)
-        return Exit.OK if verdict.status == "success" else Exit.FAILURE
+        if verdict.status == "success":
+            return Exit.OK
+        return Exit.FAILURE
 
     def is_worth_telling(self, error: BaseException) -> bool:
         """Whether to say, at the end of the command, that the run is still running."""
@@ -11613,7 +11594,9 @@ def settle(
 ) -> None:
     """Settle what becomes of runs that a command leaves because of ``error``, and tell CI."""
     left = list(attendants)
-    reason = reason_left(error)
+    reason = str(error) or "stdout is closed"
+    if isinstance(error, KeyboardInterrupt):
+        reason = "interrupted"
     running = []
     for one in left:
         if status_named(one.outcome.status).terminal:
@@ -11645,16 +11628,18 @@ def attended(ctx: Context, attendants: Iterable[Attendant], cancels: bool) -> It
         raise
 
 
-def warn_of_doubt(ctx: Context, client: Client, request: StartRequest, key: str) -> None:
+def warn_of_doubt(ctx: Context, start: Json) -> None:
     """Say so where an earlier start of the same task may have gone through, and how to find out."""
-    start = start_record(client.base_url, request.body, key, request.repo)
     earlier = ctx.home.start_in_doubt(start, time.time())
     if earlier:
         ctx.note("an earlier start of this task may have gone through; to find out instead of "
                  f"starting another, add --idempotency-key {text_of(earlier, 'key')}")
 
 
-def start_once(client: Client, request: StartRequest, key: str, attendant: Attendant) -> Run:
+def start_once(
+    client: Client, body: Json, repo: str, key: str, announce: Callable[[Run], None],
+    attendant: Attendant,
+) -> Run:
     """Start a run under one key.
 
     Where that fails and the run may have started all the same, stderr says how to find out.
@@ -11667,35 +11652,45 @@ def start_once(client: Client, request: StartRequest, key: str, attendant: Atten
             raise ctx.interrupts.first
         sent.set()
 
-    def announce(run: Run) -> None:
-        if key != request.keys[-1] and is_spent(run):
-            return  # of an earlier attempt of this CI job; the next key starts another
-        attendant.announce(run, run.get("replayed") is True and not request.key_is_ours)
-
     work = functools.partial(
-        start_recorded, client, ctx.home, request.body, key, request.repo, announce,
-        before_sending)
+        start_recorded, client, ctx.home, body, key, repo, announce, before_sending)
     try:
         return ctx.interrupts.outlast(work)
     except (MogplexError, KeyboardInterrupt) as error:
-        if sent.is_set() and not attendant.started and getattr(error, "delivered", True):
+        delivered = getattr(error, "delivered", True)
+        if sent.is_set() and delivered and not attendant.started:
             ctx.note("the run may have started; to find out without paying twice, "
                      f"add --idempotency-key {key}")
         raise
 
 
-def start(client: Client, request: StartRequest, attendant: Attendant) -> None:
-    """Start a run, or find the one of an earlier attempt of this CI job that has not failed."""
+def start(
+    client: Client, body: Json, repo: str, given_key: Optional[str], attendant: Attendant,
+) -> None:
+    """Start a run, or find the one of an earlier attempt of this CI job that has not failed.
+
+    ``body`` is as for Client.start_run, ``repo`` what people call it.
+    """
     ctx = attendant.ctx
-    *earlier, last = request.keys
+    *earlier, last = idempotency_keys(ctx.environ, body, given_key)
+
+    def announce(run: Run) -> None:
+        replayed = run.get("replayed") is True
+        # Under a random key that is an earlier try of our own.
+        attendant.announce(run, replayed and given_key is not None)
+
+    def announce_unspent(run: Run) -> None:
+        if not is_spent(run):
+            announce(run)
+
     for key in earlier:
-        run = start_once(client, request, key, attendant)
+        run = start_once(client, body, repo, key, announce_unspent, attendant)
         if attendant.started:
             return
         status = text_of(run, "status")
         ctx.note(f"run {text_of(run, 'runId')} of an earlier attempt is {status}; starting another")
-    warn_of_doubt(ctx, client, request, last)
-    start_once(client, request, last, attendant)
+    warn_of_doubt(ctx, start_record(client.base_url, body, last, repo))
+    start_once(client, body, repo, last, announce, attendant)
 
 
 class LifeSigns:
@@ -11768,7 +11763,8 @@ def emit_events(
         ctx.emit(ndjson_lines(events, texts))
     else:
         newline = newline_mark(ctx.stdout and ctx.stdout.encoding)
-        ctx.emit("\n".join([label + event_line(event, newline) for event in events]))
+        lines = [label + event_line(event, newline) for event in events]
+        ctx.emit("\n".join(lines))
 
 
 def note_run_error(ctx: Context, run_id: str, error: MogplexError) -> None:
@@ -11829,12 +11825,10 @@ class Follower:
 
     def flush(self) -> None:
         """Write the events that have come."""
-        events = self.events
-        texts = self.texts
-        self.events = []
-        self.texts = []
+        emit_events(self.ctx, self.events, self.texts)
+        self.events.clear()
+        self.texts.clear()
         self.held = 0
-        emit_events(self.ctx, events, texts)
 
     def progress(self, progress: Progress) -> None:
         """Called by the tail before each wait, at least twice a second, and at each change."""
@@ -11861,9 +11855,9 @@ class Followers:
     def run(self) -> int:
         """Follow them all to the end; the highest of the exit codes that they deserve."""
         try:
-            with attended(self.ctx, self.left.values(), self.options.cancel_on_interrupt):
-                with self.ctx.client() as client:
-                    self.follow(client)
+            cancels = self.options.cancel_on_interrupt
+            with attended(self.ctx, self.left.values(), cancels), self.ctx.client() as client:
+                self.follow(client)
         except (KeyboardInterrupt, MogplexError, OSError) as error:
             if self.standing or isinstance(error, KeyboardInterrupt):  # else nothing was asked
                 self.ctx.note(self.count())
@@ -12005,10 +11999,7 @@ def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
     with attended(ctx, [attendant], following.cancel_on_interrupt), ctx.client() as client:
         repo = resolve_repo(client, repo_name)
         body = start_body(text_of(repo, "id"), task, starting)
-        keys = idempotency_keys(ctx.environ, body, starting.idempotency_key)
-        request = StartRequest(
-            body, text_of(repo, "full_name"), keys, key_is_ours=starting.idempotency_key is None)
-        start(client, request, attendant)
+        start(client, body, text_of(repo, "full_name"), starting.idempotency_key, attendant)
         if following.follow:
             return Follower(attendant, following).run(client)
         attendant.report.end(attendant.outcome)
