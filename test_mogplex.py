@@ -5180,6 +5180,8 @@ EVENT_LINES = [
     ({"type": "failed", "message": "Harness failed", "payload": {"error": "boom\nbang"}},
      "failed          Harness failed: boom \u23ce bang"),
     ({"type": "failed", "payload": {"error": "boom"}}, "failed          boom"),
+    ({"type": "failed", "payload": {"error": "boom", "pull_request_url": "https://g/1"}},
+     "failed          boom"),
     ({"type": "failed", "message": "it said boom", "payload": {"error": "boom"}},
      "failed          it said boom"),
     ({"type": "failed", "message": "Harness run failed",
@@ -5213,6 +5215,20 @@ def test_json_lines_are_ascii_and_as_they_came() -> None:
     line = mogplex.ndjson(record)
     assert line.isascii() and "\n" not in line
     assert list(json.loads(line)) == ["b", "a", "\ud800"]
+
+
+@pytest.mark.parametrize("texts, lines", [
+    (['{"a": 1}', '{"b":2}'], '{"a": 1}\n{"b":2}'),                  # as they came
+    (['{"a": 1}', ""], '{"a":1}\n{"b":"##"}'),                       # one is not known
+    (['{"a":\n1}', '{"b":2}'], '{"a":1}\n{"b":"##"}'),               # one is two lines
+    (['{"a":1}', '{"b":"\u00fc"}'], '{"a":1}\n{"b":"##"}'),          # one is not ASCII
+    (['{"a":1}', '{"b": "##"}'], '{"a":1}\n{"b": "##"}'),
+])
+def test_a_stream_s_texts_are_its_json_lines_where_they_are_lines(
+    texts: List[str], lines: str,
+) -> None:
+    records = [{"a": 1}, {"b": "##"}]
+    assert mogplex.ndjson_lines(records, texts) == lines.replace("##", "#\\u0023")
 
 
 NESTED = {
@@ -5295,9 +5311,11 @@ def test_a_table_is_shortened_to_the_terminal_but_not_in_its_ids(width: int) -> 
 
 
 def test_an_id_is_whole_in_any_column_and_on_any_terminal() -> None:
-    sandbox = {"id": REPO_ID, "repo_id": REPO_ID.replace("8", "9"), "error": "x" * 200}
+    sandbox = {"id": REPO_ID, "repo_id": REPO_ID.replace("8", "9"), "error": "x" * 200,
+               "status": "waiting for a person"}
     narrow = mogplex.table([sandbox], mogplex.SANDBOX_COLUMNS, mogplex.Setting(width=20))
     assert REPO_ID in narrow and sandbox["repo_id"] in narrow and "x" * 10 not in narrow
+    assert sandbox["status"] in narrow
 
 
 def test_colours_take_no_room_in_a_table() -> None:
@@ -5395,6 +5413,15 @@ def test_what_is_worth_knowing_at_the_end() -> None:
         "run error: boom", "branch: b", "pull request: u", "duration: 2m 05s"]
 
 
+@pytest.mark.parametrize("statuses, line", [
+    (["success"], "1 run: 1 success"),
+    (["new", "failed", "success", "failed"], "4 runs: 1 success, 2 failed, 1 new"),
+    (["\x1b[2Jstreaming"] * 2, "2 runs: 2 streaming"),
+])
+def test_several_runs_are_counted_by_how_they_ended(statuses: List[str], line: str) -> None:
+    assert mogplex.tally(statuses) == line
+
+
 def test_signs_of_life_as_text() -> None:
     progress = mogplex.Progress("connected", "streaming", 0.0, 100.0, None, 0, "", 84.0, {})
     assert mogplex.status_line(progress, 245.0) == (
@@ -5402,6 +5429,7 @@ def test_signs_of_life_as_text() -> None:
     assert mogplex.silence_line(progress, 245.0) == "still streaming, last event 2m ago"
     limited = progress._replace(connection="limited", retry_at=300.0)
     assert mogplex.status_line(limited, 245.0).endswith("| limited, retrying in 55s")
+    assert mogplex.status_line(limited, 300.0).endswith("| limited")
     assert mogplex.silence_line(progress._replace(status="", connection="connecting"), 160.0) == (
         "still connecting, last event 1m ago")
 
@@ -12130,6 +12158,7 @@ def ended(**changes: Any) -> mogplex.Outcome:
 
 @pytest.mark.parametrize("changes, annotation", [
     ({}, "::error title=Mogplex run failed::exit code 1: a, 50%25 done"),
+    ({"error": "x" * 2000}, "::error title=Mogplex run failed::" + "x" * 1000),
     ({"error": "", "status": "can:c,%"},
      "::error title=Mogplex run can%3Ac%2C%25::run r-1 ended can:c,%25"),
     ({"status": "streaming", "left": "gave up"},
@@ -12170,6 +12199,7 @@ def test_gitlab_s_markers() -> None:
     assert mogplex.gitlab_marker("end", "r-1", 10.5) == "\x1b[0Ksection_end:10:mogplex_r_1\r\x1b[0K\n"
     hostile = mogplex.gitlab_marker("start", "\n::x::\x1b[0K\r" * 20, 1)
     assert (hostile.count("\n"), hostile.count("\r"), hostile.count("\x1b")) == (1, 1, 2) and "\n::" not in hostile
+    assert len(mogplex.gitlab_marker("end", "r" * 200, 1)) < 120
 
 
 GITHUB = {"GITHUB_RUN_ID": "7", "GITHUB_JOB": "agent", "GITHUB_REPOSITORY": "acme/web"}
