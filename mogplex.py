@@ -5299,7 +5299,7 @@ class Key(NamedTuple):
 
 
 class Text(NamedTuple):
-    """Characters that were typed, as many as came together, or a paste with its lines and tabs."""
+    """Characters that were typed, as many as came together; or a paste, newlines and tabs kept."""
 
     text: str
     pasted: bool = False
@@ -5488,6 +5488,7 @@ def sliced(sent: str, final: bool, resolve: Namer) -> Tuple[Messages, str]:
 
 
 Placed = Tuple[int, str, str]  # a segment behind the column that it begins at, from 0
+Styles = Mapping[str, str]     # the sequence that begins each style
 
 
 def cells(row: Row) -> List[Placed]:
@@ -5519,7 +5520,7 @@ def rewritten(before: Row, row: Row) -> List[Placed]:
     return [cell for cell in new if cell in changed or cell[0] > behind]
 
 
-def repaint_row(y: int, before: Row, row: Row, styles: Mapping[str, str]) -> str:
+def repaint_row(y: int, before: Row, row: Row, styles: Styles) -> str:
     """What turns one row into another: each segment that differs, placed and styled."""
     output = ""
     column = -1  # where the cursor is, while that is certain
@@ -5551,7 +5552,7 @@ def cursor_place(rows: Frame) -> Optional[Tuple[int, int]]:
     return None
 
 
-def repaint(old: Frame, new: Frame, styles: Mapping[str, str]) -> str:
+def repaint(old: Frame, new: Frame, styles: Styles) -> str:
     """The characters that turn the screen ``old`` into ``new``; "" when nothing changed."""
     output = ""
     for y, row in enumerate(new):
@@ -5587,8 +5588,8 @@ def ascii_row(row: Row) -> Row:
     return tuple((to_ascii(text), style) for text, style in row)
 
 
-def sgr_styles(colours: int) -> Dict[str, str]:
-    """The sequence that begins each style, on a terminal of so many colours; 0 is none."""
+def sgr_styles(colours: int) -> Styles:
+    """The styles of a terminal of so many colours; 0 is none."""
     depth = 2
     if colours >= 256:
         depth = 0
@@ -6125,8 +6126,8 @@ def write_new_file(path: str, text: str) -> None:
 class Desk:
     """A worker thread and its jobs, one after another, with a Client of its own.
 
-    A job is a method of it, or one of the Client that reads. What a job returns is posted as
-    Told, but for None. An exception that is no MogplexError is a bug, and ends the cockpit.
+    A job is a method of Desk, or one of Client that only reads. What it returns is posted as
+    Told, unless it is None. An exception that is no MogplexError is a bug, and ends the cockpit.
     """
 
     def __init__(self, post: Callable[[Any], None], facts: Facts) -> None:

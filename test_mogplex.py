@@ -5925,6 +5925,17 @@ def test_a_change_behind_the_edge_writes_nothing(width: int) -> None:
     assert before != after and mogplex.repaint(before, after, PLAIN) == ""
 
 
+def test_the_cursor_is_hidden_where_no_row_has_it() -> None:
+    first = [(("a", ""), ("", "cursor"), ("b", ""))]
+    second = [(("ab", ""), ("", "cursor"))]
+    none = [(("a", ""), ("b", ""))]
+    assert mogplex.repaint(first, first, PLAIN) == ""
+    assert "\x1b[1;3H\x1b[?25h" in mogplex.repaint(first, second, PLAIN)
+    assert "\x1b[1;2H\x1b[?25h" in mogplex.repaint(none, first, PLAIN)
+    hidden = mogplex.repaint(first, none, PLAIN)
+    assert "\x1b[?25l" in hidden and "\x1b[?25h" not in hidden
+
+
 def test_a_text_that_a_terminal_draws_wider_than_we_think_hides_nothing() -> None:
     """pyte takes four columns for a flag, where we, and most terminals, take two."""
     styles = {"": "", "line": "\x1b[0;36m", "cursor": ""}
