@@ -6489,16 +6489,14 @@ class Listing(NamedTuple):
     """A kind of drawer.
 
     ``actions`` are the keys enter, x, o and y: functions of a state and the id of the selected
-    row. ``word`` is the slash command that opens it, if it has one, which help says ``does``.
+    row.
     """
 
     title: str
-    columns: Tuple[Heading, ...]     # none: a page of text
-    rows: Callable[..., Items]  # of a state and a drawer
-    actions: Mapping[str, Callable[..., Any]] = {}
+    rows: Callable[[State, Drawer], Items]
+    columns: Tuple[Heading, ...] = ()  # none: a page of text
+    actions: Mapping[str, Callable[[State, str], State]] = {}
     reads: Optional[Job] = None
-    word: str = ""
-    does: str = ""
 
 
 class Drawer(NamedTuple):
@@ -6515,6 +6513,9 @@ class Drawer(NamedTuple):
     found: Tuple[Item, ...] = ()    # those that the query finds
 
 
+NEVER = 9e9  # later than any other time
+
+
 class SigningIn(NamedTuple):
     """The sign-in, on the screen until the service has accepted a credential."""
 
@@ -6522,7 +6523,7 @@ class SigningIn(NamedTuple):
     checking: bool = False
     url: str = ""       # while a browser is open for it
     waiting: str = ""   # what stood in the composer when it came up: no token
-    lapses_at: Optional[float] = None
+    lapses_at: float = NEVER
 
 
 class Notice(NamedTuple):
@@ -6577,9 +6578,6 @@ class Attention(NamedTuple):
     alerts: Tuple[Notice, ...] = ()  # of runs that ended badly, until looked at
     killing: str = ""              # the run that is cancelled if the next key is y
     armed_until: float = 0.0       # a second Ctrl+C before this leaves
-
-
-NEVER = 9e9  # later than any other time
 
 
 class State(NamedTuple):
@@ -6640,10 +6638,10 @@ class State(NamedTuple):
         return self
 
     def choose(self, **changes: Any) -> State:
-        """With another target, which no run moves that was started before."""
-        choices = self.next.target.choices + 1
-        target = self.next.target._replace(choices=choices, **changes)
-        return self.plan(target=target)
+        """With another target, which no run moves that was started before, and no drawer."""
+        target = self.next.target._replace(**changes)
+        target = target._replace(choices=target.choices + 1)
+        return self.close().plan(target=target)
 
     def look(self, **changes: Any) -> State:
         return self._replace(window=self.window._replace(**changes))
@@ -6771,7 +6769,8 @@ def target_text(target: Target, width: int) -> str:
         branch = harmless(branch_text_of(target), 200)
         place = f"{target.repo.name} ⎇ {branch}"
     harness = f" · {target.harness}"
-    return fit(place, max(0, width - len(harness))) + harness
+    room = max(0, width - len(harness))
+    return fit(place, room) + harness
 
 
 def passing(state: State) -> Sequence[Entry]:
@@ -6804,7 +6803,8 @@ def selected_row(state: State) -> int:
 
 def row_in_rail(state: State) -> Union[KnownRun, KnownSandbox, None]:
     """The run or the sandbox that is selected in the rail."""
-    rows: List[Union[KnownRun, KnownSandbox]] = [*state.rail.runs, *state.rail.sandboxes]
+    rail = state.rail
+    rows: List[Union[KnownRun, KnownSandbox]] = [*rail.runs, *rail.sandboxes]
     if not rows:
         return None
     return rows[selected_row(state)]
@@ -6813,14 +6813,16 @@ def row_in_rail(state: State) -> Union[KnownRun, KnownSandbox, None]:
 def web_url(state: State) -> str:
     """The pull request of the shown run, else the preview of its sandbox, else the web page."""
     run = state.shown.run
-    ids = (text_of(run, "sandboxRecordId"), text_of(run, "sandboxId"))
-    urls = [state.shown.delivery.pull_request_url]
+    url = state.shown.delivery.pull_request_url
+    if url.startswith("https://"):
+        return url
+    ids = (
+        text_of(run, "sandboxRecordId"),
+        text_of(run, "sandboxId"),
+    )
     for sandbox in state.rail.sandboxes:
-        if sandbox.id and sandbox.id in ids:
-            urls.append(sandbox.preview_url)
-    for url in urls:
-        if url.startswith("https://"):
-            return url
+        if sandbox.id in ids and sandbox.preview_url:
+            return sandbox.preview_url
     return state.service.base_url
 
 
@@ -6852,25 +6854,26 @@ def health(state: State) -> Segment:
     return f"● nominal {latency}", "ok"
 
 
-def alerts_of(state: State) -> List[Notice]:
+def alerts_of(state: State) -> Tuple[Notice, ...]:
     """What is wrong, the gravest first."""
     service = state.service
-    alerts = list(state.attention.alerts)
+    alerts = state.attention.alerts
     if state.is_signed_out:
         return alerts
+    texts = []
     wait_s = service.held_until - state.now
     if wait_s > 0:
         wait = format_duration(wait_s)
-        alerts.append(Notice(f"Rate limited: no requests for {wait}; runs continue in the cloud"))
+        texts.append(f"Rate limited: no requests for {wait}; runs continue in the cloud")
     elif is_offline(service):
-        alerts.append(Notice(f"Offline, retrying: {service.trouble}"))
+        texts.append(f"Offline, retrying: {service.trouble}")
     if service.refused:
-        alerts.append(Notice(f"{service.refused} · retrying; /login signs in again"))
-    left_s = (state.sign_in.lapses_at or NEVER) - state.now
+        texts.append(f"{service.refused} · retrying; /login signs in again")
+    left_s = state.sign_in.lapses_at - state.now
     if left_s < 600:
         left = format_duration(left_s)
-        alerts.append(Notice(f"The sign-in lapses in {left} · /login renews it"))
-    return alerts
+        texts.append(f"The sign-in lapses in {left} · /login renews it")
+    return (*alerts, *map(Notice, texts))
 
 
 def rail_width(width: int) -> int:
@@ -6898,14 +6901,25 @@ def looked_at(state: State, run_id: str) -> State:
 
 def watch(state: State, run_id: str, run: Record, origin: Optional[Target] = None) -> State:
     """With this run shown, from its first event on."""
-    state = looked_at(state, run_id)._replace(shown=Shown(run_id, run, origin))
-    state = state.look(at=0, top=0, follow=True, filter="")
+    shown = Shown(run_id, run, origin)
+    state = looked_at(state, run_id)._replace(shown=shown)
+    state = state.look(
+        at=0,
+        top=0,
+        follow=True,
+        filter="",
+    )
     return state.ask(Desk.watch, run_id)
 
 
 def watch_again(state: State) -> State:
     """Begin the tail of the shown run anew: its next event is the first once more."""
-    state = state.show(verdict=None, lost="", again_at=0.0, stale=True)
+    state = state.show(
+        verdict=None,
+        lost="",
+        again_at=0.0,
+        stale=True,
+    )
     return state.ask(Desk.watch, state.shown.run_id)
 
 
@@ -6914,7 +6928,11 @@ def watch_known(state: State, run_id: str) -> State:
     if run_id == state.shown.run_id and not state.shown.lost:
         return looked_at(state, run_id).look(follow=True)
     known = run_named(state, run_id)
-    run = {"runId": run_id, "status": known.status, "error": known.error}
+    run = {
+        "runId": run_id,
+        "status": known.status,
+        "error": known.error,
+    }
     return watch(state, run_id, run)
 
 
@@ -6945,17 +6963,17 @@ def open_preview(state: State, sandbox_id: str) -> State:
 def take_repo(state: State, repo_id: str) -> State:
     """The next task runs in this repository, on its default branch."""
     repo = repo_of(state, repo_id)
-    return state.choose(repo=repo, branch="", base="").close()
+    return state.choose(repo=repo, branch="", base="")
 
 
 def take_branch(state: State, branch: str) -> State:
     """The next task starts from this branch."""
-    return state.choose(branch="", base=branch).close()
+    return state.choose(branch="", base=branch)
 
 
 def take_harness(state: State, harness: str) -> State:
     """The next task uses this agent program."""
-    return state.choose(harness=harness).close()
+    return state.choose(harness=harness)
 
 
 EXPORTS = {"json": "json", "jsonl": "jsonl", "markdown": "md"}  # forms, and how their files end
@@ -6963,25 +6981,30 @@ EXPORTS = {"json": "json", "jsonl": "jsonl", "markdown": "md"}  # forms, and how
 
 def export_text(state: State, form: str) -> str:
     """The shown run and its events; JSON in ASCII, so that it holds no raw control character."""
+    run = state.shown.run
     events = [entry.event for entry in state.shown.entries]
     if form == "json":
-        document = {"run": state.shown.run, "events": events}
+        document = {"run": run, "events": events}
         return to_json(document, indent=2) + "\n"
     if form == "jsonl":
-        return "".join(to_json(event) + "\n" for event in events)
-    title = f"# Mogplex run {harmless(state.shown.run_id)}"
-    status = status_of(state.shown.run)
-    lines = [title, "", f"{status}: {web_url(state)}", ""]
-    for event in events:
-        lines.append(f"    {event_line(event)}")  # indented: it is no Markdown
-    return "\n".join(lines) + "\n"
+        lines = [to_json(event) for event in events]
+    else:
+        lines = [
+            f"# Mogplex run {harmless(state.shown.run_id)}",
+            "",
+            f"{status_of(run)}: {web_url(state)}",
+            "",
+        ]
+        for event in events:
+            lines.append(f"    {event_line(event)}")  # indented: it is no Markdown
+    return "".join(f"{line}\n" for line in lines)
 
 
 def export_as(state: State, form: str, path: str = "") -> State:
     """Write the shown run to a file, of a name made from its id if none is given."""
     if not path:
-        name = re.sub("[^0-9A-Za-z-]", "", state.shown.run_id)[:8]
-        path = f"mogplex-{name}.{EXPORTS[form]}"
+        name = re.sub("[^0-9A-Za-z-]", "", state.shown.run_id)
+        path = f"mogplex-{name[:8]}.{EXPORTS[form]}"
     text = export_text(state, form)
     return state.close().ask(Desk.export, path, text)
 
@@ -7031,10 +7054,11 @@ def sandbox_items(state: State, drawer: Drawer) -> Items:
 
 
 def repo_items(state: State, drawer: Drawer) -> Items:
+    target = state.next.target
     items = []
     for repo in state.service.repos:
-        present = repo.id == state.next.target.repo.id
         cells = (repo.name, repo.default_branch)
+        present = repo.id == target.repo.id
         items.append(Item(cells, repo.id, present=present))
     return items
 
@@ -7046,18 +7070,21 @@ def branch_items(state: State, drawer: Drawer) -> Items:
     for sandbox in state.rail.sandboxes:
         if sandbox.repo_id == target.repo.id:
             names.append(sandbox.branch)
+    chosen = branch_text_of(target)
     items = []
-    for name in dict.fromkeys(filter(None, names)):
-        present = name == branch_text_of(target)
-        items.append(Item((name,), name, present=present))
+    for name in dict.fromkeys(names):
+        if name:
+            item = Item((name,), name, present=name == chosen)
+            items.append(item)
     return items
 
 
 def harness_items(state: State, drawer: Drawer) -> Items:
     items = []
-    for name, title in HARNESSES.items():
+    for cells in HARNESSES.items():
+        name = cells[0]
         present = name == state.next.target.harness
-        items.append(Item((name, title), name, present=present))
+        items.append(Item(cells, name, present=present))
     return items
 
 
@@ -7134,8 +7161,10 @@ def folded(text: str, width: int) -> List[str]:
     lines: List[str] = []
     line = ""
     for word in text.split(" "):
-        longer = f"{line} {word}" if line else word
-        if width_of(longer) > width and line:
+        longer = word
+        if line:
+            longer = f"{line} {word}"
+        if line and width_of(longer) > width:
             lines.append(line)
             longer = word
         *whole, line = wrapped(longer, width)
@@ -7173,14 +7202,15 @@ def event_items(state: State, drawer: Drawer) -> Items:
     rest = dict(drawer.data)
     message = text_of(rest, "message")
     rest.pop("message", None)
-    title = (
+    facts = (
         local_time(rest.get("createdAt")),
         harmless(rest.get("type"), 40),
         harmless(rest.get("toolName")),
     )
-    text = to_json(rest, indent=2, ensure_ascii=False)
-    parts = ("  ".join(filter(None, title)), message, "", text)
-    return page_items(state, "\n".join(parts), LONGEST_EVENT)
+    title = "  ".join(filter(None, facts))
+    details = to_json(rest, indent=2, ensure_ascii=False)
+    text = f"{title}\n{message}\n\n{details}"
+    return page_items(state, text, LONGEST_EVENT)
 
 
 def copied(state: State, text: str) -> State:
@@ -7189,11 +7219,18 @@ def copied(state: State, text: str) -> State:
         return state
     import base64
 
-    code = base64.b64encode(text.encode("utf-8", "replace")).decode()
-    return state.ask(Screen.write, f"\x1b]52;c;{code}\x07").say("Copied to the clipboard.", "ok")
+    data = text.encode("utf-8", "replace")
+    code = base64.b64encode(data).decode()
+    state = state.ask(Screen.write, f"\x1b]52;c;{code}\x07")
+    return state.say("Copied to the clipboard.", "ok")
 
 
-LOGS = Listing("logs", (), log_items, {"y": copied}, Client.sandbox_logs)
+LOGS = Listing(
+    "logs",
+    log_items,
+    actions={"y": copied},
+    reads=Client.sandbox_logs,
+)
 
 
 def show_logs(state: State, sandbox_id: str) -> State:
@@ -7201,11 +7238,19 @@ def show_logs(state: State, sandbox_id: str) -> State:
     return state.open(LOGS, sandbox_id)
 
 
-ACTION_COLUMNS = (Heading("", 24), Heading("", 90))
-EVENT = Listing("event", (), event_items, {"y": copied})
-HELP = Listing("help", ACTION_COLUMNS, action_list)
+ACTION_COLUMNS = (
+    Heading("", 24),
+    Heading("", 90),
+)
+EVENT = Listing(
+    "event",
+    event_items,
+    actions={"y": copied},
+)
+HELP = Listing("help", action_list, ACTION_COLUMNS)
 RUNS = Listing(
     "runs",
+    run_items,
     (
         Heading("RUN", 8),
         Heading("STATUS", 11),
@@ -7213,13 +7258,16 @@ RUNS = Listing(
         Heading("STARTED", 12),
         Heading("TASK", 90),
     ),
-    run_items,
-    {"enter": watch_known, "x": ask_to_kill, "o": open_for_run, "y": copied},
-    word="runs",
-    does="the runs that this machine remembers",
+    {
+        "enter": watch_known,
+        "x": ask_to_kill,
+        "o": open_for_run,
+        "y": copied,
+    },
 )
 SANDBOXES = Listing(
     "sandboxes",
+    sandbox_items,
     (
         Heading("SANDBOX", 8),
         Heading("STATUS", 12),
@@ -7227,43 +7275,58 @@ SANDBOXES = Listing(
         Heading("BRANCH", 18),
         Heading("PREVIEW OR ERROR", 90),
     ),
-    sandbox_items,
-    {"enter": show_logs, "o": open_preview, "y": copied},
+    {
+        "enter": show_logs,
+        "o": open_preview,
+        "y": copied,
+    },
     Client.sandboxes,
-    word="sandboxes",
-    does="the sandboxes in the cloud",
 )
 REPOS = Listing(
     "repos",
-    (Heading("REPO", 40), Heading("DEFAULT BRANCH", 30)),
     repo_items,
+    (
+        Heading("REPO", 40),
+        Heading("DEFAULT BRANCH", 30),
+    ),
     {"enter": take_repo},
     Desk.repos,
 )
-BRANCHES = Listing("branches", (Heading("BRANCH", 80),), branch_items, {"enter": take_branch})
+BRANCHES = Listing(
+    "branches",
+    branch_items,
+    (Heading("BRANCH", 80),),
+    {"enter": take_branch},
+)
 HARNESS_PICKER = Listing(
     "harnesses",
-    (Heading("NAME", 16), Heading("AGENT PROGRAM", 60)),
     harness_items,
+    (
+        Heading("NAME", 16),
+        Heading("AGENT PROGRAM", 60),
+    ),
     {"enter": take_harness},
 )
 EXPORT_PICKER = Listing(
-    "export", (Heading("FORMAT", 80),), export_items, {"enter": export_chosen})
+    "export",
+    export_items,
+    (Heading("FORMAT", 80),),
+    {"enter": export_chosen},
+)
 AGENTS = Listing(
     "agents",
+    record_items,
     (
         Heading("AGENT", 22, plain("name")),
         Heading("MODEL", 22, plain("model")),
         Heading("CATEGORY", 12, plain("category")),
         Heading("DOES", 90, plain("description")),
     ),
-    record_items,
     reads=Client.agents,
-    word="agents",
-    does="the agents of the account",
 )
 MODELS = Listing(
     "models",
+    record_items,
     (
         Heading("MODEL", 30, plain("id")),
         Heading("PROVIDER", 12, plain("provider")),
@@ -7271,24 +7334,18 @@ MODELS = Listing(
         Heading("IN $/M", 9, per_million("input")),
         Heading("OUT $/M", 9, per_million("output")),
     ),
-    record_items,
     reads=Client.models,
-    word="model",
-    does="the models, their context length and prices",
 )
 SERVERS = Listing(
     "mcp servers",
+    record_items,
     (  # never a config, which holds live secrets
         Heading("SERVER", 30, plain("name")),
         Heading("STATUS", 12, enabled_cell),
         Heading("KIND", 20, plain("kind")),
     ),
-    record_items,
     reads=Client.mcp_servers,
-    word="mcp",
-    does="the MCP servers: name, whether enabled, kind",
 )
-DRAWERS = (RUNS, SANDBOXES, AGENTS, MODELS, SERVERS)  # those that a slash command opens
 
 
 def selected(state: State) -> Tuple[Listing, str]:
@@ -7308,10 +7365,9 @@ def act_on_row(state: State, key: str) -> State:
     """Enter, x, o or y on the selected row."""
     listing, row_id = selected(state)
     action = listing.actions.get(key)
-    if action is None or not row_id:
-        return state
-    acted: State = action(state, row_id)
-    return acted
+    if action and row_id:
+        return action(state, row_id)
+    return state
 
 
 def closeness(text: str, letters: str) -> int:
@@ -7341,7 +7397,8 @@ def searched(lines: Sequence[Item], query: str) -> Tuple[Item, ...]:
         span = closeness(text, letters)
         if span >= 0:
             ranked.append((span, position))
-    return tuple(lines[position] for _, position in sorted(ranked))
+    ranked.sort()
+    return tuple(lines[position] for _, position in ranked)
 
 
 def refreshed(before: State, state: State) -> State:
@@ -7357,7 +7414,8 @@ def refreshed(before: State, state: State) -> State:
     if old is None or lines is not old.lines or drawer.query != old.query:
         found = searched(lines, drawer.query)
     last = max(0, len(found) - 1)
-    return state.shift(lines=lines, found=found, at=min(drawer.at, last))
+    at = min(drawer.at, last)
+    return state.shift(lines=lines, found=found, at=at)
 
 
 # -- Words: what a line of the composer does
@@ -7627,11 +7685,6 @@ class Action(NamedTuple):
         return self.act(state, self.given)
 
 
-def opening(listing: Listing) -> Action:
-    """The slash command that opens a drawer."""
-    return Action(listing.word, listing.does, State.open, listing)
-
-
 HARNESS_NAMES = " or ".join(HARNESSES)
 EXPORT_NAMES = ", ".join(EXPORTS)
 WORDS = (
@@ -7642,7 +7695,11 @@ WORDS = (
     Action("new", "start the next task from the base branch again", choose_anew),
     Action("attach RUN", "watch a run, also one started elsewhere", attach),
     Action("kill", "cancel the shown run, after a question", kill),
-    *map(opening, DRAWERS),
+    Action("runs", "the runs that this machine remembers", State.open, RUNS),
+    Action("sandboxes", "the sandboxes in the cloud", State.open, SANDBOXES),
+    Action("agents", "the agents of the account", State.open, AGENTS),
+    Action("model", "the models, their context length and prices", State.open, MODELS),
+    Action("mcp", "the MCP servers: name, whether enabled, kind", State.open, SERVERS),
     Action("logs [SANDBOX]", "the logs of a sandbox", choose_logs),
     Action("open", "open the pull request, else the preview, else the web page", open_web),
     Action("export [FORMAT] [FILE]", f"write the shown run to a file: {EXPORT_NAMES}", export),
@@ -7757,7 +7814,7 @@ def perform_item(state: State, command: str) -> State:
     return state.write(f"{command} {text}")
 
 
-PALETTE = Listing("palette", ACTION_COLUMNS, action_list, {"enter": perform_item})
+PALETTE = Listing("palette", action_list, ACTION_COLUMNS, {"enter": perform_item})
 
 
 def show_palette(state: State) -> State:
@@ -9353,7 +9410,7 @@ def take_url(state: State, url: str) -> State:
 
 def take_lapse(state: State, lapses_at: Optional[float]) -> State:
     """When the credential in force ends, in epoch seconds; None when it renews itself."""
-    return state.admit(lapses_at=lapses_at)
+    return state.admit(lapses_at=lapses_at or NEVER)
 
 
 def take_started(state: State, run: Record, new: NewRun) -> State:
