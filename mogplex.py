@@ -11313,7 +11313,7 @@ def resolve_run_ids(ctx: Context, given: Iterable[str]) -> List[str]:
 
 
 def resolve_repo(client: Client, given: str) -> Repo:
-    """The repo meant by an id or by owner/name; only the latter needs a request."""
+    """The repo meant by an id or by owner/name; only the latter needs a request. "" is none."""
     if "/" not in given:
         return {"id": given}
     for repo in client.repos(query=given, limit=MAX_LIMIT):
@@ -11326,12 +11326,12 @@ REPO_NAMES_S = 5.0  # for what a list can do without
 
 
 def repo_names(ctx: Context, repo_ids: Iterable[str]) -> Dict[str, str]:
-    """The names of repos by id, in one short request; none where that fails, or nothing is asked.
+    """The names of repos by id, for people, in one short request; none where that fails.
 
     The service lists some 200 repos, but finds a single one among any number.
     """
     asked = set(filter(None, repo_ids))
-    if not asked:
+    if ctx.as_json or not asked:
         return {}
     one = ""
     if len(asked) == 1:
@@ -11995,46 +11995,13 @@ def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> 
     return ctx.emit_list(repos, empty, REPO_COLUMNS, limit)
 
 
-class StartOptions(NamedTuple):
-    """The options of ``run`` but for those of --follow, as the parser gives them."""
-
-    repo: str = ""
-    harness: str = ""
-    base_branch: str = ""
-    branch: str = ""
-    create_branch: bool = False
-    root: Optional[str] = None  # "" means the repo's root, None the repo's default
-    prompt_file: str = ""
-    idempotency_key: Optional[str] = None
-
-
-def start_body(repo_id: str, prompt: str, options: StartOptions) -> Json:
-    """The body of POST /runs: what was not asked for is left to the service."""
-    asked = {
-        "harness": options.harness,
-        "baseBranch": options.base_branch,
-        "workingBranch": options.branch,
-        "createBranch": options.create_branch,
-    }
-    body: Json = {"repoId": repo_id, "prompt": prompt}
-    for name, value in asked.items():
-        if value:
-            body[name] = value
-    if options.root is not None:
-        body["rootDirectory"] = options.root
-    return body
-
-
-def split_options(options: Json) -> Tuple[StartOptions, FollowOptions]:
-    """The options of ``run`` in the two records that take them."""
-    of_start: Json = {}
-    of_follow: Json = {}
-    for name, value in options.items():
-        if name in StartOptions._fields:
-            of_start[name] = value
-        else:
-            of_follow[name] = value
-    return StartOptions(**of_start), FollowOptions(**of_follow)
+BODY_FIELDS = {  # of POST /runs, by the option of ``run`` that sets them
+    "harness": "harness",
+    "base_branch": "baseBranch",
+    "branch": "workingBranch",
+    "create_branch": "createBranch",
+    "root": "rootDirectory",
+}
 
 
 def report_start(ctx: Context, outcome: Outcome) -> int:
@@ -12045,19 +12012,30 @@ def report_start(ctx: Context, outcome: Outcome) -> int:
     return Exit.FAILURE
 
 
-def cmd_run(ctx: Context, *words: str, **options: Any) -> int:
+def cmd_run(
+    ctx: Context,
+    *words: str,
+    repo: str = "",
+    prompt_file: str = "",
+    idempotency_key: Optional[str] = None,
+    **options: Any,
+) -> int:
     """Read the task, find the repo, start, tell, follow."""
-    starting, following = split_options(options)
-    repo_name = starting.repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
-    if not repo_name:
+    fields: Json = {}  # what was not asked for is left to the service
+    for option, field in BODY_FIELDS.items():
+        if option in options:
+            fields[field] = options.pop(option)
+    following = FollowOptions(**options)
+    repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
+    if not repo:
         raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
-    repo_name = repo_meant(ctx, repo_name)
-    task = read_prompt(ctx, words, starting.prompt_file)
+    repo = repo_meant(ctx, repo)
+    task = read_prompt(ctx, words, prompt_file)
     attendant = Attendant(CiReport(ctx, task, following.dotenv))
     with attended(ctx, [attendant], following.cancel_on_interrupt), ctx.client() as client:
-        repo = resolve_repo(client, repo_name)
-        body = start_body(text_of(repo, "id"), task, starting)
-        start(client, body, text_of(repo, "full_name"), starting.idempotency_key, attendant)
+        found = resolve_repo(client, repo)
+        body = {"repoId": text_of(found, "id"), "prompt": task, **fields}
+        start(client, body, text_of(found, "full_name"), idempotency_key, attendant)
         if following.follow:
             return Follower(attendant, following).run(client)
         attendant.report.end(attendant.outcome)
@@ -12068,10 +12046,8 @@ def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
     """The runs that were started here, and the starts whose answer never came."""
     remembered = ctx.home.history(ctx.base_url)
     records = remembered[:limit]
-    names: Dict[str, str] = {}
-    if not ctx.as_json:
-        repos = [text_of(record, "repo") for record in records]
-        names = repo_names(ctx, [repo for repo in repos if "/" not in repo])
+    repos = [text_of(record, "repo") for record in records]
+    names = repo_names(ctx, [repo for repo in repos if "/" not in repo])
     ctx.emit_list(
         records, "no runs started from here yet", HISTORY_COLUMNS, repo_names=names)
     if len(remembered) > limit:
@@ -12178,16 +12154,14 @@ def cmd_runs_cancel(ctx: Context, run_id: str) -> int:
 def cmd_sandboxes_list(
     ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT,
 ) -> int:
-    """``sandboxes list``."""
-    wanted: Repo = {}
+    """``sandboxes list``: of one repo, or of all of them."""
     repo = repo_meant(ctx, repo)
     with ctx.client() as client:
-        if repo:
-            wanted = resolve_repo(client, repo)
+        wanted = resolve_repo(client, repo)
         repo_id = text_of(wanted, "id")
         sandboxes = client.sandboxes(repo_id=repo_id, status=status, limit=limit)
     names = {repo_id: text_of(wanted, "full_name")}
-    if not names[repo_id] and not ctx.as_json:
+    if not names[repo_id]:
         names = repo_names(ctx, [text_of(sandbox, "repo_id") for sandbox in sandboxes])
     return ctx.emit_list(sandboxes, "no sandboxes", SANDBOX_COLUMNS, limit, names)
 
@@ -12232,47 +12206,37 @@ API_TARGET = re.compile(r"""
     \Z""", re.VERBOSE)
 
 
-class Field(NamedTuple):
-    """A ``--field``: of NAME=VALUE the text, of NAME:=JSON what the JSON says."""
-
-    name: str
-    value: Any
-
-
-def read_field(text: str) -> Field:
-    """The value of a --field."""
-    name, equals, value = text.partition("=")
-    is_json = name.endswith(":")
-    if is_json:
-        name = name[:-1]
-    if not equals or not name:
+def read_field(text: str) -> Tuple[str, Any]:
+    """The name and value of a --field: of NAME=VALUE the text, of NAME:=JSON what the JSON says."""
+    match = re.match(r"(?!:=)([^=]+?)(:?)=(.*)\Z", text, re.DOTALL)
+    if not match:
         raise UsageError(f"--field takes NAME=VALUE or NAME:=JSON, not '{text}'")
+    name, is_json, value = match.groups()
     if not is_json:
-        return Field(name, value)
+        return name, value
     try:
-        return Field(name, parse_json(value))
+        return name, parse_json(value)
     except ValueError:
         raise UsageError(f"--field {name}: '{value}' is not JSON") from None
 
 
-def body_of_fields(fields: Sequence[Field]) -> Json:
+def body_of_fields(fields: Iterable[Tuple[str, Any]]) -> Json:
     """The JSON object that the fields of a request make."""
     body: Json = {}
-    for field in fields:
-        if field.name in body:
-            raise UsageError(f"api: --field {field.name} is given twice")
-        body[field.name] = field.value
+    for name, value in fields:
+        if name in body:
+            raise UsageError(f"api: --field {name} is given twice")
+        body[name] = value
     return body
 
 
-def query_of_fields(fields: Sequence[Field]) -> str:
+def query_of_fields(fields: Iterable[Tuple[str, Any]]) -> str:
     """The query that the fields of a GET make; what is no string stands there as JSON."""
     pairs = []
     for name, value in fields:
-        text = value
         if not isinstance(value, str):
-            text = compact_json(value)
-        pairs.append((name, text))
+            value = compact_json(value)
+        pairs.append((name, value))
     return urllib.parse.urlencode(pairs, errors="replace")
 
 
@@ -12297,19 +12261,9 @@ class ApiCall(NamedTuple):
 
     method: str
     path: str  # what follows API_PATH
-    query: str = ""
+    query: str
     body: Optional[Json] = None
     key: str = ""
-
-    @property
-    def starts_run(self) -> bool:
-        """Whether it may cost money, so that it must not be lost."""
-        return (self.method, self.path) == ("POST", "/runs")
-
-    @property
-    def answers_secrets(self) -> bool:
-        """Whether its answer holds the configs of MCP servers, in which live secrets stand."""
-        return self.path.lower().startswith("/mcp")
 
 
 def api_method(words: Sequence[str], has_body: bool) -> str:
@@ -12350,19 +12304,29 @@ def api_key(method: str, given: Optional[str]) -> str:
 
 
 def api_call(
-    words: Sequence[str], fields: Sequence[Field], has_input: bool, key: Optional[str],
+    ctx: Context,
+    words: Sequence[str],
+    fields: Sequence[Tuple[str, Any]],
+    source: str,
+    key: Optional[str],
 ) -> ApiCall:
-    """The request that the command line describes, without the body that is yet to be read."""
-    method = api_method(words, bool(fields) or has_input)
+    """The request that the command line describes; ``source`` is what --input names."""
+    if fields and source:
+        raise UsageError("api: the body is made of --field or read by --input, not both")
+    method = api_method(words, bool(fields or source))
     path, query = api_target(words[-1])
     key = api_key(method, key)
-    if method != "GET":
-        body = body_of_fields(fields) if fields else None
-        return ApiCall(method, path, query, body, key)
-    if has_input:
-        raise UsageError("api: a GET has no --input")
-    queries = filter(None, [query, query_of_fields(fields)])
-    return ApiCall(method, path, "&".join(queries))
+    if method == "GET":
+        if source:
+            raise UsageError("api: a GET has no --input")
+        queries = filter(None, [query, query_of_fields(fields)])
+        return ApiCall(method, path, "&".join(queries))
+    body = None
+    if source:
+        body = read_input(ctx, source)
+    elif fields:
+        body = body_of_fields(fields)
+    return ApiCall(method, path, query, body, key)
 
 
 def hide_configs(data: Any) -> None:
@@ -12392,40 +12356,40 @@ def api_advice(call: ApiCall) -> str:
 
 def send_api(ctx: Context, client: Client, call: ApiCall, show: Callable[[Json], None]) -> None:
     """Send a request and show its answer. A start is written down first, as by ``run``."""
-    answers: List[Json] = []
+    answer: Json = {}
 
     def send() -> Run:
-        answers.append(client.envelope(
+        answer.update(client.envelope(
             call.method, call.path, query=call.query, body=call.body, idempotency_key=call.key))
-        return cast(Run, dict_of(answers[0], "data"))
+        return cast(Run, dict_of(answer, "data"))
 
     def announce(_: Run) -> None:
-        show(answers[0])
+        show(answer)
 
-    if call.starts_run:
+    if (call.method, call.path) == ("POST", "/runs"):  # it costs money, and must not be lost
         start_recorded(client, ctx.home, call.body or {}, call.key, "", announce, send=send)
     else:
         announce(send())
 
 
 def cmd_api(
-    ctx: Context, *words: str, field: Sequence[Field] = (), input: str = "",
-    idempotency_key: Optional[str] = None, envelope: bool = False,
+    ctx: Context,
+    *words: str,
+    field: Sequence[Tuple[str, Any]] = (),
+    input: str = "",
+    idempotency_key: Optional[str] = None,
+    envelope: bool = False,
 ) -> int:
     """Send any request, and show the data of its answer."""
-    if field and input:
-        raise UsageError("api: the body is made of --field or read by --input, not both")
-    call = api_call(words, field, bool(input), idempotency_key)
-    if input:
-        call = call._replace(body=read_input(ctx, input))
+    call = api_call(ctx, words, field, input, idempotency_key)
 
     def show(answer: Json) -> None:
-        if envelope:
-            ctx.emit(ctx.json_line(answer))
-            return
-        if call.answers_secrets:
-            hide_configs(answer["data"])
-        ctx.emit(ctx.json_line(answer["data"]))
+        shown: object = answer
+        if not envelope:
+            shown = answer["data"]
+            if call.path.lower().startswith("/mcp"):  # live secrets stand in the configs
+                hide_configs(shown)
+        ctx.emit(ctx.json_line(shown))
 
     with ctx.client() as client:
         try:
@@ -12442,11 +12406,6 @@ def is_in_ci(environ: Mapping[str, str]) -> bool:
     """Whether this is a CI job, by the variable that GitHub, GitLab and nearly all others set."""
     value = environ.get("CI", "").lower()
     return value not in ("", "0", "false")
-
-
-def is_in_container(environ: Mapping[str, str]) -> bool:
-    """Whether this is a development container, whose ports its editor forwards."""
-    return any(environ.get(name) for name in CONTAINER_VARIABLES)
 
 
 def forwarding_hint(environ: Mapping[str, str], port: str) -> str:
@@ -12467,7 +12426,7 @@ def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: flo
         ctx.note(f"to sign in to {ctx.base_url}, open this page:")
         ctx.note(url)
         port = url.partition("127.0.0.1%3A")[2][:5]
-        if is_in_container(ctx.environ):
+        if any(map(ctx.environ.get, CONTAINER_VARIABLES)):
             ctx.note(forwarding_hint(ctx.environ, port))
         elif no_browser or is_remote:
             forward = f"ssh -L {port}:127.0.0.1:{port} <this host>"
@@ -12611,11 +12570,6 @@ def cmd_logout(ctx: Context) -> int:
 # -- The tables: the parser, the help and the shell completions are made of them.
 
 
-def keyword_of(flag: str) -> str:
-    """The name of an option as a keyword: what argparse calls it too."""
-    return flag.lstrip("-").replace("-", "_")
-
-
 class Argument(NamedTuple):
     """What follows a command without a flag: a row of its help."""
 
@@ -12633,14 +12587,20 @@ class Option(NamedTuple):
     meaning: str
     read: Callable[[str], Any] = str   # makes the value that the command gets; UsageError
     known: Tuple[str, ...] = ()        # the values that this version knows; others are passed on
-    needs: str = ""                    # the flag without which it has no effect
+    needs: str = ""                    # the keyword of the one without which it has no effect
     repeats: bool = False              # it may be given again: the command gets a list
     may_be_empty: bool = True          # "", a script's unset variable, counts as not given
 
     @property
     def keyword(self) -> str:
-        """What the command's function calls it."""
-        return keyword_of(self.flag)
+        """What the command's function calls it, and argparse too."""
+        return self.flag.lstrip("-").replace("-", "_")
+
+    def parsed(self, text: str) -> Any:
+        """The value that ``text`` stands for; "" stays what it is."""
+        if not text and not self.repeats:
+            return ""
+        return self.read(text)
 
 
 class Subcommand(NamedTuple):
@@ -12679,10 +12639,10 @@ FOLLOW_OPTIONS = (
     Option("--follow", "", "print events as they come, until the run ends"),
     Option("--timeout", "TIME",
            "stop following after TIME: seconds, or 90s, 30m, 2h (default: 30m)",
-           parse_duration, needs="--follow"),
-    Option("--quiet", "", "print no progress lines on stderr", needs="--follow"),
+           parse_duration, needs="follow"),
+    Option("--quiet", "", "print no progress lines on stderr", needs="follow"),
     Option("--cancel-on-interrupt", "", "cancel the run on Ctrl+C, SIGTERM or SIGHUP",
-           needs="--follow"),
+           needs="follow"),
 )
 DOTENV_OPTION = Option(
     "--dotenv", "FILE",
@@ -12710,6 +12670,9 @@ PROGRAM_OPTIONS = (  # without a command
     HELP_OPTION,
 )
 
+PURPOSE = """\
+Start, follow, inspect and stop cloud coding-agent runs.
+Without a command, on a terminal: the cockpit."""
 SANDBOX_WORDS = ", ".join(SANDBOX_STATUSES)
 
 SUBCOMMANDS = {
@@ -12761,7 +12724,7 @@ SUBCOMMANDS = {
         cmd_runs_events, "List or follow the events of a run, or of several.",
         ("runs events @last --follow", 'runs events "$A" "$B" --follow --timeout 30m --json'),
         (RUNS_ARGUMENT,),
-        (LIMIT_OPTION, *FOLLOW_OPTIONS, DOTENV_OPTION._replace(needs="--follow")),
+        (LIMIT_OPTION, *FOLLOW_OPTIONS, DOTENV_OPTION._replace(needs="follow")),
     ),
     "runs cancel": Subcommand(
         cmd_runs_cancel, "Request cancellation of a run.",
@@ -12838,32 +12801,30 @@ SUBCOMMANDS = {
 }
 
 
-def arguments_of(name: str) -> Tuple[Argument, ...]:
-    """The arguments of a command; a group of commands, such as ``runs``, has none."""
-    if name not in SUBCOMMANDS:
-        return ()
-    return SUBCOMMANDS[name].arguments
-
-
-def options_of(name: str) -> Tuple[Option, ...]:
-    """The options of a command or of the program (""), in the help's order; a group has none."""
-    if not name:
-        return PROGRAM_OPTIONS
-    if name not in SUBCOMMANDS:
-        return ()
-    return (*SUBCOMMANDS[name].options, *COMMON_OPTIONS)
-
-
-def flags_of(name: str) -> List[str]:
-    """The flags of those options."""
-    return [option.flag for option in options_of(name)]
-
-
 def below(name: str) -> Dict[str, Subcommand]:
     """The commands of a group; all of them for ""."""
     if not name:
         return SUBCOMMANDS
     return {other: row for other, row in SUBCOMMANDS.items() if other.startswith(name + " ")}
+
+
+def command_row(name: str) -> Subcommand:
+    """The row of a command, with the options that all have.
+
+    That of a group, such as ``runs``, or of the program (""), is made of its first command's.
+    """
+    if name in SUBCOMMANDS:
+        row = SUBCOMMANDS[name]
+        return row._replace(options=(*row.options, *COMMON_OPTIONS))
+    first = next(iter(below(name).values()))
+    if name:
+        return first._replace(purpose=f"Commands of mogplex {name}.", arguments=(), options=())
+    return first._replace(purpose=PURPOSE, arguments=(), options=PROGRAM_OPTIONS)
+
+
+def flags_of(name: str) -> List[str]:
+    """The flags of the options of a command or of the program ("")."""
+    return [option.flag for option in command_row(name).options]
 
 
 # -- The parser
@@ -12890,8 +12851,6 @@ def slip_of(word: str, known: Sequence[str]) -> str:
     Stricter than a suggestion has to be: this refuses, and what it lets pass the service checks.
     """
     import difflib
-    if word in known:
-        return ""
     lowered = word.lower()
     for other in known:
         likeness = difflib.SequenceMatcher(None, lowered, other).ratio()
@@ -12901,76 +12860,74 @@ def slip_of(word: str, known: Sequence[str]) -> str:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse, whose errors become a UsageError that suggests an option or names the help."""
+    """The arguments and options of a command or of the program ("").
 
-    def __init__(self, name: str) -> None:
+    Its errors are UsageErrors that suggest an option or name the help.
+    """
+
+    def __init__(self, command: str, **settings: Any) -> None:
         super().__init__(
-            add_help=False,
             allow_abbrev=False,
             argument_default=argparse.SUPPRESS,  # the defaults are the command's function's
+            **settings,
         )
-        self.name = name
+        self.command = command
+        row = command_row(command)
+        for argument in row.arguments:
+            self.add_argument(
+                argument.name,
+                metavar=argument.name.strip("[.]"),
+                nargs=argument.number,
+                choices=argument.known,
+                help=argument.meaning,
+            )
+        for option in row.options:
+            if option.value:
+                self.add_argument(
+                    option.flag,
+                    action="append" if option.repeats else "store",
+                    metavar=option.value,
+                    type=option.parsed,
+                    choices=option.known,
+                    help=option.meaning,
+                )
+            elif option is not HELP_OPTION:  # argparse has its own, where it is wanted
+                self.add_argument(option.flag, action="store_true", help=option.meaning)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Refuse none: the choices are what completions offer."""
 
     def error(self, message: str) -> NoReturn:
         """What argparse calls with its message."""
         stray = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
         if stray:
-            what = f"{self.name}: unknown option"
-            raise unknown(what, stray.group(1), flags_of(self.name), self.name)
-        raise UsageError(f"{self.name}: {message}", hint=see_help(self.name))
+            flags = flags_of(self.command)
+            raise unknown(f"{self.command}: unknown option", stray.group(1), flags, self.command)
+        raise UsageError(f"{self.command}: {message}", hint=see_help(self.command))
 
 
-def command_parser(name: str) -> CommandParser:
-    """The arguments and options of a command or of the program (""), for argparse, as text."""
-    parser = CommandParser(name)
-    for argument in arguments_of(name):
-        parser.add_argument(
-            argument.name, metavar=argument.name.strip("[.]"),
-            nargs=argument.number, help=argument.meaning)
-    for option in options_of(name):
-        if option.repeats:
-            parser.add_argument(
-                option.flag, metavar=option.value, help=option.meaning, action="append")
-        elif option.value:
-            parser.add_argument(option.flag, metavar=option.value, help=option.meaning)
-        elif option is not HELP_OPTION:  # argparse has its own, where it is wanted
-            parser.add_argument(option.flag, action="store_true", help=option.meaning)
-    return parser
-
-
-def read_option(name: str, option: Option, text: str) -> Any:
-    """The value of an option of the command ``name``; UsageError for a slip or for nonsense."""
-    meant = slip_of(text, option.known)
+def pass_on(ctx: Context, parser: CommandParser, option: Option, value: str) -> None:
+    """Refuse a slip; say that any other unknown value is sent: the service may be newer than we."""
+    meant = slip_of(value, option.known)
     if meant:
-        message = f"{name}: unknown {option.flag} '{text}', did you mean '{meant}'?"
-        raise UsageError(message, hint=see_help(name))
-    return option.read(text)
+        parser.error(f"unknown {option.flag} '{value}', did you mean '{meant}'?")
+    ctx.note(f"mogplex {__version__} does not know {option.flag} {value}; passing it on")
 
 
-def read_options(name: str, given: Mapping[str, Any]) -> Json:
-    """The options that were ``given`` to a command, as keywords with typed values."""
-    values: Json = {}
-    for option in options_of(name):
-        value = given.get(option.keyword)
-        if option.repeats and value:
-            values[option.keyword] = [read_option(name, option, text) for text in value]
-        elif value is True:
-            values[option.keyword] = True
-        elif value:
-            values[option.keyword] = read_option(name, option, value)
-        elif value == "" and not option.may_be_empty:
-            raise UsageError(f"{name}: {option.flag} is empty", hint=see_help(name))
-    return values
-
-
-def check_needs(name: str, values: Mapping[str, Any]) -> None:
-    """Refuse an option that has no effect without another which was not given."""
-    for option in options_of(name):
-        if option.keyword not in values or not option.needs:
+def check_options(ctx: Context, parser: CommandParser, values: Json) -> None:
+    """Drop the empty ``values``; refuse those that may not be, have no effect, or are slips."""
+    for option in command_row(parser.command).options:
+        if option.keyword not in values:
             continue
-        if keyword_of(option.needs) not in values:
-            message = f"{name}: {option.flag} needs {option.needs}"
-            raise UsageError(message, hint=see_help(name))
+        value = values[option.keyword]
+        if value == "":
+            if not option.may_be_empty:
+                parser.error(f"{option.flag} is empty")
+            del values[option.keyword]
+        elif option.needs and option.needs not in values:
+            parser.error(f"{option.flag} needs --{option.needs}")
+        elif option.known and value not in option.known:
+            pass_on(ctx, parser, option, value)
 
 
 def split_at_dashes(argv: List[str]) -> Tuple[List[str], List[str]]:
@@ -12981,40 +12938,39 @@ def split_at_dashes(argv: List[str]) -> Tuple[List[str], List[str]]:
     return argv[:index], argv[index:]
 
 
-def parse_command(name: str, argv: List[str]) -> Tuple[List[str], Json]:
+def parse_command(ctx: Context, name: str, argv: List[str]) -> Tuple[List[str], Json]:
     """A command's arguments, and its options as keywords; ``--`` begins what is all task."""
+    parser = CommandParser(name, add_help=False)
+    arguments = command_row(name).arguments
     before, after = split_at_dashes(argv)
     verbatim = after[1:]
-    if verbatim and TASK_ARGUMENT not in arguments_of(name):
-        raise UsageError(f"{name}: nothing can follow --", hint=see_help(name))
-    given = vars(command_parser(name).parse_intermixed_args(before))
+    if verbatim and TASK_ARGUMENT not in arguments:
+        parser.error("nothing can follow --")
+    values = vars(parser.parse_intermixed_args(before))
     words: List[str] = []
-    for argument in arguments_of(name):
-        found = given.get(argument.name, [])
-        words.extend([found] if isinstance(found, str) else found)
-    words.extend(verbatim)
-    options = read_options(name, given)
-    check_needs(name, options)
-    return words, options
+    for argument in arguments:
+        found = values.pop(argument.name, [])
+        if isinstance(found, str):
+            found = [found]
+        words.extend(found)
+    check_options(ctx, parser, values)
+    return [*words, *verbatim], values
 
 
 # -- Help
 
-PURPOSE = """\
-Start, follow, inspect and stop cloud coding-agent runs.
-Without a command, on a terminal: the cockpit."""
-EXIT_MEANINGS = {  # a word on each code, and what more there is to say
-    Exit.OK: ("success", "of the run too, with --follow"),
-    Exit.FAILURE: ("failure", "also a run that failed or was cancelled, or --timeout"),
-    Exit.USAGE: ("usage", "bad arguments, an unknown subcommand"),
-    Exit.UNAUTHORIZED: ("unauthorized", "no token, or one that the service refuses (401)"),
-    Exit.FORBIDDEN: ("forbidden", "the token lacks the scope (403)"),
-    Exit.UNAVAILABLE: ("unavailable", "the service is down (503), or there was no answer"),
-    Exit.TEMPORARY: ("rate limited", "the service asks to try again later (429)"),
-    Exit.HANGUP: ("SIGHUP", "the terminal was closed"),
-    Exit.INTERRUPTED: ("SIGINT", "Ctrl+C"),
-    Exit.BROKEN_PIPE: ("closed pipe", "the reader of the output left"),
-    Exit.TERMINATED: ("SIGTERM", "something asked the program to end"),
+EXIT_CODES = {  # and a word on each, and what more there is to say
+    "0 success": "of the run too, with --follow",
+    "1 failure": "also a run that failed or was cancelled, or --timeout",
+    "2 usage": "bad arguments, an unknown subcommand",
+    "64 unauthorized": "no token, or one that the service refuses (401)",
+    "65 forbidden": "the token lacks the scope (403)",
+    "69 unavailable": "the service is down (503), or there was no answer",
+    "75 rate limited": "the service asks to try again later (429)",
+    "129 SIGHUP": "the terminal was closed",
+    "130 SIGINT": "Ctrl+C",
+    "141 closed pipe": "the reader of the output left",
+    "143 SIGTERM": "something asked the program to end",
 }
 ENVIRONMENT = {  # what the program reads of it
     "MOGPLEX_API_KEY": "the token; takes precedence over a stored sign-in",
@@ -13038,122 +12994,64 @@ ENVIRONMENT = {  # what the program reads of it
 }
 
 
-def purpose_of(name: str) -> str:
-    """What a command, a group of commands, or the program ("") is for."""
-    if not name:
-        return PURPOSE
-    if name not in SUBCOMMANDS:
-        return f"Commands of mogplex {name}."
-    return SUBCOMMANDS[name].purpose
-
-
-def usage_line(name: str) -> str:
-    """The first line of the help."""
-    words = ["usage: mogplex", *name.split()]
-    if name not in SUBCOMMANDS:
-        words.append("<command>")
-    words.append("[options]")
-    words.extend(argument.name for argument in arguments_of(name))
-    return " ".join(words)
-
-
-def examples_of(name: str) -> List[str]:
-    """Two command lines: of a command, or the first of a group's."""
-    if name in SUBCOMMANDS:
-        return list(SUBCOMMANDS[name].examples)
-    examples: List[str] = []
-    for command in below(name).values():
-        examples.extend(command.examples)
-    return examples[:2]
-
-
-def help_row(what: str, meaning: str) -> str:
-    """A row of the help, wrapped at 80 columns."""
+def help_block(title: str, rows: Iterable[Tuple[str, str]], width: int = 23) -> str:
+    """A part of the help: its title, and rows wrapped at 80 columns; "" where there are none."""
     import textwrap
-    return textwrap.fill(meaning, 80, initial_indent=f"  {what:<23} ", subsequent_indent=" " * 26)
-
-
-def help_block(title: str, rows: Sequence[str]) -> str:
-    """A part of the help under its heading; "" for one without rows."""
-    if not rows:
+    lines = []
+    for what, meaning in rows:
+        indent = " " * (width + 3)
+        beginning = f"  {what:<{width}} "
+        lines.append(textwrap.fill(
+            meaning, 80, initial_indent=beginning, subsequent_indent=indent))
+    if not lines:
         return ""
-    return "\n".join([f"{title}:", *rows])
+    return "\n".join([f"{title}:", *lines])
 
 
 def exit_codes_summary() -> str:
     """A word on each exit code, wrapped at 80 columns: the end of every help."""
     import textwrap
-    codes = []
-    for code, (word, _) in EXIT_MEANINGS.items():
-        codes.append(f"{code:d} {word}".replace(" ", "\xa0"))  # they stay on one line
-    text = "exit codes: " + ", ".join(codes)
-    return textwrap.fill(text, 80, subsequent_indent=" " * 12).replace("\xa0", " ")
-
-
-def exit_codes_text() -> str:
-    """What each exit code means."""
-    rows = []
-    for code, (word, more) in EXIT_MEANINGS.items():
-        rows.append(help_row(f"{code:d} {word}", more))
-    return help_block("exit codes", rows)
-
-
-def environment_text() -> str:
-    """What each variable means."""
-    rows = [help_row(name, meaning) for name, meaning in ENVIRONMENT.items()]
-    return help_block("environment", rows)
-
-
-def command_rows(name: str) -> List[str]:
-    """The rows on the commands of a group, or on all; none for a command."""
-    if name in SUBCOMMANDS:
-        return []
-    return [f"  {other:<18} {command.purpose}" for other, command in below(name).items()]
-
-
-def argument_rows(name: str) -> List[str]:
-    """The rows on the arguments of a command."""
-    rows = []
-    for argument in arguments_of(name):
-        rows.append(help_row(argument.name, argument.meaning))
-    return rows
-
-
-def option_rows(name: str) -> List[str]:
-    """The rows on the options of a command or of the program ("")."""
-    rows = []
-    for option in options_of(name):
-        rows.append(help_row(f"{option.flag} {option.value}", option.meaning))
-    return rows
+    codes = ", ".join(code.replace(" ", "\xa0") for code in EXIT_CODES)  # each stays on one line
+    text = textwrap.fill(f"exit codes: {codes}", 80, subsequent_indent=" " * 12)
+    return text.replace("\xa0", " ")
 
 
 def help_text(name: str) -> str:
     """The help of a command, of a group of commands such as ``runs``, or of the program ("")."""
+    row = command_row(name)
+    usage = ["usage: mogplex", *name.split()]
+    commands: List[Tuple[str, str]] = []
+    if name not in SUBCOMMANDS:
+        usage.append("<command>")
+        commands = [(other, command.purpose) for other, command in below(name).items()]
+    usage.append("[options]")
+    usage.extend(argument.name for argument in row.arguments)
+    examples = [f"  mogplex {line}" for line in row.examples]
     parts = [
-        usage_line(name),
-        purpose_of(name),
-        help_block("commands", command_rows(name)),
-        help_block("arguments", argument_rows(name)),
-        help_block("options", option_rows(name)),
-        help_block("examples", [f"  mogplex {line}" for line in examples_of(name)]),
+        " ".join(usage),
+        row.purpose,
+        help_block("commands", commands, 18),
+        help_block("arguments", [(one.name, one.meaning) for one in row.arguments]),
+        help_block("options", [(f"{one.flag} {one.value}", one.meaning) for one in row.options]),
+        "\n".join(["examples:", *examples]),
         exit_codes_summary(),
     ]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(filter(None, parts))
 
 
-HELP_TOPICS = {"environment": environment_text, "exit-codes": exit_codes_text}
+HELP_TOPICS = {"environment": ENVIRONMENT, "exit-codes": EXIT_CODES}
 
 
 def cmd_help(ctx: Context, *words: str) -> int:
     """``help``: the help of the program, of a command or group of commands, or on a topic."""
     name = " ".join(words)
     known = [*GROUPS, *SUBCOMMANDS, *HELP_TOPICS]
-    if name in HELP_TOPICS:
-        text = HELP_TOPICS[name]()
-    elif not name or name in known:
-        text = help_text(name)
-    else:
+    if name and name not in known:
         raise unknown("help: unknown command", name, known, "help")
+    if name in HELP_TOPICS:
+        text = help_block(name.replace("-", " "), HELP_TOPICS[name].items())
+    else:
+        text = help_text(name)
     return ctx.emit_record({"help": name, "text": text}, text)
 
 
@@ -13177,29 +13075,17 @@ COMPLETION_PLACES = {  # shell: what stands at the head of its script
 SHELLS = tuple(COMPLETION_PLACES)
 
 
-def offer_known_values(parser: argparse.ArgumentParser, name: str) -> None:
-    """Let completions offer the known values of the arguments and options of a command."""
-    known = {argument.name: argument.known for argument in arguments_of(name)}
-    known.update({option.keyword: option.known for option in options_of(name)})
-    for action in parser._actions:
-        if known.get(action.dest):
-            action.choices = known[action.dest]
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Every command in one parser, for tools that generate shell completions; it parses nothing."""
-    root = argparse.ArgumentParser(prog="mogplex", parents=[command_parser("")])
+    root = CommandParser("", prog="mogplex")
     parsers = {"": root}
     groups: Dict[str, Any] = {}
     for name in dict.fromkeys((*GROUPS, *SUBCOMMANDS)):
         group, _, word = name.rpartition(" ")
         if group not in groups:
             groups[group] = parsers[group].add_subparsers()
-        parsers[name] = groups[group].add_parser(
-            word, parents=[command_parser(name)],
-            help=purpose_of(name),  # completions leave out a word that has none
-        )
-        offer_known_values(parsers[name], name)
+        purpose = command_row(name).purpose  # completions leave out a word that has none
+        parsers[name] = groups[group].add_parser(word, command=name, help=purpose)
     return root
 
 
@@ -13283,19 +13169,15 @@ def stray_option(flag: str) -> UsageError:
     return unknown("unknown option", flag, flags_of(""))
 
 
-def take_attach(argv: List[str]) -> Tuple[str, List[str]]:
-    """The run that --attach names, "" without it, and what follows."""
-    if argv[:1] != ["--attach"]:
-        return "", argv
-    run_id = "".join(argv[1:2]).strip()
-    if not run_id:
-        raise UsageError("--attach needs a run ID or @last")
-    return run_id, argv[2:]
-
-
 def open_cockpit(ctx: Context, argv: List[str]) -> int:
     """Anything that is no subcommand is the cockpit's, and that needs a terminal."""
-    attach, words = take_attach(argv)
+    attach = ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip()
+    words = argv
+    if argv[:1] == ["--attach"]:
+        attach = "".join(argv[1:2]).strip()
+        words = argv[2:]
+        if not attach:
+            raise UsageError("--attach needs a run ID or @last")
     first = "".join(words[:1])
     if first == "--":
         first = ""
@@ -13311,7 +13193,7 @@ def open_cockpit(ctx: Context, argv: List[str]) -> int:
         home=ctx.home,
         environ={**ctx.environ, "MOGPLEX_REPO": repo},
         text=" ".join(words),
-        attach=attach or ctx.environ.get("MOGPLEX_ATTACH_RUN_ID", "").strip(),
+        attach=attach,
         run_browser=ctx.browse,
     )
 
@@ -13341,16 +13223,6 @@ def check_verb(name: str, rest: List[str]) -> None:
         raise UsageError(f"{name} needs one of: {needed}", hint=see_help(name))
 
 
-def note_unknown_values(ctx: Context, name: str, options: Mapping[str, Any]) -> None:
-    """Say which values are unknown here and passed on: the service may be newer than we are."""
-    for option in options_of(name):
-        value = options.get(option.keyword)
-        if not value or not option.known or value in option.known:
-            continue
-        what = f"{option.flag} {value}"
-        ctx.note(f"mogplex {__version__} does not know {what}; passing it on")
-
-
 def take_format(options: Json) -> str:
     """The format of LIST_FORMATS that one of the ``options`` is named for, which is taken out."""
     for name in LIST_FORMATS:
@@ -13367,44 +13239,31 @@ def run_command(ctx: Context, argv: List[str]) -> int:
         return Exit.OK
     rest = argv[len(name.split()):]
     check_verb(name, rest)
-    words, options = parse_command(name, rest)
+    words, options = parse_command(ctx, name, rest)
     ctx.list_format = take_format(options)
     ctx.get_path = options.pop("get", "")
     if ctx.get_path:
         ctx.list_format = "json"
-    note_unknown_values(ctx, name, options)
     return SUBCOMMANDS[name].function(ctx, *words, **options)
 
 
-def command_or_cockpit(ctx: Context, argv: List[str]) -> int:
-    """A command, where ``argv`` begins with the first word of one, else the cockpit."""
+def run(ctx: Context, argv: List[str]) -> int:
+    """A command or the cockpit; ``--logout`` comes before either, or alone means ``logout``."""
+    if argv[:1] == ["--logout"]:
+        argv = argv[1:]
+        shapes = "".join(argv[:1]).partition("=")[0] in ("--json", "--get")
+        if shapes or not (argv or ctx.on_terminal):
+            return run_command(ctx, ["logout", *argv])
+        ctx.note(logout_text(log_out(ctx)))  # stdout is for what comes after it
     if argv and argv[0] in GROUPS:
         return run_command(ctx, argv)
     return open_cockpit(ctx, argv)
 
 
-def run(ctx: Context, argv: List[str]) -> int:
-    """A command or the cockpit; ``--logout`` comes before either, or alone means ``logout``."""
-    if argv[:1] != ["--logout"]:
-        return command_or_cockpit(ctx, argv)
-    words = argv[1:]
-    if words and words[0].partition("=")[0] in ("--json", "--get"):
-        return run_command(ctx, ["logout", *words])
-    if not words and not ctx.on_terminal:
-        return run_command(ctx, ["logout"])
-    ctx.note(logout_text(log_out(ctx)))  # stdout is for what comes after it
-    return command_or_cockpit(ctx, words)
-
-
 def with_demo(ctx: Context, argv: List[str]) -> int:
     """Run a command line with a demo service in place of the caller's service, token and files."""
     with demo_environment() as (server, variables):
-        outer = {
-            name: value for name, value in ctx.environ.items()
-            if name != "NODE_ENV" and not name.startswith("MOGPLEX_")
-        }
-        ctx.environ = {**outer, **variables}
-        ctx.in_demo = True
+        ctx.environ = {**without_ours(ctx.environ), "NODE_ENV": "", **variables}
         try:
             return run(ctx, argv)
         finally:
@@ -13413,23 +13272,22 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
                          "use `mogplex --demo-server` to keep one running")
 
 
-def take_flags(ctx: Context, argv: List[str]) -> Tuple[List[str], bool]:
-    """``argv`` without the global options, which take effect here; and whether --demo was one."""
+def take_flags(ctx: Context, argv: List[str]) -> List[str]:
+    """``argv`` without the global options, which take effect here."""
     before, after = split_at_dashes(argv)
     flags = [option.flag for option in GLOBAL_OPTIONS]
-    found = {word for word in before if word in flags}
-    if "--debug" in found:
+    ctx.in_demo = "--demo" in before
+    if "--debug" in before:
         ctx.debug = True
-    if "--no-color" in found:
+    if "--no-color" in before:
         ctx.environ = {**ctx.environ, "NO_COLOR": "1"}
-    left = [word for word in before if word not in found]
-    return left + after, "--demo" in found
+    return [word for word in before if word not in flags] + after
 
 
 def dispatch(ctx: Context, argv: List[str]) -> int:
     """Answer the options that stand alone, or run the rest."""
-    words, in_demo = take_flags(ctx, argv)
-    first = words[0] if words else ""
+    words = take_flags(ctx, argv)
+    first = "".join(words[:1])
     if first == "--version":
         ctx.emit(f"mogplex {__version__}")
         return Exit.OK
@@ -13438,7 +13296,7 @@ def dispatch(ctx: Context, argv: List[str]) -> int:
         return Exit.OK
     if first == "--demo-server":
         return serve_demo(ctx, words[1:])
-    if in_demo:
+    if ctx.in_demo:
         return with_demo(ctx, words)
     return run(ctx, words)
 
