@@ -31,7 +31,7 @@ Exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,
 For embedders: everything in ``__all__`` is stable within a major version. It prints
 nothing, never exits, and does not read ``os.environ``; every failure is a MogplexError.
 """
-from __future__ import annotations
+from __future__ import annotations  # mogplex needs Python 3.8 or newer
 
 import sys
 
