@@ -6085,7 +6085,7 @@ class Facts(NamedTuple):
     connect: Callable[..., Client]  # from a credential, or from the one in force
     base_url: str
     home: Home
-    run_browser: Optional[Callable[[str], object]]
+    run_browser: Callable[[str], bool]  # False where there is none
     overruled: str                  # that the environment takes precedence over a sign-in
 
 
@@ -6257,12 +6257,11 @@ class Desk:
             self.say(f"Exported to {full_path}", "ok")
 
     def open(self, url: str) -> None:
-        opened: object = False
+        opened = False
         with contextlib.suppress(OSError):
-            if self.facts.run_browser:
-                opened = self.facts.run_browser(url)
+            opened = self.facts.run_browser(url)
         words = f"Opened {url}"
-        if opened is False:
+        if not opened:
             words = f"Open this in a browser: {url}"
         self.say(words)
 
@@ -9815,7 +9814,7 @@ def run_cockpit(
     environ: Mapping[str, str],
     text: str = "",
     attach: str = "",
-    run_browser: Optional[Callable[[str], object]] = None,
+    run_browser: Callable[[str], bool],
 ) -> int:
     """The cockpit, until it is left; the exit code. UsageError where there is no terminal for it.
 

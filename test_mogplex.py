@@ -6122,7 +6122,7 @@ def test_a_start_that_an_earlier_cockpit_lost_is_told(tmp_path: Any) -> None:
         home.record_start(mogplex.start_record(server.url, body, "lost-key", "acme/web"))
         connect = functools.partial(client, server.url)
         posted: List[Any] = []
-        desk = Desk(posted.append, mogplex.Facts(connect, server.url, home, None, ""))
+        desk = Desk(posted.append, mogplex.Facts(connect, server.url, home, bool, ""))
         desk.asks.put(mogplex.Ask(Desk.start, (new,)))
         desk.asks.put(None)
         assert comes_true(lambda: any(message.ask.job is Desk.start for message in posted))
@@ -7620,7 +7620,7 @@ def test_without_a_terminal_it_does_not_start() -> None:
         with pytest.raises(mogplex.UsageError):
             mogplex.run_cockpit(
                 lambda: mogplex.Client(TOKEN), base_url="", home=mogplex.home_from({}),
-                environ=environ)
+                environ=environ, run_browser=bool)
 
 
 # -- The cockpit on a pseudo-terminal
