@@ -7446,7 +7446,8 @@ def begin(state: State, task: str) -> State:
             return state.say("This start is still under way.", "warn")
         key = earlier.key
     new = NewRun(task, target, key)
-    state = change_start(state, key, new).plan(made=number)
+    state = change_start(state, key, new)
+    state = state.plan(made=number)
     return state.ask(Desk.start, new)
 
 
@@ -7482,9 +7483,11 @@ def choose_harness(state: State, name: str) -> State:
     """``/harness [NAME]``: a picker without a name."""
     if not name:
         return state.open(HARNESS_PICKER)
-    if name.lower() not in HARNESSES:
-        return state.open(HARNESS_PICKER).say(f"unknown harness '{name}'", "bad")
-    return take_harness(state, name.lower())
+    wanted = name.lower()
+    if wanted in HARNESSES:
+        return take_harness(state, wanted)
+    state = state.open(HARNESS_PICKER)
+    return state.say(f"unknown harness '{name}'", "bad")
 
 
 def choose_anew(state: State) -> State:
@@ -7542,14 +7545,16 @@ def export(state: State, words: str) -> State:
         return state.say("No run is shown.", "warn")
     form, _, path = words.partition(" ")
     path = path.strip()
-    if form.lower() in EXPORTS:
-        return export_as(state, form.lower(), path)
-    if not form:
-        return state.open(EXPORT_PICKER, "")
-    if not path:
-        return state.open(EXPORT_PICKER, form).say(f"Choose the format of {form}.")
-    state = state.open(EXPORT_PICKER, path)
-    return state.say(f"unknown format '{form}': choose one for {path}", "bad")
+    wanted = form.lower()
+    if wanted in EXPORTS:
+        return export_as(state, wanted, path)
+    if path:
+        state = state.open(EXPORT_PICKER, path)
+        return state.say(f"unknown format '{form}': choose one for {path}", "bad")
+    state = state.open(EXPORT_PICKER, form)
+    if form:
+        return state.say(f"Choose the format of {form}.")
+    return state
 
 
 def show_sign_in(state: State) -> State:
@@ -7619,7 +7624,8 @@ def poll(state: State, most: int) -> State:
     if now >= polls.sandboxes_due:
         asks.append(Ask(Client.sandboxes))
         polls = polls._replace(sandboxes_due=now + 30)
-    sent = [at for at in polls.sent if now - at < 60]
+    minute_ago = now - 60
+    sent = [at for at in polls.sent if at > minute_ago]
     active = count_active(state.rail.runs)
     for_unknown = max(18, 3 * active + 6)  # the rest is for known ones
     ids = []
@@ -7648,8 +7654,10 @@ def refresh(state: State) -> State:
         return state.say("Rate limited: no requests until the wait is over.", "warn")
     ids = [run.id for run in state.rail.runs]
     state = change_runs(state, ids, asked_at=0.0)
-    polls = state.service.polls._replace(repos_due=0.0, sandboxes_due=0.0)
-    state = state.know(polls=polls).read()
+    polls = state.service.polls
+    polls = polls._replace(repos_due=0.0, sandboxes_due=0.0)
+    state = state.know(polls=polls)
+    state = state.read()
     if state.shown.again_at:
         state = watch_again(state)
     if state.shown.run_id:
@@ -7659,7 +7667,8 @@ def refresh(state: State) -> State:
 
 
 def clear(state: State) -> State:
-    return state.look(filter="").attend(alerts=())
+    state = state.look(filter="")
+    return state.attend(alerts=())
 
 
 class Action(NamedTuple):
@@ -8702,8 +8711,11 @@ def insert(state: State, text: str) -> State:
     """With ``text`` typed into whatever takes words now."""
     if state.drawer:
         query = state.drawer.query + sanitize(text, " ")
-        query = query[:200]
-        return state.shift(query=query, searching=True, at=0)
+        return state.shift(
+            query=query[:200],
+            searching=True,
+            at=0,
+        )
     if state.window.focus == "filter":
         words = state.window.filter + sanitize(text, " ")
         return state.look(filter=words[:200])
@@ -8753,7 +8765,11 @@ def select_entry(state: State, at: int, may_follow: bool) -> State:
     last = len(passing(state)) - 1
     at = max(0, min(at, last))
     top = first_shown(state, width, rows)
-    state = state.look(at=at, top=top, follow=False)
+    state = state.look(
+        at=at,
+        top=top,
+        follow=False,
+    )
     top = first_shown(state, width, rows)
     follow = may_follow and at >= last
     return state.look(top=top, follow=follow)
@@ -8801,8 +8817,12 @@ def recall(state: State, back: int) -> State:
     text = draft
     if back > 0:
         text = history[-back]
-    composer = composer._replace(recalled=max(0, back), draft=draft)
-    return state._replace(composer=composer).write(text)
+    composer = composer._replace(
+        recalled=max(0, back),
+        draft=draft,
+    )
+    state = state._replace(composer=composer)
+    return state.write(text)
 
 
 def typed_up(state: State) -> State:
@@ -8837,7 +8857,8 @@ def complete(state: State) -> State:
 
 def stop_sign_in(state: State) -> State:
     """Wait for no browser any more."""
-    return state.admit(url="").ask(Shell.stop_sign_in)
+    state = state.admit(url="")
+    return state.ask(Shell.stop_sign_in)
 
 
 def send_token(state: State, token: str) -> State:
@@ -8845,7 +8866,8 @@ def send_token(state: State, token: str) -> State:
     state = state.write("")
     if not token:
         return state.ask(Desk.sign_in)
-    state = stop_sign_in(state).admit(checking=True)
+    state = stop_sign_in(state)
+    state = state.admit(checking=True)
     return state.ask(Desk.try_token, token)
 
 
@@ -8858,7 +8880,8 @@ def send(state: State) -> State:
         earlier = state.composer.history
         history = [old for old in earlier if old != line]
         history.append(line)
-        composer = Composer(history=tuple(history[-200:]))
+        newest = tuple(history[-200:])
+        composer = Composer(history=newest)
         state = state._replace(composer=composer)
         return perform(state, line)
     alerts = state.attention.alerts
@@ -8872,7 +8895,8 @@ def dismiss(state: State) -> State:
     if state.sign_in.url:
         return stop_sign_in(state)
     if state.is_signed_out:
-        return state.write("").ask(Desk.try_stored)
+        state = state.write("")
+        return state.ask(Desk.try_stored)
     alerts = state.attention.alerts
     if alerts:
         return state.attend(alerts=alerts[1:])
@@ -8945,8 +8969,8 @@ def interrupt(state: State) -> State:
         state = state.go("composer")
     else:
         state = state.write("")
-    armed_until = state.now + 1.5
-    state = stop_sign_in(state).attend(armed_until=armed_until)
+    state = stop_sign_in(state)
+    state = state.attend(armed_until=state.now + 1.5)
     words = "Press Ctrl+C again within 1.5 s to leave; runs continue."
     return state.say(words, "warn", 1.5)
 
@@ -9105,7 +9129,8 @@ def on_text(state: State, message: Text) -> State:
     """
     text = message.text
     if message.pasted:  # it is one text and runs nothing; from a pane it goes to the composer
-        state = touched(state).attend(killing="")
+        state = touched(state)
+        state = state.attend(killing="")
         return insert(state, text)
     alone = len(text) == 1
     if state.attention.killing and not alone:
@@ -9131,7 +9156,10 @@ def on_text(state: State, message: Text) -> State:
 def on_resize(state: State, message: Resize) -> State:
     """A rail that is no longer there keeps no focus."""
     width = message.columns
-    state = state.look(width=width, height=message.lines)
+    state = state.look(
+        width=width,
+        height=message.lines,
+    )
     state = state.shift(lines=())
     if state.window.focus == "rail" and not rail_width(width):
         return state.look(focus="timeline")
@@ -9151,7 +9179,8 @@ def turn_wheel(state: State, message: Mouse) -> State:
 def click(state: State, in_rail: bool, at: int) -> State:
     """Select what is there; where that changes nothing, do what Enter does."""
     if in_rail:
-        clicked = state.go("rail").with_rail(at=at)
+        clicked = state.go("rail")
+        clicked = clicked.with_rail(at=at)
     elif state.drawer:
         clicked = state.shift(at=at)
     else:
@@ -9171,16 +9200,17 @@ def on_mouse(state: State, message: Mouse) -> State:
         return state
     window = state.window
     layout = layout_of(state, window.width, window.height)
+    side = layout.side
     row = message.row - len(layout.head)
     if row < 0:
         return state
     if row >= layout.rows:
         return state.go("composer")
-    in_rail = message.column < layout.side
+    in_rail = message.column < side
     if in_rail:
-        lines = rail_lines(state, layout.side - 1, layout.rows)
+        lines = rail_lines(state, side - 1, layout.rows)
     else:
-        width = window.width - layout.side
+        width = window.width - side
         lines = body_lines(state, width, layout.rows)
     if row >= len(lines):
         return state
@@ -9266,7 +9296,8 @@ def delivered(state: State, delivery: Delivery) -> State:
         if new.target == target and not new.run_id:
             return state  # sent again, that task has to ask for the same run
     target = target._replace(branch=known.branch)
-    return state.plan(target=target).show(origin=target)
+    state = state.plan(target=target)
+    return state.show(origin=target)
 
 
 def take_event(state: State, event: Event) -> State:
@@ -9275,7 +9306,8 @@ def take_event(state: State, event: Event) -> State:
     text = event_text(event)[:2000]
     if tool and text:
         text = f"{tool}  {text}"
-    clock = clock_text(parse_time(event.get("createdAt")), "%H:%M:%S")
+    moment = parse_time(event.get("createdAt"))
+    clock = clock_text(moment, "%H:%M:%S")
     kind = harmless(event.get("type"), 40)
     entry = Entry(
         clock,
@@ -9330,7 +9362,8 @@ def take_progress(state: State, progress: Progress, run_id: str, wait_s: float) 
     elif progress.connection == "connected":
         state = good_answer(state, progress.latency_ms)
     if progress.connection == "limited":
-        state = state.know(held_until=state.now + wait_s)
+        held_until = state.now + wait_s
+        state = state.know(held_until=held_until)
     return heard(state, run_id, progress.run)
 
 
@@ -9386,7 +9419,8 @@ def read_repo(record: Json) -> KnownRepo:
 def take_repos(state: State, records: Sequence[Json]) -> State:
     """The repositories; the first time, the target's is chosen among them where that is clear."""
     repos = tuple(map(read_repo, records))
-    polls = state.service.polls._replace(repos_due=NEVER)
+    polls = state.service.polls
+    polls = polls._replace(repos_due=NEVER)
     state = state.know(repos=repos, polls=polls)
     target = state.next.target
     if target.repo.id:
@@ -9462,7 +9496,8 @@ def take_sign_in(state: State, words: str, *_: str) -> State:
     state = state.ask(Shell.reconnect)
     if state.shown.run_id:
         state = watch_again(state)
-    return refresh(state).say(words, "ok", 60.0)
+    state = refresh(state)
+    return state.say(words, "ok", 60.0)
 
 
 TAKEN: Dict[Job, Callable[..., State]] = {
@@ -9512,7 +9547,11 @@ def on_told(state: State, message: Told) -> State:
     if take:
         state = take(state, data, *ask.arguments)
     if is_for_drawer(state, ask):
-        return state.shift(data=data, error="", lines=())
+        return state.shift(
+            data=data,
+            error="",
+            lines=(),
+        )
     return state
 
 
@@ -9538,7 +9577,8 @@ def watch_failed(state: State, error: MogplexError, text: str) -> State:
     if error.transient or isinstance(error, PASSING_ERRORS):
         again_at = state.now + 10
         return state.show(lost=text, again_at=again_at)
-    return state.show(lost=text).say(text, "bad")
+    state = state.show(lost=text)
+    return state.say(text, "bad")
 
 
 def run_refused(state: State, error: MogplexError, run_id: str) -> State:
