@@ -8014,7 +8014,7 @@ def header(state: State, width: int) -> Row:
     right = [BAR, (f"{words} ", style)]
     left: List[Segment] = []
     before_status = (" ", "")
-    if width >= 40:
+    if width >= 40 or not state.shown.run_id:
         left.append((" mogplex", "brand"))
         before_status = BAR
     if not state.shown.run_id:
@@ -8298,24 +8298,31 @@ def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
     return lines
 
 
+def page_above(state: State, entries: Sequence[Entry], at: int, width: int, rows: int) -> int:
+    """The first entry of a page that ends with entry ``at``."""
+    first = at
+    height = 0
+    for position in range(at, -1, -1):
+        lines = entry_lines(entries[position], width, state.window.wrap)
+        height += len(lines)
+        if height > rows:
+            break
+        first = position
+    return first
+
+
 def first_shown(state: State, width: int, rows: int) -> int:
     """The first entry on the screen, so that the selected one is; moved as little as needed."""
     window = state.window
     entries = passing(state)
-    at = selected_entry(state)
     if not entries:
         return 0
-    lowest = at
-    height = 0
-    for position in range(at, -1, -1):
-        lines = entry_lines(entries[position], width, window.wrap)
-        height += len(lines)
-        if height > rows:
-            break
-        lowest = position
+    at = selected_entry(state)
+    first = page_above(state, entries, at, width, rows)
     if window.follow:
-        return lowest
-    return max(lowest, min(window.top, at))
+        return first
+    last = page_above(state, entries, len(entries) - 1, width, rows)
+    return max(first, min(window.top, at, last))
 
 
 def timeline_title(state: State, count: int, width: int) -> Line:
@@ -8422,16 +8429,31 @@ def welcome_lines(state: State, width: int, rows: int) -> PaneLines:
     return lines
 
 
-def column_widths(columns: Sequence[Heading], width: int) -> List[int]:
-    """How wide the columns are, with the gap behind them.
+def have_room(widths: Sequence[int], width: int) -> bool:
+    """Whether columns fit, of which the last may be cut, but not below 12."""
+    *others, last = widths
+    return sum(others) + min(last - 2, 12) <= width
 
-    Where a last one of sentences has no room, those before it are left out from the right: 0.
+
+def column_widths(
+    columns: Sequence[Heading],
+    rows: Sequence[Sequence[str]],
+    width: int,
+) -> List[int]:
+    """How wide the columns are, with the gap behind them; 0 for those that are left out.
+
+    Where they have no room they are as wide as these rows need them, and if that is too much
+    they are left out from the right, but the last one last.
     """
     widths = [column.width + 2 for column in columns]
     last = len(widths) - 1
-    for at in range(last - 1, 1, -1):
-        room = width - sum(widths[:last])
-        if widths[last] > 80 and room < 12:
+    if not widths or have_room(widths, width):
+        return widths
+    for at, cells in enumerate(zip(*rows)):
+        needed = max(map(width_of, cells)) + 2
+        widths[at] = min(widths[at], needed)
+    for at in (*range(last - 1, 0, -1), last):
+        if not have_room(widths, width):
             widths[at] = 0
     return widths
 
@@ -8456,7 +8478,7 @@ def drawer_title(drawer: Drawer, width: int) -> Row:
     left = [(f" {name}  ", "key")]
     found = len(drawer.found)
     row = min(drawer.at + 1, found)
-    count = f"{row}/{found} · Esc closes "
+    count = f" {row}/{found} · Esc closes "
     hint = "type to search"
     if drawer.query or drawer.searching:
         left.append((f"/{drawer.query}", "accent"))
@@ -8481,9 +8503,12 @@ def drawer_remark(drawer: Drawer) -> Line:
 
 def drawer_lines(drawer: Drawer, width: int, rows: int) -> PaneLines:
     """Title, the columns' titles, and the rows around the selected one; the present is marked."""
+    found = drawer.found
     columns = drawer.listing.columns
-    widths = column_widths(columns, width - 3)
     titles = [column.title for column in columns]
+    near = around(drawer.at, len(found), rows)
+    cells = [found[position].cells for position in near]
+    widths = column_widths(columns, [titles, *cells], width - 3)
     lines: PaneLines = [(drawer_title(drawer, width), None)]
     if any(titles):
         title = "   " + cells_text(titles, widths)
@@ -8492,7 +8517,6 @@ def drawer_lines(drawer: Drawer, width: int, rows: int) -> PaneLines:
     remark = drawer_remark(drawer)
     if remark:
         lines.append((remark, None))
-    found = drawer.found
     room = rows - len(lines)
     for position in around(drawer.at, len(found), room):
         item = found[position]

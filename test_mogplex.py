@@ -6425,6 +6425,44 @@ def test_the_drawer_of_runs_has_room_for_tasks_at_every_width(width: int) -> Non
     assert "e2e tests f" in drawer and "✗ failed" in drawer
 
 
+RECORDS: Dict[str, List[Dict[str, Any]]] = {
+    "/agents": [{"name": "Test writer", "model": "anthropic/claude-sonnet-4.5",
+                 "category": "quality", "description": "Adds the tests that a change needs"}],
+    "/model": [{"id": "openai/gpt-5-codex", "provider": "openai", "contextLength": 400000,
+                "pricing": {"input": "0.00000125", "output": "0.00001"}}],
+    "/mcp": [{"name": "github", "enabled": True, "kind": "http"},
+             {"name": "sentry", "enabled": False, "kind": "stdio"}],
+}
+
+
+@pytest.mark.parametrize("call", ["/runs", "/sandboxes", "/repo", "/help", *RECORDS])
+def test_a_column_of_a_drawer_has_room_or_is_left_out(call: str) -> None:
+    state = played(*BUSY, *typed(call), rail=RAIL).shift(data=RECORDS.get(call, ()))
+    if call == "/help":
+        state = played(*keys("f1"))
+    for width in range(30, 100):
+        text = drawn(state, width, 24)
+        rows = text[text.index("Esc closes"):text.index("────")]
+        assert not re.search("(  |…)…$", rows, re.MULTILINE), text
+
+
+@pytest.mark.parametrize("call, width, row", [
+    ("/mcp", 30, "github  ● enabled   http"),
+    ("/mcp", 80, "github                          ● enabled     http"),
+    ("/model", 59, "openai/gpt-5-codex  openai    400,000  $1.25   $10.00"),
+    ("/model", 50, "openai/gpt-5-codex  openai    400,000  $10.00"),
+    ("/agents", 50, "Test writer  Adds the tests that a change needs"),
+    ("/agents", 40, "Test writer  Adds the tests that a c…"),
+    ("/runs", 40, "7e9a0000  ▶ streaming  bump deps"),
+    ("/runs", 34, "7e9a0000  bump deps"),
+])
+def test_a_narrow_drawer_says_what_it_can(call: str, width: int, row: str) -> None:
+    state = played(*BUSY, *typed(call), rail=RAIL)
+    if call in RECORDS:
+        state = then(state.shift(data=RECORDS[call]), mogplex.Tick())
+    assert f"\n   {row}\n" in drawn(state, width, 24)
+
+
 @pytest.mark.parametrize("name", ["busy", "paused", "runs"])
 def test_titles_are_whole_words(name: str) -> None:
     for width in range(30, 130):
@@ -6832,6 +6870,14 @@ def test_scrolling_up_pauses_and_end_follows_again() -> None:
     screen = drawn(state, 80, 24)
     assert "PAUSED" in screen and "newer (End)" in screen and "late" not in screen
     assert "late" in drawn(then(state, *keys("end")), 80, 24)
+
+
+def test_no_row_is_left_blank_below_the_last_event() -> None:
+    state = played(mogplex.Resize((80, 15)), *BUSY, *many_events(100), *keys("tab", "up"))
+    assert drawn(state, 80, 15).count("  event ") == 8
+    assert drawn(state, 80, 40).count("  event ") == 32
+    filtered = then(state, *keys("^f"), mogplex.Text("event 9"))
+    assert drawn(filtered, 80, 24).count("  event ") == 16
 
 
 def test_long_lines_are_wrapped_or_cut() -> None:
