@@ -7000,20 +7000,14 @@ def export_text(state: State, form: str) -> str:
 
 
 def export_as(state: State, form: str, path: str = "") -> State:
-    """Write the shown run to a file, of a name made from its id if none is given."""
+    """Write the shown run to a file: named before in the picker or here, else after its id."""
+    if state.drawer:
+        path = "".join(state.drawer.subject)
     if not path:
         name = re.sub("[^0-9A-Za-z-]", "", state.shown.run_id)
         path = f"mogplex-{name[:8]}.{EXPORTS[form]}"
     text = export_text(state, form)
     return state.close().ask(Desk.export, path, text)
-
-
-def export_chosen(state: State, form: str) -> State:
-    """The same for a form from the picker, which keeps the file's name."""
-    path = ""
-    if state.drawer:
-        path = "".join(state.drawer.subject)
-    return export_as(state, form, path)
 
 
 def action_list(state: State, drawer: Drawer) -> Items:
@@ -7310,7 +7304,7 @@ EXPORT_PICKER = Listing(
     "export",
     export_items,
     (Heading("FORMAT", 80),),
-    {"enter": export_chosen},
+    {"enter": export_as},
 )
 AGENTS = Listing(
     "agents",
@@ -7347,25 +7341,21 @@ SERVERS = Listing(
 )
 
 
-def selected(state: State) -> Tuple[Listing, str]:
-    """Of the selected row in the drawer, else in the rail: what it is a row of, and its id."""
-    drawer = state.drawer
-    if drawer and drawer.found:
-        return drawer.listing, drawer.found[drawer.at].id
-    row = row_in_rail(state)
-    if drawer or row is None:
-        return HELP, ""
-    if isinstance(row, KnownRun):
-        return RUNS, row.id
-    return SANDBOXES, row.id
-
-
 def act_on_row(state: State, key: str) -> State:
-    """Enter, x, o or y on the selected row."""
-    listing, row_id = selected(state)
+    """Enter, x, o or y on the selected row of the drawer, else of the rail."""
+    drawer = state.drawer
+    row: Union[Item, KnownRun, KnownSandbox, None] = row_in_rail(state)
+    listing = SANDBOXES
+    if isinstance(row, KnownRun):
+        listing = RUNS
+    if drawer:
+        listing = drawer.listing
+        row = None
+        if drawer.found:
+            row = drawer.found[drawer.at]
     action = listing.actions.get(key)
-    if action and row_id:
-        return action(state, row_id)
+    if action and row and row.id:
+        return action(state, row.id)
     return state
 
 
@@ -7403,15 +7393,15 @@ def searched(lines: Sequence[Item], query: str) -> Tuple[Item, ...]:
 def refreshed(before: State, state: State) -> State:
     """With the lines of the open drawer made anew; those of a page, which is long, if need be."""
     drawer = state.drawer
-    old = before.drawer
     if drawer is None:
         return state
+    is_page = not drawer.listing.columns
+    if is_page and drawer is before.drawer:
+        return state
     lines = drawer.lines
-    found = drawer.found
-    if drawer.listing.columns or not lines:
+    if not is_page or not lines:
         lines = tuple(drawer.listing.rows(state, drawer))
-    if old is None or lines is not old.lines or drawer.query != old.query:
-        found = searched(lines, drawer.query)
+    found = searched(lines, drawer.query)
     last = max(0, len(found) - 1)
     at = min(drawer.at, last)
     return state.shift(lines=lines, found=found, at=at)
