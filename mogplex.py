@@ -6642,6 +6642,8 @@ class State(NamedTuple):
         target = target._replace(choices=target.choices + 1)
         return self.close().plan(target=target)
 
+    # Each of these is the state with other values in one of its records.
+
     def look(self, **changes: Any) -> State:
         return self._replace(window=self.window._replace(**changes))
 
