@@ -11201,7 +11201,7 @@ class Context:
         self.note(f"debug: {line}")
 
     def show_status(self, line: str) -> None:
-        """A line on stderr, a terminal, which anything that is written next takes the place of."""
+        """Show a line on stderr, a terminal, until something else is written; "" for none."""
         rest = text_width(self.status_line) - text_width(line)
         self.status_line = ""
         self.say(line + " " * rest + "\r")
@@ -11330,14 +11330,14 @@ def read_all(stream: Any, most: int) -> bytes:
 
 
 def read_source(ctx: Context, path: str, most: int, what: str) -> bytes:
-    """At most ``most`` bytes of a file, or of stdin for ""; UsageError of ``what`` goes wrong."""
+    """At most ``most`` bytes of a file, or of stdin for ""; ``what`` is named in the UsageError."""
     try:
         if not path:
             return read_all(ctx.stdin.buffer, most)
         with open(path, "rb") as file:
             return file.read(most)
-    except (OSError, ValueError, AttributeError) as error:  # a stdin that is closed is None
-        reason = getattr(error, "strerror", "cannot be read")
+    except (OSError, ValueError, AttributeError) as error:
+        reason = getattr(error, "strerror", "cannot be read")  # a stdin that is closed is None
         raise UsageError(f"{what}: {reason}") from None
 
 
@@ -11454,18 +11454,20 @@ def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
 
     GitHub counts the attempts. In GitLab a retry is a job of its own, which cannot know the others.
     """
+    reruns: List[str] = []
     if environ.get("GITHUB_RUN_ID"):
         names = ("GITHUB_REPOSITORY", "GITHUB_RUN_ID", "GITHUB_JOB")
         attempt = environ.get("GITHUB_RUN_ATTEMPT", "")
         last = 1
         if re.match(r"[0-9]{1,4}\Z", attempt):
             last = int(attempt)
-        reruns = [str(number) for number in range(2, last + 1)]
+        reruns += [str(number) for number in range(2, last + 1)]
         # The oldest, as the search ends at a run that has not failed, and this one.
         del reruns[MAX_RERUNS - 1:-1]
     elif environ.get("CI_PIPELINE_ID"):
         names = ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
-        reruns = list(filter(None, [environ.get("CI_JOB_ID", "")]))
+        if environ.get("CI_JOB_ID"):
+            reruns.append(environ["CI_JOB_ID"])
     else:
         raise UsageError(
             "run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
@@ -11632,7 +11634,7 @@ class Attendant:
         self.ctx.note(self.label + line)
 
     def heed(self, progress: Progress) -> None:
-        """Keep how the run stands; raises what is to end the command."""
+        """Keep how the run stands; raises a signal that was discarded, or BrokenPipeError."""
         self.ctx.interrupts.check()
         if reader_left(self.ctx.stdout):
             raise BrokenPipeError
@@ -11736,9 +11738,10 @@ def attended(ctx: Context, attendants: Iterable[Attendant], cancels: bool) -> It
     try:
         yield
     except (KeyboardInterrupt, MogplexError, OSError) as error:
-        ctx.clear_status()
         settle(ctx, attendants, error, cancels)
         raise
+    finally:
+        ctx.clear_status()
 
 
 def warn_of_doubt(ctx: Context, start: Json) -> None:

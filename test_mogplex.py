@@ -9877,6 +9877,15 @@ def test_a_signal_before_a_start_is_sent_sends_none(tmp_path: Any) -> None:
     assert (home / "runs.jsonl").read_text() == ""
 
 
+@pytest.mark.parametrize("run_ids", [["R"], ["R", "S"]])
+def test_a_time_out_cancels_no_run(cli: Callable[..., Result], run_ids: List[str]) -> None:
+    with RawServer(lambda *_: STREAMING) as server:
+        argv = ["runs", "events", *run_ids, "--follow", "--cancel-on-interrupt"]
+        result = cli(*argv, "--timeout", "0.3", env=service(server.url))
+    assert result.code == 1 and "run R is still running\n" in result.err
+    assert "cancel" not in paths(server)
+
+
 @pytest.mark.posix
 def test_a_run_whose_stdout_is_gone_in_the_middle_is_cancelled_where_that_was_asked_for() -> None:
     """Ctrl+C in ``mogplex ... | tee log`` is for both of them."""
@@ -10456,6 +10465,18 @@ def test_the_status_line_of_a_terminal_is_redrawn_at_most_once_a_second() -> Non
         "streaming 11s | last event 1s ago | connected",
     ]
     assert screen.getvalue() == "\r".join([*lines, " " * len(lines[1]), "here\n"])
+
+
+def test_a_status_line_makes_room_for_data_and_for_the_end_of_the_command() -> None:
+    screen = TerminalText()
+    ctx = mogplex.Context({}, sys.stdin, io.StringIO(), screen)
+    ctx.show_status("silent")
+    ctx.emit("data")
+    assert screen.getvalue() == "silent\r      \r"
+    with pytest.raises(BrokenPipeError), mogplex.attended(ctx, [], False):
+        ctx.show_status("late")
+        raise BrokenPipeError
+    assert screen.getvalue() == "silent\r      \rlate\r    \r"
 
 
 @pytest.mark.parametrize("environ", [{}, {"TERM": "dumb"}])
