@@ -9820,8 +9820,6 @@ def first_state(
     run_id: str,
 ) -> State:
     """What is known before the first answer: the history, and the words of the command line."""
-    import uuid
-
     runs = known_runs(home, base_url)
     wanted = environ.get("MOGPLEX_REPO", "")
     if not wanted and runs:
@@ -9830,7 +9828,7 @@ def first_state(
     history = filter(None, dict.fromkeys(tasks))
     repo = KnownRepo(name=wanted)
     target = Target(repo)
-    session = str(uuid.uuid4())
+    session = os.urandom(16).hex()
     state = State(
         now=time.time(),
         next=Next(target, session=session),
