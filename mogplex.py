@@ -12147,13 +12147,16 @@ def follow_run(ctx: Context, run_id: str, options: FollowOptions) -> int:
             return Follower(attendant, options).run(client)
 
 
-def events_notes(listed: int, limit: int) -> List[str]:
-    """What is worth knowing of a list of events."""
-    if not listed:
-        return ["no events yet"]
-    if listed >= limit:
-        return [f"only the first {listed} events are listed; there may be more"]
-    return []
+def show_events(ctx: Context, events: Sequence[Json], limit: int, run_id: str = "") -> None:
+    """Events as they are now; of one of several runs with its ``run_id``."""
+    emit_events(ctx, events, run_id=run_id)
+    label = ""
+    if run_id:
+        label = label_of(run_id)
+    if not events:
+        ctx.note(f"{label}no events yet")
+    elif len(events) >= limit:
+        ctx.note(f"{label}only the first {len(events)} events are listed; there may be more")
 
 
 def list_events(ctx: Context, run_ids: Sequence[str], limit: int) -> int:
@@ -12167,9 +12170,7 @@ def list_events(ctx: Context, run_ids: Sequence[str], limit: int) -> int:
                 note_run_error(ctx, run_id, error)
                 code = max(code, error.exit)
                 continue
-            emit_events(ctx, events, run_id=run_id)
-            for line in events_notes(len(events), limit):
-                ctx.note(label_of(run_id) + line)
+            show_events(ctx, events, limit, run_id)
     return code
 
 
@@ -12193,9 +12194,7 @@ def cmd_runs_events(ctx: Context, *given: str, **options: Any) -> int:
         return follow_run(ctx, run_id, following)
     with ctx.client() as client:
         events = dicts_of(client.events(run_id, limit=following.limit), "events")
-    emit_events(ctx, events)
-    for line in events_notes(len(events), following.limit):
-        ctx.note(line)
+    show_events(ctx, events, following.limit)
     return Exit.OK
 
 
@@ -12410,8 +12409,18 @@ def api_advice(call: ApiCall) -> str:
     return ""
 
 
-def send_api(ctx: Context, client: Client, call: ApiCall, show: Callable[[Json], None]) -> None:
-    """Send a request and show its answer. A start is written down first, as by ``run``."""
+def shown_answer(call: ApiCall, answer: Json, whole: bool) -> object:
+    """What is printed of an answer: its data, or the whole, in which nothing is hidden."""
+    if whole:
+        return answer
+    data = answer["data"]
+    if call.path.lower().startswith("/mcp"):  # live secrets stand in the configs of MCP servers
+        hide_configs(data)
+    return data
+
+
+def send_api(ctx: Context, client: Client, call: ApiCall, whole: bool) -> None:
+    """Send a request and print its answer. A start is written down first, as by ``run``."""
     answer: Json = {}
 
     def send() -> Run:
@@ -12420,7 +12429,7 @@ def send_api(ctx: Context, client: Client, call: ApiCall, show: Callable[[Json],
         return cast(Run, dict_of(answer, "data"))
 
     def announce(_: Run) -> None:
-        show(answer)
+        ctx.emit(ctx.json_line(shown_answer(call, answer, whole)))
 
     if (call.method, call.path) == ("POST", "/runs"):  # it costs money, and must not be lost
         start_recorded(client, ctx.home, call.body or {}, call.key, "", announce, send=send)
@@ -12438,18 +12447,9 @@ def cmd_api(
 ) -> int:
     """Send any request, and show the data of its answer."""
     call = api_call(ctx, words, field, input, idempotency_key)
-
-    def show(answer: Json) -> None:
-        shown: object = answer
-        if not envelope:
-            shown = answer["data"]
-            if call.path.lower().startswith("/mcp"):  # live secrets stand in the configs
-                hide_configs(shown)
-        ctx.emit(ctx.json_line(shown))
-
     with ctx.client() as client:
         try:
-            send_api(ctx, client, call, show)
+            send_api(ctx, client, call, envelope)
         except (MogplexError, KeyboardInterrupt) as error:
             advice = api_advice(call)
             if advice and getattr(error, "delivered", True):
@@ -12888,8 +12888,7 @@ def flags_of(name: str) -> List[str]:
 
 def see_help(name: str) -> str:
     """The hint that names the help of a command, a group, or the program ("")."""
-    words = ["mogplex", *name.split(), "--help"]
-    return "see: " + " ".join(words)
+    return " ".join(["see: mogplex", *name.split(), "--help"])
 
 
 def unknown(what: str, word: str, known: Iterable[str], name: str = "") -> UsageError:
