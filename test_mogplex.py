@@ -11386,6 +11386,43 @@ def test_the_sign_of_life_of_several_runs_counts_them() -> None:
     assert followers.together().connection == "lost"
     assert ctx.stderr.getvalue() == (
         "still 2 runs: 1 success, 1 streaming, last event 1m ago\nT         away\n")
+    followers.end("T", "failed", 1)
+    assert followers.together().status == "3 runs: 1 success, 1 failed, 1 streaming"
+
+
+def test_several_runs_that_nothing_was_asked_about_are_not_counted(
+    cli: Callable[..., Result],
+) -> None:
+    result = cli("runs", "events", "R", "S", "--follow", env=service("http://127.0.0.1:9", ""))
+    assert result.code == 64 and "2 runs" not in result.out + result.err
+
+
+@pytest.mark.parametrize("texts", [["", ""], ["x" * 70_000]])
+def test_events_are_held_back_only_while_they_are_few(texts: List[str]) -> None:
+    ctx = mogplex.Context({}, sys.stdin, io.StringIO(), io.StringIO())
+    attendant = mogplex.Attendant(mogplex.CiReport(ctx), "R")
+    follower = mogplex.Follower(attendant, mogplex.FollowOptions())
+    for text in texts:
+        assert ctx.stdout.getvalue() == ""
+        follower.show({"type": "log", "message": "here"}, text)
+    assert ctx.stdout.getvalue().count("here\n") == len(texts)
+
+
+def test_ci_is_told_the_status_that_a_cancellation_answers() -> None:
+    ctx = mogplex.Context({}, sys.stdin, io.StringIO(), io.StringIO())
+    attendant = mogplex.Attendant(mogplex.CiReport(ctx), "R")
+    attendant.tell_cancellation({"run": {"status": "cancelled"}})
+    assert attendant.outcome.status == "cancelled"
+
+
+def test_work_is_done_also_where_the_system_has_no_thread_to_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*given: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(mogplex._thread, "start_new_thread", refuse)
+    assert mogplex.in_background(int, "5").get_nowait() == 5
 
 
 COLLECTOR = """
