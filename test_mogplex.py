@@ -8501,6 +8501,8 @@ NO_RUN = "no run is remembered for this service; give a run ID"
      "runs events: argument --follow: ignored explicit argument 'no'"),
     (["runs", "list", "--demo=yes"],
      "runs list: argument --demo: ignored explicit argument 'yes'"),
+    ([*RUN_IT, "x", "-hx"], "run: unknown option '-hx'"),
+    (["api", "x", "--field", ""], "--field takes NAME=VALUE or NAME:=JSON, not ''"),
     (["run", "--repo", "--follow", "x"], "run: argument --repo: expected one argument"),
     (["run", "x", "--repo"], "run: argument --repo: expected one argument"),
     ([*RUN_IT, "x", "--idempotency-key", "k\u00e9y"], BAD_KEY),
@@ -8661,6 +8663,32 @@ def test_help_at_every_level(cli: Callable[..., Result], words: str) -> None:
     assert max(map(len, result.out.splitlines())) <= 80
     assert "exit codes: 0 success" in result.out and "examples:\n  mogplex" in result.out
     assert len(re.split("examples:\n", result.out)[1].split("\n\n")[0].splitlines()) == 2
+
+
+def test_the_help_of_a_group_lists_its_commands_alone(cli: Callable[..., Result]) -> None:
+    shown = cli("runs", "--help").out
+    head, _, rest = shown.partition("commands:\n")
+    assert head == "usage: mogplex runs <command> [options]\n\nCommands of mogplex runs.\n\n"
+    rows, _, rest = rest.partition("\n\n")
+    assert rows.splitlines() == [
+        f"  {name:<18} {row.purpose}"
+        for name, row in mogplex.SUBCOMMANDS.items() if name.startswith("runs ")]
+    assert rest.startswith("examples:\n")
+
+
+def test_the_options_that_all_commands_have_come_after_a_command_s_own(
+    cli: Callable[..., Result],
+) -> None:
+    flags = re.findall("(?m)^  (--[a-z-]+)", cli("repos", "list", "--help").out)
+    common = ["--json", "--get", "--demo", "--debug", "--no-color", "--help"]
+    assert flags == ["--query", "--limit", *common]
+
+
+def test_a_global_option_after_two_dashes_is_part_of_the_task(cli: Callable[..., Result]) -> None:
+    with one_answer(ok(RUN)) as server:
+        result = cli(*RUN_IT, "--", "fix", "--debug", env=service(server.url))
+    assert (result.code, result.err) == (0, "")
+    assert posted(server)[0]["prompt"] == "fix --debug"
 
 
 @pytest.mark.parametrize("name", ["", "repos", "runs", *mogplex.SUBCOMMANDS])
@@ -10143,6 +10171,7 @@ def api(server: RawServer, *argv: str, cli: Callable[..., Result]) -> Result:
      f"POST {API}/x", '{"a": "5", "b": [1, null], "c": "x=:=y"}'),
     (["POST", "/x?y=1"], f"POST {API}/x?y=1", ""),
     (["PATCH", "/x", "--field", "a="], f"PATCH {API}/x", '{"a": ""}'),
+    (["/x", "--field", "a=b\nc"], f"POST {API}/x", '{"a": "b\\nc"}'),
     (["delete", "/repos/r/env-vars"], f"DELETE {API}/repos/r/env-vars", ""),
 ])
 def test_api_sends_what_it_is_told(
