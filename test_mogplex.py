@@ -5936,6 +5936,17 @@ def test_the_cursor_is_hidden_where_no_row_has_it() -> None:
     assert "\x1b[?25l" in hidden and "\x1b[?25h" not in hidden
 
 
+def test_a_frame_over_an_unknown_one_leaves_nothing_of_it() -> None:
+    """Not even where the terminal draws a heart narrower than it is taken to be."""
+    screen = Emulator(20, 1)
+    stream = pyte.Stream(screen)
+    stream.feed("x" * 20)
+    blank = types.SimpleNamespace(number_of_colors=256, clear="\x1b[H\x1b[2J")
+    canvas = mogplex.Canvas({}, blank)
+    stream.feed(canvas.frame([(("\u2764\ufe0f", ""), ("|", "line"), (" " * 17, ""))]))
+    assert "x" not in screen.display[0] and "|" in screen.display[0]
+
+
 def test_a_text_that_a_terminal_draws_wider_than_we_think_hides_nothing() -> None:
     """pyte takes four columns for a flag, where we, and most terminals, take two."""
     styles = {"": "", "line": "\x1b[0;36m", "cursor": ""}
@@ -6568,6 +6579,35 @@ def test_a_sign_out_takes_the_token_from_every_desk() -> None:
 
 
 # -- Truth: how the service answers, and what is known
+
+
+@contextlib.contextmanager
+def desk_of(credential: mogplex.Credential, posted: List[Any]) -> Iterator[mogplex.Desk]:
+    """A desk that tells everything to a list."""
+    connect = functools.partial(mogplex.Client, credential)
+    desk = Desk(posted.append, mogplex.Facts(connect, "", mogplex.home_from({}), bool, ""))
+    try:
+        yield desk
+    finally:
+        desk.asks.put(None)
+
+
+@pytest.mark.parametrize("refresh_token, lapses_at", [("", NOW), ("refresh", None)])
+def test_a_sign_in_that_renews_itself_does_not_lapse(refresh_token: str, lapses_at: Any) -> None:
+    credential = mogplex.Credential(TOKEN, expires_at=NOW, refresh_token=refresh_token)
+    posted: List[Any] = []
+    with desk_of(credential, posted) as desk:
+        desk.client()
+    assert posted == [told(Desk.client, lapses_at)]
+
+
+def test_how_a_tail_stands_is_told_once() -> None:
+    posted: List[Any] = []
+    first = progressed().data
+    with desk_of(mogplex.Credential(TOKEN), posted) as desk:
+        for progress in (first, first, first._replace(failures=1)):
+            desk.report(RUN_ID, progress)
+    assert [message.data.failures for message in posted] == [0, 1]
 
 
 @pytest.mark.parametrize("status, kind", [
