@@ -6436,6 +6436,58 @@ def test_the_drawer_of_runs_has_room_for_tasks_at_every_width(width: int) -> Non
     assert "e2e tests f" in drawer and "✗ failed" in drawer
 
 
+def selected_texts(state: mogplex.State, width: int = 120) -> List[str]:
+    rows = resized(state, width, 24)
+    return [text.strip() for row in rows for text, style in row if style == "select" and text.strip()]
+
+
+def test_one_line_is_marked_as_selected_and_only_where_the_focus_is() -> None:
+    rail = played(mogplex.Resize((120, 24)), *BUSY, *keys("btab"), rail=RAIL)
+    assert "7f2c" in " ".join(selected_texts(rail))
+    assert selected_texts(played(*BUSY, rail=RAIL)) == []
+    assert "External" not in " ".join(selected_texts(rail))
+    over_it = then(rail, *keys("^p"))
+    assert [text for text in selected_texts(over_it) if "/" not in text] == []
+
+
+def test_a_window_without_a_run_says_whose_it_is() -> None:
+    assert drawn(played(), 30, 8).startswith(" mogplex ")
+
+
+def test_the_title_of_a_drawer_does_not_touch_its_count() -> None:
+    state = played(*BUSY).open(mogplex.LOGS, "b1c2d3e4-5f60-4718-829a-3b4c5d6e7f80")
+    for width in range(30, 100):
+        assert re.search(r" \d+/\d+ · Esc closes", drawn(state, width, 24)), width
+
+
+@pytest.mark.parametrize("height, most", [(12, 3), (24, 6), (45, 8)])
+def test_a_long_task_leaves_room_for_the_rest(height: int, most: int) -> None:
+    state = played(*BUSY).write("line\n" * 40 + "line")
+    assert drawn(state, 80, height).count("   line\n") == most
+    asking = state.attend(killing=RUN_ID)
+    assert drawn(asking, 80, height).count("   line\n") == 1
+
+
+def test_a_drawer_that_is_searched_offers_no_keys_that_are_letters_now() -> None:
+    state = played(*BUSY, *typed("/runs"), rail=RAIL)
+    assert "x kill · o open · y copy" in drawn(state)
+    assert "x kill" not in drawn(then(state, mogplex.Text("/"), mogplex.Text("w")))
+
+
+def test_a_start_that_was_answered_is_not_said_to_be_starting() -> None:
+    state = played(*AIMED, *typed("fix it"))
+    assert "Starting a run…" in drawn(state)
+    (new,) = state.next.starts
+    answered = state.plan(starts=(new._replace(run_id="R"),))
+    assert "Starting a run…" not in drawn(answered)
+
+
+def test_an_entry_taller_than_the_pane_is_shown_as_far_as_it_goes() -> None:
+    long = arrived({"type": "log", "message": "word " * 200})
+    state = played(mogplex.Resize((50, 9)), *BUSY, long, *keys("tab"), mogplex.Text("w"))
+    assert "word word" in drawn(state, 50, 9)
+
+
 RECORDS: Dict[str, List[Dict[str, Any]]] = {
     "/agents": [{"name": "Test writer", "model": "anthropic/claude-sonnet-4.5",
                  "category": "quality", "description": "Adds the tests that a change needs"}],
@@ -6531,6 +6583,21 @@ def test_a_run_that_is_found_is_shown_and_remembered() -> None:
     state = played(*BUSY, *typed("/attach elsewhere"), fetched(Desk.find_run, found, "elsewhere"))
     assert asked(state) == [(Desk.watch, "elsewhere"), (Desk.remember, "acme/web", found)]
     assert state.rail.runs[0].id == "elsewhere"
+
+
+@pytest.mark.parametrize("wanted, shown, drawer", [
+    ("7d10", "7d10-a", False), ("7", "", True), ("@last", "7d10-a", False), ("zzz", "zzz", False)])
+def test_a_run_of_the_command_line_is_found_among_the_known_ones(
+    tmp_path: Any, wanted: str, shown: str, drawer: bool,
+) -> None:
+    home = mogplex.Home(str(tmp_path / "home"))
+    for run_id in ("7c02-b", "7d10-a"):
+        body = {"repoId": "r1", "prompt": "fix it"}
+        start = mogplex.start_record("https://x.example", body, f"k-{run_id}", "acme/web")
+        home.record_run(start, {"runId": run_id})
+    state = mogplex.first_state(home, {}, "https://x.example", "", wanted)
+    assert [run.id for run in state.rail.runs] == ["7d10-a", "7c02-b"]
+    assert (state.shown.run_id, state.drawer is not None) == (shown, drawer)
 
 
 # -- Signing in
