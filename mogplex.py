@@ -31,12 +31,15 @@ Exit codes: 0 success, 1 failure, 2 usage, 64 unauthorized, 65 forbidden,
 For embedders: everything in ``__all__`` is stable within a major version. It prints
 nothing, never exits, and does not read ``os.environ``; every failure is a MogplexError.
 """
+
 from __future__ import annotations  # mogplex needs Python 3.8 or newer
 
 import sys
 
 if sys.version_info < (3, 8):  # above all that an older one lacks
-    too_old = "mogplex needs Python 3.8 or newer; this is Python %d.%d" % sys.version_info[:2]
+    too_old = (
+        "mogplex needs Python 3.8 or newer; this is Python %d.%d" % sys.version_info[:2]
+    )
     if __name__ == "__main__":
         raise SystemExit(too_old)
     raise ImportError(too_old)
@@ -66,29 +69,40 @@ import stat
 import threading
 import time
 import urllib.parse
+# fmt: off
 from typing import (
     TYPE_CHECKING, Any, BinaryIO, Callable, ContextManager, Deque, Dict, Generator, Iterable,
     Iterator, List, Mapping, Match, NamedTuple, NoReturn, Optional, Pattern, Sequence, Set,
     Tuple, Type, TypedDict, Union, cast,
 )
+# fmt: on
 
 __version__ = "1.1.0"
+# fmt: off
 __all__ = [
     "Client", "Credential", "Event", "Exit", "ForbiddenError", "InvalidResponseError",
     "MogplexError", "Progress", "RateLimitedError", "Repo", "Run", "SSEDecoder", "Sandbox",
     "ServerSentEvent", "TailTimeout", "UnauthorizedError", "UnavailableError", "UsageError",
     "Verdict", "sanitize", "tail", "tail_many",
 ]
+# fmt: on
 
 Json = Dict[str, Any]  # an object of the service, as it came
-Record = Mapping[str, Any]  # an object that is only read; a TypedDict (Run, Repo, ...) is one too
+Record = Mapping[
+    str, Any
+]  # an object that is only read; a TypedDict (Run, Repo, ...) is one too
 
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
-HARNESSES = {"codex": "Codex", "claude-code": "Claude Code"}  # agent programs, and their titles
+HARNESSES = {
+    "codex": "Codex",
+    "claude-code": "Claude Code",
+}  # agent programs, and their titles
+# fmt: off
 GROUPS = (  # the first words of commands
     "repos", "run", "runs", "sandboxes", "api", "login", "logout", "help", "completion",
 )
+# fmt: on
 MAX_LIMIT = 200  # the server lists no more of anything, and clamps silently
 MAX_PROMPT_UNITS = 100_000  # of UTF-16, in a task
 
@@ -125,8 +139,15 @@ class MogplexError(Exception):
     exit = Exit.FAILURE
 
     def __init__(
-        self, message: str, *, code: str = "", status: int = 0, hint: str = "",
-        retry_after_s: Optional[float] = None, delivered: bool = False, transient: bool = False,
+        self,
+        message: str,
+        *,
+        code: str = "",
+        status: int = 0,
+        hint: str = "",
+        retry_after_s: Optional[float] = None,
+        delivered: bool = False,
+        transient: bool = False,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -190,7 +211,8 @@ class TailTimeout(MogplexError):
 
 # The service says 502 to 504, and 501 for what it lacks; the CDN before it adds the others.
 UNAVAILABLE_STATUSES = frozenset(
-    [408, 425, 501, 502, 503, 504, 520, 521, 522, 523, 524, 527, 529, 530])
+    [408, 425, 501, 502, 503, 504, 520, 521, 522, 523, 524, 527, 529, 530]
+)
 # The same request may succeed later.
 TRANSIENT_STATUSES = (UNAVAILABLE_STATUSES - {501}) | {429, 500}
 
@@ -215,7 +237,7 @@ class Status(NamedTuple):
     """How the status of a run or a sandbox is shown, and what it means."""
 
     glyph: str
-    style: str              # ok, bad, warn, run or dim: lists and the cockpit colour them
+    style: str  # ok, bad, warn, run or dim: lists and the cockpit colour them
     terminal: bool = False  # of a run: it ends the run
 
 
@@ -235,7 +257,9 @@ SANDBOX_STATUSES = {
     "stopped": Status("\u25cb", "dim"),
     "error": Status("\u25cb", "bad"),
 }
-TERMINAL_STATUSES = tuple(name for name, status in RUN_STATUSES.items() if status.terminal)
+TERMINAL_STATUSES = tuple(
+    name for name, status in RUN_STATUSES.items() if status.terminal
+)
 UNKNOWN_STATUS = Status("\u25cb", "dim")
 
 
@@ -248,24 +272,32 @@ def status_named(name: str) -> Status:
 # ECMA-48 sequences. A string (OSC, DCS, ...) counts only when it is terminated: an unterminated
 # one would swallow the rest of the text. No class crosses an ESC or a C1, so that no part of a
 # text is searched from two places.
-ESCAPE_SEQUENCES = re.compile(r"""
+ESCAPE_SEQUENCES = re.compile(
+    r"""
     (?: \x1b [\]PX^_] | [\x90\x98\x9d\x9e\x9f] )    # a string begins,
         [^\x07\x1b\x80-\x9f]*
         (?: \x07 | \x1b \\ | \x9c )                 # and is terminated
     | (?: \x1b \[ | \x9b ) [0-?]* [\ -/]* [@-~]?    # a control sequence
     | \x1b [\ -/]* [0-~]?                           # any other escape
-    """, re.VERBOSE)
+    """,
+    re.VERBOSE,
+)
 NEWLINES = re.compile("\r\n|[\n\r\v\f\x85\u2028\u2029]")
 INVISIBLES = re.compile(
     "["
-    "\x00-\x08\x0e-\x1f\x7f-\x9f"                  # C0 without white space, DEL, C1
-    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5"   # soft hyphen, joiners, marks, fillers
-    "\u180b-\u180f\u200b-\u200f\u202a-\u202e"      # Mongolian selectors, zero width, bidi
+    "\x00-\x08\x0e-\x1f\x7f-\x9f"  # C0 without white space, DEL, C1
+    "\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5"  # soft hyphen, joiners, marks, fillers
+    "\u180b-\u180f\u200b-\u200f\u202a-\u202e"  # Mongolian selectors, zero width, bidi
     "\u2060-\u206f\u3164\ufeff\uffa0\ufff0-\ufffb"  # invisible operators, fillers, annotations
-    "\ufe00-\ufe0f\U000e0000-\U000e0fff"           # variation selectors and tag characters
-    "]")
-CI_COMMAND_AT_START = re.compile(r"^([^\S\n]*):(?=:)", re.MULTILINE)  # GitHub's ::error::
-CI_COMMAND_ANYWHERE = re.compile(r"##(?=\[|vso\[)", re.IGNORECASE)    # GitHub's and Azure's
+    "\ufe00-\ufe0f\U000e0000-\U000e0fff"  # variation selectors and tag characters
+    "]"
+)
+CI_COMMAND_AT_START = re.compile(
+    r"^([^\S\n]*):(?=:)", re.MULTILINE
+)  # GitHub's ::error::
+CI_COMMAND_ANYWHERE = re.compile(
+    r"##(?=\[|vso\[)", re.IGNORECASE
+)  # GitHub's and Azure's
 
 
 def sanitize(text: object, newline: str = " \u23ce ") -> str:
@@ -291,7 +323,7 @@ def sanitize(text: object, newline: str = " \u23ce ") -> str:
     return line
 
 
-SHORTEST_SECRET = 8    # shorter ones would blot out plain words
+SHORTEST_SECRET = 8  # shorter ones would blot out plain words
 SHORTEST_ENCODED = 16  # encoded or split, a shorter one could be any other text
 # No white space and no backslash: a secret with one could not be told from its gaps in linear time.
 SPELLABLE = re.compile(r"[!-\[\]-~]+\Z")
@@ -339,10 +371,14 @@ def _secret_form(spelling: str) -> SecretForm:
     letters = filter(str.isalnum, spelling[:-3])
     rarest = min(letters, key=_commonness, default=spelling[0])
     start = spelling.index(rarest)
-    return SecretForm(rarest, spelling[start:start + 4], spelling)
+    return SecretForm(rarest, spelling[start : start + 4], spelling)
 
 
-BASE64_ALIGNMENTS = {0: 0, 1: 2, 2: 3}  # bytes before it: characters that depend on those
+BASE64_ALIGNMENTS = {
+    0: 0,
+    1: 2,
+    2: 3,
+}  # bytes before it: characters that depend on those
 TO_URL_SAFE = str.maketrans("+/", "-_")
 
 
@@ -438,14 +474,17 @@ def _refuse_constant(name: str) -> Any:
 
 
 _DECODER: Any = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_int=_whole_number, parse_float=_real_number)
+    parse_constant=_refuse_constant, parse_int=_whole_number, parse_float=_real_number
+)
 _COMPACT_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 
 
 def parse_json(text: str) -> Any:
     """The JSON in ``text``; ValueError for anything else, however deep or long."""
     try:
-        if text[:1] == "{":  # half the time of decode() for an object with nothing around it
+        if (
+            text[:1] == "{"
+        ):  # half the time of decode() for an object with nothing around it
             value, end = _DECODER.scan_once(text, 0)
             if end == len(text):
                 return value
@@ -482,12 +521,15 @@ def is_loopback(host: Optional[str]) -> bool:
     return host in ("localhost", "127.0.0.1", "::1")
 
 
-BASE_URL = re.compile(r"""
+BASE_URL = re.compile(
+    r"""
     (https?)://
     ( [\w.-]+ | \[ [0-9a-f:.]+ \] )         # a host, or an IPv6 address
     (?: : ([1-9]\d{0,4}) )?                 # a port
     ( / [\w./~%!$&'()*+,;=:@-]* )? \Z       # a path; no query, no fragment
-    """, re.VERBOSE | re.ASCII | re.IGNORECASE)
+    """,
+    re.VERBOSE | re.ASCII | re.IGNORECASE,
+)
 
 
 def _base_url_problem(scheme: str, host: str, port: str, allow_http: bool) -> str:
@@ -512,7 +554,9 @@ def _without_user_info(url: str) -> str:
     return f"{scheme}{slashes}***@{address}"
 
 
-def parse_base_url(text: str, allow_http: bool = False, source: str = "MOGPLEX_URL") -> str:
+def parse_base_url(
+    text: str, allow_http: bool = False, source: str = "MOGPLEX_URL"
+) -> str:
     """``text`` as the service's base URL, without a slash at its end.
 
     https only; http to this machine where ``allow_http``. A path prefix is kept. UsageError for
@@ -537,11 +581,14 @@ def utf16_units(text: str) -> int:
     return len(text) + sum(1 for char in text if char > "\uffff")
 
 
-TIME = re.compile(r"""
+TIME = re.compile(
+    r"""
     (\d{4}-\d\d-\d\d T \d\d:\d\d:\d\d)      # to the second
     (?: \. (\d{1,6}) )?                     # a fraction
     ( Z | [+-]\d\d:\d\d ) \Z
-    """, re.VERBOSE | re.ASCII)
+    """,
+    re.VERBOSE | re.ASCII,
+)
 
 
 def _moment(text: object) -> Any:
@@ -555,6 +602,7 @@ def _moment(text: object) -> Any:
     if not match:
         return None
     import datetime
+
     second, fraction, zone = match.groups("")
     if zone == "Z":
         zone = "+00:00"
@@ -603,7 +651,8 @@ def parse_duration(text: str) -> float:
     if seconds <= 0:
         raise UsageError(
             f"invalid duration '{text}': "
-            "give seconds, or a number with s, m or h, such as 90s or 30m")
+            "give seconds, or a number with s, m or h, such as 90s or 30m"
+        )
     return seconds
 
 
@@ -629,6 +678,7 @@ def format_age(seconds: float) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """The word of ``known`` with the same letters as ``word``, else a similar one; "" for none."""
     import difflib
+
     words = list(known)
     for one in words:
         if sorted(one) == sorted(word):
@@ -641,13 +691,16 @@ def nearest(word: str, known: Iterable[str]) -> str:
 def random_unit() -> float:
     """A number in [0, 1); the module behind it is slow to load and seldom needed."""
     import random
+
     return random.random()
 
 
-def backoff_s(failures: int, random: float, base_s: float = 0.5, cap_s: float = 15.0) -> float:
+def backoff_s(
+    failures: int, random: float, base_s: float = 0.5, cap_s: float = 15.0
+) -> float:
     """The wait after so many failures in a row (from 1): doubling from ``base_s``, with jitter."""
     doublings = min(failures - 1, 10)
-    return min(cap_s, base_s * 2.0 ** doublings) * (1 + random / 2)
+    return min(cap_s, base_s * 2.0**doublings) * (1 + random / 2)
 
 
 SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?\Z", re.ASCII)
@@ -656,6 +709,7 @@ SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?\Z", re.ASCII)
 def _http_date(text: str) -> Optional[float]:
     """Seconds since the epoch of a date in an HTTP header; None when it is none."""
     import email.utils
+
     try:
         return email.utils.parsedate_to_datetime(text).timestamp()
     except (TypeError, ValueError, IndexError, OverflowError):
@@ -677,8 +731,8 @@ def parse_retry_after(value: Optional[str], date: Optional[str]) -> Optional[flo
     return max(0.0, then - now)
 
 
-JOINER = "\u200d"          # zero-width joiner: makes one emoji of two
-EMOJI_STYLE = "\ufe0f"     # variation selector 16: the sign before it is drawn as an emoji
+JOINER = "\u200d"  # zero-width joiner: makes one emoji of two
+EMOJI_STYLE = "\ufe0f"  # variation selector 16: the sign before it is drawn as an emoji
 EMOJI_WITH_STYLE = "#*0123456789\xa9\xae"  # those of them below U+2000
 FIRST_SYMBOL = "\u2000"
 SKIN_TONES = ("\U0001f3fb", "\U0001f3ff")
@@ -690,6 +744,7 @@ SEQUENCE_PARTS = re.compile("[\u200d\ufe0f\U0001f1e6-\U0001f1ff\U0001f3fb-\U0001
 def _estimated_width(char: str) -> int:
     """Columns of one character by Python's own tables, where wcwidth is missing."""
     import unicodedata
+
     if unicodedata.category(char) in ("Mn", "Me", "Cf", "Cc"):
         return 0
     if "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff":
@@ -794,7 +849,7 @@ def fit(text: str, width: int, ellipsis: str = "\u2026") -> str:
 
 Warn = Callable[[str], None]
 Store = Callable[[Json], None]  # keeps a new sign-in
-Records = List[Json]            # of runs.jsonl, oldest first
+Records = List[Json]  # of runs.jsonl, oldest first
 # POSTs a form to a URL of the service, answers (HTTP status, JSON object or {}). RateLimitedError
 # for a 429, UnavailableError for no answer.
 PostForm = Callable[[str, Dict[str, str]], Tuple[int, Json]]
@@ -806,13 +861,15 @@ def unheard(line: str) -> None:
 
 # -- Files: read with bounds, swapped in whole, locked for a bounded time
 
-MAX_FILE = 8 << 20          # bytes of a file that is read
-RENEWAL_ROOM = 64 << 10     # bytes that a new sign-in may need
-LOCK_NOTICE_S = 1.0         # a wait for a lock is mentioned after this,
-LOCK_WAIT_S = 5.0           # and given up after this
+MAX_FILE = 8 << 20  # bytes of a file that is read
+RENEWAL_ROOM = 64 << 10  # bytes that a new sign-in may need
+LOCK_NOTICE_S = 1.0  # a wait for a lock is mentioned after this,
+LOCK_WAIT_S = 5.0  # and given up after this
 LOCK_POLL_S = 0.05
-SWAP_WAIT_S = 2.0           # Windows swaps no file that another process has open, as for a moment
-LONGEST_PATH = 200          # characters of a directory of ours; with more, see long_path
+SWAP_WAIT_S = (
+    2.0  # Windows swaps no file that another process has open, as for a moment
+)
+LONGEST_PATH = 200  # characters of a directory of ours; with more, see long_path
 # Flags of os.open; each system lacks some of them.
 NOT_WAITING = getattr(os, "O_NONBLOCK", 0)
 LOCKING = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
@@ -911,7 +968,9 @@ def _swap(new: str, path: str) -> None:
         except PermissionError:
             if os.name != "nt" or time.monotonic() >= until:
                 raise
-        with contextlib.suppress(OSError):  # take "read-only" off it: elsewhere it is no bar
+        with contextlib.suppress(
+            OSError
+        ):  # take "read-only" off it: elsewhere it is no bar
             os.chmod(path, stat.S_IREAD | stat.S_IWRITE)
         time.sleep(LOCK_POLL_S)
 
@@ -945,7 +1004,9 @@ def replacing(path: str, room: int = 0) -> Iterator[Callable[[bytes], None]]:
         _set_content(stream, b" " * room)
         yield commit
     finally:
-        with contextlib.suppress(OSError):  # closing writes what could not be written before
+        with contextlib.suppress(
+            OSError
+        ):  # closing writes what could not be written before
             stream.close()
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -962,9 +1023,11 @@ def _try_lock(descriptor: int) -> bool:
     try:
         if sys.platform == "win32":
             import msvcrt
+
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
+
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in BUSY:
@@ -977,6 +1040,7 @@ def _release_lock(descriptor: int) -> None:
     """Let go of the lock, if it is ours, also where a fork has copied the descriptor meanwhile."""
     if sys.platform != "win32":
         import fcntl
+
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
 
@@ -990,7 +1054,8 @@ def _wait_for_lock(descriptor: int, path: str, warn: Warn) -> None:
         if waited_s >= LOCK_WAIT_S:
             raise UnavailableError(  # not transient: another try would wait as long again
                 f"another process holds {path}",
-                hint="wait for it, or find it with `lsof` or `fuser`")
+                hint="wait for it, or find it with `lsof` or `fuser`",
+            )
         if waited_s >= LOCK_NOTICE_S and not told:
             warn(f"waiting for another process, which holds {path}")
             told = True
@@ -1003,7 +1068,9 @@ def naming_file(verb: str, path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UnwritableError(f"cannot {verb} {path}: {error.strerror or error}") from None
+        raise UnwritableError(
+            f"cannot {verb} {path}: {error.strerror or error}"
+        ) from None
 
 
 # -- Records that are kept
@@ -1012,15 +1079,16 @@ TOKEN_KEYS = ("token", "apiKey", "api_key", "accessToken", "access_token")
 SIGN_IN_KEYS = ("mogplex", "refresh_token", "expires_at", "base_url", *TOKEN_KEYS)
 EPOCH_SECONDS = re.compile(r"\d{1,11}(\.\d+)?\Z", re.ASCII)
 TOKEN = re.compile(r"[!-~]+\Z")
-HISTORY_SIZE = 500      # records in runs.jsonl
-IN_DOUBT_S = 86400.0    # how long an earlier start of the same request matters
+HISTORY_SIZE = 500  # records in runs.jsonl
+IN_DOUBT_S = 86400.0  # how long an earlier start of the same request matters
 
 
 def check_token(token: str, place: str) -> str:
     """``token`` if a header can carry it; UnauthorizedError names ``place``, never the token."""
     if not TOKEN.match(token):
         raise UnauthorizedError(
-            f"{place}: the token contains spaces, control or non-ASCII characters")
+            f"{place}: the token contains spaces, control or non-ASCII characters"
+        )
     return token
 
 
@@ -1132,7 +1200,10 @@ class Home:
     """
 
     def __init__(
-        self, directory: str, warn: Warn = unheard, keeps_history: bool = True,
+        self,
+        directory: str,
+        warn: Warn = unheard,
+        keeps_history: bool = True,
     ) -> None:
         self.directory = directory
         self.warn = warn
@@ -1169,7 +1240,8 @@ class Home:
                 self._warned_of_locks = True
                 self.warn(
                     f"{self.directory} does not support locks ({error.strerror}): "
-                    "do not run two commands that sign in or start runs at once")
+                    "do not run two commands that sign in or start runs at once"
+                )
 
     @contextlib.contextmanager
     def _writing(self, path: str) -> Iterator[None]:
@@ -1187,18 +1259,24 @@ class Home:
             return {}
         except OSError as error:
             raise UnauthorizedError(
-                f"cannot read {self.auth_path}: {error.strerror or error}") from None
+                f"cannot read {self.auth_path}: {error.strerror or error}"
+            ) from None
         except ValueError:
             document = None
         if not isinstance(document, dict):
-            raise UnauthorizedError(f"{self.auth_path} is not valid JSON", hint="fix or delete it")
+            raise UnauthorizedError(
+                f"{self.auth_path} is not valid JSON", hint="fix or delete it"
+            )
         if mode & 0o077 and os.name != "nt":
             warn(
                 f"{self.auth_path} is open to other users (mode {mode:04o}); "
-                f"to close it: chmod 600 {self.auth_path}")
+                f"to close it: chmod 600 {self.auth_path}"
+            )
         return document
 
-    def sign_in_for(self, base_url: str, warn: Optional[Warn] = None) -> Optional[SignIn]:
+    def sign_in_for(
+        self, base_url: str, warn: Optional[Warn] = None
+    ) -> Optional[SignIn]:
         """What auth.json has for the service at ``base_url``; None for nothing.
 
         Read generously, for it may be written by hand or by other programs: ours is under
@@ -1216,18 +1294,23 @@ class Home:
             if service in ("", base_url):
                 check_token(found.token, self.auth_path)
                 return found
-            say(f"ignored the sign-in in {self.auth_path}: it is for {sanitize(service)}, "
-                f"not for {base_url}")
+            say(
+                f"ignored the sign-in in {self.auth_path}: it is for {sanitize(service)}, "
+                f"not for {base_url}"
+            )
         return None
 
     def _content_with(self, entry: Json) -> Tuple[bytes, bool]:
         """auth.json with ``entry`` as all that it has of ours ({}: nothing); whether it had any."""
         document = self._document(unheard)
-        kept = {key: value for key, value in document.items() if key not in SIGN_IN_KEYS}
+        kept = {
+            key: value for key, value in document.items() if key not in SIGN_IN_KEYS
+        }
         providers = dict_of(document, "providers")
         if "mogplex" in providers:
             kept["providers"] = {
-                name: value for name, value in providers.items() if name != "mogplex"}
+                name: value for name, value in providers.items() if name != "mogplex"
+            }
         had_one = kept != document
         if entry:
             kept["mogplex"] = entry
@@ -1267,7 +1350,9 @@ class Home:
         with contextlib.ExitStack() as stack:
             with naming_file("write", self.auth_path):
                 present, _ = read_regular_file(self.auth_path)
-                replace_file(self.auth_path, present)  # only trying shows that it can be replaced
+                replace_file(
+                    self.auth_path, present
+                )  # only trying shows that it can be replaced
                 room = len(present) + RENEWAL_ROOM
                 commit = stack.enter_context(replacing(self.auth_path, room))
 
@@ -1313,7 +1398,9 @@ class Home:
         except OSError as error:
             self.warn(f"cannot read {self.history_path}: {error.strerror or error}")
             return []
-        return [record for record in reversed(records) if record.get("service") == base_url]
+        return [
+            record for record in reversed(records) if record.get("service") == base_url
+        ]
 
     def runs(self, base_url: str) -> List[Json]:
         """Those of the history whose id is known."""
@@ -1342,7 +1429,9 @@ class Home:
                     records.append(record)
         return records
 
-    def _change_history(self, change: Callable[[Records, Json], Records], record: Json) -> None:
+    def _change_history(
+        self, change: Callable[[Records, Json], Records], record: Json
+    ) -> None:
         """Change runs.jsonl by one record, under its lock; where that fails, a warning is all."""
         if not self.keeps_history:
             return
@@ -1369,9 +1458,15 @@ def home_from(environ: Mapping[str, str], warn: Warn = unheard) -> Home:
 
 CLIENT_ID = "mogplex-cli"
 TOKEN_PATH = "/api/auth/mcp/token"
-SECRET_FIELDS = ("code", "code_verifier", "refresh_token")  # of the forms sent to TOKEN_PATH
-REFRESH_EARLY_S = 60.0   # before its end a token is refreshed
-SETTLE_S = 5.0           # the longest wait for a refresh that is under way when the program leaves
+SECRET_FIELDS = (
+    "code",
+    "code_verifier",
+    "refresh_token",
+)  # of the forms sent to TOKEN_PATH
+REFRESH_EARLY_S = 60.0  # before its end a token is refreshed
+SETTLE_S = (
+    5.0  # the longest wait for a refresh that is under way when the program leaves
+)
 
 
 def _reason(answer: Json) -> str:
@@ -1388,7 +1483,9 @@ def _token_error(
 ) -> MogplexError:
     """What an answer of the token endpoint without a token means."""
     if status >= 500:
-        return UnavailableError("the sign-in service is unavailable", status=status, transient=True)
+        return UnavailableError(
+            "the sign-in service is unavailable", status=status, transient=True
+        )
     if status not in (400, 401, 403):
         message = f"unexpected response from {base_url}{TOKEN_PATH}: no token in it"
         return InvalidResponseError(message, status=status)
@@ -1396,7 +1493,10 @@ def _token_error(
     for name in SECRET_FIELDS:
         reason = redact(reason, form.get(name, ""))
     return UnauthorizedError(
-        f"the service refused the sign-in: {reason}", status=status, hint="run `mogplex login`")
+        f"the service refused the sign-in: {reason}",
+        status=status,
+        hint="run `mogplex login`",
+    )
 
 
 def _ask_for_token(post: PostForm, base_url: str, **form: str) -> Json:
@@ -1414,7 +1514,8 @@ def _ask_for_token(post: PostForm, base_url: str, **form: str) -> Json:
             expires_at = int(time.time() + lifetime_s)
         return {
             "access_token": check_token(token, "the new token"),
-            "refresh_token": text_of(answer, "refresh_token") or form.get("refresh_token", ""),
+            "refresh_token": text_of(answer, "refresh_token")
+            or form.get("refresh_token", ""),
             "expires_at": expires_at,
             "base_url": base_url,
         }
@@ -1443,12 +1544,18 @@ class Credential:
         home: Optional[Home] = None,
     ) -> None:
         if not token:
-            raise UnauthorizedError("no token given", hint="is the variable that holds it set?")
+            raise UnauthorizedError(
+                "no token given", hint="is the variable that holds it set?"
+            )
         self.source = source
-        self._sign_in = SignIn(check_token(token, "given token"), refresh_token, expires_at)
+        self._sign_in = SignIn(
+            check_token(token, "given token"), refresh_token, expires_at
+        )
         self._base_url = base_url
         self._home = home
-        self._seen = {token}  # a file that cannot be written holds an old one, which is no news
+        self._seen = {
+            token
+        }  # a file that cannot be written holds an old one, which is no news
         self._begin_in_this_process()
 
     def _begin_in_this_process(self) -> None:
@@ -1544,7 +1651,8 @@ class Credential:
             return self.token != refused
         raise UnauthorizedError(
             f"the sign-in has ended and cannot be renewed here: {problem}",
-            hint="run `mogplex login` where it can be stored, or set MOGPLEX_API_KEY")
+            hint="run `mogplex login` where it can be stored, or set MOGPLEX_API_KEY",
+        )
 
     def _take_over(self, home: Home) -> bool:
         """Adopt what the file has, if that is news; whether it has a sign-in at all."""
@@ -1560,13 +1668,18 @@ class Credential:
         self._sign_in = sign_in
 
     def _refresh(
-        self, post: PostForm, successor: ContextManager[Store],
+        self,
+        post: PostForm,
+        successor: ContextManager[Store],
     ) -> None:
         """Spend the refresh token, once ``successor`` is ready to store what comes for it."""
         with successor as store, self._under_way():
             entry = _ask_for_token(
-                post, self._base_url, grant_type="refresh_token",
-                refresh_token=self._sign_in.refresh_token)
+                post,
+                self._base_url,
+                grant_type="refresh_token",
+                refresh_token=self._sign_in.refresh_token,
+            )
             self._adopt(sign_in_of(entry))
             store(entry)
 
@@ -1593,7 +1706,9 @@ def token_given(environ: Mapping[str, str]) -> Tuple[str, str]:
     return "MOGPLEX_API_KEY", token
 
 
-def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) -> Credential:
+def resolve_credential(
+    environ: Mapping[str, str], base_url: str, home: Home
+) -> Credential:
     """The token that the environment gives, else the sign-in; UnauthorizedError for none."""
     variable, token = token_given(environ)
     if variable:
@@ -1604,10 +1719,16 @@ def resolve_credential(environ: Mapping[str, str], base_url: str, home: Home) ->
         raise UnauthorizedError(
             f"not signed in: {home.auth_path} has no token for {base_url}",
             hint=f"run `mogplex login`, or set MOGPLEX_API_KEY to a token from "
-                 f"{base_url}/settings/api-keys")
+            f"{base_url}/settings/api-keys",
+        )
     return Credential(
-        stored.token, source="file", base_url=base_url, home=home,
-        refresh_token=stored.refresh_token, expires_at=stored.expires_at)
+        stored.token,
+        source="file",
+        base_url=base_url,
+        home=home,
+        refresh_token=stored.refresh_token,
+        expires_at=stored.expires_at,
+    )
 
 
 # -- Sign-in through a browser
@@ -1617,7 +1738,7 @@ LOGIN_TIMEOUT_S = 300.0
 AUTHORIZE_PATH = "/api/auth/mcp/authorize"
 CALLBACK_PATH = "/auth/callback"
 SCOPES = "read write offline_access"  # without the last there is no refresh token
-MAX_CALLBACK = 65536                  # bytes of a request
+MAX_CALLBACK = 65536  # bytes of a request
 # A space may stand in the target: the service does not escape those of an error.
 CALLBACK_REQUEST = re.compile(r"GET ([^\r\n?]*)\?([^\r\n]*) HTTP/1\.[01]\Z")
 
@@ -1633,9 +1754,14 @@ class Attempt:
 
     def __init__(self, port: int) -> None:
         import secrets
+
         self.port = port
-        self.redirect_uri = f"http://127.0.0.1:{port}{CALLBACK_PATH}"  # where the browser ends up
-        self.state = secrets.token_urlsafe(32)     # tells our browser's answer from another page's
+        self.redirect_uri = (
+            f"http://127.0.0.1:{port}{CALLBACK_PATH}"  # where the browser ends up
+        )
+        self.state = secrets.token_urlsafe(
+            32
+        )  # tells our browser's answer from another page's
         self.verifier = secrets.token_urlsafe(64)  # proves that the code is ours (PKCE)
 
     def authorize_url(self, base_url: str) -> str:
@@ -1676,12 +1802,17 @@ def reply_to_callback(head: str, attempt: Attempt) -> Reply:
     if not match or match.group(1) != CALLBACK_PATH:
         return NOTHING_HERE
     # A page of another site can reach this port under a name of its own, by DNS.
-    if _hosts_named(head) not in ([f"127.0.0.1:{attempt.port}"], [f"localhost:{attempt.port}"]):
+    if _hosts_named(head) not in (
+        [f"127.0.0.1:{attempt.port}"],
+        [f"localhost:{attempt.port}"],
+    ):
         return NOTHING_HERE
     values = dict(urllib.parse.parse_qsl(match.group(2)))
     state = values.get("state", "")
     is_ours = hmac.compare_digest(state.encode(), attempt.state.encode())
-    if "error" in values and (is_ours or "state" not in values):  # the service sends it without
+    if "error" in values and (
+        is_ours or "state" not in values
+    ):  # the service sends it without
         reason = _reason(values)
         text = f"The sign-in failed: {reason}. You can return to the terminal."
         return 200, text, {"error": reason}
@@ -1704,6 +1835,7 @@ def _read_head(connection: socket.socket) -> str:
 
 def _send_page(connection: socket.socket, status: int, text: str) -> None:
     import html
+
     page = f"<!doctype html><title>Mogplex</title><p>{html.escape(text)}\n"
     lines = [
         f"HTTP/1.1 {status} Answer",
@@ -1716,7 +1848,9 @@ def _send_page(connection: socket.socket, status: int, text: str) -> None:
     connection.sendall("\r\n".join(lines).encode())
 
 
-def _serve_callback(connection: socket.socket, attempt: Attempt, outcomes: List[Json]) -> None:
+def _serve_callback(
+    connection: socket.socket, attempt: Attempt, outcomes: List[Json]
+) -> None:
     """Answer one connection; what ends the wait goes to ``outcomes`` after the browser's page."""
     with connection, contextlib.suppress(OSError):
         connection.settimeout(10.0)
@@ -1737,7 +1871,8 @@ def _listen(ports: Sequence[int]) -> socket.socket:
             return socket.create_server(("127.0.0.1", port))
     names = " and ".join(map(str, ports))
     raise MogplexError(
-        f"ports {names} of 127.0.0.1 are in use", hint="is another sign-in waiting?")
+        f"ports {names} of 127.0.0.1 are in use", hint="is another sign-in waiting?"
+    )
 
 
 def start_thread(function: Callable[..., object], *arguments: object) -> None:
@@ -1773,7 +1908,8 @@ def _await_callback(
             raise MogplexError("the sign-in was cancelled")
         if time.monotonic() >= deadline:
             raise MogplexError(
-                f"the browser did not finish the sign-in within {format_duration(timeout_s)}")
+                f"the browser did not finish the sign-in within {format_duration(timeout_s)}"
+            )
         with contextlib.suppress(OSError):  # the time-out among them: nobody came
             connection, _ = listener.accept()
             start_thread(_serve_callback, connection, attempt, outcomes)
@@ -1807,29 +1943,40 @@ def sign_in(
     if "error" in outcome:
         raise UnauthorizedError(f"the sign-in failed: {outcome['error']}")
     return _ask_for_token(
-        post, base_url, grant_type="authorization_code", code=outcome["code"],
-        redirect_uri=attempt.redirect_uri, code_verifier=attempt.verifier)
+        post,
+        base_url,
+        grant_type="authorization_code",
+        code=outcome["code"],
+        redirect_uri=attempt.redirect_uri,
+        code_verifier=attempt.verifier,
+    )
 
 
 # ---------------------------------------------------------------- 4. Client
 
 Headers = Mapping[str, Union[str, bytes]]
 Params = Mapping[str, object]
-OnWait = Callable[[], None]  # called at least every quarter of a second; may raise to end a wait
+OnWait = Callable[
+    [], None
+]  # called at least every quarter of a second; may raise to end a wait
 
-MAX_BODY = 32 << 20      # bytes, after decompression
-READ_SIZE = 1 << 18      # bytes read at once, at most
-INFLATED_SIZE = 1 << 20  # bytes decompressed at once, at most: half a MiB can hold half a GiB
-MAX_EVENT_ID = 4096      # bytes; a longer one is not sent back
-LONGEST_WAIT_S = 0.25    # in one go: on Windows Ctrl+C does not wake a waiting lock
-LONGEST_ASKED_S = 5.0    # the longest Retry-After that a one-shot command waits for
+MAX_BODY = 32 << 20  # bytes, after decompression
+READ_SIZE = 1 << 18  # bytes read at once, at most
+INFLATED_SIZE = (
+    1 << 20
+)  # bytes decompressed at once, at most: half a MiB can hold half a GiB
+MAX_EVENT_ID = 4096  # bytes; a longer one is not sent back
+LONGEST_WAIT_S = 0.25  # in one go: on Windows Ctrl+C does not wake a waiting lock
+LONGEST_ASKED_S = 5.0  # the longest Retry-After that a one-shot command waits for
 # The service closes an idle connection after 5 to 6 s; a reused one then fails on its first byte.
 KEEP_ALIVE_S = 4.5
 JSON_TYPE = "application/json"
 STREAM_TYPE = "text/event-stream"
 FORM_TYPE = "application/x-www-form-urlencoded"
 REPEATABLE_METHODS = ("GET", "PUT", "DELETE")
-KEYED_PATH = re.compile(r"/runs|/automations/[^/]+/trigger")  # where the service honours a key
+KEYED_PATH = re.compile(
+    r"/runs|/automations/[^/]+/trigger"
+)  # where the service honours a key
 LAUNCH_S = 600.0  # a sandbox is answered after its launch, which takes minutes
 SERVICE_HOSTS = {"www.mogplex.com", "mogplex.com"}  # which may redirect to each other
 
@@ -1854,12 +2001,12 @@ class Sandbox(TypedDict, total=False):
     id: str
     sandbox_id: Optional[str]  # the provider's; "pending" while it starts
     repo_id: str
-    status: str                # one of SANDBOX_STATUSES, or a new one
+    status: str  # one of SANDBOX_STATUSES, or a new one
     base_branch: str
     working_branch: str
     root_directory: Optional[str]
     preview_url: Optional[str]
-    created_at: str            # ISO 8601, as are all times
+    created_at: str  # ISO 8601, as are all times
     last_active_at: str
     error: Optional[str]
 
@@ -1885,10 +2032,10 @@ class Run(TypedDict, total=False):
     runId: str
     aiCallId: str
     sandboxRecordId: Optional[str]  # the id of its Sandbox
-    sandboxId: Optional[str]        # the provider's; "pending" while it starts
+    sandboxId: Optional[str]  # the provider's; "pending" while it starts
     repoId: str
     harness: str
-    status: str                     # pending, streaming, success, failed, cancelled, or a new one
+    status: str  # pending, streaming, success, failed, cancelled, or a new one
     branch: RunBranch
     rootDirectory: Optional[str]
     eventsUrl: str
@@ -1897,14 +2044,16 @@ class Run(TypedDict, total=False):
     updatedAt: str
     error: Optional[str]
     runtime: RunRuntime
-    replayed: bool                  # in the answer to a start: its key had started this run before
+    replayed: bool  # in the answer to a start: its key had started this run before
 
 
 class Event(TypedDict, total=False):
     """One thing that happened in a run. ``message`` and ``payload`` hold what an agent wrote."""
 
     id: str
-    type: str  # an open set of words: started, log, status_changed, finished, failed ...
+    type: (
+        str  # an open set of words: started, log, status_changed, finished, failed ...
+    )
     toolName: Optional[str]
     message: Optional[str]
     payload: Json
@@ -1934,7 +2083,7 @@ class Shape(NamedTuple):
 
     lists: Tuple[str, ...] = ()
     objects: Tuple[str, ...] = ()
-    run_id: str = ""        # the run that was asked for: another one's answer is not ours
+    run_id: str = ""  # the run that was asked for: another one's answer is not ours
     any_data: bool = False  # it need be no object, and a 204 has none
 
 
@@ -1943,7 +2092,9 @@ class Limits(NamedTuple):
 
     total_s: float
     connect_s: float
-    idle_s: float = 0.0  # a stream may be silent for so long, if that is more than total_s
+    idle_s: float = (
+        0.0  # a stream may be silent for so long, if that is more than total_s
+    )
 
 
 class Request(NamedTuple):
@@ -1954,9 +2105,11 @@ class Request(NamedTuple):
     headers: Headers
     limits: Limits
     body: Optional[bytes] = None
-    authorized: bool = True    # our token is sent with it
-    renews: bool = True        # when the token is refused, it is renewed and the request sent again
-    repeatable: bool = False   # sending it twice does no more than sending it once
+    authorized: bool = True  # our token is sent with it
+    renews: bool = (
+        True  # when the token is refused, it is renewed and the request sent again
+    )
+    repeatable: bool = False  # sending it twice does no more than sending it once
     expects: Shape = Shape()
 
     def expecting(self, **shape: Any) -> Request:
@@ -2147,7 +2300,9 @@ def answer_error(
     error = kind(sanitize(message)[:1000], code=sanitize(code)[:100], status=status)
     if status == 500:  # what a malformed id is answered
         error.hint = malformed_id_hint(url)
-    error.retry_after_s = parse_retry_after(headers.get("Retry-After"), headers.get("Date"))
+    error.retry_after_s = parse_retry_after(
+        headers.get("Retry-After"), headers.get("Date")
+    )
     error.transient = status < 300 or status in TRANSIENT_STATUSES
     error.delivered = status < 300 or status >= 500 or status in UNAVAILABLE_STATUSES
     return error
@@ -2237,7 +2392,9 @@ def tls_error(cause: Cause) -> Optional[MogplexError]:
     if cause.kinds & {"SSLCertVerificationError", "CertificateError"}:
         words = sanitize(getattr(cause.root, "verify_message", cause.root))
         hint = "behind a company proxy, name its CA in REQUESTS_CA_BUNDLE"
-        return MogplexError(f"the TLS certificate is not valid: {words}", code="TLS", hint=hint)
+        return MogplexError(
+            f"the TLS certificate is not valid: {words}", code="TLS", hint=hint
+        )
     if re.search(r"CA certificate bundle|\[X509|PEM lib", cause.text):
         hint = "check REQUESTS_CA_BUNDLE, SSL_CERT_FILE and SSL_CERT_DIR"
         return MogplexError("cannot read the CA certificates", code="TLS", hint=hint)
@@ -2281,19 +2438,28 @@ def transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
         return UsageError("MOGPLEX_URL cannot be used: it names no host that can exist")
     if type(error).__module__ == "zlib":
         return InvalidResponseError(
-            "the compression of the response is broken", transient=True, delivered=True)
-    if re.search(r"got more than \d+ (headers|bytes)", cause.text):  # http.client's own limits
+            "the compression of the response is broken", transient=True, delivered=True
+        )
+    if re.search(
+        r"got more than \d+ (headers|bytes)", cause.text
+    ):  # http.client's own limits
         return InvalidResponseError(
-            "the response has too many headers, or too long ones", transient=True, delivered=True)
+            "the response has too many headers, or too long ones",
+            transient=True,
+            delivered=True,
+        )
     if cause.kinds & HTTP_ERRORS:
         words, delivered = cause.lost(limit_s)
-        return UnavailableError(words, code="UNAVAILABLE", delivered=delivered, transient=True)
+        return UnavailableError(
+            words, code="UNAVAILABLE", delivered=delivered, transient=True
+        )
     return error
 
 
 def inflate(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Gzip undone, a bounded piece at a time."""
     import zlib
+
     inflater = zlib.decompressobj(31)
     for piece in pieces:
         full = False
@@ -2397,7 +2563,9 @@ class SocketHandle:
 
     def __init__(self) -> None:
         self.is_cut = False
-        self._lock = threading.RLock()  # of whoever was interrupted inside it and comes again
+        self._lock = (
+            threading.RLock()
+        )  # of whoever was interrupted inside it and comes again
         self._socket: Optional[socket.socket] = None
         self._pid = os.getpid()
 
@@ -2443,6 +2611,7 @@ def release_frames(error: Optional[BaseException]) -> None:
     and until then a socket that failed in its TLS handshake stays open.
     """
     import traceback
+
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
@@ -2495,7 +2664,9 @@ class Worker:
         answer = None
         try:
             answer = self.send_request()
-            if not self.handle.is_held:  # the connections of a given session are its own
+            if (
+                not self.handle.is_held
+            ):  # the connections of a given session are its own
                 self.handle.hold(answer.descriptor())
             self.posted.put(answer)
             self._read(answer)
@@ -2543,7 +2714,9 @@ def without_hidden_secrets(data: Any, clean: Callable[[str], str]) -> Any:
     if isinstance(data, dict):
         shown = {}
         for key, value in data.items():
-            shown[without_hidden_secrets(key, clean)] = without_hidden_secrets(value, clean)
+            shown[without_hidden_secrets(key, clean)] = without_hidden_secrets(
+                value, clean
+            )
         return shown
     return data
 
@@ -2659,7 +2832,8 @@ class Exchange:
         if problem:
             message = f"unexpected response: {problem}"
             raise InvalidResponseError(
-                message, status=self.status, delivered=True, transient=True)
+                message, status=self.status, delivered=True, transient=True
+            )
         whole: Json = answer
         return whole
 
@@ -2692,7 +2866,9 @@ class Exchange:
         item = self._next(self._started + limit_s)
         if item == b"":
             message = f"no complete answer within {limit_s:g} s"
-            raise UnavailableError(message, code="UNAVAILABLE", delivered=True, transient=True)
+            raise UnavailableError(
+                message, code="UNAVAILABLE", delivered=True, transient=True
+            )
         return item
 
     def _next(self, until: float) -> Any:
@@ -2770,6 +2946,7 @@ def import_requests() -> Any:
 def new_session() -> Any:
     """A session that sends nothing of its own accord: no ~/.netrc, no cookie, no proxy."""
     import http.cookiejar
+
     requests = import_requests()
 
     class Adapter(requests.adapters.HTTPAdapter):  # type: ignore[misc, name-defined]
@@ -2803,7 +2980,9 @@ class Stamp:
         self._headers = headers
 
     def __call__(self, prepared: Any) -> Any:
-        prepared.headers.pop("Authorization", None)  # a given session may have one of its own
+        prepared.headers.pop(
+            "Authorization", None
+        )  # a given session may have one of its own
         prepared.headers.update(self._headers)
         prepared.register_hook("response", self.take)
         return prepared
@@ -3003,7 +3182,9 @@ class Client:
         Sent again after a fault where that does no harm: a GET, PUT or DELETE, or a POST with a
         key to one of the two routes that honour it, ``/runs`` and ``/automations/{id}/trigger``.
         """
-        request = self._api_request(method, checked_path(path), params, body, idempotency_key)
+        request = self._api_request(
+            method, checked_path(path), params, body, idempotency_key
+        )
         return self._answered(request)
 
     def envelope(
@@ -3047,7 +3228,9 @@ class Client:
 
     def sandbox_logs(self, sandbox_id: str) -> Json:
         """GET /sandboxes/{id}/logs: ``{sandbox: {install_log, dev_log}, lifecycle_events}``."""
-        request = self._api_request("GET", f"/sandboxes/{path_segment(sandbox_id)}/logs")
+        request = self._api_request(
+            "GET", f"/sandboxes/{path_segment(sandbox_id)}/logs"
+        )
         expected = request.expecting(objects=("sandbox",), lists=("lifecycle_events",))
         return self._answered(expected)
 
@@ -3063,7 +3246,9 @@ class Client:
 
     def stop_sandbox(self, sandbox_id: str) -> Json:
         """POST /sandboxes/{id}/stop, a route yet to come: InvalidResponse or 404 until then."""
-        request = self._api_request("POST", f"/sandboxes/{path_segment(sandbox_id)}/stop")
+        request = self._api_request(
+            "POST", f"/sandboxes/{path_segment(sandbox_id)}/stop"
+        )
         return self._answered(request._replace(repeatable=True))
 
     def start_run(self, body: Json, idempotency_key: str) -> Run:
@@ -3078,7 +3263,9 @@ class Client:
         refusal = functools.partial(self._start_refusal, text_of(body, "repoId"))
         run = self._answered(request, refusal)
         if not text_of(run, "runId"):  # and asking again would not make one
-            raise InvalidResponseError("unexpected response: no 'runId'", delivered=True)
+            raise InvalidResponseError(
+                "unexpected response: no 'runId'", delivered=True
+            )
         return cast(Run, run)
 
     def run(self, run_id: str) -> Run:
@@ -3093,7 +3280,9 @@ class Client:
         """POST /runs/{id}/cancel, safe to repeat: ``{run, status, alreadyTerminal}``."""
         request = self._api_request("POST", f"/runs/{path_segment(run_id)}/cancel")
         repeatable = request._replace(repeatable=True)
-        return cast(Cancellation, self._answered(repeatable.expecting(run_id=run_id.strip())))
+        return cast(
+            Cancellation, self._answered(repeatable.expecting(run_id=run_id.strip()))
+        )
 
     def agents(self) -> List[Json]:
         """GET /agents."""
@@ -3133,11 +3322,16 @@ class Client:
         except MogplexError as error:
             error.delivered = False  # the request that waits for this one was not sent
             raise
-        if exchange.status == 429:  # plain text, and its wait under another name than the API's
+        if (
+            exchange.status == 429
+        ):  # plain text, and its wait under another name than the API's
             headers = exchange.headers
-            asked_s = parse_retry_after(headers.get("X-Retry-After"), headers.get("Date"))
+            asked_s = parse_retry_after(
+                headers.get("X-Retry-After"), headers.get("Date")
+            )
             raise RateLimitedError(
-                "too many sign-ins", status=429, retry_after_s=asked_s, transient=True)
+                "too many sign-ins", status=429, retry_after_s=asked_s, transient=True
+            )
         with contextlib.suppress(ValueError):
             answer = parse_json(text)
             if isinstance(answer, dict):
@@ -3165,12 +3359,16 @@ class Client:
 
         That resumes after ``last_event_id``, and may be silent for ``idle_s``.
         """
-        resume_at = last_event_id.encode("utf-8", "replace")  # a str would be sent as Latin-1
+        resume_at = last_event_id.encode(
+            "utf-8", "replace"
+        )  # a str would be sent as Latin-1
         if len(resume_at) > MAX_EVENT_ID:
             resume_at = b""
         request = self._events_request(run_id, limit)
         request = request._replace(
-            headers=request_headers(Accept=f"{STREAM_TYPE}, {JSON_TYPE}", Last_Event_ID=resume_at),
+            headers=request_headers(
+                Accept=f"{STREAM_TYPE}, {JSON_TYPE}", Last_Event_ID=resume_at
+            ),
             limits=request.limits._replace(idle_s=idle_s),
             renews=renew,
         )
@@ -3199,7 +3397,8 @@ class Client:
             request_headers(Content_Type=content_type, Idempotency_Key=key),
             limits,
             body=content,
-            repeatable=method in REPEATABLE_METHODS or (key != "" and honours_key(method, path)),
+            repeatable=method in REPEATABLE_METHODS
+            or (key != "" and honours_key(method, path)),
         )
 
     def _run_request(self, run_id: str) -> Request:
@@ -3217,7 +3416,9 @@ class Client:
         data = self._answered(request.expecting(lists=(key,)))
         return dicts_of(data, key)
 
-    def _open(self, request: Request, tick: OnWait = do_nothing, attempt: int = 1) -> Exchange:
+    def _open(
+        self, request: Request, tick: OnWait = do_nothing, attempt: int = 1
+    ) -> Exchange:
         """An exchange, not begun yet. Its time includes a renewal of the credential."""
         send = functools.partial(self._send_renewing, request)
         explain = functools.partial(self._explain, request)
@@ -3351,7 +3552,12 @@ class Client:
 
 
 def start_recorded(
-    client: Client, home: Home, body: Json, key: str, repo: str, announce: Callable[[Run], None],
+    client: Client,
+    home: Home,
+    body: Json,
+    key: str,
+    repo: str,
+    announce: Callable[[Run], None],
     before_sending: Callable[[], None] = do_nothing,
     send: Optional[Callable[[], Run]] = None,
 ) -> Run:
@@ -3384,19 +3590,27 @@ def start_recorded(
 
 # ---------------------------------------------------------------- 5. Tail
 
-POLL_S = 1.5            # between the starts of two polls of a run that has news
-QUIET_POLL_S = 4.0      # of one without, in the end
-SLOWEST_POLL_S = 30.0   # after 429s
-IDLE_S = 30.0           # a stream that brings no event for so long is left, and the run asked
-GOOD_STREAM_S = 10.0    # comments alone for so long are a good answer too
-GIVE_UP_S = 300.0       # without a good answer
-NEW_RUN_S = 10.0        # in which the service may not know a run that it has just started
-LATE_EVENT_S = 5.0      # by which the event that says why a run failed may be behind its status
-LAST_EVENTS = ("finished", "failed", "cancelled")  # one of these types comes at a run's end
+POLL_S = 1.5  # between the starts of two polls of a run that has news
+QUIET_POLL_S = 4.0  # of one without, in the end
+SLOWEST_POLL_S = 30.0  # after 429s
+IDLE_S = 30.0  # a stream that brings no event for so long is left, and the run asked
+GOOD_STREAM_S = 10.0  # comments alone for so long are a good answer too
+GIVE_UP_S = 300.0  # without a good answer
+NEW_RUN_S = 10.0  # in which the service may not know a run that it has just started
+LATE_EVENT_S = (
+    5.0  # by which the event that says why a run failed may be behind its status
+)
+LAST_EVENTS = (
+    "finished",
+    "failed",
+    "cancelled",
+)  # one of these types comes at a run's end
 REMEMBERED_EVENTS = 50_000  # at least so many are recognized when they come again
 
 Clock = Callable[[], float]
-_Block = Tuple[str, str, List[str], Optional[int]]  # of a ServerSentEvent: event, id, data, retry
+_Block = Tuple[
+    str, str, List[str], Optional[int]
+]  # of a ServerSentEvent: event, id, data, retry
 
 
 class ServerSentEvent:
@@ -3406,7 +3620,12 @@ class ServerSentEvent:
     that its own block asks for, if any.
     """
 
-    __slots__ = ("event", "id", "data", "retry")  # a NamedTuple takes twice the time to make
+    __slots__ = (
+        "event",
+        "id",
+        "data",
+        "retry",
+    )  # a NamedTuple takes twice the time to make
 
     def __init__(self, event: str, id: str, data: str, retry: Optional[int]) -> None:
         self.event = event
@@ -3434,8 +3653,8 @@ class SSEDecoder:
         self.held = 0
         self._line = bytearray()  # one without its end yet
         self._block: _Block = ("", last_event_id, [], None)
-        self._after_cr = False    # a LF at the start of the next chunk belongs to that CR
-        self._at_start = True     # where a byte order mark is dropped
+        self._after_cr = False  # a LF at the start of the next chunk belongs to that CR
+        self._at_start = True  # where a byte order mark is dropped
 
     def feed(self, chunk: bytes) -> List[ServerSentEvent]:
         """The events that ``chunk`` completes."""
@@ -3476,7 +3695,9 @@ class SSEDecoder:
                 self.held = len(self._line)
                 if data:
                     text = "\n".join(data)
-                    events.append(ServerSentEvent(kind or "message", identifier, text, retry))
+                    events.append(
+                        ServerSentEvent(kind or "message", identifier, text, retry)
+                    )
                 kind = ""
                 data = []
                 retry = None
@@ -3495,9 +3716,11 @@ class SSEDecoder:
 class Delivery(NamedTuple):
     """What the events of a run tell of its branch, and of what it has delivered there."""
 
-    branch: str = ""            # the one really pushed; ``run.branch.working`` can still say "main"
+    branch: str = (
+        ""  # the one really pushed; ``run.branch.working`` can still say "main"
+    )
     pull_request_url: str = ""
-    changed: bool = False       # the branch has something to continue from
+    changed: bool = False  # the branch has something to continue from
 
     def then(self, later: Delivery) -> Delivery:
         """What both tell; the later one counts."""
@@ -3543,7 +3766,10 @@ def already_ended(answer: Cancellation) -> bool:
 
     The service says ``alreadyTerminal``; its documents promise a ``status`` instead.
     """
-    return answer.get("alreadyTerminal") is True or answer.get("status") == "already_terminal"
+    return (
+        answer.get("alreadyTerminal") is True
+        or answer.get("status") == "already_terminal"
+    )
 
 
 class Progress(NamedTuple):
@@ -3562,7 +3788,7 @@ class Progress(NamedTuple):
     message: str
     latency_ms: float
     run: Run
-    branch: str = ""            # as of Delivery, so far
+    branch: str = ""  # as of Delivery, so far
     pull_request_url: str = ""
 
 
@@ -3594,7 +3820,9 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._recent: Set[int] = set()  # hashes: they take a third of the memory of the ids
+        self._recent: Set[int] = (
+            set()
+        )  # hashes: they take a third of the memory of the ids
         self._older: Set[int] = set()
         self._copies: Dict[bytes, int] = {}
 
@@ -3646,13 +3874,15 @@ class Ending:
     """
 
     def __init__(self, interval_s: float) -> None:
-        self.is_near = False      # the last event is one of those that come at the end
+        self.is_near = False  # the last event is one of those that come at the end
         self.terminal_at: Optional[float] = None  # since when the status is terminal
         self._interval_s = interval_s
         self._status = ""
         self._confirmed_at: Optional[float] = None
-        self._types: Set[str] = set()     # of LAST_EVENTS, those that have come
-        self._texts: Deque[str] = collections.deque(maxlen=16)  # what may carry the run's error
+        self._types: Set[str] = set()  # of LAST_EVENTS, those that have come
+        self._texts: Deque[str] = collections.deque(
+            maxlen=16
+        )  # what may carry the run's error
 
     def hear_event(self, event: Json) -> None:
         """Take in a new event."""
@@ -3670,7 +3900,9 @@ class Ending:
     def hear_run(self, status: str, error: str, now: float) -> bool:
         """Take in what the run says of itself; whether that is its end."""
         if status not in TERMINAL_STATUSES:
-            if self.terminal_at is not None:  # alive again: its events told of another end
+            if (
+                self.terminal_at is not None
+            ):  # alive again: its events told of another end
                 self._types.clear()
             self.terminal_at = None
         elif status != self._status:
@@ -3686,7 +3918,9 @@ class Ending:
                 return False
             # A tail that shares its token with many may read again much later.
             self._confirmed_at = self.terminal_at + self._interval_s
-        return self._is_explained(error[:4000]) or now - self._confirmed_at >= LATE_EVENT_S
+        return (
+            self._is_explained(error[:4000]) or now - self._confirmed_at >= LATE_EVENT_S
+        )
 
     def _is_explained(self, error: str) -> bool:
         """Whether the events say why the run ended in ``error``, if it did."""
@@ -3704,10 +3938,10 @@ class Story:
 
     def __init__(self, run_id: str, now: float, interval_s: float = POLL_S) -> None:
         self.run_id = run_id
-        self.run: Json = {}              # as the service last told it
+        self.run: Json = {}  # as the service last told it
         self.delivery = Delivery()
         self.last_event_at = now
-        self.truncated = False           # the service lists only its first events
+        self.truncated = False  # the service lists only its first events
         self.verdict: Optional[Verdict] = None
         self._seen = Seen()
         self._ending = Ending(interval_s)
@@ -3760,8 +3994,10 @@ class Story:
         self.truncated = True
         if limit < MAX_LIMIT:
             return f"only the first {limit} events were asked for; later events are not shown"
-        return (f"the service lists only the first {limit} events of a run; "
-                "later events are not shown")
+        return (
+            f"the service lists only the first {limit} events of a run; "
+            "later events are not shown"
+        )
 
     def _conclude(self) -> Verdict:
         started = parse_time(self.run.get("createdAt"))
@@ -3796,7 +4032,7 @@ class Pace:
     def __init__(self, interval_s: float, now: float) -> None:
         self._base_s = interval_s
         self._quiet_s = interval_s  # grows while there is no news
-        self._limited_s = 0.0       # 0 while the service refuses nothing
+        self._limited_s = 0.0  # 0 while the service refuses nothing
         self._news_at = now
         self._polls: List[float] = []
 
@@ -3836,9 +4072,13 @@ def _wait_too_long(error: MogplexError, left_s: float) -> MogplexError:
     if isinstance(error, RateLimitedError):
         kind = RateLimitedError
     asked = format_duration(error.retry_after_s or 0.0)
-    message = (f"{error.message}; the service asks to wait {asked}, "
-               f"and only {format_duration(left_s)} of the time-out is left")
-    return kind(message, code=error.code, status=error.status, retry_after_s=error.retry_after_s)
+    message = (
+        f"{error.message}; the service asks to wait {asked}, "
+        f"and only {format_duration(left_s)} of the time-out is left"
+    )
+    return kind(
+        message, code=error.code, status=error.status, retry_after_s=error.retry_after_s
+    )
 
 
 class Patience:
@@ -3891,10 +4131,16 @@ class Patience:
         if self._good_at is None:
             return not error.transient or self._failures >= 3
         if isinstance(error, UnauthorizedError):
-            return error.status == 0  # nobody was asked: it is the sign-in that has ended
+            return (
+                error.status == 0
+            )  # nobody was asked: it is the sign-in that has ended
         if error.status in (408, 425, 429):
             return False
-        if error.status == 404 and self._just_started and now - self._opened_at < NEW_RUN_S:
+        if (
+            error.status == 404
+            and self._just_started
+            and now - self._opened_at < NEW_RUN_S
+        ):
             return False
         has_envelope = bool(error.code)  # one without comes from a proxy, or a CDN
         return has_envelope and 400 <= error.status < 500
@@ -3940,16 +4186,21 @@ class Link:
     """
 
     def __init__(
-        self, now: float, interval_s: float = POLL_S, just_started: bool = False,
+        self,
+        now: float,
+        interval_s: float = POLL_S,
+        just_started: bool = False,
     ) -> None:
         self.connection = "connecting"  # or connected, lost, limited: as of Progress
-        self.failures = 0               # in a row
+        self.failures = 0  # in a row
         self.latency_ms = 0.0
         self.retry_at: Optional[float] = None
-        self.renews = True              # a 401 is answered with a renewal of the token
+        self.renews = True  # a 401 is answered with a renewal of the token
         self.pace = Pace(interval_s, now)
         self._patience = Patience(now, just_started)
-        self._told: Dict[str, float] = {}  # the trouble that was said, and the wait asked for
+        self._told: Dict[str, float] = (
+            {}
+        )  # the trouble that was said, and the wait asked for
         self._alive_at = now
 
     def tick(self, now: float) -> None:
@@ -3971,7 +4222,11 @@ class Link:
         return "connected again" if was_away else ""
 
     def failed(
-        self, error: MogplexError, now: float, random: float, left_s: float = float("inf"),
+        self,
+        error: MogplexError,
+        now: float,
+        random: float,
+        left_s: float = float("inf"),
     ) -> Setback:
         """A request ended in ``error``: how to go on; raises what ends the tail instead."""
         self.failures += 1
@@ -3984,7 +4239,9 @@ class Link:
         if isinstance(error, RateLimitedError):
             connection = "limited"
             self.pace.refused()
-            wait_s += self.pace.interval_s(random) * random  # not all tails at once when it is over
+            wait_s += (
+                self.pace.interval_s(random) * random
+            )  # not all tails at once when it is over
         self._patience.excuse(asked_s)
         self.connection = connection
         self.retry_at = now + wait_s
@@ -4029,10 +4286,10 @@ class Look:
     """What one look at the run has brought so far."""
 
     def __init__(self) -> None:
-        self.news = False         # an event, or another status
+        self.news = False  # an event, or another status
         self.told_status = False
         self.requests = 1
-        self.least_s = 0.0        # to wait before the next
+        self.least_s = 0.0  # to wait before the next
 
 
 class Resumption:
@@ -4041,12 +4298,14 @@ class Resumption:
     def __init__(self, reconnect_s: float) -> None:
         self.last_event_id = ""
         self.reconnect_s = reconnect_s  # as the server asks, within bounds
-        self.complained = False         # of something in it that is no event
+        self.complained = False  # of something in it that is no event
 
 
 def cleaned(texts: List[str], exchange: Exchange) -> List[str]:
     """``texts`` without the token: looked for in one go, as hardly any holds it."""
-    together = " ".join(texts)  # a line break would look like something that hides a secret
+    together = " ".join(
+        texts
+    )  # a line break would look like something that hides a secret
     if exchange.clean(together) != together:
         texts = [exchange.clean(text) for text in texts]
     if may_hide_secrets(together):
@@ -4078,7 +4337,9 @@ class Tail:
         self.story = Story(run_id, self.started_at, timing.interval_s)
         self.link = Link(self.started_at, timing.interval_s, just_started)
         self._resumption = Resumption(timing.interval_s)
-        self._final: Optional[MogplexError] = None  # what ends it, and is no error of the service
+        self._final: Optional[MogplexError] = (
+            None  # what ends it, and is no error of the service
+        )
 
     @property
     def run_id(self) -> str:
@@ -4144,7 +4405,9 @@ class Tail:
 
     def _read_run(self, look: Look) -> None:
         """Ask the run itself."""
-        exchange = self.client.open_run(self.run_id, tick=self._tick, renew=self.link.renews)
+        exchange = self.client.open_run(
+            self.run_id, tick=self._tick, renew=self.link.renews
+        )
         with exchange:
             run = dict_of(exchange.data(), "run")
         self._good()
@@ -4197,7 +4460,10 @@ class Tail:
         return now + self.timing.idle_s
 
     def _hand_on(
-        self, texts: List[str], look: Look, now: float,
+        self,
+        texts: List[str],
+        look: Look,
+        now: float,
     ) -> Generator[TailItem, None, bool]:
         """The new events among ``texts``; returns whether any of them was one, or the run."""
         story = self.story
@@ -4336,12 +4602,16 @@ def tail(
 
 # -- Several runs at once
 
-REQUESTS_A_MINUTE = 60  # that the service takes with a personal access token, in any 60 s
-AT_ONCE = 4             # of them, after a rest
-SPARE_REQUESTS = 8      # left for other programs
-UNMETERED_GAP_S = 0.25  # between two requests with a sign-in, for which there is no such limit
-PROBE_S = 2.0           # in which a first request may be answered before another one is sent
-MOST_POSTED = 1000      # events that wait to be taken before the threads that read wait too
+REQUESTS_A_MINUTE = (
+    60  # that the service takes with a personal access token, in any 60 s
+)
+AT_ONCE = 4  # of them, after a rest
+SPARE_REQUESTS = 8  # left for other programs
+UNMETERED_GAP_S = (
+    0.25  # between two requests with a sign-in, for which there is no such limit
+)
+PROBE_S = 2.0  # in which a first request may be answered before another one is sent
+MOST_POSTED = 1000  # events that wait to be taken before the threads that read wait too
 
 
 class Budget:
@@ -4353,12 +4623,12 @@ class Budget:
     """
 
     def __init__(self, now: float, metered: bool) -> None:
-        self.reserved = 0          # requests of each minute that are for something else
+        self.reserved = 0  # requests of each minute that are for something else
         self._metered = metered
         self._pace = Pace(0.0, now)
-        self._paid_until = now     # each request pays for the time that follows it
-        self._held_until = now     # by a 429
-        self._is_sure = False      # that the service answers
+        self._paid_until = now  # each request pays for the time that follows it
+        self._held_until = now  # by a 429
+        self._is_sure = False  # that the service answers
         self._probing_until = now
 
     @property
@@ -4431,7 +4701,9 @@ class Tails:
         for run_id in run_ids:
             heard = functools.partial(self._heard, run_id)
             self.tails[run_id] = Tail(client, run_id, timing, limit, heard)
-        self.waiting = dict.fromkeys(self.tails, self.started_at)  # until when; others are looking
+        self.waiting = dict.fromkeys(
+            self.tails, self.started_at
+        )  # until when; others are looking
         self.posted: queue.SimpleQueue[Tuple[str, Any]] = queue.SimpleQueue()
         self.is_left = False
 
@@ -4545,7 +4817,9 @@ class Tails:
             wait_s = self._next_at() - self.timing.clock()
             if wait_s <= 0:
                 return None
-            nap_s = max(0.0, min(LONGEST_WAIT_S, wait_s, self.timing.left_s(self.started_at)))
+            nap_s = max(
+                0.0, min(LONGEST_WAIT_S, wait_s, self.timing.left_s(self.started_at))
+            )
             if len(self.waiting) == len(self.tails):
                 self.timing.sleep(nap_s)
                 continue
@@ -4613,7 +4887,8 @@ def paint(status: str, colour: bool) -> str:
 
 def has_all_characters(encoding: Optional[str]) -> bool:
     """Whether an encoding is one of Unicode."""
-    return (encoding or "").lower().startswith("utf")
+    name = (encoding or "").lower()
+    return name.startswith("utf")
 
 
 def newline_mark(encoding: Optional[str]) -> str:
@@ -4631,7 +4906,9 @@ def ndjson(record: object) -> str:
     try:
         return compact_json(record).replace("##", "#\\u0023")
     except ValueError:
-        raise InvalidResponseError("an object is nested too deeply to be printed") from None
+        raise InvalidResponseError(
+            "an object is nested too deeply to be printed"
+        ) from None
 
 
 def ndjson_lines(records: Sequence[object], texts: Sequence[str]) -> str:
@@ -4658,7 +4935,9 @@ def read_path(text: str) -> str:
     """The value of ``--get``."""
     if "" in text.split("."):
         example = "such as runId or branch.working"
-        raise UsageError(f"--get takes names with dots between them, {example}, not '{text}'")
+        raise UsageError(
+            f"--get takes names with dots between them, {example}, not '{text}'"
+        )
     return text
 
 
@@ -4690,13 +4969,14 @@ def value_at(value: object, path: str) -> object:
             value = item_at(value, head)
         else:
             return None
-        path = path[len(head) + 1:]
+        path = path[len(head) + 1 :]
     return value
 
 
 def _as_in_json(match: Match[str]) -> str:
     """A character as a string of JSON spells it."""
-    return to_json(match.group())[1:-1]
+    quoted = to_json(match.group())
+    return quoted[1:-1]
 
 
 def bare(text: str, encoding: Optional[str]) -> str:
@@ -4704,7 +4984,9 @@ def bare(text: str, encoding: Optional[str]) -> str:
 
     So is a character of what a CI runner would obey.
     """
-    escaped = LINE_BREAKERS if has_all_characters(encoding) else NOT_ASCII_LINE
+    escaped = NOT_ASCII_LINE
+    if has_all_characters(encoding):
+        escaped = LINE_BREAKERS
     line = escaped.sub(_as_in_json, text)
     line = CI_COMMAND_AT_START.sub(r"\1\\u003a", line)
     return CI_COMMAND_ANYWHERE.sub(r"#\\u0023", line)
@@ -4732,8 +5014,8 @@ class Setting(NamedTuple):
     """What the cells of a list depend on, besides its records."""
 
     colour: bool = False
-    now: Optional[float] = None         # ages are shown instead of times where it is given
-    width: Optional[int] = None         # of the terminal
+    now: Optional[float] = None  # ages are shown instead of times where it is given
+    width: Optional[int] = None  # of the terminal
     repo_names: Mapping[str, str] = {}  # by id
     json_line: Callable[[object], str] = ndjson
 
@@ -4752,32 +5034,40 @@ class Column(NamedTuple):
 
 def plain(*keys: str) -> Cell:
     """The cell with the text at ``record[key][key]...``, harmless."""
+
     def cell(record: Record, setting: Setting) -> str:
         return shown(record, *keys)
+
     return cell
 
 
 def when(key: str) -> Cell:
     """The cell with the time at ``key``, as an age where the setting says so."""
+
     def cell(record: Record, setting: Setting) -> str:
         moment = parse_time(record.get(key))
         if setting.now is None or moment is None:
             return format_time(record.get(key))
         return f"{format_age(setting.now - moment)} ago"
+
     return cell
 
 
 def repo_at(key: str) -> Cell:
     """The cell with the name of the repo whose id is at ``key``; what is there if it has none."""
+
     def cell(record: Record, setting: Setting) -> str:
-        repo = text_of(record, key)
-        return sanitize(setting.repo_names.get(repo) or repo)
+        repo_id = text_of(record, key)
+        name = setting.repo_names.get(repo_id) or repo_id
+        return sanitize(name)
+
     return cell
 
 
 def status_cell(record: Record, setting: Setting) -> str:
     """The record's status."""
-    return paint(shown(record, "status"), setting.colour)
+    status = shown(record, "status")
+    return paint(status, setting.colour)
 
 
 def branch_cell(sandbox: Record, setting: Setting) -> str:
@@ -4787,7 +5077,11 @@ def branch_cell(sandbox: Record, setting: Setting) -> str:
 
 def started_cell(record: Record, setting: Setting) -> str:
     """The id of a remembered run; for a start whose answer never came, the key that finds out."""
-    return shown(record, "id") or f"in doubt: key {shown(record, 'key')}"
+    run_id = shown(record, "id")
+    if run_id:
+        return run_id
+    key = shown(record, "key")
+    return f"in doubt: key {key}"
 
 
 Columns = Sequence[Column]
@@ -4863,11 +5157,14 @@ def shorten_columns(rows: List[List[str]], columns: Columns, width: int) -> None
 def table(records: Listed, columns: Columns, setting: Setting) -> str:
     """An aligned table, in the setting's width where it has one; ImportError without tabulate."""
     import tabulate
+
     rows = [row_of(record, columns, setting) for record in records]
     if setting.width is not None:
         shorten_columns(rows, columns, setting.width)
     titles = [column.title for column in columns]
-    return tabulate.tabulate(rows, headers=titles, tablefmt="plain", disable_numparse=True)
+    return tabulate.tabulate(
+        rows, headers=titles, tablefmt="plain", disable_numparse=True
+    )
 
 
 def tab_separated(records: Listed, columns: Columns, setting: Setting) -> str:
@@ -4924,11 +5221,13 @@ def started_text(run: Json, colour: bool) -> str:
     first = "started run"
     if run.get("replayed") is True:
         first = "matched existing run"
-    facts = block([
-        ("repo", shown(run, "repoId")),
-        ("harness", shown(run, "harness")),
-        ("branch", branch_text(run)),
-    ])
+    facts = block(
+        [
+            ("repo", shown(run, "repoId")),
+            ("harness", shown(run, "harness")),
+            ("branch", branch_text(run)),
+        ]
+    )
     lines = [
         f"{first} {run_id} ({status})",
         facts,
@@ -4938,27 +5237,35 @@ def started_text(run: Json, colour: bool) -> str:
 
 
 def run_text(
-    run: Json, colour: bool, delivery: Delivery = Delivery(), failure: str = "",
+    run: Json,
+    colour: bool,
+    delivery: Delivery = Delivery(),
+    failure: str = "",
 ) -> str:
     """What ``runs get`` prints; ``delivery`` and ``failure`` as the run's events tell them."""
-    return block([
-        ("run", shown(run, "runId")),
-        ("status", paint(shown(run, "status"), colour)),
-        ("harness", shown(run, "harness")),
-        ("repo", shown(run, "repoId")),
-        ("branch", branch_text(run)),
-        ("pushed", sanitize(delivery.branch)),
-        ("pull", sanitize(delivery.pull_request_url)),
-        ("root", shown(run, "rootDirectory")),
-        ("sandbox", shown(run, "sandboxId")),
-        ("record", shown(run, "sandboxRecordId")),
-        ("events", shown(run, "eventsUrl")),
-        ("cancel", shown(run, "cancelUrl")),
-        ("created", format_time(run.get("createdAt"))),
-        ("updated", format_time(run.get("updatedAt"))),
-        ("error", shown(run, "error")),
-        ("reason", sanitize(failure)),
-    ])
+    status = shown(run, "status")
+    created = format_time(run.get("createdAt"))
+    updated = format_time(run.get("updatedAt"))
+    return block(
+        [
+            ("run", shown(run, "runId")),
+            ("status", paint(status, colour)),
+            ("harness", shown(run, "harness")),
+            ("repo", shown(run, "repoId")),
+            ("branch", branch_text(run)),
+            ("pushed", sanitize(delivery.branch)),
+            ("pull", sanitize(delivery.pull_request_url)),
+            ("root", shown(run, "rootDirectory")),
+            ("sandbox", shown(run, "sandboxId")),
+            ("record", shown(run, "sandboxRecordId")),
+            ("events", shown(run, "eventsUrl")),
+            ("cancel", shown(run, "cancelUrl")),
+            ("created", created),
+            ("updated", updated),
+            ("error", shown(run, "error")),
+            ("reason", sanitize(failure)),
+        ]
+    )
 
 
 def verdict_json(verdict: Verdict) -> Json:
@@ -4997,7 +5304,8 @@ def tally(statuses: Sequence[str]) -> str:
     """``3 runs: 2 success, 1 failed``."""
     counts = collections.Counter(statuses)
     parts = []
-    for status in dict.fromkeys([*TERMINAL_STATUSES, *counts]):  # terminal ones come first
+    terminal_ones_first = dict.fromkeys([*TERMINAL_STATUSES, *counts])
+    for status in terminal_ones_first:
         if status in counts:
             parts.append(f"{counts[status]} {sanitize(status)}")
     runs = "1 run"
@@ -5081,14 +5389,14 @@ def silence_line(progress: Progress, now: float) -> str:
 class Outcome(NamedTuple):
     """What CI is told of a run: how it has ended, or how it stood when a command left it."""
 
-    run_id: str                 # "" where none was started
+    run_id: str  # "" where none was started
     status: str = ""
-    error: str = ""             # the run's own
+    error: str = ""  # the run's own
     branch: str = ""
     pull_request_url: str = ""
     repo_id: str = ""
     duration_s: Optional[float] = None
-    left: str = ""              # why a command left it before its end
+    left: str = ""  # why a command left it before its end
 
 
 def outcome_of_run(run: Run) -> Outcome:
@@ -5103,11 +5411,12 @@ def outcome_of_run(run: Run) -> Outcome:
 
 def outcome_so_far(before: Outcome, progress: Progress) -> Outcome:
     """The Outcome, so far, of a run that is being followed."""
+    repo_id = text_of(progress.run, "repoId")
     return before._replace(
         status=progress.status or before.status,
         branch=progress.branch or before.branch,
         pull_request_url=progress.pull_request_url or before.pull_request_url,
-        repo_id=text_of(progress.run, "repoId") or before.repo_id,
+        repo_id=repo_id or before.repo_id,
     )
 
 
@@ -5256,9 +5565,9 @@ def gitlab_marker(edge: str, run_id: str, now: float) -> str:
 # State is a value: update() makes the next one, view() draws it, repaint() finds what differs. All
 # three are pure. Only Screen touches the terminal, and only a Desk, a thread, touches the network.
 Segment = Tuple[str, str]  # text, and the name of its style
-Line = Sequence[Segment]   # of any width
+Line = Sequence[Segment]  # of any width
 Row = Tuple[Segment, ...]  # of exactly the width that is to be filled
-Frame = Sequence[Row]      # all that is on the screen
+Frame = Sequence[Row]  # all that is on the screen
 
 STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
     "": ("", "", ""),
@@ -5277,7 +5586,9 @@ STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
 }
 GLYPHS = str.maketrans("│─┴▸▶●○◌✓✗■·…›⎇▼⏎•↑↓–—", "|-+>>*o.+x#-~>@v/*^v--")  # for ASCII
 MOUSE = {False: "\x1b[?1006l\x1b[?1000l", True: "\x1b[?1000h\x1b[?1006h"}  # off, on
-width_of = functools.lru_cache(8192)(text_width)  # frames measure mostly what the last one did
+width_of = functools.lru_cache(8192)(
+    text_width
+)  # frames measure mostly what the last one did
 fitted = functools.lru_cache(8192)(fit)
 
 
@@ -5288,7 +5599,7 @@ def columns_of(line: Iterable[Segment]) -> int:
 
 def harmless(value: object, most: int = 500) -> str:
     """One short line of API text."""
-    text = text_of(value)[:most * 4]
+    text = text_of(value)[: most * 4]
     return sanitize(text)[:most]
 
 
@@ -5325,8 +5636,11 @@ Messages = List[Union[Key, Text, Mouse]]  # what a terminal sends
 PASTE_START = "\x1b[200~"
 PASTE_END = "\x1b[201~"
 MOUSE_STEPS = {0: 0, 64: -3, 65: 3}  # of the buttons that mean something
-ESCAPE_DELAY_S = 0.05  # a key's bytes come together: after this long Esc is a key of its own
+ESCAPE_DELAY_S = (
+    0.05  # a key's bytes come together: after this long Esc is a key of its own
+)
 
+# fmt: off
 SENT_KEYS = {  # what blessed has no name for, or not in every version
     "\r": "enter", "\n": "newline", "\t": "tab", "\x7f": "backspace", "\x08": "backspace",
     "\x01": "home", "\x05": "end", "\x1b": "esc", "\x1b[Z": "btab",
@@ -5336,9 +5650,11 @@ SENT_KEYS = {  # what blessed has no name for, or not in every version
     "\x1b[1~": "home", "\x1b[4~": "end", "\x1b[7~": "home", "\x1b[8~": "end",
     "\x1b[11~": "f1", "\x1b[[A": "f1",
 }
+# fmt: on
 # One thing that was sent, complete. Every repeat ends at a character that it does not take, so
 # that no input is looked at more than a few times.
-_SENT = re.compile(r"""
+_SENT = re.compile(
+    r"""
     (?P<paste>     \x1b\[200~ )
   | (?P<mouse>     \x1b\[<[0-9]{1,6};[0-9]{1,6};[0-9]{1,6}[Mm] )
   | (?P<ignored>   \x1b\[M[^\x1b]{3}                            # a mouse report of the old kind
@@ -5353,10 +5669,16 @@ _SENT = re.compile(r"""
   | (?P<escape>    \x1b(?=\x1b|O[^A-FHIMP-SXa-dj-y]|\w{3}) )     # before a word
   | (?P<alt>       \x1b[^\x1b\[\]OP_^X] )
   | (?P<text>      [^\x00-\x1f\x7f-\x9f]+ )
-""", re.VERBOSE)
-_UNMARKED_PASTE = re.compile("[^\x00-\x1f]{2}[\r\n]+[^\r\n]")  # where pastes are not bracketed
+""",
+    re.VERBOSE,
+)
+_UNMARKED_PASTE = re.compile(
+    "[^\x00-\x1f]{2}[\r\n]+[^\r\n]"
+)  # where pastes are not bracketed
 Namer = Callable[[str], str]  # the name of the key that sends a sequence, "" for none
-_INTERRUPTING = re.compile("(?:\x03|\x1b(?:\\[99;5u|\\[27;5;99~|\\[27u)?)+\\Z")  # Ctrl+C or Esc
+_INTERRUPTING = re.compile(
+    "(?:\x03|\x1b(?:\\[99;5u|\\[27;5;99~|\\[27u)?)+\\Z"
+)  # Ctrl+C or Esc
 
 
 def pasted(text: str) -> Text:
@@ -5436,10 +5758,12 @@ def next_part(sent: str, at: int, final: bool) -> Optional[Tuple[str, str]]:
     kind = str(match.lastgroup)
     part = match.group()
     if kind == "paste":
-        end = sent.find(PASTE_END, at)  # a pattern that finds it is a hundred times slower
+        end = sent.find(
+            PASTE_END, at
+        )  # a pattern that finds it is a hundred times slower
         if end < 0:
             return None
-        part = sent[at:end + len(PASTE_END)]
+        part = sent[at : end + len(PASTE_END)]
     if kind == "alt" and part not in SENT_KEYS:
         return "escape", "\x1b"  # and the letter by itself comes next
     return kind, part
@@ -5450,7 +5774,7 @@ def part_messages(kind: str, part: str, resolve: Namer) -> Messages:
     if kind == "text":
         return [Text(part)]
     if kind == "paste":
-        text = part[len(PASTE_START):-len(PASTE_END)]
+        text = part[len(PASTE_START) : -len(PASTE_END)]
         return [pasted(text)]
     if kind == "mouse":
         return mouse_messages(part)
@@ -5488,7 +5812,7 @@ def sliced(sent: str, final: bool, resolve: Namer) -> Tuple[Messages, str]:
 
 
 Placed = Tuple[int, str, str]  # a segment behind the column that it begins at, from 0
-Styles = Mapping[str, str]     # the sequence that begins each style
+Styles = Mapping[str, str]  # the sequence that begins each style
 
 
 def cells(row: Row) -> List[Placed]:
@@ -5569,7 +5893,9 @@ def repaint(old: Frame, new: Frame, styles: Styles) -> str:
         output += place(*cursor) + "\x1b[?25h"
     else:
         output += "\x1b[?25l"
-    return f"\x1b[?2026h{output}\x1b[?2026l"  # shown at once, where a terminal knows that
+    return (
+        f"\x1b[?2026h{output}\x1b[?2026l"  # shown at once, where a terminal knows that
+    )
 
 
 def to_ascii(text: str) -> str:
@@ -5597,7 +5923,9 @@ def sgr_styles(colours: int) -> Styles:
         depth = 1
     styles = {"cursor": ""}
     for name, parameters in STYLES.items():
-        styles[name] = f"\x1b[0;{parameters[depth]}m"  # where none follow it, that means 0 too
+        styles[name] = (
+            f"\x1b[0;{parameters[depth]}m"  # where none follow it, that means 0 too
+        )
     return styles
 
 
@@ -5649,6 +5977,7 @@ def on_terminal(call: Callable[..., Any], *arguments: Any) -> Any:
     in the middle of the call, is tried again: Python does that itself, but not in ``termios``.
     """
     import termios
+
     while True:
         try:
             return call(*arguments)
@@ -5670,8 +5999,8 @@ class Signals:
     STUCK_S = 1.0  # a loop that has not come by for so long is not waited for
 
     def __init__(self) -> None:
-        self.ending = 0             # the number of the first signal that ends the program
-        self.ending_since = 0.0     # on the monotonic clock
+        self.ending = 0  # the number of the first signal that ends the program
+        self.ending_since = 0.0  # on the monotonic clock
         self.heard: List[int] = []  # the other signals
         self.previous: Dict[int, Any] = {}
         self.previous_wake = -1
@@ -5681,12 +6010,16 @@ class Signals:
 
     def __enter__(self) -> Signals:
         for number in self.fatal:
-            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and `&` leave them
+            if (
+                signal.getsignal(number) != signal.SIG_IGN
+            ):  # as nohup and `&` leave them
                 self.previous[number] = signal.signal(number, self.end)
         for other in (signal.SIGWINCH, signal.SIGCONT, signal.SIGTSTP):
             self.previous[other] = signal.signal(other, self.note)
         # The kernel may hand a signal to a worker's thread, and then nothing else wakes the loop.
-        self.previous_wake = signal.set_wakeup_fd(self.wake_out, warn_on_full_buffer=False)
+        self.previous_wake = signal.set_wakeup_fd(
+            self.wake_out, warn_on_full_buffer=False
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -5736,6 +6069,7 @@ class Tty:
     def __init__(self) -> None:
         import codecs
         import termios
+
         self.saved = on_terminal(termios.tcgetattr, 0)
         self.decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self.output = self.open_output()
@@ -5750,17 +6084,21 @@ class Tty:
         flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
         try:
             return os.open(os.ttyname(1), flags)
-        except OSError:  # it belongs to another user, or is from outside of this container
+        except (
+            OSError
+        ):  # it belongs to another user, or is from outside of this container
             return 1
 
     def set_raw(self) -> None:
         import termios
         import tty
+
         on_terminal(tty.setraw, 0, termios.TCSANOW)
 
     def set_saved(self) -> None:
         """Restore the modes, in the background too, where SIGTTOU would stop the job."""
         import termios
+
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTTOU])
         try:
             on_terminal(termios.tcsetattr, 0, termios.TCSANOW, self.saved)
@@ -5833,7 +6171,7 @@ class Keyboard:
     def __init__(self, tty: Tty, terminal: Any) -> None:
         self.tty = tty
         self.terminal = terminal  # of blessed
-        self.pending = ""         # the start of a sequence or a paste whose end has not come
+        self.pending = ""  # the start of a sequence or a paste whose end has not come
 
     def resolve(self, sequence: str) -> str:
         """The name of the key that sends it; "" if none does, as for a late answer to a query."""
@@ -5850,7 +6188,9 @@ class Keyboard:
         """The messages that are complete. Esc is a key of its own if nothing follows it."""
         sent = self.tty.read()
         if self.in_paste() and _INTERRUPTING.match(sent) and self.is_all():
-            sent = PASTE_END + sent  # its end was lost, and it must not eat Esc or Ctrl+C
+            sent = (
+                PASTE_END + sent
+            )  # its end was lost, and it must not eat Esc or Ctrl+C
         self.pending += sent
         messages, self.pending = sliced(self.pending, False, self.resolve)
         if self.pending and not self.in_paste() and self.is_all():
@@ -5893,13 +6233,15 @@ class Screen:
         self.controls = Controls(terminal)
         self.canvas = Canvas(environ, terminal)
         self.size = self.tty.size()
-        self.mouse = True    # it is reported to this program; else the terminal selects
+        self.mouse = True  # it is reported to this program; else the terminal selects
         self.active = False  # between enter() and restore()
 
     def enter(self) -> None:
         """Take the terminal, once this job is in the foreground, and forget what is on it."""
         while not self.tty.is_foreground() and not self.signals.ending:
-            os.kill(0, signal.SIGSTOP)  # SIGTTOU would not stop a job that no shell looks after
+            os.kill(
+                0, signal.SIGSTOP
+            )  # SIGTTOU would not stop a job that no shell looks after
         if self.signals.ending:
             return
         self.active = True
@@ -5982,21 +6324,30 @@ class Screen:
 
 
 @contextlib.contextmanager
-def crashes_heard(hear: Callable[[BaseException], None]) -> Iterator[None]:
-    """While it lasts, another thread's uncaught exception is heard, and not printed.
+def guarded(screen: Screen, hear: Callable[[BaseException], None]) -> Iterator[None]:
+    """While it lasts, whatever crashes leaves the screen before it is printed.
 
-    The screen is for one thread alone, which leaves it before the exception is printed.
+    Another thread's uncaught exception is heard instead: the screen is for one thread alone.
     """
-    before = threading.excepthook
+    excepthook = sys.excepthook
+    thread_excepthook = threading.excepthook
 
-    def uncaught(failure: Any) -> None:
+    def uncaught(*error: Any) -> None:
+        screen.restore()
+        excepthook(*error)
+
+    def uncaught_in_thread(failure: Any) -> None:
         hear(failure.exc_value)
 
-    threading.excepthook = uncaught
+    atexit.register(screen.restore)
+    sys.excepthook = uncaught
+    threading.excepthook = uncaught_in_thread
     try:
         yield
     finally:
-        threading.excepthook = before
+        atexit.unregister(screen.restore)
+        sys.excepthook = excepthook
+        threading.excepthook = thread_excepthook
 
 
 # -- What the workers are asked, and what they say
@@ -6029,10 +6380,14 @@ class Target(NamedTuple):
     """Where and with what the next task runs. Nothing but a choice or a delivery moves it."""
 
     repo: KnownRepo = KnownRepo()
-    branch: str = ""   # to continue on, which a run has delivered; "" lets the service make one
-    base: str = ""     # to start from; "" is the repository's default
+    branch: str = (
+        ""  # to continue on, which a run has delivered; "" lets the service make one
+    )
+    base: str = ""  # to start from; "" is the repository's default
     harness: str = next(iter(HARNESSES))
-    choices: int = 0   # how often somebody chose: an untouched target has the same number
+    choices: int = (
+        0  # how often somebody chose: an untouched target has the same number
+    )
 
 
 class NewRun(NamedTuple):
@@ -6042,11 +6397,12 @@ class NewRun(NamedTuple):
     target: Target
     key: str
     under_way: bool = True  # False: no answer came, and the run may have started
-    run_id: str = ""        # once the service has said it
+    run_id: str = ""  # once the service has said it
 
 
 if TYPE_CHECKING:
     from typing_extensions import Concatenate, ParamSpec
+
     Given = ParamSpec("Given")
 
 
@@ -6086,7 +6442,7 @@ class Facts(NamedTuple):
     base_url: str
     home: Home
     run_browser: Callable[[str], bool]  # False where there is none
-    overruled: str                  # that the environment takes precedence over a sign-in
+    overruled: str  # that the environment takes precedence over a sign-in
 
 
 class Left(Exception):
@@ -6193,7 +6549,9 @@ class Desk:
         """Follow a run until its verdict, or until there is another job."""
         self.told = None
         report = functools.partial(self.report, run_id)
-        for item in tail(self.client(), run_id, on_progress=report, interval_s=TAIL_INTERVAL_S):
+        for item in tail(
+            self.client(), run_id, on_progress=report, interval_s=TAIL_INTERVAL_S
+        ):
             self.tell(Desk.watch, item, run_id)
 
     def report(self, run_id: str, progress: Progress) -> None:
@@ -6392,9 +6750,9 @@ class Shown(NamedTuple):
     entries: Tuple[Entry, ...] = ()
     delivery: Delivery = Delivery()  # made harmless
     verdict: Optional[Verdict] = None
-    lost: str = ""           # why the tail gave up
-    again_at: float = 0.0    # when it is begun again; 0 for never
-    stale: bool = False      # it was begun again: the next event is the first once more
+    lost: str = ""  # why the tail gave up
+    again_at: float = 0.0  # when it is begun again; 0 for never
+    stale: bool = False  # it was begun again: the next event is the first once more
 
 
 class KnownRun(NamedTuple):
@@ -6404,7 +6762,7 @@ class KnownRun(NamedTuple):
     repo: str = ""
     task: str = ""
     started_at: float = 0.0
-    status: str = ""     # "" until the service has said it
+    status: str = ""  # "" until the service has said it
     error: str = ""
     heard_at: float = 0.0
     asked_at: float = 0.0
@@ -6415,7 +6773,7 @@ class Rail(NamedTuple):
 
     runs: Tuple[KnownRun, ...] = ()
     sandboxes: Tuple[KnownSandbox, ...] = ()
-    at: int = 0          # the selected row, counted over both
+    at: int = 0  # the selected row, counted over both
 
 
 class Polls(NamedTuple):
@@ -6433,8 +6791,8 @@ class Composer(NamedTuple):
     text: str = ""
     cursor: int = 0
     history: Tuple[str, ...] = ()
-    recalled: int = 0    # how far back in the history; 0 is the line being typed,
-    draft: str = ""      # which is kept here meanwhile
+    recalled: int = 0  # how far back in the history; 0 is the line being typed,
+    draft: str = ""  # which is kept here meanwhile
 
     def start(self) -> int:
         return 0
@@ -6447,13 +6805,13 @@ class Composer(NamedTuple):
 
     def word_start(self) -> int:
         """Where the word before the cursor begins."""
-        before = self.text[:self.cursor].rstrip()
+        before = self.text[: self.cursor].rstrip()
         word = re.split(r"\s", before)[-1]
         return len(before) - len(word)
 
     def word_end(self) -> int:
         """Where the word after the cursor ends."""
-        after = self.text[self.cursor:]
+        after = self.text[self.cursor :]
         rest = re.sub(r"\s*\S*", "", after, count=1)
         return len(self.text) - len(rest)
 
@@ -6481,7 +6839,9 @@ class Heading(NamedTuple):
 
     title: str
     width: int
-    cell: Cell = status_cell  # of a record that was read, where the rows are such records
+    cell: Cell = (
+        status_cell  # of a record that was read, where the rows are such records
+    )
 
 
 class Listing(NamedTuple):
@@ -6502,14 +6862,14 @@ class Drawer(NamedTuple):
     """An open listing, in place of the timeline."""
 
     listing: Listing
-    subject: Tuple[str, ...] = ()   # what it is about, and the arguments of its read
-    data: Any = None                # the last good answer, or what it was opened with
+    subject: Tuple[str, ...] = ()  # what it is about, and the arguments of its read
+    data: Any = None  # the last good answer, or what it was opened with
     query: str = ""
-    searching: bool = False         # letters are no row actions
+    searching: bool = False  # letters are no row actions
     at: int = 0
     error: str = ""
-    lines: Tuple[Item, ...] = ()    # all; empty while they are to be made anew
-    found: Tuple[Item, ...] = ()    # those that the query finds
+    lines: Tuple[Item, ...] = ()  # all; empty while they are to be made anew
+    found: Tuple[Item, ...] = ()  # those that the query finds
 
 
 NEVER = 9e9  # later than any other time
@@ -6520,8 +6880,8 @@ class SigningIn(NamedTuple):
 
     needed: bool = False
     checking: bool = False
-    url: str = ""       # while a browser is open for it
-    waiting: str = ""   # what stood in the composer when it came up: no token
+    url: str = ""  # while a browser is open for it
+    waiting: str = ""  # what stood in the composer when it came up: no token
     lapses_at: float = NEVER
 
 
@@ -6540,8 +6900,8 @@ class Window(NamedTuple):
     height: int = 24
     focus: str = "composer"  # or "timeline", "rail", "filter"
     mouse: bool = True
-    at: int = 0          # the selected entry, counted among those that pass the filter
-    top: int = 0         # the first on the screen, while the newest are not followed
+    at: int = 0  # the selected entry, counted among those that pass the filter
+    top: int = 0  # the first on the screen, while the newest are not followed
     follow: bool = True
     filter: str = ""
     wrap: bool = False
@@ -6552,8 +6912,8 @@ class Next(NamedTuple):
 
     target: Target = Target()
     starts: Tuple[NewRun, ...] = ()  # whose fate is not known
-    session: str = ""                # what their keys begin with
-    made: int = 0                    # how many keys were made
+    session: str = ""  # what their keys begin with
+    made: int = 0  # how many keys were made
 
 
 class Service(NamedTuple):
@@ -6562,21 +6922,21 @@ class Service(NamedTuple):
     base_url: str = DEFAULT_URL
     repos: Tuple[KnownRepo, ...] = ()
     polls: Polls = Polls()
-    failures: int = 0        # in a row
+    failures: int = 0  # in a row
     latency_ms: float = 0.0  # 0: nothing was answered yet
-    trouble: str = ""        # why the last request failed
-    refused: str = ""        # what a 401 or 403 said
+    trouble: str = ""  # why the last request failed
+    refused: str = ""  # what a 401 or 403 said
     held_until: float = 0.0  # after a 429 nothing is asked before
 
 
 class Attention(NamedTuple):
     """What is said to the person, and asked."""
 
-    notice: Notice = Notice()        # a line at the bottom, until the next key
-    notice_until: float = 0.0      # or until this
+    notice: Notice = Notice()  # a line at the bottom, until the next key
+    notice_until: float = 0.0  # or until this
     alerts: Tuple[Notice, ...] = ()  # of runs that ended badly, until looked at
-    killing: str = ""              # the run that is cancelled if the next key is y
-    armed_until: float = 0.0       # a second Ctrl+C before this leaves
+    killing: str = ""  # the run that is cancelled if the next key is y
+    armed_until: float = 0.0  # a second Ctrl+C before this leaves
 
 
 class State(NamedTuple):
@@ -6622,7 +6982,9 @@ class State(NamedTuple):
         composer = self.composer._replace(text=text, cursor=cursor)
         return self._replace(composer=composer).look(focus="composer")
 
-    def open(self, listing: Listing, *subject: str, data: Any = None, query: str = "") -> State:
+    def open(
+        self, listing: Listing, *subject: str, data: Any = None, query: str = ""
+    ) -> State:
         """With a drawer open, and what it shows asked for."""
         state = self._replace(drawer=Drawer(listing, subject, data, query))
         if state.window.focus == "filter":
@@ -6865,7 +7227,9 @@ def alerts_of(state: State) -> Tuple[Notice, ...]:
     wait_s = service.held_until - state.now
     if wait_s > 0:
         wait = format_duration(wait_s)
-        texts.append(f"Rate limited: no requests for {wait}; runs continue in the cloud")
+        texts.append(
+            f"Rate limited: no requests for {wait}; runs continue in the cloud"
+        )
     elif is_offline(service):
         texts.append(f"Offline, retrying: {service.trouble}")
     if service.refused:
@@ -6900,7 +7264,9 @@ def looked_at(state: State, run_id: str) -> State:
     return without_alert(state, run_id).close()
 
 
-def watch(state: State, run_id: str, run: Record, origin: Optional[Target] = None) -> State:
+def watch(
+    state: State, run_id: str, run: Record, origin: Optional[Target] = None
+) -> State:
     """With this run shown, from its first event on."""
     shown = Shown(run_id, run, origin)
     state = looked_at(state, run_id)._replace(shown=shown)
@@ -6977,7 +7343,11 @@ def take_harness(state: State, harness: str) -> State:
     return state.choose(harness=harness)
 
 
-EXPORTS = {"json": "json", "jsonl": "jsonl", "markdown": "md"}  # forms, and how their files end
+EXPORTS = {
+    "json": "json",
+    "jsonl": "jsonl",
+    "markdown": "md",
+}  # forms, and how their files end
 
 
 def export_text(state: State, form: str) -> str:
@@ -7101,10 +7471,12 @@ def record_items(state: State, drawer: Drawer) -> Items:
 
 def per_million(key: str) -> Cell:
     """The cell with a price per million tokens; the service gives it per token."""
+
     def cell(model: Record, setting: Setting) -> str:
         with contextlib.suppress(ValueError):
             return f"${float(text_of(model, 'pricing', key)) * 1e6:,.2f}"
         return ""
+
     return cell
 
 
@@ -7122,7 +7494,7 @@ def enabled_cell(server: Record, setting: Setting) -> str:
     return "○ disabled"
 
 
-LONGEST_LOG = 1 << 20    # characters that a drawer shows
+LONGEST_LOG = 1 << 20  # characters that a drawer shows
 LONGEST_EVENT = 1 << 17  # it is wrapped while somebody waits for it
 MOST_LINES = 20000
 LONGEST_MEASURED = 10000
@@ -7131,7 +7503,7 @@ LONGEST_MEASURED = 10000
 def cut(text: str, width: int, roughly: bool) -> str:
     """What of a text fits, but at least a character of it; fast if it may be only half as much."""
     if roughly:
-        return text[:width // 2]  # no character is wider than two columns
+        return text[: width // 2]  # no character is wider than two columns
     return fit(text, width, "") or text[:1]
 
 
@@ -7141,7 +7513,7 @@ def wrapped(text: str, width: int) -> List[str]:
     for line in text.split("\n"):
         start = 0
         while start < len(line):
-            piece = line[start:start + width]
+            piece = line[start : start + width]
             if not piece.isascii():
                 piece = cut(piece, width, len(line) > LONGEST_MEASURED)
             pieces.append(piece)
@@ -7559,7 +7931,9 @@ def show_sign_in(state: State) -> State:
     return state.close().write("")
 
 
-POLLS_A_MINUTE = 30  # with the tail's 24, six are left of a token's 60 for what somebody asks for
+POLLS_A_MINUTE = (
+    30  # with the tail's 24, six are left of a token's 60 for what somebody asks for
+)
 
 
 def poll_order(run: KnownRun) -> Tuple[bool, float]:
@@ -7594,7 +7968,7 @@ def due_runs(state: State) -> List[KnownRun]:
     rail = state.rail
     runs = rail.runs[:50]
     first = max(50, rail.at - 25)
-    near = rail.runs[first:rail.at + 25]
+    near = rail.runs[first : rail.at + 25]
     active = count_active(runs)
     due = []
     for run in (*near, *runs):
@@ -7666,7 +8040,7 @@ def clear(state: State) -> State:
 class Action(NamedTuple):
     """What a slash command or a key does, and how help says it."""
 
-    call: str         # the command and what may follow it, or the names of the keys
+    call: str  # the command and what may follow it, or the names of the keys
     does: str
     act: Callable[..., State]
     given: Any = None  # what ``act`` is given besides the state
@@ -7687,6 +8061,7 @@ class Action(NamedTuple):
 
 HARNESS_NAMES = " or ".join(HARNESSES)
 EXPORT_NAMES = ", ".join(EXPORTS)
+# fmt: off
 WORDS = (
     Action("run TASK", "start a run; typing the task alone does the same", begin),
     Action("repo [NAME]", "choose the repository of the next task", choose_repo),
@@ -7710,8 +8085,19 @@ WORDS = (
     Action("quit", "leave; runs continue in the cloud", State.ask, Shell.leave),
     Action("exit", "the same as /quit", State.ask, Shell.leave),
 )
+# fmt: on
 NOT_OFFERED = (
-    "pause", "resume", "approve", "reject", "memory", "diff", "cost", "undo", "compact", "plan")
+    "pause",
+    "resume",
+    "approve",
+    "reject",
+    "memory",
+    "diff",
+    "cost",
+    "undo",
+    "compact",
+    "plan",
+)
 COMMANDS = {word.command: word for word in WORDS}
 
 
@@ -7895,7 +8281,9 @@ PANE_HINTS = {
     "rail": "j k move · Enter show · x kill · o open · ? keys · Tab composer · y copy",
     "filter": "type to filter · Enter keep · Esc clear",
 }
-SANDBOX_HINTS = "j k move · Enter logs · o open preview · ? keys · Tab composer · y copy"
+SANDBOX_HINTS = (
+    "j k move · Enter logs · o open preview · ? keys · Tab composer · y copy"
+)
 SIGN_IN_HINTS = "Enter opens the browser · or paste a token · ^C ^C quit"
 WAITING_HINTS = "Esc gives up the wait · ^C ^C quit"
 ROW_HINTS = {"x": "x kill", "o": "o open", "y": "y copy"}
@@ -8290,7 +8678,9 @@ def entry_lines(entry: Entry, width: int, wrap: bool) -> List[Line]:
     return lines
 
 
-def page_above(state: State, entries: Sequence[Entry], at: int, width: int, rows: int) -> int:
+def page_above(
+    state: State, entries: Sequence[Entry], at: int, width: int, rows: int
+) -> int:
     """The first entry of a page that ends with entry ``at``."""
     first = at
     height = 0
@@ -8362,7 +8752,7 @@ def timeline_lines(state: State, width: int, rows: int) -> PaneLines:
             break
         lines += [(line, end) for line in entry]
         end += 1
-    lines = lines[:rows - 1]
+    lines = lines[: rows - 1]
     if window.follow:
         indent = 11 if width >= 60 else 1
         lead = (" " * indent, "")
@@ -8384,7 +8774,10 @@ def welcome(state: State, width: int) -> List[Segment]:
     if url:
         pieces = wrapped(url, width - 6)
         return [
-            ("Waiting for the browser. If none opened, open this address yourself:", "bold"),
+            (
+                "Waiting for the browser. If none opened, open this address yourself:",
+                "bold",
+            ),
             blank,
             *((piece, "accent") for piece in pieces),
             blank,
@@ -8658,11 +9051,11 @@ def rule_rows(state: State, side: int, width: int, height: int) -> List[Row]:
     target = state.next.target
     rule = "─" * width
     if side:
-        rule = rule[:side - 1] + "┴" + rule[side:]
+        rule = rule[: side - 1] + "┴" + rule[side:]
     if height < 20:
         words = target_text(target, width - 9)
         text = f"─ next: {words} "
-        rest = rule[width_of(text):]
+        rest = rule[width_of(text) :]
         line = [(text, "accent"), (rest, "line")]
         return [fill(line, width)]
     line = [(rule, "line")]
@@ -8740,8 +9133,8 @@ def insert(state: State, text: str) -> State:
         cells = map(sanitize, line.split("\t"))
         lines.append("\t".join(cells))
     composer = state.composer
-    before = composer.text[:composer.cursor]
-    after = composer.text[composer.cursor:]
+    before = composer.text[: composer.cursor]
+    after = composer.text[composer.cursor :]
     before += "\n".join(lines)
     return state.write(before + after, len(before))
 
@@ -8761,7 +9154,7 @@ def delete_to(state: State, place: Place) -> State:
     ends = (composer.cursor, place(composer))
     start = min(ends)
     before = composer.text[:start]
-    after = composer.text[max(ends):]
+    after = composer.text[max(ends) :]
     return state.write(before + after, start)
 
 
@@ -8944,7 +9337,9 @@ def copy_event(state: State) -> State:
 def quit_pane(state: State) -> State:
     """q: leave, but not with a half-typed task."""
     if state.composer.text:
-        return state.say("The composer holds a task: press Ctrl+C twice to leave.", "warn")
+        return state.say(
+            "The composer holds a task: press Ctrl+C twice to leave.", "warn"
+        )
     return state.ask(Shell.leave)
 
 
@@ -9144,7 +9539,9 @@ def on_text(state: State, message: Text) -> State:
     Of letters that came together none leaves, cancels a run, answers a question or acts on a row.
     """
     text = message.text
-    if message.pasted:  # it is one text and runs nothing; from a pane it goes to the composer
+    if (
+        message.pasted
+    ):  # it is one text and runs nothing; from a pane it goes to the composer
         state = touched(state)
         state = state.attend(killing="")
         return insert(state, text)
@@ -9368,7 +9765,9 @@ def good_answer(state: State, latency_ms: float) -> State:
     return state
 
 
-def take_progress(state: State, progress: Progress, run_id: str, wait_s: float) -> State:
+def take_progress(
+    state: State, progress: Progress, run_id: str, wait_s: float
+) -> State:
     """How the tail of the shown run gets on; ``wait_s`` until it asks again."""
     if progress.failures:
         state = state.know(failures=progress.failures)
@@ -9505,7 +9904,9 @@ def take_sign_out(state: State, words: str) -> State:
 def take_sign_in(state: State, words: str, *_: str) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.is_signed_out:
-        composer = Composer(history=state.composer.history)  # no draft: it may hold a token
+        composer = Composer(
+            history=state.composer.history
+        )  # no draft: it may hold a token
         state = state._replace(composer=composer)
         state = state.write(state.sign_in.waiting)
     state = state._replace(sign_in=SigningIn())
@@ -9893,7 +10294,7 @@ def run_cockpit(
         home.warn = shell.warn  # standard error is the screen now
         state = first_state(home, environ, base_url, text, attach)
         cockpit = Cockpit(shell, state)
-        with crashes_heard(shell.post):
+        with guarded(screen, shell.post):
             try:
                 return stay(screen, cockpit)
             finally:
@@ -9908,7 +10309,9 @@ def run_cockpit(
 DEMO_TOKEN = "mog_" + "Demo" * 8
 DEMO_READ_TOKEN = "mog_" + "Read" * 8
 DEMO_SECRET = "not-a-real-secret-0123456789"  # in the MCP servers' config, which a client must drop
-DEMO_ERROR = "Agent run exited with code 1."  # the run's error; none of its events repeats it
+DEMO_ERROR = (
+    "Agent run exited with code 1."  # the run's error; none of its events repeats it
+)
 DEMO_LAUNCH_ERROR = "Sandbox launch failed: no capacity in this region"
 DEMO_QUEUE_ERROR = "The run queue refused this run"
 
@@ -9926,14 +10329,14 @@ def demo_table(names: str, *rows: Sequence[Any]) -> List[Json]:
 class DemoStep(NamedTuple):
     """A moment of a run: an event, a change of the run, or both; its ``$words`` are the run's."""
 
-    at_s: float          # seconds into the run; of a run that has begun, since the epoch
-    type: str = ""       # of the event; "" for none
+    at_s: float  # seconds into the run; of a run that has begun, since the epoch
+    type: str = ""  # of the event; "" for none
     message: str = ""
     payload: Json = {}
     tool: Optional[str] = None
-    status: str = ""     # what the run's status becomes; "" leaves it
-    error: str = ""      # what the run's error becomes; "" leaves it
-    harness: str = ""    # the only harness with this step; "" for all
+    status: str = ""  # what the run's status becomes; "" leaves it
+    error: str = ""  # what the run's error becomes; "" leaves it
+    harness: str = ""  # the only harness with this step; "" for all
 
 
 # fmt: off
@@ -10018,6 +10421,7 @@ DEMO_AUTOMATIONS = {
 }
 DEMO_JOB_S = 8.0  # a run of it takes so long
 
+# fmt: off
 DEMO_ACCEPTED = [
     DemoStep(0.0, "started", "External Mogplex run accepted", {
         "external_run_id": "$id",
@@ -10025,10 +10429,14 @@ DEMO_ACCEPTED = [
         "working_branch": "$working",
     }),
 ]
+# fmt: on
 DEMO_STARTED = [
     *DEMO_ACCEPTED,
-    DemoStep(0.3, "started", "Harness run started: $harness", {"harness_id": "$harness"}),
+    DemoStep(
+        0.3, "started", "Harness run started: $harness", {"harness_id": "$harness"}
+    ),
 ]
+# fmt: off
 DEMO_AT_WORK = [
     *DEMO_STARTED,
     DemoStep(1.4, "log", "Synchronized $pushed", {
@@ -10054,6 +10462,7 @@ DEMO_AT_WORK = [
     }),
     DemoStep(4.0, "log", "I read the code around it first."),
 ]
+# fmt: on
 DEMO_UNCHANGED = {
     "stage": "git_delivery",
     "changed": False,
@@ -10066,15 +10475,21 @@ DEMO_FINISHED = [
     DemoStep(9.0, "finished", "Harness run finished", {"exit_code": 0}),
     DemoStep(9.6, status="success"),
 ]
+# fmt: off
 DEMO_CANCEL = [
     DemoStep(0.0, "cancel_requested", "Cancellation requested", {"external_run_id": "$id"},
              status="cancelled"),
     DemoStep(1.0, "cancelled", "External Mogplex run cancelled", {"external_run_id": "$id"}),
 ]
-DEMO_HOSTILE = DemoStep(95.0, "log", (  # agents write anything
-    "Found:\n::error::\x1b[2J\x1b[31mthe cookie\x1b[0m "
-    "\u202eis\u202c lost ##vso[task.complete]\rhere"
-))
+# fmt: on
+DEMO_HOSTILE = DemoStep(
+    95.0,
+    "log",
+    (  # agents write anything
+        "Found:\n::error::\x1b[2J\x1b[31mthe cookie\x1b[0m "
+        "\u202eis\u202c lost ##vso[task.complete]\rhere"
+    ),
+)
 
 
 def demo_later(steps: Iterable[DemoStep], by_s: float) -> List[DemoStep]:
@@ -10082,6 +10497,7 @@ def demo_later(steps: Iterable[DemoStep], by_s: float) -> List[DemoStep]:
     return [step._replace(at_s=step.at_s + by_s) for step in steps]
 
 
+# fmt: off
 DEMO_ENDINGS: Dict[str, List[DemoStep]] = {
     "delivered": [
         *DEMO_AT_WORK,
@@ -10134,6 +10550,7 @@ DEMO_ENDINGS: Dict[str, List[DemoStep]] = {
         *demo_later(DEMO_FINISHED, 900.0),
     ],
 }
+# fmt: on
 DEMO_TASK_WORDS = {"fail": "failed", "crash": "crashed", "refuse": "refused"}
 DEMO_PACKAGES = {"codex": "openai/codex", "claude-code": "anthropic-ai/claude-code"}
 DEMO_BRANCH = re.compile(r"[A-Za-z0-9_./-]+\Z")
@@ -10146,6 +10563,7 @@ DEMO_404 = "<!DOCTYPE html><title>404: This page could not be found.</title>"
 def demo_id(name: str) -> str:
     """A UUID, the same for the same ``name`` every time."""
     import uuid
+
     return str(uuid.uuid5(uuid.NAMESPACE_URL, "mogplex demo " + name))
 
 
@@ -10178,7 +10596,9 @@ DemoAnswer = Tuple[int, Union[Json, str], Dict[str, str]]
 class DemoRefusal(Exception):
     """Raised by a route for an answer in the error envelope."""
 
-    def __init__(self, status: int, code: str, message: str, retry_after: str = "") -> None:
+    def __init__(
+        self, status: int, code: str, message: str, retry_after: str = ""
+    ) -> None:
         headers = {}
         if retry_after:
             headers["Retry-After"] = retry_after
@@ -10192,7 +10612,7 @@ class DemoRequest:
     def __init__(self, target: str, headers: Mapping[str, str], data: bytes) -> None:
         self.path, _, query = target.partition("?")
         self.query = dict(urllib.parse.parse_qsl(query))
-        self.id = ""                 # the one in the path
+        self.id = ""  # the one in the path
         self.body = demo_body(data)
         self.key = headers.get("idempotency-key", "").strip()
         self.token = ""
@@ -10213,7 +10633,7 @@ class DemoRun:
             pushed = f"mogplex/agent-{run_id[:8]}"
         self.sandbox = sandbox
         self.steps: List[DemoStep] = []  # with times since the epoch
-        self.words = {                   # what the steps' ``$words`` stand for
+        self.words = {  # what the steps' ``$words`` stand for
             "id": run_id,
             "harness": harness,
             "package": DEMO_PACKAGES[harness],
@@ -10248,6 +10668,7 @@ class DemoRun:
     def play(self, script: Sequence[DemoStep], began: float, speed: float) -> None:
         """Add the steps of a script that begins at ``began``, in the run's own words."""
         import string
+
         text = string.Template(to_json(script)).substitute(self.words)
         for at_s, *fields in parse_json(text):
             step = DemoStep(began + at_s / speed, *fields)
@@ -10341,21 +10762,28 @@ class DemoSignIn:
 
     def __init__(self) -> None:
         self.tokens = {DEMO_TOKEN: "read write", DEMO_READ_TOKEN: "read"}
-        self.grants: Dict[str, Json] = {}  # codes and refresh tokens: what authorize was asked
+        self.grants: Dict[str, Json] = (
+            {}
+        )  # codes and refresh tokens: what authorize was asked
 
     def admit(self, token: str, scope: str) -> None:
         """Refuse a token that is unknown, or that lacks the scope."""
         if token not in self.tokens:
             raise DemoRefusal(401, "UNAUTHORIZED", "Unauthorized")
         if scope and scope not in self.tokens[token].split():
-            raise DemoRefusal(403, "FORBIDDEN", (
-                f"Missing required scope: {scope}. "
-                f"Issue a new token with the '{scope}' scope at /settings/api-keys."
-            ))
+            raise DemoRefusal(
+                403,
+                "FORBIDDEN",
+                (
+                    f"Missing required scope: {scope}. "
+                    f"Issue a new token with the '{scope}' scope at /settings/api-keys."
+                ),
+            )
 
     def authorize(self, query: Json) -> DemoAnswer:
         """The page that a browser opens: whoever asks is signed in, and is sent back at once."""
         import secrets
+
         target = query.get("redirect_uri", "")
         if not re.fullmatch(r"http://127\.0\.0\.1:2481[68]/auth/callback", target):
             return self._error("invalid_client", "invalid redirect")
@@ -10367,6 +10795,7 @@ class DemoSignIn:
     def exchange(self, form: Json) -> DemoAnswer:
         """Tokens for a code, whose verifier must fit, or for a refresh token; either works once."""
         import secrets
+
         grant = form.get("code") or form.get("refresh_token", "")
         asked = self.grants.pop(grant, None)
         if asked is None:
@@ -10379,13 +10808,17 @@ class DemoSignIn:
         scope = asked.get("scope", "")
         self.tokens[access] = scope
         self.grants[refresh] = {"scope": scope}
-        return 200, {
-            "access_token": access,
-            "token_type": "Bearer",
-            "expires_in": 3600,
-            "refresh_token": refresh,
-            "scope": scope,
-        }, {}
+        return (
+            200,
+            {
+                "access_token": access,
+                "token_type": "Bearer",
+                "expires_in": 3600,
+                "refresh_token": refresh,
+                "scope": scope,
+            },
+            {},
+        )
 
     def _error(self, error: str, description: str) -> DemoAnswer:
         return 401, {"error": error, "error_description": description}, {}
@@ -10403,21 +10836,31 @@ class DemoService:
         self.lock = threading.Lock()
         self.requests = 0
         self.sign_in = DemoSignIn()
-        self.keys: Dict[str, Tuple[Json, str]] = {}  # idempotency key: the first body, the run's id
+        self.keys: Dict[str, Tuple[Json, str]] = (
+            {}
+        )  # idempotency key: the first body, the run's id
         self.runs: Dict[str, DemoRun] = {}
         self.sandboxes: Dict[str, Json] = {}
         self.job_runs: Dict[str, float] = {}  # when each began
         now = clock()
         for box in DEMO_SANDBOXES:
-            sandbox = self._add_sandbox(box, now - box["age_s"] / speed, box["id"], box["status"])
+            sandbox = self._add_sandbox(
+                box, now - box["age_s"] / speed, box["id"], box["status"]
+            )
             sandbox.update(sandbox_id=box["sandbox_id"], error=box["error"])
         for seed in DEMO_RUNS:
-            run = self._add_run(seed["id"], seed, seed["ending"], now - seed["age_s"] / speed)
+            run = self._add_run(
+                seed["id"], seed, seed["ending"], now - seed["age_s"] / speed
+            )
             if seed["ending"] != "running":
                 run.sandbox.update(status="stopped", preview_url=None)
 
     def answer(
-        self, method: str, target: str, headers: Mapping[str, str], data: bytes,
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        data: bytes,
     ) -> DemoAnswer:
         """The answer to a request; the names of ``headers`` in lower case."""
         request = DemoRequest(target, headers, data)
@@ -10459,7 +10902,11 @@ class DemoService:
         else:
             part = re.escape(request.query.get("q", ""))
             name = part.replace("%", ".*").replace("_", ".")  # SQL's wildcards
-            found = [repo for repo in repos if re.search(name, repo["full_name"], re.IGNORECASE)]
+            found = [
+                repo
+                for repo in repos
+                if re.search(name, repo["full_name"], re.IGNORECASE)
+            ]
         return {"repos": demo_first(found, request)}
 
     def list_sandboxes(self, request: DemoRequest) -> Json:
@@ -10467,12 +10914,17 @@ class DemoService:
         repo_id = request.query.get("repo_id", "").lower()
         status = request.query.get("status", "")
         if repo_id:
-            demo_find({repo_id: None}, repo_id, "Repo")  # which refuses an id that is no UUID
+            demo_find(
+                {repo_id: None}, repo_id, "Repo"
+            )  # which refuses an id that is no UUID
         found = [
-            box for box in self.sandboxes.values()
+            box
+            for box in self.sandboxes.values()
             if repo_id in ("", box["repo_id"]) and status in ("", box["status"])
         ]
-        by_time = operator.itemgetter("last_active_at")  # of one zone: text sorts as time does
+        by_time = operator.itemgetter(
+            "last_active_at"
+        )  # of one zone: text sorts as time does
         found.sort(key=by_time, reverse=True)
         return {"sandboxes": demo_first(found, request)}
 
@@ -10507,16 +10959,25 @@ class DemoService:
             raise DemoRefusal(400, "BAD_REQUEST", problem)
         if body["repoId"] not in DEMO_REPOS:
             raise DemoRefusal(
-                503, "SERVICE_UNAVAILABLE", "External Mogplex run rate limit unavailable", "60")
+                503,
+                "SERVICE_UNAVAILABLE",
+                "External Mogplex run rate limit unavailable",
+                "60",
+            )
         replayed = request.key in self.keys
         if not replayed:
             run_id = demo_id(f"run {len(self.runs)}")
-            self._add_run(run_id, body, demo_ending(text_of(body, "prompt")), self.clock())
+            self._add_run(
+                run_id, body, demo_ending(text_of(body, "prompt")), self.clock()
+            )
             self.keys[request.key] = (body, run_id)
         first_body, run_id = self.keys[request.key]
         if body != first_body:
             raise DemoRefusal(
-                409, "IDEMPOTENCY_CONFLICT", "Idempotency-Key was used with another request body")
+                409,
+                "IDEMPOTENCY_CONFLICT",
+                "Idempotency-Key was used with another request body",
+            )
         run = self.runs[run_id].record(self.clock())
         if run["error"] == DEMO_QUEUE_ERROR and not replayed:
             raise DemoRefusal(500, "INTERNAL_ERROR", "Internal server error")
@@ -10572,13 +11033,15 @@ class DemoService:
         if started:
             outcome = "started"
             self.job_runs[job_run_id] = self.clock()
-        return {"run": {
-            "jobRunId": job_run_id,
-            "outcome": outcome,
-            "reason": None,
-            "started": started,
-            "status": "running",
-        }}
+        return {
+            "run": {
+                "jobRunId": job_run_id,
+                "outcome": outcome,
+                "reason": None,
+                "started": started,
+                "status": "running",
+            }
+        }
 
     def _job_run(self, job_run_id: str) -> Json:
         began = self.job_runs[job_run_id]
@@ -10634,7 +11097,11 @@ class DemoService:
     )
 
     def _add_sandbox(
-        self, body: Json, created: float, record_id: str = "", status: str = "running",
+        self,
+        body: Json,
+        created: float,
+        record_id: str = "",
+        status: str = "running",
     ) -> Json:
         """A sandbox as a StartRun or a POST /sandboxes asks for it."""
         name = record_id or demo_id(f"sandbox {len(self.sandboxes)}")
@@ -10693,9 +11160,13 @@ def demo_listener(service: DemoService, port: int, hosts: Set[str]) -> Any:
             if headers.get("host", "").lower() in hosts:
                 self.send(*service.answer(self.command, self.path, headers, data))
             else:
-                self.send(421, "This demo service answers to its own address alone.", {})
+                self.send(
+                    421, "This demo service answers to its own address alone.", {}
+                )
 
-        def send(self, status: int, body: Union[Json, str], headers: Dict[str, str]) -> None:
+        def send(
+            self, status: int, body: Union[Json, str], headers: Dict[str, str]
+        ) -> None:
             """Send an answer in chunks, as the service does."""
             kind = "text/html; charset=utf-8"
             if not isinstance(body, str):
@@ -10744,14 +11215,20 @@ class DemoServer:
     read_token = DEMO_READ_TOKEN
 
     def __init__(
-        self, port: int = 0, *, clock: Callable[[], float] = time.time, speed: float = 1.0,
+        self,
+        port: int = 0,
+        *,
+        clock: Callable[[], float] = time.time,
+        speed: float = 1.0,
     ) -> None:
         self.service = DemoService(clock, speed)
         self.hosts: Set[str] = set()
         try:
             self._listener = demo_listener(self.service, port, self.hosts)
         except (OSError, OverflowError) as error:
-            raise UsageError(f"the demo cannot listen on 127.0.0.1:{port}: {error}") from None
+            raise UsageError(
+                f"the demo cannot listen on 127.0.0.1:{port}: {error}"
+            ) from None
         port = self._listener.server_address[1]
         self.url = f"http://127.0.0.1:{port}"
         self.hosts.update([f"127.0.0.1:{port}", f"localhost:{port}"])
@@ -10796,7 +11273,10 @@ def demo_environment(port: int = 0) -> Iterator[Tuple[DemoServer, Dict[str, str]
     Among them is a home that remembers its runs. Both end with the block.
     """
     import tempfile
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(port) as server:
+
+    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(
+        port
+    ) as server:
         for record in server.seeded_runs:
             Home(home).record_start(record)
         yield server, {
@@ -10810,10 +11290,17 @@ def demo_environment(port: int = 0) -> Iterator[Tuple[DemoServer, Dict[str, str]
 # ---------------------------------------------------------------- 9. Commands and main
 
 DEFAULT_TIMEOUT_S = 1800.0
-GRACE_S = 5.0    # for a start or a cancellation that is under way when a signal comes
+GRACE_S = 5.0  # for a start or a cancellation that is under way when a signal comes
 # Set by GitHub Codespaces, VS Code's dev containers, Gitpod and DevPod.
-CONTAINER_VARIABLES = ("CODESPACES", "REMOTE_CONTAINERS", "GITPOD_WORKSPACE_ID", "DEVPOD")
-MAX_RERUNS = 8   # of a CI job, that are looked up: the service admits ten starts a minute
+CONTAINER_VARIABLES = (
+    "CODESPACES",
+    "REMOTE_CONTAINERS",
+    "GITPOD_WORKSPACE_ID",
+    "DEVPOD",
+)
+MAX_RERUNS = (
+    8  # of a CI job, that are looked up: the service admits ten starts a minute
+)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -10821,12 +11308,16 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        if number == getattr(signal, "SIGBREAK", 0):  # Ctrl+Break, or its window was closed
+        if number == getattr(
+            signal, "SIGBREAK", 0
+        ):  # Ctrl+Break, or its window was closed
             number = signal.SIGINT
         self.exit = Exit(128 + number)
 
 
-def in_background(work: Callable[..., object], *given: object) -> queue.SimpleQueue[Any]:
+def in_background(
+    work: Callable[..., object], *given: object
+) -> queue.SimpleQueue[Any]:
     """Do ``work`` on a thread, or here where there is none.
 
     What it returns, or the exception that it raises, comes in the queue.
@@ -10857,7 +11348,12 @@ class Interrupts:
     reference runs. So the first one is raised again by ``check``, and by a signal that comes later.
     """
 
-    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the third POSIX's, the last Windows'
+    NAMES = (
+        "SIGINT",
+        "SIGTERM",
+        "SIGHUP",
+        "SIGBREAK",
+    )  # the third POSIX's, the last Windows'
     AT_ONCE_S = 2.0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -10953,7 +11449,11 @@ def prepare_stream(stream: Any, environ: Mapping[str, str]) -> None:
     if not hasattr(stream, "reconfigure"):
         return
     stream.reconfigure(errors="replace")  # what the encoding lacks becomes ?
-    if os.name == "nt" and not is_terminal(stream) and not environ.get("PYTHONIOENCODING"):
+    if (
+        os.name == "nt"
+        and not is_terminal(stream)
+        and not environ.get("PYTHONIOENCODING")
+    ):
         stream.reconfigure(encoding="utf-8", errors="replace")
 
 
@@ -10962,6 +11462,7 @@ def obeys_sequences(stream: Any) -> bool:
     if sys.platform == "win32":
         import ctypes
         import msvcrt
+
         mode = ctypes.c_ulong()
         handle = ctypes.c_void_p(msvcrt.get_osfhandle(stream.fileno()))
         if not ctypes.windll.kernel32.GetConsoleMode(handle, ctypes.byref(mode)):
@@ -10974,6 +11475,7 @@ def obeys_sequences(stream: Any) -> bool:
 def terminal_columns() -> int:
     """The width of the terminal."""
     import shutil
+
     return shutil.get_terminal_size().columns
 
 
@@ -11014,7 +11516,11 @@ def trusted_certificates(environ: Mapping[str, str]) -> Union[bool, str]:
 
 def without_ours(environ: Mapping[str, str]) -> Dict[str, str]:
     """The environment for another program: none of our variables, the token among them."""
-    return {name: value for name, value in environ.items() if not name.startswith("MOGPLEX_")}
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith("MOGPLEX_")
+    }
 
 
 def open_browser(environ: Mapping[str, str], url: str) -> bool:
@@ -11024,12 +11530,16 @@ def open_browser(environ: Mapping[str, str], url: str) -> bool:
     cannot be told so, and therefore runs in a process of its own, from which the browser inherits.
     """
     import subprocess
+
     program = "import sys, webbrowser; sys.exit(not webbrowser.open(sys.argv[1]))"
     nothing = subprocess.DEVNULL
     code = subprocess.call(
         [sys.executable, "-I", "-c", program, url],
         env=without_ours(environ),
-        stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True,
+        stdin=nothing,
+        stdout=nothing,
+        stderr=nothing,
+        start_new_session=True,
     )
     return code == 0
 
@@ -11038,13 +11548,16 @@ def open_in_demo(base_url: str, url: str) -> bool:
     """Stand in for a browser, on the demo service's pages alone; whether this was one."""
     import urllib.error
     import urllib.request
+
     if not url.startswith(base_url):
         return False
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with contextlib.suppress(OSError):
         try:
             direct.open(url, timeout=10).close()
-        except urllib.error.HTTPError as page:  # one that is not there, which a browser would show
+        except (
+            urllib.error.HTTPError
+        ) as page:  # one that is not there, which a browser would show
             page.close()  # or Python 3.14 warns
     return True
 
@@ -11055,18 +11568,20 @@ class Context:
     Data goes to stdout, everything else to stderr, and the token to neither.
     """
 
-    def __init__(self, environ: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any) -> None:
+    def __init__(
+        self, environ: Mapping[str, str], stdin: Any, stdout: Any, stderr: Any
+    ) -> None:
         self.environ = environ
         self.stdin = stdin
         self.stdout = stdout
         self.stderr = stderr
         self.list_format = "table"  # of LIST_FORMATS
-        self.get_path = ""          # of --get: the value that is printed of each JSON record
+        self.get_path = ""  # of --get: the value that is printed of each JSON record
         self.debug = environ.get("MOGPLEX_DEBUG", "") not in ("", "0")
         self.in_demo = False
         self.credential: Optional[Credential] = None  # the one in use
         self.interrupts = Interrupts()
-        self.status_line = ""       # which stderr shows now
+        self.status_line = ""  # which stderr shows now
         for stream in (stdout, stderr):
             prepare_stream(stream, environ)
 
@@ -11102,9 +11617,13 @@ class Context:
         """Whether data is JSON."""
         return self.list_format == "json"
 
-    def client(self, credential: Optional[Credential] = None, **settings: Any) -> Client:
+    def client(
+        self, credential: Optional[Credential] = None, **settings: Any
+    ) -> Client:
         """A Client with ``credential``, or the one in force; UnauthorizedError for none."""
-        self.credential = credential or resolve_credential(self.environ, self.base_url, self.home)
+        self.credential = credential or resolve_credential(
+            self.environ, self.base_url, self.home
+        )
         return Client(
             self.credential,
             self.base_url,
@@ -11131,7 +11650,9 @@ class Context:
         try:
             write_all(self.stdout, self.redacted(text) + "\n")
         except OSError as error:
-            if isinstance(error, BrokenPipeError) or (os.name == "nt" and error.errno == 22):
+            if isinstance(error, BrokenPipeError) or (
+                os.name == "nt" and error.errno == 22
+            ):
                 raise BrokenPipeError from None
             discard(self.stdout)
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
@@ -11139,7 +11660,9 @@ class Context:
     def json_line(self, record: object) -> str:
         """A record's line with --json; with --get, of its value at that path."""
         if self.get_path:
-            return value_line(record, self.get_path, self.stdout and self.stdout.encoding)
+            return value_line(
+                record, self.get_path, self.stdout and self.stdout.encoding
+            )
         return ndjson(record)
 
     def emit_record(self, record: Record, text: str) -> int:
@@ -11151,8 +11674,12 @@ class Context:
         return Exit.OK
 
     def emit_list(
-        self, records: Listed, empty: str, columns: Sequence[Column],
-        limit: Optional[int] = None, repo_names: Mapping[str, str] = {},
+        self,
+        records: Listed,
+        empty: str,
+        columns: Sequence[Column],
+        limit: Optional[int] = None,
+        repo_names: Mapping[str, str] = {},
     ) -> int:
         """Records in the format in force, and for none the sentence ``empty``; the exit code.
 
@@ -11167,7 +11694,10 @@ class Context:
         return Exit.OK
 
     def list_text(
-        self, records: Listed, columns: Sequence[Column], repo_names: Mapping[str, str],
+        self,
+        records: Listed,
+        columns: Sequence[Column],
+        repo_names: Mapping[str, str],
     ) -> str:
         """Records in the format in force; a table is tab-separated where tabulate is missing."""
         setting = Setting(self.colour, repo_names=repo_names, json_line=self.json_line)
@@ -11223,7 +11753,9 @@ def reader_left(stream: Any) -> bool:
     with contextlib.suppress(OSError, ValueError, AttributeError):
         poll = select.poll()
         poll.register(stream.fileno(), 0)
-        return any(happened & (select.POLLERR | select.POLLHUP) for _, happened in poll.poll(0))
+        return any(
+            happened & (select.POLLERR | select.POLLHUP) for _, happened in poll.poll(0)
+        )
     return False
 
 
@@ -11252,12 +11784,15 @@ def resolve_run_id(ctx: Context, given: Optional[str]) -> str:
 
 
 GIT_S = 10.0  # for what needs no network; a file system can be slow
-GITHUB_URL = re.compile(r"""
+GITHUB_URL = re.compile(
+    r"""
     (?: (?:https|ssh):// (?:[^/]*@)? (?:www\.|ssh\.)? github\.com (?: :\d+)? /
       | (?:[^/@:]+@)? github\.com: /?              # as scp spells it
     )
     ( [\w.-]+ / [\w.-]+? ) (?:\.git)? /? \Z
-    """, re.VERBOSE | re.ASCII | re.IGNORECASE)
+    """,
+    re.VERBOSE | re.ASCII | re.IGNORECASE,
+)
 
 
 def git_output(environ: Mapping[str, str], *words: str) -> str:
@@ -11267,13 +11802,19 @@ def git_output(environ: Mapping[str, str], *words: str) -> str:
     """
     import shutil
     import subprocess
+
     git = shutil.which("git", path=environ.get("PATH"))
     if git is None or not os.path.isabs(git):  # Windows looks in the checkout first
         raise UsageError("git is not installed")
     clean = {**without_ours(environ), "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            [git, *words], env=clean, stdin=subprocess.DEVNULL, capture_output=True, timeout=GIT_S)
+            [git, *words],
+            env=clean,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=GIT_S,
+        )
     except subprocess.TimeoutExpired:
         raise UsageError(f"git does not answer within {GIT_S:g} s") from None
     except OSError as error:
@@ -11300,7 +11841,9 @@ def repo_meant(ctx: Context, given: str) -> str:
         raise UsageError(f"repo '.': {error.message}", hint=hint) from None
     match = GITHUB_URL.match(url.rstrip("\r\n"))
     if not match:
-        raise UsageError("repo '.': the remote 'origin' is not on github.com", hint=hint)
+        raise UsageError(
+            "repo '.': the remote 'origin' is not on github.com", hint=hint
+        )
     name = match.group(1)
     ctx.note(f"repo {name} (origin of this checkout)")
     return name
@@ -11335,7 +11878,9 @@ def read_source(ctx: Context, path: str, most: int, what: str) -> bytes:
         with open(path, "rb") as file:
             return file.read(most)
     except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(error, "strerror", "cannot be read")  # a stdin that is closed is None
+        reason = getattr(
+            error, "strerror", "cannot be read"
+        )  # a stdin that is closed is None
         raise UsageError(f"{what}: {reason}") from None
 
 
@@ -11410,7 +11955,9 @@ def resolve_sandbox(client: Client, given: str) -> str:
             record_id = text_of(sandbox, "id")
             if record_id:
                 return record_id
-            raise InvalidResponseError(f"the service lists no id of the sandbox '{given}'")
+            raise InvalidResponseError(
+                f"the service lists no id of the sandbox '{given}'"
+            )
     raise MogplexError(
         f"the service lists no sandbox '{given}'",
         code="NOT_FOUND",
@@ -11427,9 +11974,14 @@ def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
     from_stdin = "-" in words[:1]
     if both_or_none or (from_stdin and len(words) > 1):
         raise UsageError(
-            "run: give the task once: as arguments, as - for stdin, or with --prompt-file")
-    too_long = UsageError(f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units")
-    most = 3 * MAX_PROMPT_UNITS + 4  # bytes: no allowed text is longer, and stdin may never end
+            "run: give the task once: as arguments, as - for stdin, or with --prompt-file"
+        )
+    too_long = UsageError(
+        f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units"
+    )
+    most = (
+        3 * MAX_PROMPT_UNITS + 4
+    )  # bytes: no allowed text is longer, and stdin may never end
     if from_stdin or prompt_file:
         data = read_source(ctx, prompt_file, most, f"run: {prompt_file or 'stdin'}")
     else:
@@ -11461,18 +12013,21 @@ def ci_job(environ: Mapping[str, str]) -> Tuple[List[str], List[str]]:
             last = int(attempt)
         reruns += [str(number) for number in range(2, last + 1)]
         # The oldest, as the search ends at a run that has not failed, and this one.
-        del reruns[MAX_RERUNS - 1:-1]
+        del reruns[MAX_RERUNS - 1 : -1]
     elif environ.get("CI_PIPELINE_ID"):
         names = ("CI_PROJECT_ID", "CI_PIPELINE_ID", "CI_JOB_NAME")
         if environ.get("CI_JOB_ID"):
             reruns.append(environ["CI_JOB_ID"])
     else:
         raise UsageError(
-            "run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key")
+            "run: --idempotency-key ci works in GitHub Actions and GitLab CI only; give a key"
+        )
     return [environ.get(name, "") for name in names], reruns
 
 
-def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "") -> List[str]:
+def ci_idempotency_keys(
+    environ: Mapping[str, str], body: Json, label: str = ""
+) -> List[str]:
     """The keys of one request of a CI job, to be tried in turn.
 
     The first is the same however often the job is re-run, so that a re-run finds the run that was
@@ -11494,10 +12049,13 @@ def ci_idempotency_keys(environ: Mapping[str, str], body: Json, label: str = "")
 def random_key() -> str:
     """A new idempotency key."""
     import uuid  # which on Python 3.8 loads platform and subprocess
+
     return str(uuid.uuid4())
 
 
-def idempotency_keys(environ: Mapping[str, str], body: Json, given: Optional[str]) -> List[str]:
+def idempotency_keys(
+    environ: Mapping[str, str], body: Json, given: Optional[str]
+) -> List[str]:
     """The keys to try in turn: a random one, the one given, or those of the CI job."""
     if given is None:
         return [random_key()]
@@ -11533,7 +12091,11 @@ class CiReport:
     """
 
     def __init__(
-        self, ctx: Context, task: str = "", dotenv: str = "", has_outputs: bool = True,
+        self,
+        ctx: Context,
+        task: str = "",
+        dotenv: str = "",
+        has_outputs: bool = True,
     ) -> None:
         self.ctx = ctx
         self.task = task
@@ -11562,7 +12124,9 @@ class CiReport:
         if not outcome.run_id:
             return
         lines = [event_line(event)[:300] for event in self.newest]
-        self.write_for_github("GITHUB_STEP_SUMMARY", github_summary(outcome, self.task, lines))
+        self.write_for_github(
+            "GITHUB_STEP_SUMMARY", github_summary(outcome, self.task, lines)
+        )
         if self.has_outputs:
             outputs = github_outputs(
                 status=outcome.status,
@@ -11614,8 +12178,8 @@ class Attendant:
         self.ctx = report.ctx
         self.report = report
         self.outcome = Outcome(run_id)  # so far
-        self.started = False            # this command has started it
-        self.label = label              # which lines on one of several runs begin with
+        self.started = False  # this command has started it
+        self.label = label  # which lines on one of several runs begin with
 
     def announce(self, run: Run, replayed: bool) -> None:
         """Tell the id of a run that was started: on stdout, then to CI."""
@@ -11665,7 +12229,9 @@ class Attendant:
         while True:
             left_s = max(0.5, deadline - time.monotonic())
             try:
-                with self.ctx.client(timeout_s=left_s, connect_timeout_s=left_s, tries=1) as client:
+                with self.ctx.client(
+                    timeout_s=left_s, connect_timeout_s=left_s, tries=1
+                ) as client:
                     return client.cancel(self.outcome.run_id)
             except MogplexError as error:
                 may_work = error.transient or error.status == 409
@@ -11693,7 +12259,9 @@ def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> None:
     """Request the cancellation of runs in the time of one, and tell; no signal cuts it short."""
     deadline = time.monotonic() + GRACE_S
     with ctx.interrupts.postponed():
-        asked = [in_background(one.request_cancellation, deadline) for one in attendants]
+        asked = [
+            in_background(one.request_cancellation, deadline) for one in attendants
+        ]
         for attendant, outcomes in zip(attendants, asked):
             answer: Any = UnavailableError(f"no answer for {GRACE_S:g} s")
             wait_s = deadline + 1.0 - time.monotonic()  # for a last short try
@@ -11703,7 +12271,10 @@ def cancel_all(ctx: Context, attendants: Sequence[Attendant]) -> None:
 
 
 def settle(
-    ctx: Context, attendants: Iterable[Attendant], error: BaseException, cancels: bool,
+    ctx: Context,
+    attendants: Iterable[Attendant],
+    error: BaseException,
+    cancels: bool,
 ) -> None:
     """Settle what becomes of runs that a command leaves because of ``error``, and tell CI."""
     left = list(attendants)
@@ -11726,7 +12297,9 @@ def settle(
 
 
 @contextlib.contextmanager
-def attended(ctx: Context, attendants: Iterable[Attendant], cancels: bool) -> Iterator[None]:
+def attended(
+    ctx: Context, attendants: Iterable[Attendant], cancels: bool
+) -> Iterator[None]:
     """Stay with runs while a command does its work, and settle what becomes of those it leaves.
 
     A signal, or a reader of stdout that has gone, cancels them where that was asked for.
@@ -11746,12 +12319,18 @@ def warn_of_doubt(ctx: Context, start: Json) -> None:
     """Say so where an earlier start of the same task may have gone through, and how to find out."""
     earlier = ctx.home.start_in_doubt(start, time.time())
     if earlier:
-        ctx.note("an earlier start of this task may have gone through; to find out instead of "
-                 f"starting another, add --idempotency-key {text_of(earlier, 'key')}")
+        ctx.note(
+            "an earlier start of this task may have gone through; to find out instead of "
+            f"starting another, add --idempotency-key {text_of(earlier, 'key')}"
+        )
 
 
 def start_once(
-    client: Client, body: Json, repo: str, key: str, announce: Callable[[Run], None],
+    client: Client,
+    body: Json,
+    repo: str,
+    key: str,
+    announce: Callable[[Run], None],
     attendant: Attendant,
 ) -> Run:
     """Start a run under one key.
@@ -11767,19 +12346,26 @@ def start_once(
         sent.set()
 
     work = functools.partial(
-        start_recorded, client, ctx.home, body, key, repo, announce, before_sending)
+        start_recorded, client, ctx.home, body, key, repo, announce, before_sending
+    )
     try:
         return ctx.interrupts.outlast(work)
     except (MogplexError, KeyboardInterrupt) as error:
         delivered = getattr(error, "delivered", True)
         if sent.is_set() and delivered and not attendant.started:
-            ctx.note("the run may have started; to find out without paying twice, "
-                     f"add --idempotency-key {key}")
+            ctx.note(
+                "the run may have started; to find out without paying twice, "
+                f"add --idempotency-key {key}"
+            )
         raise
 
 
 def start(
-    client: Client, body: Json, repo: str, given_key: Optional[str], attendant: Attendant,
+    client: Client,
+    body: Json,
+    repo: str,
+    given_key: Optional[str],
+    attendant: Attendant,
 ) -> None:
     """Start a run, or find the one of an earlier attempt of this CI job that has not failed.
 
@@ -11802,7 +12388,9 @@ def start(
         if attendant.started:
             return
         status = text_of(run, "status")
-        ctx.note(f"run {text_of(run, 'runId')} of an earlier attempt is {status}; starting another")
+        ctx.note(
+            f"run {text_of(run, 'runId')} of an earlier attempt is {status}; starting another"
+        )
     warn_of_doubt(ctx, start_record(client.base_url, body, last, repo))
     start_once(client, body, repo, last, announce, attendant)
 
@@ -11811,7 +12399,10 @@ class LifeSigns:
     """What stderr shows of a silent run: a status line on a terminal, a line a minute in a log."""
 
     def __init__(
-        self, ctx: Context, quiet: bool, clock: Callable[[], float] = time.monotonic,
+        self,
+        ctx: Context,
+        quiet: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.ctx = ctx
         self.quiet = quiet
@@ -11859,7 +12450,10 @@ class FollowOptions(NamedTuple):
 
 
 def emit_events(
-    ctx: Context, events: Sequence[Record], texts: Sequence[str] = ("",), run_id: str = "",
+    ctx: Context,
+    events: Sequence[Record],
+    texts: Sequence[str] = ("",),
+    run_id: str = "",
 ) -> None:
     """Events on stdout, in one write; of one of several runs with its ``run_id``.
 
@@ -11954,26 +12548,32 @@ class Follower:
 class Followers:
     """``--follow`` of several runs: their lines as they come, a trailer for each, and a count."""
 
-    def __init__(self, ctx: Context, run_ids: Sequence[str], options: FollowOptions) -> None:
+    def __init__(
+        self, ctx: Context, run_ids: Sequence[str], options: FollowOptions
+    ) -> None:
         self.ctx = ctx
         self.options = options
         self.life = LifeSigns(ctx, options.quiet)
-        self.left: Dict[str, Attendant] = {}     # with each run that is not over
+        self.left: Dict[str, Attendant] = {}  # with each run that is not over
         for run_id in run_ids:
             report = CiReport(ctx, has_outputs=False)
             self.left[run_id] = Attendant(report, run_id, label_of(run_id))
         self.standing: Dict[str, Progress] = {}  # of these
-        self.ends: List[str] = []                # of the others: the status, or "given up"
-        self.code = 0                            # the highest of all
+        self.ends: List[str] = []  # of the others: the status, or "given up"
+        self.code = 0  # the highest of all
 
     def run(self) -> int:
         """Follow them all to the end; the highest of the exit codes that they deserve."""
         try:
             cancels = self.options.cancel_on_interrupt
-            with attended(self.ctx, self.left.values(), cancels), self.ctx.client() as client:
+            with attended(
+                self.ctx, self.left.values(), cancels
+            ), self.ctx.client() as client:
                 self.follow(client)
         except (KeyboardInterrupt, MogplexError, OSError) as error:
-            if self.standing or isinstance(error, KeyboardInterrupt):  # else nothing was asked
+            if self.standing or isinstance(
+                error, KeyboardInterrupt
+            ):  # else nothing was asked
                 self.ctx.note(self.count())
             raise
         if self.ctx.as_json:
@@ -12038,7 +12638,9 @@ class Followers:
         troubled = [one for one in going_on if one.connection != "connected"]
         last_event_at = max(one.last_event_at for one in going_on)
         shown = (troubled or going_on)[0]
-        return shown._replace(status=tally(self.ends + statuses), last_event_at=last_event_at)
+        return shown._replace(
+            status=tally(self.ends + statuses), last_event_at=last_event_at
+        )
 
 
 def cmd_repos_list(ctx: Context, *, query: str = "", limit: int = MAX_LIMIT) -> int:
@@ -12084,11 +12686,15 @@ def cmd_run(
     following = FollowOptions(**options)
     repo = repo or ctx.environ.get("MOGPLEX_REPO", "").strip()
     if not repo:
-        raise UsageError("run: --repo <id> is required (find IDs via `mogplex repos list`)")
+        raise UsageError(
+            "run: --repo <id> is required (find IDs via `mogplex repos list`)"
+        )
     repo = repo_meant(ctx, repo)
     task = read_prompt(ctx, words, prompt_file)
     attendant = Attendant(CiReport(ctx, task, following.dotenv))
-    with attended(ctx, [attendant], following.cancel_on_interrupt), ctx.client() as client:
+    with attended(
+        ctx, [attendant], following.cancel_on_interrupt
+    ), ctx.client() as client:
         found = resolve_repo(client, repo)
         body = {"repoId": text_of(found, "id"), "prompt": task, **fields}
         start(client, body, text_of(found, "full_name"), idempotency_key, attendant)
@@ -12105,12 +12711,15 @@ def cmd_runs_list(ctx: Context, *, limit: int = MAX_LIMIT) -> int:
     repos = [text_of(record, "repo") for record in records]
     names = repo_names(ctx, [repo for repo in repos if "/" not in repo])
     ctx.emit_list(
-        records, "no runs started from here yet", HISTORY_COLUMNS, repo_names=names)
+        records, "no runs started from here yet", HISTORY_COLUMNS, repo_names=names
+    )
     if len(remembered) > limit:
         ctx.note(f"only the newest {limit} of {len(remembered)} are listed")
     if not all(text_of(record, "id") for record in records):
-        ctx.note("in doubt: no answer to the start ever came; to find out whether the run exists, "
-                 "repeat `mogplex run` with --idempotency-key and the key shown")
+        ctx.note(
+            "in doubt: no answer to the start ever came; to find out whether the run exists, "
+            "repeat `mogplex run` with --idempotency-key and the key shown"
+        )
     return Exit.OK
 
 
@@ -12147,7 +12756,9 @@ def follow_run(ctx: Context, run_id: str, options: FollowOptions) -> int:
             return Follower(attendant, options).run(client)
 
 
-def show_events(ctx: Context, events: Sequence[Json], limit: int, run_id: str = "") -> None:
+def show_events(
+    ctx: Context, events: Sequence[Json], limit: int, run_id: str = ""
+) -> None:
     """Events as they are now; of one of several runs with its ``run_id``."""
     emit_events(ctx, events, run_id=run_id)
     label = ""
@@ -12156,7 +12767,9 @@ def show_events(ctx: Context, events: Sequence[Json], limit: int, run_id: str = 
     if not events:
         ctx.note(f"{label}no events yet")
     elif len(events) >= limit:
-        ctx.note(f"{label}only the first {len(events)} events are listed; there may be more")
+        ctx.note(
+            f"{label}only the first {len(events)} events are listed; there may be more"
+        )
 
 
 def list_events(ctx: Context, run_ids: Sequence[str], limit: int) -> int:
@@ -12207,7 +12820,11 @@ def cmd_runs_cancel(ctx: Context, run_id: str) -> int:
 
 
 def cmd_sandboxes_list(
-    ctx: Context, *, repo: str = "", status: str = "", limit: int = MAX_LIMIT,
+    ctx: Context,
+    *,
+    repo: str = "",
+    status: str = "",
+    limit: int = MAX_LIMIT,
 ) -> int:
     """``sandboxes list``: of one repo, or of all of them."""
     repo = repo_meant(ctx, repo)
@@ -12254,11 +12871,14 @@ def cmd_sandboxes_stop(ctx: Context, sandbox_id: str) -> int:
 
 API_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 # What follows the prefix and its slash, if they are there; "api" first names another prefix.
-API_TARGET = re.compile(r"""
+API_TARGET = re.compile(
+    r"""
     /? (?:api/v1/mogplex/)? (?! api (?:[/?]|\Z))
     (?P<path> (?: [A-Za-z0-9._~!$&'()*+,;=:@/-] | %[0-9A-Fa-f]{2} )+ )
     (?: \? (?P<query> (?: [A-Za-z0-9._~!$&'()*+,;=:@/?-] | %[0-9A-Fa-f]{2} )* ))?
-    \Z""", re.VERBOSE)
+    \Z""",
+    re.VERBOSE,
+)
 
 
 def read_field(text: str) -> Tuple[str, Any]:
@@ -12353,7 +12973,9 @@ def api_key(method: str, given: Optional[str]) -> str:
     if method == "GET":
         raise UsageError("api: a GET has no --idempotency-key")
     key = checked_key(given)
-    if key == "ci" or key.startswith("ci:"):  # sent as it is, it would be the same in each job
+    if key == "ci" or key.startswith(
+        "ci:"
+    ):  # sent as it is, it would be the same in each job
         raise UsageError("api: --idempotency-key ci is for `mogplex run` alone")
     return key
 
@@ -12367,7 +12989,9 @@ def api_call(
 ) -> ApiCall:
     """The request that the command line describes; ``source`` is what --input names."""
     if fields and source:
-        raise UsageError("api: the body is made of --field or read by --input, not both")
+        raise UsageError(
+            "api: the body is made of --field or read by --input, not both"
+        )
     method = api_method(words, bool(fields or source))
     path, query = api_target(words[-1])
     key = api_key(method, key)
@@ -12401,11 +13025,15 @@ def hide_configs(data: Any) -> None:
 def api_advice(call: ApiCall) -> str:
     """What to do where the request may have been carried out, though it failed; "" for nothing."""
     if honours_key(call.method, call.path):
-        return ("the request may have been carried out: to find out without doing it twice, "
-                f"repeat it with --idempotency-key {call.key}")
+        return (
+            "the request may have been carried out: to find out without doing it twice, "
+            f"repeat it with --idempotency-key {call.key}"
+        )
     if call.method in ("POST", "PATCH"):
         key = f" (its idempotency key: {call.key})" if call.key else ""
-        return f"the request may have been carried out: look before you send it again{key}"
+        return (
+            f"the request may have been carried out: look before you send it again{key}"
+        )
     return ""
 
 
@@ -12414,7 +13042,9 @@ def shown_answer(call: ApiCall, answer: Json, whole: bool) -> object:
     if whole:
         return answer
     data = answer["data"]
-    if call.path.lower().startswith("/mcp"):  # live secrets stand in the configs of MCP servers
+    if call.path.lower().startswith(
+        "/mcp"
+    ):  # live secrets stand in the configs of MCP servers
         hide_configs(data)
     return data
 
@@ -12424,15 +13054,27 @@ def send_api(ctx: Context, client: Client, call: ApiCall, whole: bool) -> None:
     answer: Json = {}
 
     def send() -> Run:
-        answer.update(client.envelope(
-            call.method, call.path, query=call.query, body=call.body, idempotency_key=call.key))
+        answer.update(
+            client.envelope(
+                call.method,
+                call.path,
+                query=call.query,
+                body=call.body,
+                idempotency_key=call.key,
+            )
+        )
         return cast(Run, dict_of(answer, "data"))
 
     def announce(_: Run) -> None:
         ctx.emit(ctx.json_line(shown_answer(call, answer, whole)))
 
-    if (call.method, call.path) == ("POST", "/runs"):  # it costs money, and must not be lost
-        start_recorded(client, ctx.home, call.body or {}, call.key, "", announce, send=send)
+    if (call.method, call.path) == (
+        "POST",
+        "/runs",
+    ):  # it costs money, and must not be lost
+        start_recorded(
+            client, ctx.home, call.body or {}, call.key, "", announce, send=send
+        )
     else:
         announce(send())
 
@@ -12471,10 +13113,13 @@ def forwarding_hint(environ: Mapping[str, str], port: str) -> str:
         way = f"with `gh codespace ports forward {port}:{port}` on your own machine"
     return (
         f"your browser needs this container's port {port} as its own 127.0.0.1:{port}: forward it "
-        f"{way}, or use `mogplex login --with-token`")
+        f"{way}, or use `mogplex login --with-token`"
+    )
 
 
-def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: float) -> Json:
+def browser_entry(
+    ctx: Context, client: Client, no_browser: bool, timeout_s: float
+) -> Json:
     """Sign in through the browser of this machine, or whichever one the URL is taken to."""
     is_remote = bool(ctx.environ.get("SSH_CONNECTION") or ctx.environ.get("SSH_TTY"))
 
@@ -12487,9 +13132,13 @@ def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: flo
         elif no_browser or is_remote:
             forward = f"ssh -L {port}:127.0.0.1:{port} <this host>"
             tokens = f"{ctx.base_url}/settings/api-keys"
-            ctx.note(f"if your browser is on another machine, first run this there: {forward}")
+            ctx.note(
+                f"if your browser is on another machine, first run this there: {forward}"
+            )
             ctx.note(f"or pass a token from {tokens} to `mogplex login --with-token`")
-        ctx.note(f"waiting for up to {format_duration(timeout_s)}; press Ctrl+C to stop")
+        ctx.note(
+            f"waiting for up to {format_duration(timeout_s)}; press Ctrl+C to stop"
+        )
 
     def open_page(url: str) -> None:
         if not ctx.browse(url):
@@ -12499,8 +13148,11 @@ def browser_entry(ctx: Context, client: Client, no_browser: bool, timeout_s: flo
     if no_browser or (is_remote and not ctx.in_demo):
         browser = None
     return sign_in(
-        ctx.base_url, client.post_form,
-        announce=announce, open_browser=browser, timeout_s=timeout_s,
+        ctx.base_url,
+        client.post_form,
+        announce=announce,
+        open_browser=browser,
+        timeout_s=timeout_s,
     )
 
 
@@ -12510,6 +13162,7 @@ def read_token(ctx: Context) -> str:
     with contextlib.suppress(OSError, EOFError, ValueError, AttributeError):
         if is_terminal(ctx.stdin):
             import getpass
+
             token = getpass.getpass("token: ", ctx.stderr).strip()
         else:
             token = ctx.stdin.read(65536).strip()
@@ -12544,7 +13197,9 @@ def cmd_login(
         with ctx.client(Credential.anonymous()) as client:
             entry = browser_entry(ctx, client, no_browser, timeout)
     path = ctx.home.store_sign_in(entry)
-    ctx.emit_record({"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}")
+    ctx.emit_record(
+        {"service": ctx.base_url, "path": path}, f"signed in to {ctx.base_url}"
+    )
     variable, _ = token_given(ctx.environ)
     if variable:
         ctx.note(f"{variable} is set and takes precedence over this sign-in")
@@ -12561,7 +13216,9 @@ def overruled_sign_in(ctx: Context, credential: Credential) -> str:
     return ""
 
 
-def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tuple[str, str]]:
+def credential_rows(
+    ctx: Context, credential: Credential, state: str
+) -> List[Tuple[str, str]]:
     """What ``login status`` tells of a credential: labels and values."""
     variable, _ = token_given(ctx.environ)
     kind = "sign-in"
@@ -12572,7 +13229,9 @@ def credential_rows(ctx: Context, credential: Credential, state: str) -> List[Tu
         beginning = ""  # it would be too much of it
     expires = ""
     if credential.expires_at:
-        expires = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(credential.expires_at))
+        expires = time.strftime(
+            "%Y-%m-%dT%H:%M:%SZ", time.gmtime(credential.expires_at)
+        )
     return [
         ("service", ctx.base_url),
         ("source", variable or ctx.home.auth_path),
@@ -12629,7 +13288,7 @@ def cmd_logout(ctx: Context) -> int:
 class Argument(NamedTuple):
     """What follows a command without a flag: a row of its help."""
 
-    name: str                # RUN; [RUN] may be left out; [TASK...] is any number
+    name: str  # RUN; [RUN] may be left out; [TASK...] is any number
     meaning: str
     number: Union[int, str]  # how many there are, as argparse spells it
     known: Tuple[str, ...] = ()  # the values that completions offer
@@ -12639,13 +13298,17 @@ class Option(NamedTuple):
     """An option of a command or of the program: a row of its help, and how its text is read."""
 
     flag: str
-    value: str                         # what its value is called; "" for a switch
+    value: str  # what its value is called; "" for a switch
     meaning: str
-    read: Callable[[str], Any] = str   # makes the value that the command gets; UsageError
-    known: Tuple[str, ...] = ()        # the values that this version knows; others are passed on
-    needs: str = ""                    # the keyword of the one without which it has no effect
-    repeats: bool = False              # it may be given again: the command gets a list
-    may_be_empty: bool = True          # "", a script's unset variable, counts as not given
+    read: Callable[[str], Any] = (
+        str  # makes the value that the command gets; UsageError
+    )
+    known: Tuple[
+        str, ...
+    ] = ()  # the values that this version knows; others are passed on
+    needs: str = ""  # the keyword of the one without which it has no effect
+    repeats: bool = False  # it may be given again: the command gets a list
+    may_be_empty: bool = True  # "", a script's unset variable, counts as not given
 
     @property
     def keyword(self) -> str:
@@ -12662,7 +13325,9 @@ class Option(NamedTuple):
 class Subcommand(NamedTuple):
     """A command: a row of SUBCOMMANDS, under its name."""
 
-    function: Callable[..., int]  # called with the Context, the arguments, the options as keywords
+    function: Callable[
+        ..., int
+    ]  # called with the Context, the arguments, the options as keywords
     purpose: str
     examples: Tuple[str, str]
     arguments: Tuple[Argument, ...] = ()
@@ -12673,24 +13338,41 @@ def read_limit(text: str) -> int:
     """The value of --limit."""
     is_number = re.match(r"[0-9]{1,9}\Z", text)
     if not is_number or not 1 <= int(text) <= MAX_LIMIT:
-        raise UsageError(f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'")
+        raise UsageError(
+            f"--limit takes a whole number from 1 to {MAX_LIMIT}, not '{text}'"
+        )
     return int(text)
 
 
 RUN_ARGUMENT = Argument("RUN", "run ID; @last is the newest run started here", 1)
 OPTIONAL_RUN_ARGUMENT = Argument(
     "[RUN]",
-    "run ID; @last is the newest run started here (default: MOGPLEX_RUN_ID, then @last)", "?")
+    "run ID; @last is the newest run started here (default: MOGPLEX_RUN_ID, then @last)",
+    "?",
+)
 RUNS_ARGUMENT = Argument(
     "[RUN...]",
     "run IDs, of one run or of several at once; - reads them from stdin, one a line; @last is the "
-    "newest run started here (default: MOGPLEX_RUN_ID, then @last)", "*")
-SANDBOX_ARGUMENT = Argument("SANDBOX", "sandbox ID, as listed, or the provider's, sbx_...", 1)
-TASK_ARGUMENT = Argument("[TASK...]", "what the agent is to do; - reads it from stdin", "*")
+    "newest run started here (default: MOGPLEX_RUN_ID, then @last)",
+    "*",
+)
+SANDBOX_ARGUMENT = Argument(
+    "SANDBOX", "sandbox ID, as listed, or the provider's, sbx_...", 1
+)
+TASK_ARGUMENT = Argument(
+    "[TASK...]", "what the agent is to do; - reads it from stdin", "*"
+)
 
 LIMIT_OPTION = Option(
-    "--limit", "N", f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})", read_limit)
-LIST_OPTIONS = (LIMIT_OPTION,)  # of every list; a format of LIST_FORMATS is a switch here
+    "--limit",
+    "N",
+    f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})",
+    read_limit,
+)
+LIST_OPTIONS = (
+    LIMIT_OPTION,
+)  # of every list; a format of LIST_FORMATS is a switch here
+# fmt: off
 FOLLOW_OPTIONS = (
     Option("--follow", "", "print events as they come, until the run ends"),
     Option("--timeout", "TIME",
@@ -12700,15 +13382,19 @@ FOLLOW_OPTIONS = (
     Option("--cancel-on-interrupt", "", "cancel the run on Ctrl+C, SIGTERM or SIGHUP",
            needs="follow"),
 )
+# fmt: on
 DOTENV_OPTION = Option(
-    "--dotenv", "FILE",
-    "write the run's ID, status, branch and pull request to FILE, for GitLab CI")
+    "--dotenv",
+    "FILE",
+    "write the run's ID, status, branch and pull request to FILE, for GitLab CI",
+)
 GLOBAL_OPTIONS = (  # before a command or after it
     Option("--demo", "", "use a built-in demo service: no account, no network"),
     Option("--debug", "", "print a line per request on stderr"),
     Option("--no-color", "", "print no colour"),
 )
 HELP_OPTION = Option("--help", "", "show this help (also -h)")
+# fmt: off
 COMMON_OPTIONS = (  # of every command
     Option("--json", "", "print JSON, one object per line"),
     Option("--get", "PATH",
@@ -12717,8 +13403,11 @@ COMMON_OPTIONS = (  # of every command
     *GLOBAL_OPTIONS,
     HELP_OPTION,
 )
+# fmt: on
 PROGRAM_OPTIONS = (  # without a command
-    Option("--demo-server", "[PORT]", "keep the demo service running for your own scripts"),
+    Option(
+        "--demo-server", "[PORT]", "keep the demo service running for your own scripts"
+    ),
     Option("--attach", "RUN", "open the cockpit on a run started elsewhere"),
     Option("--logout", "", "forget the stored sign-in before anything else"),
     *GLOBAL_OPTIONS,
@@ -12731,6 +13420,7 @@ Start, follow, inspect and stop cloud coding-agent runs.
 Without a command, on a terminal: the cockpit."""
 SANDBOX_WORDS = ", ".join(SANDBOX_STATUSES)
 
+# fmt: off
 SUBCOMMANDS = {
     "repos list": Subcommand(
         cmd_repos_list, "List your cloud-linked repos.",
@@ -12855,13 +13545,16 @@ SUBCOMMANDS = {
         ("logout", "logout --json"),
     ),
 }
+# fmt: on
 
 
 def below(name: str) -> Dict[str, Subcommand]:
     """The commands of a group; all of them for ""."""
     if not name:
         return SUBCOMMANDS
-    return {other: row for other, row in SUBCOMMANDS.items() if other.startswith(name + " ")}
+    return {
+        other: row for other, row in SUBCOMMANDS.items() if other.startswith(name + " ")
+    }
 
 
 def command_row(name: str) -> Subcommand:
@@ -12874,7 +13567,9 @@ def command_row(name: str) -> Subcommand:
         return row._replace(options=(*row.options, *COMMON_OPTIONS))
     first = next(iter(below(name).values()))
     if name:
-        return first._replace(purpose=f"Commands of mogplex {name}.", arguments=(), options=())
+        return first._replace(
+            purpose=f"Commands of mogplex {name}.", arguments=(), options=()
+        )
     return first._replace(purpose=PURPOSE, arguments=(), options=PROGRAM_OPTIONS)
 
 
@@ -12906,6 +13601,7 @@ def slip_of(word: str, known: Sequence[str]) -> str:
     Stricter than a suggestion has to be: this refuses, and what it lets pass the service checks.
     """
     import difflib
+
     lowered = word.lower()
     for other in known:
         likeness = difflib.SequenceMatcher(None, lowered, other).ratio()
@@ -12957,7 +13653,9 @@ class CommandParser(argparse.ArgumentParser):
         stray = re.search(r"unrecognized arguments: (--?[^ =]+)", message)
         if stray:
             flags = flags_of(self.command)
-            raise unknown(f"{self.command}: unknown option", stray.group(1), flags, self.command)
+            raise unknown(
+                f"{self.command}: unknown option", stray.group(1), flags, self.command
+            )
         raise UsageError(f"{self.command}: {message}", hint=see_help(self.command))
 
 
@@ -12966,7 +13664,9 @@ def pass_on(ctx: Context, parser: CommandParser, option: Option, value: str) -> 
     meant = slip_of(value, option.known)
     if meant:
         parser.error(f"unknown {option.flag} '{value}', did you mean '{meant}'?")
-    ctx.note(f"mogplex {__version__} does not know {option.flag} {value}; passing it on")
+    ctx.note(
+        f"mogplex {__version__} does not know {option.flag} {value}; passing it on"
+    )
 
 
 def check_options(ctx: Context, parser: CommandParser, values: Json) -> None:
@@ -13052,12 +13752,16 @@ ENVIRONMENT = {  # what the program reads of it
 def help_block(title: str, rows: Iterable[Tuple[str, str]], width: int = 23) -> str:
     """A part of the help: its title, and rows wrapped at 80 columns; "" where there are none."""
     import textwrap
+
     lines = []
     for what, meaning in rows:
         indent = " " * (width + 3)
         beginning = f"  {what:<{width}} "
-        lines.append(textwrap.fill(
-            meaning, 80, initial_indent=beginning, subsequent_indent=indent))
+        lines.append(
+            textwrap.fill(
+                meaning, 80, initial_indent=beginning, subsequent_indent=indent
+            )
+        )
     if not lines:
         return ""
     return "\n".join([f"{title}:", *lines])
@@ -13066,7 +13770,10 @@ def help_block(title: str, rows: Iterable[Tuple[str, str]], width: int = 23) -> 
 def exit_codes_summary() -> str:
     """A word on each exit code, wrapped at 80 columns: the end of every help."""
     import textwrap
-    codes = ", ".join(code.replace(" ", "\xa0") for code in EXIT_CODES)  # each stays on one line
+
+    codes = ", ".join(
+        code.replace(" ", "\xa0") for code in EXIT_CODES
+    )  # each stays on one line
     text = textwrap.fill(f"exit codes: {codes}", 80, subsequent_indent=" " * 12)
     return text.replace("\xa0", " ")
 
@@ -13087,7 +13794,9 @@ def help_text(name: str) -> str:
         row.purpose,
         help_block("commands", commands, 18),
         help_block("arguments", [(one.name, one.meaning) for one in row.arguments]),
-        help_block("options", [(f"{one.flag} {one.value}", one.meaning) for one in row.options]),
+        help_block(
+            "options", [(f"{one.flag} {one.value}", one.meaning) for one in row.options]
+        ),
         "\n".join(["examples:", *examples]),
         exit_codes_summary(),
     ]
@@ -13139,7 +13848,9 @@ def make_parser() -> argparse.ArgumentParser:
         group, _, word = name.rpartition(" ")
         if group not in groups:
             groups[group] = parsers[group].add_subparsers()
-        purpose = command_row(name).purpose  # completions leave out a word that has none
+        purpose = command_row(
+            name
+        ).purpose  # completions leave out a word that has none
         parsers[name] = groups[group].add_parser(word, command=name, help=purpose)
     return root
 
@@ -13153,7 +13864,9 @@ def completion_script(shell: str) -> str:
         raise MogplexError(f"completion needs the package 'shtab': {install}") from None
     if shell not in shtab.SUPPORTED_SHELLS:  # fish, before its 1.9
         hint = "upgrade it: python3 -m pip install --upgrade shtab, with Python 3.9 or newer"
-        raise MogplexError(f"shtab {shtab.__version__} makes no script for {shell}", hint=hint)
+        raise MogplexError(
+            f"shtab {shtab.__version__} makes no script for {shell}", hint=hint
+        )
     script = shtab.complete(make_parser(), shell).rstrip("\n")
     tag, newline, rest = script.partition("\n")
     if tag.startswith("#compdef"):  # zsh reads it in the first line alone
@@ -13169,19 +13882,36 @@ def cmd_completion(ctx: Context, shell: str) -> int:
     return ctx.emit_record({"shell": shell, "script": script}, script)
 
 
-SUBCOMMANDS.update({  # only here, for they speak of all the others
-    "help": Subcommand(
-        cmd_help, "Show the help of a command, or on: environment, exit-codes.",
-        ("help runs events", "help environment"),
-        (Argument("[COMMAND...]", "a command, or environment or exit-codes (default: mogplex)",
-                  "*", (*GROUPS, *HELP_TOPICS)),),
-    ),
-    "completion": Subcommand(
-        cmd_completion, "Print a script with which a shell completes commands.",
-        ("completion bash", "completion zsh > ~/.zfunc/_mogplex"),
-        (Argument("SHELL", "bash, zsh or fish; the script says where to put it", 1, SHELLS),),
-    ),
-})
+SUBCOMMANDS.update(
+    {  # only here, for they speak of all the others
+        "help": Subcommand(
+            cmd_help,
+            "Show the help of a command, or on: environment, exit-codes.",
+            ("help runs events", "help environment"),
+            (
+                Argument(
+                    "[COMMAND...]",
+                    "a command, or environment or exit-codes (default: mogplex)",
+                    "*",
+                    (*GROUPS, *HELP_TOPICS),
+                ),
+            ),
+        ),
+        "completion": Subcommand(
+            cmd_completion,
+            "Print a script with which a shell completes commands.",
+            ("completion bash", "completion zsh > ~/.zfunc/_mogplex"),
+            (
+                Argument(
+                    "SHELL",
+                    "bash, zsh or fish; the script says where to put it",
+                    1,
+                    SHELLS,
+                ),
+            ),
+        ),
+    }
+)
 
 
 # -- The command line
@@ -13191,8 +13921,14 @@ def demo_port(argv: List[str]) -> int:
     """The port that follows --demo-server; 0, for any free one, where none does; UsageError."""
     if not argv:
         return 0
-    if len(argv) > 1 or not re.match(r"0*[1-9][0-9]{0,4}\Z", argv[0]) or int(argv[0]) > 65535:
-        raise UsageError("--demo-server takes one port, 1 to 65535, or none for a free one")
+    if (
+        len(argv) > 1
+        or not re.match(r"0*[1-9][0-9]{0,4}\Z", argv[0])
+        or int(argv[0]) > 65535
+    ):
+        raise UsageError(
+            "--demo-server takes one port, 1 to 65535, or none for a free one"
+        )
     return int(argv[0])
 
 
@@ -13292,7 +14028,7 @@ def run_command(ctx: Context, argv: List[str]) -> int:
     if asks_for_help(argv):
         ctx.emit(help_text(name))
         return Exit.OK
-    rest = argv[len(name.split()):]
+    rest = argv[len(name.split()) :]
     check_verb(name, rest)
     words, options = parse_command(ctx, name, rest)
     ctx.list_format = take_format(options)
@@ -13323,8 +14059,10 @@ def with_demo(ctx: Context, argv: List[str]) -> int:
             return run(ctx, argv)
         finally:
             if server.has_started_runs():
-                ctx.note("this demo service and its runs end with the command; "
-                         "use `mogplex --demo-server` to keep one running")
+                ctx.note(
+                    "this demo service and its runs end with the command; "
+                    "use `mogplex --demo-server` to keep one running"
+                )
 
 
 def take_flags(ctx: Context, argv: List[str]) -> List[str]:
@@ -13390,7 +14128,9 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
 def run_whole(argv: Sequence[str], is_process: bool) -> int:
     """A command line from its first to its last signal; the exit code."""
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    with ctx.interrupts.handled(is_process):  # around the rescue, which a second must not end
+    with ctx.interrupts.handled(
+        is_process
+    ):  # around the rescue, which a second must not end
         try:
             return rescue(ctx, functools.partial(dispatch, ctx, list(argv)))
         except Interrupted as interrupt:  # while it told of an error

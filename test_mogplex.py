@@ -6389,6 +6389,11 @@ def test_a_search_takes_every_letter() -> None:
     assert state.drawer and state.drawer.query == "do"
 
 
+def test_a_backspace_in_an_empty_search_ends_it() -> None:
+    state = played(*BUSY, *typed("/runs"), mogplex.Text("/"), *keys("backspace"), rail=RAIL)
+    assert then(state, mogplex.Text("x")).attention.killing == RUN_ID
+
+
 def test_question_mark_shows_the_keys_of_this_pane() -> None:
     timeline = drawn(played(*PANE, mogplex.Text("?")))
     assert "wrap long lines" in timeline and "/export" not in timeline
@@ -6561,6 +6566,12 @@ def test_names_are_known_in_any_case_and_in_part() -> None:
 
 
 # -- Attaching
+
+
+def test_a_run_is_attached_by_its_whole_id_though_another_begins_with_it() -> None:
+    runs = (RUNS[0]._replace(id="7e9a-2"), RUNS[1]._replace(id="7e9a"))
+    state = played(*typed("/attach 7e9a"), rail=mogplex.Rail(runs))
+    assert asked(state) == [(Desk.watch, "7e9a")]
 
 
 def test_an_ambiguous_run_opens_the_picker_and_the_shown_run_stays() -> None:
@@ -7256,6 +7267,13 @@ import os, sys, threading, mogplex
 url, token, attach = sys.argv[1:4]
 def crash(*_):
     1 / 0
+def hooked(*_):
+    try:
+        crash()
+    except ZeroDivisionError:
+        sys.excepthook(*sys.exc_info())
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
 def torn(*_):  # as a disk does it
     raise OSError(5, "ZeroDivisionError it is not")
 def spin(*_):
@@ -7267,7 +7285,7 @@ if os.environ.get("CRASH") == "spin":
 if os.environ.get("CRASH") == "loop":
     mogplex.Keyboard.read = crash
 crashes = {"job": crash, "torn": lambda *_: threading.Thread(target=torn).start(),
-            "thread": lambda *_: threading.Thread(target=crash).start()}
+            "thread": lambda *_: threading.Thread(target=crash).start(), "hook": hooked}
 given = token if "SIGNED_OUT" not in os.environ else ""
 home = mogplex.home_from(os.environ)
 def connect(credential=None):
@@ -7489,7 +7507,7 @@ def test_every_resize_repaints_all(cockpit: Callable[..., Terminal]) -> None:
 
 @pytest.mark.posix
 @pytest.mark.parametrize("how, code", [
-    *ENDED_BY_SIGNAL, ("job", 1), ("torn", 1), ("thread", 1), ("loop", 1)], ids=str)
+    *ENDED_BY_SIGNAL, ("job", 1), ("torn", 1), ("thread", 1), ("loop", 1), ("hook", 1)], ids=str)
 def test_however_it_ends_the_terminal_is_as_before(
     cockpit: Callable[..., Terminal], how: Any, code: int,
 ) -> None:
