@@ -88,16 +88,13 @@ __all__ = [
 # fmt: on
 
 Json = Dict[str, Any]  # an object of the service, as it came
-Record = Mapping[
-    str, Any
-]  # an object that is only read; a TypedDict (Run, Repo, ...) is one too
+# An object that is only read; a TypedDict (Run, Repo, ...) is one too.
+Record = Mapping[str, Any]
 
 DEFAULT_URL = "https://www.mogplex.com"
 API_PATH = "/api/v1/mogplex"
-HARNESSES = {
-    "codex": "Codex",
-    "claude-code": "Claude Code",
-}  # agent programs, and their titles
+# Agent programs, and their titles.
+HARNESSES = {"codex": "Codex", "claude-code": "Claude Code"}
 # fmt: off
 GROUPS = (  # the first words of commands
     "repos", "run", "runs", "sandboxes", "api", "login", "logout", "help", "completion",
@@ -292,12 +289,10 @@ INVISIBLES = re.compile(
     "\ufe00-\ufe0f\U000e0000-\U000e0fff"  # variation selectors and tag characters
     "]"
 )
-CI_COMMAND_AT_START = re.compile(
-    r"^([^\S\n]*):(?=:)", re.MULTILINE
-)  # GitHub's ::error::
-CI_COMMAND_ANYWHERE = re.compile(
-    r"##(?=\[|vso\[)", re.IGNORECASE
-)  # GitHub's and Azure's
+# GitHub's ``::error::`` and its like.
+CI_COMMAND_AT_START = re.compile(r"^([^\S\n]*):(?=:)", re.MULTILINE)
+# GitHub's and Azure's.
+CI_COMMAND_ANYWHERE = re.compile(r"##(?=\[|vso\[)", re.IGNORECASE)
 
 
 def sanitize(text: object, newline: str = " \u23ce ") -> str:
@@ -374,11 +369,8 @@ def _secret_form(spelling: str) -> SecretForm:
     return SecretForm(rarest, spelling[start : start + 4], spelling)
 
 
-BASE64_ALIGNMENTS = {
-    0: 0,
-    1: 2,
-    2: 3,
-}  # bytes before it: characters that depend on those
+# Bytes before a secret, and how many characters depend on them.
+BASE64_ALIGNMENTS = {0: 0, 1: 2, 2: 3}
 TO_URL_SAFE = str.maketrans("+/", "-_")
 
 
@@ -1350,9 +1342,8 @@ class Home:
         with contextlib.ExitStack() as stack:
             with naming_file("write", self.auth_path):
                 present, _ = read_regular_file(self.auth_path)
-                replace_file(
-                    self.auth_path, present
-                )  # only trying shows that it can be replaced
+                # Only trying shows that it can be replaced.
+                replace_file(self.auth_path, present)
                 room = len(present) + RENEWAL_ROOM
                 commit = stack.enter_context(replacing(self.auth_path, room))
 
@@ -1458,11 +1449,8 @@ def home_from(environ: Mapping[str, str], warn: Warn = unheard) -> Home:
 
 CLIENT_ID = "mogplex-cli"
 TOKEN_PATH = "/api/auth/mcp/token"
-SECRET_FIELDS = (
-    "code",
-    "code_verifier",
-    "refresh_token",
-)  # of the forms sent to TOKEN_PATH
+# Fields of the forms that are sent to TOKEN_PATH.
+SECRET_FIELDS = ("code", "code_verifier", "refresh_token")
 REFRESH_EARLY_S = 60.0  # before its end a token is refreshed
 SETTLE_S = (
     5.0  # the longest wait for a refresh that is under way when the program leaves
@@ -1553,9 +1541,8 @@ class Credential:
         )
         self._base_url = base_url
         self._home = home
-        self._seen = {
-            token
-        }  # a file that cannot be written holds an old one, which is no news
+        # A file that cannot be written holds an old one, which is no news.
+        self._seen = {token}
         self._begin_in_this_process()
 
     def _begin_in_this_process(self) -> None:
@@ -1759,9 +1746,8 @@ class Attempt:
         self.redirect_uri = (
             f"http://127.0.0.1:{port}{CALLBACK_PATH}"  # where the browser ends up
         )
-        self.state = secrets.token_urlsafe(
-            32
-        )  # tells our browser's answer from another page's
+        # Tells the answer of our browser from another page's.
+        self.state = secrets.token_urlsafe(32)
         self.verifier = secrets.token_urlsafe(64)  # proves that the code is ours (PKCE)
 
     def authorize_url(self, base_url: str) -> str:
@@ -1956,15 +1942,13 @@ def sign_in(
 
 Headers = Mapping[str, Union[str, bytes]]
 Params = Mapping[str, object]
-OnWait = Callable[
-    [], None
-]  # called at least every quarter of a second; may raise to end a wait
+# Called at least every quarter of a second; may raise to end a wait.
+OnWait = Callable[[], None]
 
 MAX_BODY = 32 << 20  # bytes, after decompression
 READ_SIZE = 1 << 18  # bytes read at once, at most
-INFLATED_SIZE = (
-    1 << 20
-)  # bytes decompressed at once, at most: half a MiB can hold half a GiB
+# Bytes decompressed at once, at most: half a MiB can hold half a GiB.
+INFLATED_SIZE = 1 << 20
 MAX_EVENT_ID = 4096  # bytes; a longer one is not sent back
 LONGEST_WAIT_S = 0.25  # in one go: on Windows Ctrl+C does not wake a waiting lock
 LONGEST_ASKED_S = 5.0  # the longest Retry-After that a one-shot command waits for
@@ -1974,9 +1958,8 @@ JSON_TYPE = "application/json"
 STREAM_TYPE = "text/event-stream"
 FORM_TYPE = "application/x-www-form-urlencoded"
 REPEATABLE_METHODS = ("GET", "PUT", "DELETE")
-KEYED_PATH = re.compile(
-    r"/runs|/automations/[^/]+/trigger"
-)  # where the service honours a key
+# Where the service honours a key.
+KEYED_PATH = re.compile(r"/runs|/automations/[^/]+/trigger")
 LAUNCH_S = 600.0  # a sandbox is answered after its launch, which takes minutes
 SERVICE_HOSTS = {"www.mogplex.com", "mogplex.com"}  # which may redirect to each other
 
@@ -2563,9 +2546,8 @@ class SocketHandle:
 
     def __init__(self) -> None:
         self.is_cut = False
-        self._lock = (
-            threading.RLock()
-        )  # of whoever was interrupted inside it and comes again
+        # Whoever is interrupted while holding it may take it again.
+        self._lock = threading.RLock()
         self._socket: Optional[socket.socket] = None
         self._pid = os.getpid()
 
@@ -2980,9 +2962,8 @@ class Stamp:
         self._headers = headers
 
     def __call__(self, prepared: Any) -> Any:
-        prepared.headers.pop(
-            "Authorization", None
-        )  # a given session may have one of its own
+        # A given session may have one of its own.
+        prepared.headers.pop("Authorization", None)
         prepared.headers.update(self._headers)
         prepared.register_hook("response", self.take)
         return prepared
@@ -3359,9 +3340,8 @@ class Client:
 
         That resumes after ``last_event_id``, and may be silent for ``idle_s``.
         """
-        resume_at = last_event_id.encode(
-            "utf-8", "replace"
-        )  # a str would be sent as Latin-1
+        # A str would be sent as Latin-1.
+        resume_at = last_event_id.encode("utf-8", "replace")
         if len(resume_at) > MAX_EVENT_ID:
             resume_at = b""
         request = self._events_request(run_id, limit)
@@ -3600,17 +3580,13 @@ NEW_RUN_S = 10.0  # in which the service may not know a run that it has just sta
 LATE_EVENT_S = (
     5.0  # by which the event that says why a run failed may be behind its status
 )
-LAST_EVENTS = (
-    "finished",
-    "failed",
-    "cancelled",
-)  # one of these types comes at a run's end
+# One of these types comes at a run's end.
+LAST_EVENTS = ("finished", "failed", "cancelled")
 REMEMBERED_EVENTS = 50_000  # at least so many are recognized when they come again
 
 Clock = Callable[[], float]
-_Block = Tuple[
-    str, str, List[str], Optional[int]
-]  # of a ServerSentEvent: event, id, data, retry
+# The parts of a ServerSentEvent: event, id, data, retry.
+_Block = Tuple[str, str, List[str], Optional[int]]
 
 
 class ServerSentEvent:
@@ -3620,12 +3596,8 @@ class ServerSentEvent:
     that its own block asks for, if any.
     """
 
-    __slots__ = (
-        "event",
-        "id",
-        "data",
-        "retry",
-    )  # a NamedTuple takes twice the time to make
+    # A NamedTuple takes twice the time to make.
+    __slots__ = ("event", "id", "data", "retry")
 
     def __init__(self, event: str, id: str, data: str, retry: Optional[int]) -> None:
         self.event = event
@@ -3820,9 +3792,8 @@ class Seen:
     """
 
     def __init__(self) -> None:
-        self._recent: Set[int] = (
-            set()
-        )  # hashes: they take a third of the memory of the ids
+        # Hashes: they take a third of the memory of the ids.
+        self._recent: Set[int] = set()
         self._older: Set[int] = set()
         self._copies: Dict[bytes, int] = {}
 
@@ -3880,9 +3851,8 @@ class Ending:
         self._status = ""
         self._confirmed_at: Optional[float] = None
         self._types: Set[str] = set()  # of LAST_EVENTS, those that have come
-        self._texts: Deque[str] = collections.deque(
-            maxlen=16
-        )  # what may carry the run's error
+        # What may carry the run's error.
+        self._texts: Deque[str] = collections.deque(maxlen=16)
 
     def hear_event(self, event: Json) -> None:
         """Take in a new event."""
@@ -4131,9 +4101,8 @@ class Patience:
         if self._good_at is None:
             return not error.transient or self._failures >= 3
         if isinstance(error, UnauthorizedError):
-            return (
-                error.status == 0
-            )  # nobody was asked: it is the sign-in that has ended
+            # Nobody was asked: it is the sign-in that has ended.
+            return error.status == 0
         if error.status in (408, 425, 429):
             return False
         if (
@@ -4198,9 +4167,8 @@ class Link:
         self.renews = True  # a 401 is answered with a renewal of the token
         self.pace = Pace(interval_s, now)
         self._patience = Patience(now, just_started)
-        self._told: Dict[str, float] = (
-            {}
-        )  # the trouble that was said, and the wait asked for
+        # Troubles that were told, and the wait that each asked for.
+        self._told: Dict[str, float] = {}
         self._alive_at = now
 
     def tick(self, now: float) -> None:
@@ -4239,9 +4207,8 @@ class Link:
         if isinstance(error, RateLimitedError):
             connection = "limited"
             self.pace.refused()
-            wait_s += (
-                self.pace.interval_s(random) * random
-            )  # not all tails at once when it is over
+            # Not all tails at once when it is over.
+            wait_s += self.pace.interval_s(random) * random
         self._patience.excuse(asked_s)
         self.connection = connection
         self.retry_at = now + wait_s
@@ -4303,9 +4270,8 @@ class Resumption:
 
 def cleaned(texts: List[str], exchange: Exchange) -> List[str]:
     """``texts`` without the token: looked for in one go, as hardly any holds it."""
-    together = " ".join(
-        texts
-    )  # a line break would look like something that hides a secret
+    # A line break would look like something that hides a secret.
+    together = " ".join(texts)
     if exchange.clean(together) != together:
         texts = [exchange.clean(text) for text in texts]
     if may_hide_secrets(together):
@@ -4701,9 +4667,8 @@ class Tails:
         for run_id in run_ids:
             heard = functools.partial(self._heard, run_id)
             self.tails[run_id] = Tail(client, run_id, timing, limit, heard)
-        self.waiting = dict.fromkeys(
-            self.tails, self.started_at
-        )  # until when; others are looking
+        # Tails, and until when each waits; all others are looking.
+        self.waiting = dict.fromkeys(self.tails, self.started_at)
         self.posted: queue.SimpleQueue[Tuple[str, Any]] = queue.SimpleQueue()
         self.is_left = False
 
@@ -5586,9 +5551,8 @@ STYLES = {  # SGR parameters with 256 colours, with 16, and without colour
 }
 GLYPHS = str.maketrans("│─┴▸▶●○◌✓✗■·…›⎇▼⏎•↑↓–—", "|-+>>*o.+x#-~>@v/*^v--")  # for ASCII
 MOUSE = {False: "\x1b[?1006l\x1b[?1000l", True: "\x1b[?1000h\x1b[?1006h"}  # off, on
-width_of = functools.lru_cache(8192)(
-    text_width
-)  # frames measure mostly what the last one did
+# Frames measure mostly what the last one did.
+width_of = functools.lru_cache(8192)(text_width)
 fitted = functools.lru_cache(8192)(fit)
 
 
@@ -5672,13 +5636,11 @@ _SENT = re.compile(
 """,
     re.VERBOSE,
 )
-_UNMARKED_PASTE = re.compile(
-    "[^\x00-\x1f]{2}[\r\n]+[^\r\n]"
-)  # where pastes are not bracketed
+# Where pastes are not bracketed.
+_UNMARKED_PASTE = re.compile("[^\x00-\x1f]{2}[\r\n]+[^\r\n]")
 Namer = Callable[[str], str]  # the name of the key that sends a sequence, "" for none
-_INTERRUPTING = re.compile(
-    "(?:\x03|\x1b(?:\\[99;5u|\\[27;5;99~|\\[27u)?)+\\Z"
-)  # Ctrl+C or Esc
+# Ctrl+C or Esc.
+_INTERRUPTING = re.compile("(?:\x03|\x1b(?:\\[99;5u|\\[27;5;99~|\\[27u)?)+\\Z")
 
 
 def pasted(text: str) -> Text:
@@ -5758,9 +5720,8 @@ def next_part(sent: str, at: int, final: bool) -> Optional[Tuple[str, str]]:
     kind = str(match.lastgroup)
     part = match.group()
     if kind == "paste":
-        end = sent.find(
-            PASTE_END, at
-        )  # a pattern that finds it is a hundred times slower
+        # A hundred times faster than a pattern.
+        end = sent.find(PASTE_END, at)
         if end < 0:
             return None
         part = sent[at : end + len(PASTE_END)]
@@ -6188,9 +6149,8 @@ class Keyboard:
         """The messages that are complete. Esc is a key of its own if nothing follows it."""
         sent = self.tty.read()
         if self.in_paste() and _INTERRUPTING.match(sent) and self.is_all():
-            sent = (
-                PASTE_END + sent
-            )  # its end was lost, and it must not eat Esc or Ctrl+C
+            # Its end was lost, and it must not eat Esc or Ctrl+C.
+            sent = PASTE_END + sent
         self.pending += sent
         messages, self.pending = sliced(self.pending, False, self.resolve)
         if self.pending and not self.in_paste() and self.is_all():
@@ -6239,9 +6199,8 @@ class Screen:
     def enter(self) -> None:
         """Take the terminal, once this job is in the foreground, and forget what is on it."""
         while not self.tty.is_foreground() and not self.signals.ending:
-            os.kill(
-                0, signal.SIGSTOP
-            )  # SIGTTOU would not stop a job that no shell looks after
+            # SIGTTOU would not stop a job that no shell looks after.
+            os.kill(0, signal.SIGSTOP)
         if self.signals.ending:
             return
         self.active = True
@@ -7343,11 +7302,8 @@ def take_harness(state: State, harness: str) -> State:
     return state.choose(harness=harness)
 
 
-EXPORTS = {
-    "json": "json",
-    "jsonl": "jsonl",
-    "markdown": "md",
-}  # forms, and how their files end
+# Forms, and how their files end.
+EXPORTS = {"json": "json", "jsonl": "jsonl", "markdown": "md"}
 
 
 def export_text(state: State, form: str) -> str:
@@ -9904,9 +9860,8 @@ def take_sign_out(state: State, words: str) -> State:
 def take_sign_in(state: State, words: str, *_: str) -> State:
     """The service accepted a credential: everything is asked for anew."""
     if state.is_signed_out:
-        composer = Composer(
-            history=state.composer.history
-        )  # no draft: it may hold a token
+        # No draft: it may hold a token.
+        composer = Composer(history=state.composer.history)
         state = state._replace(composer=composer)
         state = state.write(state.sign_in.waiting)
     state = state._replace(sign_in=SigningIn())
@@ -10762,9 +10717,8 @@ class DemoSignIn:
 
     def __init__(self) -> None:
         self.tokens = {DEMO_TOKEN: "read write", DEMO_READ_TOKEN: "read"}
-        self.grants: Dict[str, Json] = (
-            {}
-        )  # codes and refresh tokens: what authorize was asked
+        # By code or refresh token: what authorize was asked.
+        self.grants: Dict[str, Json] = {}
 
     def admit(self, token: str, scope: str) -> None:
         """Refuse a token that is unknown, or that lacks the scope."""
@@ -10836,9 +10790,8 @@ class DemoService:
         self.lock = threading.Lock()
         self.requests = 0
         self.sign_in = DemoSignIn()
-        self.keys: Dict[str, Tuple[Json, str]] = (
-            {}
-        )  # idempotency key: the first body, the run's id
+        # By idempotency key: the first body, and the run's id.
+        self.keys: Dict[str, Tuple[Json, str]] = {}
         self.runs: Dict[str, DemoRun] = {}
         self.sandboxes: Dict[str, Json] = {}
         self.job_runs: Dict[str, float] = {}  # when each began
@@ -10914,17 +10867,15 @@ class DemoService:
         repo_id = request.query.get("repo_id", "").lower()
         status = request.query.get("status", "")
         if repo_id:
-            demo_find(
-                {repo_id: None}, repo_id, "Repo"
-            )  # which refuses an id that is no UUID
+            # Refuses an id that is not a UUID.
+            demo_find({repo_id: None}, repo_id, "Repo")
         found = [
             box
             for box in self.sandboxes.values()
             if repo_id in ("", box["repo_id"]) and status in ("", box["status"])
         ]
-        by_time = operator.itemgetter(
-            "last_active_at"
-        )  # of one zone: text sorts as time does
+        # Of one zone: text sorts as time does.
+        by_time = operator.itemgetter("last_active_at")
         found.sort(key=by_time, reverse=True)
         return {"sandboxes": demo_first(found, request)}
 
@@ -11348,12 +11299,8 @@ class Interrupts:
     reference runs. So the first one is raised again by ``check``, and by a signal that comes later.
     """
 
-    NAMES = (
-        "SIGINT",
-        "SIGTERM",
-        "SIGHUP",
-        "SIGBREAK",
-    )  # the third POSIX's, the last Windows'
+    # SIGHUP exists on POSIX alone, SIGBREAK on Windows alone.
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
     AT_ONCE_S = 2.0
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -11878,9 +11825,8 @@ def read_source(ctx: Context, path: str, most: int, what: str) -> bytes:
         with open(path, "rb") as file:
             return file.read(most)
     except (OSError, ValueError, AttributeError) as error:
-        reason = getattr(
-            error, "strerror", "cannot be read"
-        )  # a stdin that is closed is None
+        # A stdin that is closed is None.
+        reason = getattr(error, "strerror", "cannot be read")
         raise UsageError(f"{what}: {reason}") from None
 
 
@@ -11979,9 +11925,8 @@ def read_prompt(ctx: Context, words: Sequence[str], prompt_file: str) -> str:
     too_long = UsageError(
         f"run: the task is longer than {MAX_PROMPT_UNITS:,} UTF-16 units"
     )
-    most = (
-        3 * MAX_PROMPT_UNITS + 4
-    )  # bytes: no allowed text is longer, and stdin may never end
+    # Bytes: no allowed text is longer, and stdin may never end.
+    most = 3 * MAX_PROMPT_UNITS + 4
     if from_stdin or prompt_file:
         data = read_source(ctx, prompt_file, most, f"run: {prompt_file or 'stdin'}")
     else:
@@ -13325,9 +13270,8 @@ class Option(NamedTuple):
 class Subcommand(NamedTuple):
     """A command: a row of SUBCOMMANDS, under its name."""
 
-    function: Callable[
-        ..., int
-    ]  # called with the Context, the arguments, the options as keywords
+    # Called with the Context, the arguments, the options as keywords.
+    function: Callable[..., int]
     purpose: str
     examples: Tuple[str, str]
     arguments: Tuple[Argument, ...] = ()
@@ -13369,9 +13313,8 @@ LIMIT_OPTION = Option(
     f"list at most N, 1 to {MAX_LIMIT} (default: {MAX_LIMIT})",
     read_limit,
 )
-LIST_OPTIONS = (
-    LIMIT_OPTION,
-)  # of every list; a format of LIST_FORMATS is a switch here
+# The options of every list; each of LIST_FORMATS is a switch.
+LIST_OPTIONS = LIMIT_OPTION
 # fmt: off
 FOLLOW_OPTIONS = (
     Option("--follow", "", "print events as they come, until the run ends"),
@@ -13771,9 +13714,8 @@ def exit_codes_summary() -> str:
     """A word on each exit code, wrapped at 80 columns: the end of every help."""
     import textwrap
 
-    codes = ", ".join(
-        code.replace(" ", "\xa0") for code in EXIT_CODES
-    )  # each stays on one line
+    # Each stays on one line.
+    codes = ", ".join(code.replace(" ", "\xa0") for code in EXIT_CODES)
     text = textwrap.fill(f"exit codes: {codes}", 80, subsequent_indent=" " * 12)
     return text.replace("\xa0", " ")
 
