@@ -13314,7 +13314,7 @@ LIMIT_OPTION = Option(
     read_limit,
 )
 # The options of every list; each of LIST_FORMATS is a switch.
-LIST_OPTIONS = LIMIT_OPTION
+LIST_OPTIONS = (LIMIT_OPTION,)
 # fmt: off
 FOLLOW_OPTIONS = (
     Option("--follow", "", "print events as they come, until the run ends"),
