@@ -4101,7 +4101,7 @@ class Patience:
         if self._good_at is None:
             return not error.transient or self._failures >= 3
         if isinstance(error, UnauthorizedError):
-            # Nobody was asked: it is the sign-in that has ended.
+            # No request was sent: the sign-in itself has expired.
             return error.status == 0
         if error.status in (408, 425, 429):
             return False
@@ -4142,7 +4142,7 @@ def setback_text(error: MogplexError, wait_s: float) -> str:
 
 
 class Setback(NamedTuple):
-    """What follows from a failed request: a wait, and a line to say ("" when it was said)."""
+    """After a failed request: how long to wait, and what to report ("" if already reported)."""
 
     wait_s: float
     message: str
@@ -4207,7 +4207,7 @@ class Link:
         if isinstance(error, RateLimitedError):
             connection = "limited"
             self.pace.refused()
-            # Not all tails at once when it is over.
+            # Jitter, so that tails do not all retry at the same moment.
             wait_s += self.pace.interval_s(random) * random
         self._patience.excuse(asked_s)
         self.connection = connection
@@ -4215,7 +4215,7 @@ class Link:
         return Setback(wait_s, self._news_of(error, asked_s, wait_s))
 
     def _news_of(self, error: MogplexError, asked_s: float, wait_s: float) -> str:
-        """The line to say; "" when this trouble, and as long a wait, was said before."""
+        """The line to report; "" if the same trouble and wait were already reported."""
         trouble = trouble_of(error)
         told_s = self._told.get(trouble, -1.0)
         if asked_s <= told_s:
@@ -4260,7 +4260,7 @@ class Look:
 
 
 class Resumption:
-    """What of a stream outlives its connection."""
+    """The state that lets a stream resume after a lost connection."""
 
     def __init__(self, reconnect_s: float) -> None:
         self.last_event_id = ""
@@ -4269,7 +4269,7 @@ class Resumption:
 
 
 def cleaned(texts: List[str], exchange: Exchange) -> List[str]:
-    """``texts`` without the token: looked for in one go, as hardly any holds it."""
+    """``texts`` with the token removed; searched together, since matches are rare."""
     # A line break would look like something that hides a secret.
     together = " ".join(texts)
     if exchange.clean(together) != together:
@@ -4304,7 +4304,7 @@ class Tail:
         self.link = Link(self.started_at, timing.interval_s, just_started)
         self._resumption = Resumption(timing.interval_s)
         self._final: Optional[MogplexError] = (
-            None  # what ends it, and is no error of the service
+            None  # an exception that ends the tail and did not come from the service
         )
 
     @property
@@ -4589,12 +4589,12 @@ class Budget:
     """
 
     def __init__(self, now: float, metered: bool) -> None:
-        self.reserved = 0  # requests of each minute that are for something else
+        self.reserved = 0  # requests per minute set aside for other uses
         self._metered = metered
         self._pace = Pace(0.0, now)
         self._paid_until = now  # each request pays for the time that follows it
         self._held_until = now  # by a 429
-        self._is_sure = False  # that the service answers
+        self._is_sure = False  # whether the service has answered yet
         self._probing_until = now
 
     @property
@@ -4705,7 +4705,7 @@ class Tails:
         return not self.tails[run_id].story.is_terminal, self.waiting[run_id]
 
     def _look(self, run_id: str) -> None:
-        """The part of a thread."""
+        """One look at a run; runs on a worker thread."""
         look = Look()
         try:
             for item in self._posts(self.tails[run_id], look):
@@ -4722,7 +4722,7 @@ class Tails:
         yield look
 
     def _heard(self, run_id: str, progress: Progress) -> None:
-        """What the tails say, on their threads."""
+        """Take a tail's progress report; called on its thread."""
         if self.is_left:
             raise MogplexError("nobody waits for it")
         if progress.message:
@@ -4747,7 +4747,7 @@ class Tails:
             raise item  # the time is up, or it is a bug
 
     def _give_up(self, run_id: str, error: MogplexError) -> Iterator[ManyItem]:
-        """A run is given up, and all that would be answered alike: 429, and too long a wait."""
+        """Give up a run, and with it every run that would get the same 429 or too long a wait."""
         given_up = [run_id]
         if not isinstance(error, RateLimitedError):
             self.budget.answered(self.timing.clock())
@@ -5630,7 +5630,7 @@ _SENT = re.compile(
                  | \x1b\[(?![\[M])[0-?]*[ -/]*[@-~]
                  | \x1bO[A-FHIMP-SXa-dj-y]
                  | [\x00-\x1a\x1c-\x1f\x7f] )
-  | (?P<escape>    \x1b(?=\x1b|O[^A-FHIMP-SXa-dj-y]|\w{3}) )     # before a word
+  | (?P<escape>    \x1b(?=\x1b|O[^A-FHIMP-SXa-dj-y]|[^\W_OPX]\w\w) )     # before a word
   | (?P<alt>       \x1b[^\x1b\[\]OP_^X] )
   | (?P<text>      [^\x00-\x1f\x7f-\x9f]+ )
 """,
@@ -6450,7 +6450,7 @@ class Desk:
         self.facts = facts
         self.asks: Any = queue.SimpleQueue()
         self.connection: Optional[Client] = None
-        self.told: Optional[Progress] = None  # the last of a tail
+        self.told: Optional[Progress] = None  # the last progress that the tail reported
         self.given_up = threading.Event()  # is set to end the wait for a browser
         threading.Thread(target=self.work, daemon=True).start()
 
@@ -6465,7 +6465,7 @@ class Desk:
         self.post(Told(Ask(job, arguments), data))
 
     def call(self, ask: Ask) -> object:
-        """What a job comes to."""
+        """Do a job and return its result."""
         if ask.job in vars(Desk).values():
             return ask.job(self, *ask.arguments)
         return ask.job(self.client(), *ask.arguments)
@@ -6711,7 +6711,7 @@ class Shown(NamedTuple):
     verdict: Optional[Verdict] = None
     lost: str = ""  # why the tail gave up
     again_at: float = 0.0  # when it is begun again; 0 for never
-    stale: bool = False  # it was begun again: the next event is the first once more
+    stale: bool = False  # the tail was restarted: the next event replaces the old ones
 
 
 class KnownRun(NamedTuple):
@@ -6870,7 +6870,7 @@ class Next(NamedTuple):
     """What the next task will use, and the tasks that were sent."""
 
     target: Target = Target()
-    starts: Tuple[NewRun, ...] = ()  # whose fate is not known
+    starts: Tuple[NewRun, ...] = ()  # sent, outcome not known yet
     session: str = ""  # what their keys begin with
     made: int = 0  # how many keys were made
 
@@ -6958,7 +6958,7 @@ class State(NamedTuple):
         return self
 
     def choose(self, **changes: Any) -> State:
-        """With another target, which no run moves that was started before, and no drawer."""
+        """With another target, which earlier runs no longer change, and no drawer."""
         target = self.next.target._replace(**changes)
         target = target._replace(choices=target.choices + 1)
         return self.close().plan(target=target)
@@ -7721,7 +7721,7 @@ def searched(lines: Sequence[Item], query: str) -> Tuple[Item, ...]:
 
 
 def refreshed(before: State, state: State) -> State:
-    """With the lines of the open drawer made anew; those of a page, which is long, if need be."""
+    """With the open drawer's lines rebuilt; a page is long, so only when necessary."""
     drawer = state.drawer
     if drawer is None:
         return state
@@ -7737,7 +7737,7 @@ def refreshed(before: State, state: State) -> State:
     return state.shift(lines=lines, found=found, at=at)
 
 
-# -- Words: what a line of the composer does
+# -- Slash commands: what a line of the composer does
 
 
 def begin(state: State, task: str) -> State:
@@ -7898,7 +7898,7 @@ def poll_order(run: KnownRun) -> Tuple[bool, float]:
 
 
 def run_interval_s(state: State, run: KnownRun, active: int) -> float:
-    """How often a run is asked, of so many active ones; 0 for never.
+    """Seconds between polls of a run when ``active`` runs are active; 0 for never.
 
     Up to 13 active runs are asked at most 30 s apart.
     """
@@ -7936,7 +7936,7 @@ def due_runs(state: State) -> List[KnownRun]:
 
 
 def poll(state: State, most: int) -> State:
-    """Ask what is due, at most so much of it, within what is left of the minute's budget."""
+    """Poll the runs that are due, at most ``most``, within the minute's remaining budget."""
     polls = state.service.polls
     now = state.now
     asks = []
@@ -9454,7 +9454,7 @@ def takes_words(state: State) -> bool:
 
 
 def touched(state: State, name: str = "") -> State:
-    """What every key does besides: the notice goes, and the second Ctrl+C is disarmed."""
+    """What every key also does: dismiss the notice and disarm the second Ctrl+C."""
     if name != "^c":
         state = state.attend(armed_until=0.0)
     return state.attend(notice_until=0.0)
@@ -9492,7 +9492,7 @@ def on_key(state: State, message: Key) -> State:
 def on_text(state: State, message: Text) -> State:
     """What was typed: words where words are taken, else keys, one after another.
 
-    Of letters that came together none leaves, cancels a run, answers a question or acts on a row.
+    Letters that arrive in one read never quit, cancel, answer a question or act on a row.
     """
     text = message.text
     if (
@@ -9517,7 +9517,8 @@ def on_text(state: State, message: Text) -> State:
         actions = drawer.listing.actions
         if text in actions:
             return act_on_row(state, text)
-        if text == "/" and "y" in actions:  # letters act there, until a search is begun
+        # Letters are keys in this drawer until a search begins.
+        if text == "/" and "y" in actions:
             return state.shift(searching=True)
     return insert(state, text)
 
@@ -9589,7 +9590,7 @@ def on_mouse(state: State, message: Mouse) -> State:
     return click(state, in_rail, at)
 
 
-# -- What the workers said
+# -- Answers of the workers
 
 
 def put_first(state: State, known: KnownRun) -> State:
@@ -11679,7 +11680,8 @@ class Context:
         """Show a line on stderr, a terminal, until something else is written; "" for none."""
         rest = text_width(self.status_line) - text_width(line)
         self.status_line = ""
-        self.say(line + " " * rest + "\r")
+        # A key that the terminal echoes, ^C for one, has moved the cursor meanwhile.
+        self.say("\r" + line + " " * rest + "\r")
         self.status_line = line
 
     def clear_status(self) -> None:
@@ -12499,7 +12501,7 @@ class Followers:
         self.ctx = ctx
         self.options = options
         self.life = LifeSigns(ctx, options.quiet)
-        self.left: Dict[str, Attendant] = {}  # with each run that is not over
+        self.left: Dict[str, Attendant] = {}  # by run id, for runs not over yet
         for run_id in run_ids:
             report = CiReport(ctx, has_outputs=False)
             self.left[run_id] = Attendant(report, run_id, label_of(run_id))

@@ -7244,6 +7244,11 @@ def test_esc_and_a_word_in_one_read_are_no_alt_and_a_letter() -> None:
     assert sliced("\x1b\rfix") == [Key("newline"), Text("fix")]
 
 
+@pytest.mark.parametrize("half", ["\x1b_Gi=1;OK", "\x1bPabc", "\x1bXabc"])
+def test_half_an_answer_of_the_terminal_waits_for_the_rest(half: str) -> None:
+    assert sliced(half, final=False) == []
+
+
 def test_a_sequence_whose_end_does_not_come_is_esc_and_letters() -> None:
     assert sliced("\x1b[12", final=False) == []
     assert sliced("\x1b[12", "") == [Key("esc"), Text("[12")]
@@ -10618,7 +10623,8 @@ def test_the_status_line_of_a_terminal_is_redrawn_at_most_once_a_second() -> Non
         "streaming 10s | last event 0s ago | connected",
         "streaming 11s | last event 1s ago | connected",
     ]
-    assert screen.getvalue() == "\r".join([*lines, " " * len(lines[1]), "here\n"])
+    shown = "".join(f"\r{line}\r" for line in [*lines, " " * len(lines[1])])
+    assert screen.getvalue() == shown + "here\n"
 
 
 def test_a_status_line_makes_room_for_data_and_for_the_end_of_the_command() -> None:
@@ -10626,11 +10632,11 @@ def test_a_status_line_makes_room_for_data_and_for_the_end_of_the_command() -> N
     ctx = mogplex.Context({}, sys.stdin, io.StringIO(), screen)
     ctx.show_status("silent")
     ctx.emit("data")
-    assert screen.getvalue() == "silent\r      \r"
+    assert screen.getvalue() == "\rsilent\r\r      \r"
     with pytest.raises(BrokenPipeError), mogplex.attended(ctx, [], False):
         ctx.show_status("late")
         raise BrokenPipeError
-    assert screen.getvalue() == "silent\r      \rlate\r    \r"
+    assert screen.getvalue() == "\rsilent\r\r      \r\rlate\r\r    \r"
 
 
 @pytest.mark.parametrize("environ", [{}, {"TERM": "dumb"}])
