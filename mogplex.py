@@ -2526,7 +2526,8 @@ class Answer:
 
     def keep(self) -> None:
         """Give back the connection of an answer that was read to its end, for the next request."""
-        if getattr(self._source, "will_close", True):  # or it is none of http.client's
+        closes = getattr(self._source, "will_close", True)  # or it is none of http.client's
+        if closes or self.status == 101:  # after which it speaks another protocol
             self.close()
         else:
             self._source.close()  # tells http.client that this answer is over

@@ -2757,6 +2757,16 @@ def test_a_connection_is_kept(body: bytes) -> None:
         assert server.used == [1, 1, 1]
 
 
+def test_a_connection_that_speaks_another_protocol_now_is_never_used_again() -> None:
+    upgraded = b"HTTP/1.1 101 X\r\nUpgrade: y\r\n\r\n"
+    with Kept(lambda number, *_: upgraded if number == 1 else kept(envelope(REPOS))) as server:
+        with client(server.url, tries=1) as one:
+            with pytest.raises(mogplex.InvalidResponseError):
+                one.repos()
+            assert one.repos() == REPOS["repos"]
+    assert server.used == [1, 2]
+
+
 def test_a_connection_idle_for_long_is_closed_by_us() -> None:
     """The service closes it after 5 to 6 s; a request sent just then would be lost."""
     now = [0.0]
