@@ -2526,7 +2526,8 @@ class Answer:
 
     def keep(self) -> None:
         """Give back the connection of an answer that was read to its end, for the next request."""
-        closes = getattr(self._source, "will_close", True)  # or it is none of http.client's
+        # An answer that is none of http.client's has no such attribute.
+        closes = getattr(self._source, "will_close", True)
         if closes or self.status == 101:  # after which it speaks another protocol
             self.close()
         else:
