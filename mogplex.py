@@ -474,9 +474,8 @@ _COMPACT_ENCODER = json.JSONEncoder(separators=(",", ":"), check_circular=False)
 def parse_json(text: str) -> Any:
     """The JSON in ``text``; ValueError for anything else, however deep or long."""
     try:
-        if (
-            text[:1] == "{"
-        ):  # half the time of decode() for an object with nothing around it
+        # Half the time of decode() for an object with nothing around it.
+        if text[:1] == "{":
             value, end = _DECODER.scan_once(text, 0)
             if end == len(text):
                 return value
@@ -960,9 +959,8 @@ def _swap(new: str, path: str) -> None:
         except PermissionError:
             if os.name != "nt" or time.monotonic() >= until:
                 raise
-        with contextlib.suppress(
-            OSError
-        ):  # take "read-only" off it: elsewhere it is no bar
+        # Take "read-only" off it: elsewhere it is no bar.
+        with contextlib.suppress(OSError):
             os.chmod(path, stat.S_IREAD | stat.S_IWRITE)
         time.sleep(LOCK_POLL_S)
 
@@ -996,9 +994,8 @@ def replacing(path: str, room: int = 0) -> Iterator[Callable[[bytes], None]]:
         _set_content(stream, b" " * room)
         yield commit
     finally:
-        with contextlib.suppress(
-            OSError
-        ):  # closing writes what could not be written before
+        # Closing writes what could not be written before.
+        with contextlib.suppress(OSError):
             stream.close()
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -1788,17 +1785,14 @@ def reply_to_callback(head: str, attempt: Attempt) -> Reply:
     if not match or match.group(1) != CALLBACK_PATH:
         return NOTHING_HERE
     # A page of another site can reach this port under a name of its own, by DNS.
-    if _hosts_named(head) not in (
-        [f"127.0.0.1:{attempt.port}"],
-        [f"localhost:{attempt.port}"],
-    ):
+    ours = [f"127.0.0.1:{attempt.port}"], [f"localhost:{attempt.port}"]
+    if _hosts_named(head) not in ours:
         return NOTHING_HERE
     values = dict(urllib.parse.parse_qsl(match.group(2)))
     state = values.get("state", "")
     is_ours = hmac.compare_digest(state.encode(), attempt.state.encode())
-    if "error" in values and (
-        is_ours or "state" not in values
-    ):  # the service sends it without
+    # The service sends an error without the state.
+    if "error" in values and (is_ours or "state" not in values):
         reason = _reason(values)
         text = f"The sign-in failed: {reason}. You can return to the terminal."
         return 200, text, {"error": reason}
@@ -2423,9 +2417,8 @@ def transport_error(error: Exception, limit_s: float, proxy: str) -> Exception:
         return InvalidResponseError(
             "the compression of the response is broken", transient=True, delivered=True
         )
-    if re.search(
-        r"got more than \d+ (headers|bytes)", cause.text
-    ):  # http.client's own limits
+    # These are http.client's own limits.
+    if re.search(r"got more than \d+ (headers|bytes)", cause.text):
         return InvalidResponseError(
             "the response has too many headers, or too long ones",
             transient=True,
@@ -2648,9 +2641,8 @@ class Worker:
         answer = None
         try:
             answer = self.send_request()
-            if (
-                not self.handle.is_held
-            ):  # the connections of a given session are its own
+            # Those of a given session do not tell of their sockets themselves.
+            if not self.handle.is_held:
                 self.handle.hold(answer.descriptor())
             self.posted.put(answer)
             self._read(answer)
@@ -3305,9 +3297,8 @@ class Client:
         except MogplexError as error:
             error.delivered = False  # the request that waits for this one was not sent
             raise
-        if (
-            exchange.status == 429
-        ):  # plain text, and its wait under another name than the API's
+        # Plain text, and its wait under another name than the API's.
+        if exchange.status == 429:
             headers = exchange.headers
             asked_s = parse_retry_after(
                 headers.get("X-Retry-After"), headers.get("Date")
@@ -3872,9 +3863,8 @@ class Ending:
     def hear_run(self, status: str, error: str, now: float) -> bool:
         """Take in what the run says of itself; whether that is its end."""
         if status not in TERMINAL_STATUSES:
-            if (
-                self.terminal_at is not None
-            ):  # alive again: its events told of another end
+            # Alive again: its events told of another end.
+            if self.terminal_at is not None:
                 self._types.clear()
             self.terminal_at = None
         elif status != self._status:
@@ -5973,9 +5963,8 @@ class Signals:
 
     def __enter__(self) -> Signals:
         for number in self.fatal:
-            if (
-                signal.getsignal(number) != signal.SIG_IGN
-            ):  # as nohup and `&` leave them
+            # What nohup or `&` has left ignored stays so.
+            if signal.getsignal(number) != signal.SIG_IGN:
                 self.previous[number] = signal.signal(number, self.end)
         for other in (signal.SIGWINCH, signal.SIGCONT, signal.SIGTSTP):
             self.previous[other] = signal.signal(other, self.note)
@@ -6047,9 +6036,8 @@ class Tty:
         flags = os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK
         try:
             return os.open(os.ttyname(1), flags)
-        except (
-            OSError
-        ):  # it belongs to another user, or is from outside of this container
+        # It belongs to another user, or is from outside of this container.
+        except OSError:
             return 1
 
     def set_raw(self) -> None:
@@ -9497,9 +9485,8 @@ def on_text(state: State, message: Text) -> State:
     Letters that arrive in one read never quit, cancel, answer a question or act on a row.
     """
     text = message.text
-    if (
-        message.pasted
-    ):  # it is one text and runs nothing; from a pane it goes to the composer
+    # It is one text and runs nothing; from a pane it goes to the composer.
+    if message.pasted:
         state = touched(state)
         state = state.attend(killing="")
         return insert(state, text)
@@ -11228,9 +11215,8 @@ def demo_environment(port: int = 0) -> Iterator[Tuple[DemoServer, Dict[str, str]
     """
     import tempfile
 
-    with tempfile.TemporaryDirectory(prefix="mogplex-demo-") as home, DemoServer(
-        port
-    ) as server:
+    directory = tempfile.TemporaryDirectory(prefix="mogplex-demo-")
+    with directory as home, DemoServer(port) as server:
         for record in server.seeded_runs:
             Home(home).record_start(record)
         yield server, {
@@ -11262,9 +11248,8 @@ class Interrupted(KeyboardInterrupt):
 
     def __init__(self, number: int) -> None:
         super().__init__()
-        if number == getattr(
-            signal, "SIGBREAK", 0
-        ):  # Ctrl+Break, or its window was closed
+        # Ctrl+Break, or its window was closed.
+        if number == getattr(signal, "SIGBREAK", 0):
             number = signal.SIGINT
         self.exit = Exit(128 + number)
 
@@ -11505,10 +11490,9 @@ def open_in_demo(base_url: str, url: str) -> bool:
     with contextlib.suppress(OSError):
         try:
             direct.open(url, timeout=10).close()
-        except (
-            urllib.error.HTTPError
-        ) as page:  # one that is not there, which a browser would show
-            page.close()  # or Python 3.14 warns
+        except urllib.error.HTTPError as page:
+            # One that is not there, which a browser would show; Python 3.14 warns of it open.
+            page.close()
     return True
 
 
@@ -11600,9 +11584,9 @@ class Context:
         try:
             write_all(self.stdout, self.redacted(text) + "\n")
         except OSError as error:
-            if isinstance(error, BrokenPipeError) or (
-                os.name == "nt" and error.errno == 22
-            ):
+            # Windows says EINVAL of a pipe whose reader has gone.
+            is_windows_word = os.name == "nt" and error.errno == errno.EINVAL
+            if is_windows_word or isinstance(error, BrokenPipeError):
                 raise BrokenPipeError from None
             discard(self.stdout)
             raise MogplexError(f"cannot write to stdout: {error.strerror}") from None
@@ -12397,6 +12381,11 @@ class FollowOptions(NamedTuple):
     cancel_on_interrupt: bool = False
     dotenv: str = ""
 
+    @property
+    def timing(self) -> Timing:
+        """How long the tail of each run waits for what."""
+        return Timing(self.timeout)
+
 
 def emit_events(
     ctx: Context,
@@ -12451,7 +12440,7 @@ class Follower:
         tail = Tail(
             client,
             run_id,
-            Timing(self.options.timeout),
+            self.options.timing,
             self.options.limit,
             self.progress,
             self.attendant.started,
@@ -12515,14 +12504,12 @@ class Followers:
         """Follow them all to the end; the highest of the exit codes that they deserve."""
         try:
             cancels = self.options.cancel_on_interrupt
-            with attended(
-                self.ctx, self.left.values(), cancels
-            ), self.ctx.client() as client:
+            stay = attended(self.ctx, self.left.values(), cancels)
+            with stay, self.ctx.client() as client:
                 self.follow(client)
         except (KeyboardInterrupt, MogplexError, OSError) as error:
-            if self.standing or isinstance(
-                error, KeyboardInterrupt
-            ):  # else nothing was asked
+            # With neither, nothing was asked of the service.
+            if self.standing or isinstance(error, KeyboardInterrupt):
                 self.ctx.note(self.count())
             raise
         if self.ctx.as_json:
@@ -12536,7 +12523,7 @@ class Followers:
         tails = Tails(
             client,
             self.left,
-            Timing(self.options.timeout),
+            self.options.timing,
             self.options.limit,
             self.progress,
             self.options.cancel_on_interrupt,
@@ -12641,9 +12628,8 @@ def cmd_run(
     repo = repo_meant(ctx, repo)
     task = read_prompt(ctx, words, prompt_file)
     attendant = Attendant(CiReport(ctx, task, following.dotenv))
-    with attended(
-        ctx, [attendant], following.cancel_on_interrupt
-    ), ctx.client() as client:
+    stay = attended(ctx, [attendant], following.cancel_on_interrupt)
+    with stay, ctx.client() as client:
         found = resolve_repo(client, repo)
         body = {"repoId": text_of(found, "id"), "prompt": task, **fields}
         start(client, body, text_of(found, "full_name"), idempotency_key, attendant)
@@ -12689,7 +12675,10 @@ def cmd_runs_get(ctx: Context, run_id: Optional[str] = None) -> int:
     """One run as it is now. People get what its events tell too, which come with the run."""
     run_id = resolve_run_id(ctx, run_id)
     with ctx.client() as client:
-        answer = {"run": client.run(run_id)} if ctx.as_json else client.events(run_id)
+        if ctx.as_json:
+            answer: Record = {"run": client.run(run_id)}
+        else:
+            answer = client.events(run_id)
     run = dict_of(answer, "run")
     if not run:
         raise InvalidResponseError("the response contains no run")
@@ -12922,9 +12911,8 @@ def api_key(method: str, given: Optional[str]) -> str:
     if method == "GET":
         raise UsageError("api: a GET has no --idempotency-key")
     key = checked_key(given)
-    if key == "ci" or key.startswith(
-        "ci:"
-    ):  # sent as it is, it would be the same in each job
+    # Sent as it is, it would be the same in each job.
+    if key == "ci" or key.startswith("ci:"):
         raise UsageError("api: --idempotency-key ci is for `mogplex run` alone")
     return key
 
@@ -12991,9 +12979,8 @@ def shown_answer(call: ApiCall, answer: Json, whole: bool) -> object:
     if whole:
         return answer
     data = answer["data"]
-    if call.path.lower().startswith(
-        "/mcp"
-    ):  # live secrets stand in the configs of MCP servers
+    # Live secrets stand in the configs of MCP servers.
+    if call.path.lower().startswith("/mcp"):
         hide_configs(data)
     return data
 
@@ -13017,10 +13004,8 @@ def send_api(ctx: Context, client: Client, call: ApiCall, whole: bool) -> None:
     def announce(_: Run) -> None:
         ctx.emit(ctx.json_line(shown_answer(call, answer, whole)))
 
-    if (call.method, call.path) == (
-        "POST",
-        "/runs",
-    ):  # it costs money, and must not be lost
+    # It costs money, and must not be lost.
+    if call.method == "POST" and call.path == "/runs":
         start_recorded(
             client, ctx.home, call.body or {}, call.key, "", announce, send=send
         )
@@ -13249,12 +13234,10 @@ class Option(NamedTuple):
     flag: str
     value: str  # what its value is called; "" for a switch
     meaning: str
-    read: Callable[[str], Any] = (
-        str  # makes the value that the command gets; UsageError
-    )
-    known: Tuple[
-        str, ...
-    ] = ()  # the values that this version knows; others are passed on
+    # Makes the value that the command gets; UsageError.
+    read: Callable[[str], Any] = str
+    # The values that this version knows; others are passed on.
+    known: Tuple[str, ...] = ()
     needs: str = ""  # the keyword of the one without which it has no effect
     repeats: bool = False  # it may be given again: the command gets a list
     may_be_empty: bool = True  # "", a script's unset variable, counts as not given
@@ -13794,9 +13777,7 @@ def make_parser() -> argparse.ArgumentParser:
         group, _, word = name.rpartition(" ")
         if group not in groups:
             groups[group] = parsers[group].add_subparsers()
-        purpose = command_row(
-            name
-        ).purpose  # completions leave out a word that has none
+        purpose = command_row(name).purpose  # without one, completions omit the word
         parsers[name] = groups[group].add_parser(word, command=name, help=purpose)
     return root
 
@@ -14074,9 +14055,8 @@ def rescue(ctx: Context, work: Callable[[], int]) -> int:
 def run_whole(argv: Sequence[str], is_process: bool) -> int:
     """A command line from its first to its last signal; the exit code."""
     ctx = Context(os.environ, sys.stdin, sys.stdout, sys.stderr)
-    with ctx.interrupts.handled(
-        is_process
-    ):  # around the rescue, which a second must not end
+    # Around the rescue, which a second must not end.
+    with ctx.interrupts.handled(is_process):
         try:
             return rescue(ctx, functools.partial(dispatch, ctx, list(argv)))
         except Interrupted as interrupt:  # while it told of an error

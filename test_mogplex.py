@@ -859,8 +859,10 @@ def put(home: Any, content: Union[str, bytes, Dict[str, Any], List[Any]]) -> Any
 
 
 def stored(home: Any) -> Any:
-    """What its auth.json says."""
-    return json.loads((home / "auth.json").read_text())
+    """What its auth.json says, from its first byte on."""
+    text = (home / "auth.json").read_text()
+    assert text.startswith("{")  # nothing is left of the room that was reserved
+    return json.loads(text)
 
 
 @pytest.mark.posix
@@ -1255,6 +1257,7 @@ def test_a_file_mounted_by_itself_is_written_in_place_or_not_renewed(
     assert (process.stdout.splitlines(), process.stderr) == (lines, "")
     assert json.loads(source.read_text())["mogplex"]["access_token"] == access
     assert source.read_text().endswith("}\n") == (mode == "rw")
+    assert source.read_text().startswith("{")
 
 
 @pytest.mark.posix
@@ -6910,6 +6913,14 @@ def test_an_alert_of_the_shown_run_is_opened_and_gone_as_well() -> None:
     assert opened.window.focus == "composer" and opened.asks == ()
 
 
+def test_a_run_that_fails_twice_has_one_alert() -> None:
+    run_id = RUNS[3].id
+    state = played(rail=RAIL)
+    for status in ("streaming", "failed", "streaming", "failed"):
+        state = then(state, fetched(Client.run, {"runId": run_id, "status": status}, run_id))
+    assert len(state.attention.alerts) == 1
+
+
 def test_alerts_leave_with_their_cause() -> None:
     lost = played(*BUSY, progressed("lost", failures=3, message="no route"))
     assert "Offline, retrying: no route" in drawn(lost)
@@ -6926,6 +6937,25 @@ def test_tool_names_are_in_the_timeline_and_found_by_the_filter() -> None:
         state = played(*BUSY, arrived({**EVENTS[0], "type": kind}))
         for width in (100, 120, 80, 60):
             assert kind in drawn(state, width, 24)
+
+
+def test_no_key_is_bound_twice_where_it_is_heard() -> None:
+    for pane in (*mogplex.PANES.values(), mogplex.DRAWER_PANE):
+        keys_of_it = " ".join(action.call for action in (*mogplex.ANYWHERE, *pane)).split()
+        assert [key for key in set(keys_of_it) if keys_of_it.count(key) > 1] == []
+
+
+GUARDED = """
+import types
+import mogplex
+screen = types.SimpleNamespace(restore=lambda: print("restored"))
+guard = mogplex.guarded(screen, print)
+guard.__enter__()
+"""
+
+
+def test_the_terminal_is_restored_at_the_latest_when_the_interpreter_ends() -> None:
+    assert python(GUARDED).communicate()[0] == "restored\n"
 
 
 def test_a_filter_that_nothing_passes_can_be_moved_in() -> None:
@@ -9810,27 +9840,18 @@ def test_a_signal_that_python_discards_is_raised_again() -> None:
         interrupts.arrived(signal.SIGINT, None)
 
 
-def test_a_follower_notices_a_signal_that_python_discarded() -> None:
+@pytest.mark.parametrize("run_ids", [["R"], ["R", "S"]], ids=len)
+def test_a_signal_that_python_discarded_ends_the_following(run_ids: List[str]) -> None:
     with RawServer(lambda *_: STREAMING) as server:
         environ = service(server.url, TOKEN)
         ctx = mogplex.Context(environ, sys.stdin, io.StringIO(), io.StringIO())
         ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
-        options = mogplex.FollowOptions(follow=True, cancel_on_interrupt=True)
+        options = {"follow": True, "cancel_on_interrupt": True}
         with pytest.raises(mogplex.Interrupted):
-            mogplex.follow_run(ctx, "R", options)
-    assert paths(server)[-1] == "cancel"
-    assert ctx.stderr.getvalue() == "cancellation requested for run R\n"
-
-
-def test_a_signal_that_python_discarded_ends_the_following_of_several_runs_too() -> None:
-    with RawServer(lambda *_: STREAMING) as server:
-        environ = service(server.url, TOKEN)
-        ctx = mogplex.Context(environ, sys.stdin, io.StringIO(), io.StringIO())
-        ctx.interrupts.first = mogplex.Interrupted(signal.SIGTERM)
-        options = mogplex.FollowOptions(follow=True, cancel_on_interrupt=True)
-        with pytest.raises(mogplex.Interrupted):
-            mogplex.several_events(ctx, ["R", "S"], options)
-    assert paths(server).count("cancel") == 2
+            mogplex.cmd_runs_events(ctx, *run_ids, **options)
+    assert paths(server).count("cancel") == len(run_ids)
+    cancelled = ctx.stderr.getvalue().splitlines()[:len(run_ids)]
+    assert cancelled == [f"cancellation requested for run {run_id}" for run_id in run_ids]
 
 
 def test_a_bug_in_the_look_at_one_of_several_runs_is_raised() -> None:
@@ -10572,11 +10593,13 @@ def test_api_serves_automations_which_have_no_command_of_their_own(
         automation = cli("api", "/automations", "--get", "automations.0.id", env=env).out.strip()
         repo = cli("repos", "list", "--get", "id", env=env).out.splitlines()[0]
         trigger = ["api", f"/automations/{automation}/trigger", "--field", f"repoId={repo}",
-                   "--idempotency-key", "k"]
-        first, again = [json.loads(cli(*trigger, env=env).out)["run"] for _ in range(2)]
+                   "--idempotency-key"]
+        other, first, again = [
+            json.loads(cli(*trigger, key, env=env).out)["run"] for key in ("other", "k", "k")]
         assert [first["started"], again["started"]] == [True, False]
-        runs = json.loads(cli("api", f"/automations/{automation}/runs?limit=1", env=env).out)
-        assert runs["runs"][0]["id"] == first["jobRunId"]
+        assert [first["outcome"], again["outcome"]] == ["started", "duplicate"]
+        runs = json.loads(cli("api", f"/automations/{automation}/runs", env=env).out)["runs"]
+        assert [run["id"] for run in runs] == [first["jobRunId"], other["jobRunId"]]
         job = f"automations/{automation}/runs/{first['jobRunId']}"
         assert cli("api", job, "--get", "run.status", env=env).out == "success\n"
         made = cli("api", "/sandboxes", "--field", f"repoId={repo}", "--get", "sandbox.status",
@@ -10647,6 +10670,16 @@ def test_a_status_line_makes_room_for_data_and_for_the_end_of_the_command() -> N
         ctx.show_status("late")
         raise BrokenPipeError
     assert screen.getvalue() == "\rsilent\r\r      \r\rlate\r\r    \r"
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError, KeyboardInterrupt])
+def test_a_run_that_is_over_is_neither_cancelled_nor_said_to_be_running(error: Any) -> None:
+    ctx = mogplex.Context({}, sys.stdin, io.StringIO(), io.StringIO())
+    attendant = mogplex.Attendant(mogplex.CiReport(ctx), "R")
+    attendant.outcome = attendant.outcome._replace(status="success")
+    with pytest.raises(error), mogplex.attended(ctx, [attendant], True):
+        raise error
+    assert ctx.stderr.getvalue() == ""
 
 
 @pytest.mark.parametrize("environ", [{}, {"TERM": "dumb"}])
